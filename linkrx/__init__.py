@@ -1,0 +1,55 @@
+"""The fastest and most dependable way to receive link-layer packets in Python on Linux.
+
+`linkrx.open(source)` probes what the source can do, picks the best backend and hands over every packet with its
+protocol and link addresses.
+"""
+
+from linkrx.batch import Batch
+from linkrx.buffers import BUFFER_SIZES, IovecBuffer
+from linkrx.capabilities import Capabilities, probe
+from linkrx.choice import Choice, Verdict
+from linkrx.dispatcher import Dispatcher
+from linkrx.errors import (
+    BackendUnavailable,
+    Busy,
+    Closed,
+    LinkrxError,
+    MissingPrivilege,
+    UnsupportedOption,
+    UnsupportedSource,
+)
+from linkrx.factory import BackendInfo, backends, choose, open
+from linkrx.packet import Flags, Packet, Vlan, VnetHeader
+from linkrx.stats import End, Stats
+from linkrx.tuntap import TunTap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BUFFER_SIZES",
+    "BackendInfo",
+    "BackendUnavailable",
+    "Batch",
+    "Busy",
+    "Capabilities",
+    "Choice",
+    "Closed",
+    "Dispatcher",
+    "End",
+    "Flags",
+    "IovecBuffer",
+    "LinkrxError",
+    "MissingPrivilege",
+    "Packet",
+    "Stats",
+    "TunTap",
+    "UnsupportedOption",
+    "UnsupportedSource",
+    "Verdict",
+    "Vlan",
+    "VnetHeader",
+    "backends",
+    "choose",
+    "open",
+    "probe",
+]

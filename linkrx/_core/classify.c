@@ -1,0 +1,89 @@
+/* One pass over what a backend received: which are packets, and what is known about each. */
+#include <string.h>
+
+#include "packet.h"
+#include "columns.inc"
+#include "classify.h"
+
+#define ETHER_ADDR 6
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86DD
+/* linux/if_tun.h: the queue cut the packet to the buffer. Told only with packet information. */
+#define TUN_PKT_STRIP 0x0001
+
+void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table)
+{
+    const struct lrx_columns in = lrx_descriptors_at(c->descriptors, c->rows);
+    const struct lrx_columns out = lrx_columns_at(table, count);
+    uint32_t *header = lrx_header_at(c->descriptors);
+    const uint8_t *memory = (const uint8_t *)region;
+    uint8_t *address = (uint8_t *)c->addresses;
+    uint64_t *counters = (uint64_t *)c->counters;
+    uint64_t bytes = 0;
+    uint32_t n = 0;
+
+    for (uint32_t k = 0; k < count; k++) {
+        uint32_t length = in.lengths[k];
+        uint32_t wire_length = in.wire_lengths[k];
+        uint16_t flags = in.flags[k];
+        uint16_t protocol;
+        const uint8_t *frame = memory + in.starts[k] + c->prefix;
+
+        if (length <= c->prefix) {
+            counters[LRX_EMPTY]++;
+            continue;
+        }
+        if (c->packet_info) {
+            uint16_t pi_flags;
+            memcpy(&pi_flags, memory + in.starts[k], sizeof pi_flags);
+            if (pi_flags & TUN_PKT_STRIP)
+                flags |= LRX_TRUNCATED;
+        }
+        length -= c->prefix;
+        wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
+        if (wire_length > length)
+            flags |= LRX_TRUNCATED;
+        if (flags & LRX_TRUNCATED)
+            counters[LRX_CUT]++;
+        if (c->link_header) {
+            if (length < c->link_header) {
+                counters[LRX_RUNTS]++;
+                continue;
+            }
+            protocol = (uint16_t)(frame[12] << 8 | frame[13]);
+            if (address) {
+                memcpy(address, frame + ETHER_ADDR, ETHER_ADDR);
+                memcpy(address + ETHER_ADDR, frame, ETHER_ADDR);
+                memcpy(address + 2 * ETHER_ADDR, &protocol, sizeof protocol);
+                address += 2 * ETHER_ADDR + sizeof protocol;
+            }
+        } else {
+            switch (frame[0] >> 4) {
+            case 4:
+                protocol = ETHERTYPE_IPV4;
+                break;
+            case 6:
+                protocol = ETHERTYPE_IPV6;
+                break;
+            default:
+                counters[LRX_UNKNOWN_PROTOCOL]++;
+                continue;
+            }
+        }
+        out.timestamps[n] = in.timestamps[k];
+        out.starts[n] = in.starts[k] + c->prefix;
+        out.lengths[n] = length;
+        out.wire_lengths[n] = wire_length;
+        out.protocols[n] = protocol;
+        out.flags[n] = flags;
+        out.vlan_tcis[n] = in.vlan_tcis[k];
+        out.vlan_tpids[n] = in.vlan_tpids[k];
+        bytes += length;
+        n++;
+    }
+    counters[LRX_PACKETS] += n;
+    counters[LRX_BYTES] += bytes;
+    header[LRX_CLASSIFIED] = n + 1;
+    header[LRX_ROWS] = count;
+    header[LRX_COUNT] = 0;
+}

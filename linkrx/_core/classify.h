@@ -1,0 +1,14 @@
+/* What the frames of one source look like, and where their classification goes. */
+struct lrx_classifier {
+    uintptr_t descriptors;  /* header and table that the backend filled */
+    uint32_t rows;          /* rows that table was made for */
+    uint32_t prefix;        /* bytes in front of every frame: packet information, virtio-net header */
+    uint32_t packet_info;   /* of these, the size of struct tun_pi: 4 or 0 */
+    uint32_t link_header;   /* 14 for Ethernet, 0 for none */
+    uintptr_t addresses;    /* per packet 6 bytes remote, 6 bytes local, uint16_t protocol; or 0 */
+    uintptr_t counters;     /* uint64_t slots, LRX_PACKETS and on */
+};
+
+/* Write a table of `count` rows at `table` for the first `count` descriptors of `region`, leaving out
+ * what is not a packet, and mark the descriptors as classified. */
+void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table);

@@ -1,0 +1,25 @@
+/* Numbers that Python and C share. A test holds linkrx/packet.py, columns.py and stats.py to them. */
+
+/* Words of the header in front of a backend's descriptors. */
+#define LRX_COUNT 0       /* packets that the backend received and nobody classified yet */
+#define LRX_RECEIVES 1    /* system calls that took */
+#define LRX_END 2         /* bytes that they use of the region */
+#define LRX_ERROR 3       /* an errno that follows these packets */
+#define LRX_CLASSIFIED 4  /* one more than the packets that classification left; 0 before it */
+#define LRX_ROWS 5        /* rows of the table it wrote */
+#define LRX_HEADER_BYTES 24
+
+/* Bits of a packet's flags. */
+#define LRX_TRUNCATED 1
+#define LRX_OUTGOING 2
+#define LRX_VLAN 4
+#define LRX_TIMESTAMP 8
+#define LRX_CHECKSUM_UNFINISHED 16
+
+/* Slots of the counters that classification adds to. */
+#define LRX_PACKETS 0
+#define LRX_BYTES 1
+#define LRX_RUNTS 2
+#define LRX_EMPTY 3
+#define LRX_UNKNOWN_PROTOCOL 4
+#define LRX_CUT 5

@@ -1,0 +1,22 @@
+/* How one packet is received without waiting, by what the file descriptor allows. */
+#define LRX_READ 0    /* O_NONBLOCK is set: read() or readv() */
+#define LRX_NOWAIT 1  /* a blocking descriptor that is not ours to change: preadv2(RWF_NOWAIT) */
+#define LRX_RECV 2    /* a socket: recvmsg(MSG_DONTWAIT | MSG_TRUNC), which tells the true length */
+#define LRX_POLL 3    /* a blocking descriptor whose driver knows no RWF_NOWAIT: poll() before read() */
+
+#define LRX_SIZES_MAX 64
+
+struct lrx_readv {
+    int fd;
+    int method;
+    uint32_t capacity;      /* bytes of one packet that are kept, prefix included */
+    uint32_t sizes_count;   /* entries of an iovec ladder, 0 for one buffer; they sum to capacity */
+    uint32_t sizes[LRX_SIZES_MAX];
+    uintptr_t descriptors;
+    uint32_t rows;
+};
+
+/* Receive packets into `size` bytes at `region` until the queue is empty, the descriptors are full or
+ * no further packet is sure to fit. Returns their number, or -errno when there is none. An error behind
+ * received packets is kept in the header and returned by the next call. */
+int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size);

@@ -1,0 +1,77 @@
+"""What a backend is: one kernel mechanism that fills an arena with packets.
+
+A backend never waits, parses, counts, logs or delivers. It is asked to `fill`, and answers with a count, with 0
+when there is nothing now, or with the OSError that the kernel gave; the dispatcher decides what that means.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from linkrx.arena import Arena
+from linkrx.buffers import Layout
+from linkrx.capabilities import Capabilities
+from linkrx.columns import Descriptors
+from linkrx.options import Options
+
+
+@dataclass(frozen=True)
+class Receive:
+    """What a backend needs to know to receive from one source."""
+
+    fd: int
+    capabilities: Capabilities
+    layout: Layout
+    options: Options
+
+
+class Backend(ABC):
+    """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
+
+    `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
+    common ones that it can fulfil: `buffer_sizes`, `segment`, `outgoing`, `timestamps`, `fanout`, `latency`,
+    `zero_copy`.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    honours: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this host cannot run it, as a sentence; None when it can."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, capabilities: Capabilities) -> str | None:
+        """Why it cannot receive from such a source, as a sentence; None when it can."""
+
+    @classmethod
+    def discouraged(cls, capabilities: Capabilities) -> str | None:
+        """Why "auto" should not choose it for a source that it accepts; None when it may."""
+        return None
+
+    @abstractmethod
+    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+        """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
+
+    @abstractmethod
+    def fill(self, arena: Arena, room: int) -> int:
+        """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.
+
+        `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
+        descriptors it was made with, and returns how many packets they describe. Raises the kernel's OSError
+        only when there are none.
+        """
+
+    @property
+    def holds_packets(self) -> bool:
+        """Packets were received that wait for the next `fill`, so the source need not become readable for it."""
+        return False
+
+    def close(self) -> None:
+        """Release what `__init__` took. Called once."""
+        return

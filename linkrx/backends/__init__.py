@@ -1,0 +1,1 @@
+"""One file per kernel mechanism. The folder listing is the registry: a file `name.py` holds the Backend of that name."""

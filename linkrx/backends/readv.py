@@ -1,0 +1,61 @@
+"""C: one packet per system call, a whole batch per crossing from Python."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from linkrx import _core
+from linkrx.arena import Arena
+from linkrx.backend import Backend, Receive
+from linkrx.capabilities import Capabilities
+from linkrx.columns import Descriptors
+
+
+class Readv(Backend):
+    """Works on every source; the recommended choice for TAP and TUN, where the kernel has nothing faster."""
+
+    name = "readv"
+    rank = 20
+    honours = frozenset({"buffer_sizes"})
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The core may not have been built."""
+        return _core.reason
+
+    @classmethod
+    def refuses(cls, capabilities: Capabilities) -> str | None:
+        """Nothing that has packet boundaries."""
+        return None
+
+    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+        lib, found = _core.lib, receive.capabilities
+        sizes = receive.layout.sizes or ()
+        if found.socket:
+            method = lib.LRX_RECV
+        elif found.nonblocking:
+            method = lib.LRX_READ
+        else:
+            method = lib.LRX_NOWAIT
+        self._state = _core.new(
+            "struct lrx_readv *",
+            fd=receive.fd,
+            method=method,
+            capacity=receive.layout.capacity,
+            sizes_count=len(sizes),
+            sizes=list(sizes),
+            descriptors=descriptors.address(),
+            rows=descriptors.rows,
+        )
+        self._fill = lib.lrx_readv_fill
+
+    def fill(self, arena: Arena, room: int) -> int:
+        """One crossing: until nothing is there, the descriptors are full, or a further packet might not fit."""
+        count: int = self._fill(self._state, arena.address + arena.cursor, room)
+        if count < 0:
+            if count == -errno.EOPNOTSUPP and self._state.method == _core.lib.LRX_NOWAIT:
+                self._state.method = _core.lib.LRX_POLL  # the driver knows no RWF_NOWAIT
+                return self.fill(arena, room)
+            raise OSError(-count, os.strerror(-count))
+        return count

@@ -1,0 +1,89 @@
+"""How one packet is laid into memory: the source text's buffer, and the layout of a receive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# gVisor's ladder: small first so that headers lie together, doubling up to 65,664 bytes in all, which is more
+# than the 65,535 an IP packet can have.
+BUFFER_SIZES = (128, 256, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+# _core/readv.h LRX_SIZES_MAX; far fewer than the kernel's IOV_MAX of 1024.
+SIZES_MAX = 64
+
+
+class IovecBuffer:
+    """Buffers for one scatter read, of which only the used ones are replaced.
+
+    `next_iovecs()` gives writable memoryviews for `os.readv`; `pull(n)` hands over those that hold a packet of n
+    bytes. They then belong to the caller, and the next `next_iovecs()` puts fresh ones in their place.
+    """
+
+    def __init__(self, sizes: Sequence[int] = BUFFER_SIZES, vnet_header_size: int = 0) -> None:
+        """Buffers of `sizes` bytes, behind one for a virtio-net header of `vnet_header_size` bytes if not 0."""
+        self._sizes = checked_sizes(sizes)
+        if vnet_header_size < 0:
+            raise ValueError(f"vnet_header_size={vnet_header_size}: a size is 0 or more")
+        self._header = [memoryview(bytearray(vnet_header_size))] if vnet_header_size else []
+        self._header_size = vnet_header_size
+        self._views: list[memoryview | None] = [None] * len(self._sizes)
+
+    @property
+    def vnet_header(self) -> memoryview:
+        """The virtio-net header of the latest read; the next read writes over it."""
+        return self._header[0].toreadonly() if self._header else memoryview(b"")
+
+    def next_iovecs(self) -> list[memoryview]:
+        """The buffers for one read, the virtio-net header's first when there is one."""
+        for index, view in enumerate(self._views):
+            if view is not None:
+                break  # pull() takes from the front, so all behind an unused one are unused
+            self._views[index] = memoryview(bytearray(self._sizes[index]))
+        return self._header + [view for view in self._views if view is not None]
+
+    def pull(self, n: int) -> list[memoryview]:
+        """The views that hold a packet of `n` bytes as read, the virtio-net header counted but not handed over.
+
+        The last view is cut to size. Raises ValueError when n exceeds what `next_iovecs()` gave room for.
+        """
+        left = n - self._header_size
+        pulled: list[memoryview] = []
+        if left > sum(self._sizes):
+            raise ValueError(f"pull({n}): the buffers hold {self._header_size + sum(self._sizes)} bytes")
+        for index, view in enumerate(self._views):
+            if left <= 0:
+                break
+            if view is None:
+                raise ValueError(f"pull({n}) before next_iovecs(): there is nothing to hand over")
+            pulled.append(view[: min(left, len(view))])
+            left -= len(view)
+            self._views[index] = None
+        return pulled
+
+
+def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The ladder as a tuple, or ValueError."""
+    ladder = tuple(sizes)
+    if not 1 <= len(ladder) <= SIZES_MAX or any(size < 1 for size in ladder):
+        raise ValueError(f"buffer sizes {ladder}: give 1 to {SIZES_MAX} sizes of at least 1 byte")
+    return ladder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The room for one packet. `capacity` bytes are kept, `prefix` of them in front of the frame.
+
+    `sizes` is the caller's ladder, the prefix included as its first entry, or None for one buffer.
+    """
+
+    capacity: int
+    sizes: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, largest_frame: int, prefix: int, sizes: Sequence[int] | None) -> Layout:
+        """Room for the largest frame, or for what the caller's own ladder holds."""
+        if sizes is None:
+            return cls(prefix + largest_frame)
+        ladder = ((prefix,) if prefix else ()) + checked_sizes(sizes)
+        return cls(sum(ladder), ladder)

@@ -1,0 +1,41 @@
+"""Every error that linkrx raises on purpose. Each message says what was tried, what the kernel said, what to type next."""
+
+from __future__ import annotations
+
+import errno
+
+
+class LinkrxError(Exception):
+    """What all errors of linkrx have in common."""
+
+
+class UnsupportedSource(LinkrxError, ValueError):
+    """The source is of a kind that linkrx, or the named backend, does not receive from."""
+
+
+class UnsupportedOption(LinkrxError, ValueError):
+    """The source or the backend cannot honour an option, or the option contradicts what the probe found."""
+
+
+class BackendUnavailable(LinkrxError, RuntimeError):
+    """The backend does not exist, or this host cannot run it."""
+
+
+class MissingPrivilege(LinkrxError, PermissionError):
+    """The kernel refused a call for want of a capability.
+
+    `capability` is its name as in capabilities(7); `remedy` is what to type.
+    """
+
+    def __init__(self, tried: str, capability: str, remedy: str, code: int | None = None) -> None:
+        super().__init__(code or errno.EPERM, f"{tried} needs {capability}; {remedy}")
+        self.capability = capability
+        self.remedy = remedy
+
+
+class Closed(LinkrxError):
+    """The dispatcher was closed, or belongs to the process that forked this one."""
+
+
+class Busy(LinkrxError, RuntimeError):
+    """Another thread, or the caller's own `deliver`, is inside the dispatcher already."""

@@ -1,0 +1,190 @@
+"""From a source to a dispatcher: which backends there are, which one to take, and opening it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from linkrx.backend import Backend
+from linkrx.capabilities import Capabilities, HasFileno
+from linkrx.choice import Choice, Verdict
+from linkrx.dispatcher import Deliver, Dispatcher
+from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
+from linkrx.options import Options
+from linkrx.source import open_source
+
+logger = logging.getLogger("linkrx")
+
+ENTRY_POINTS = "linkrx.backends"
+
+# Not `import linkrx.backends`: the package's name is also that of the public function below.
+_FOLDER: list[str] = list(import_module("linkrx.backends").__path__)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend on this host. `reason` is the sentence that says why it is not supported, else None."""
+
+    name: str
+    supported: bool
+    reason: str | None
+    rank: int
+    honours: frozenset[str]
+    backend: type[Backend] = field(repr=False)
+
+
+@cache
+def _classes() -> tuple[type[Backend], ...]:
+    """Every backend class: the files of linkrx/backends/, then those that other distributions bring."""
+    found: dict[str, type[Backend]] = {}
+    for module in pkgutil.iter_modules(_FOLDER):
+        for value in vars(import_module(f"linkrx.backends.{module.name}")).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, Backend)
+                and value.__dict__.get("name") == module.name
+            ):
+                found[value.name] = value
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            value = entry.load()
+        except Exception:
+            # A plug-in of somebody else must not take reception down with it, and must not vanish either.
+            logger.exception("the backend %r of %s could not be loaded", entry.name, entry.value)
+            continue
+        if value.name in found:
+            logger.warning("the backend %r of %s is left out: the name is taken", value.name, entry.value)
+        else:
+            found[value.name] = value
+    return tuple(sorted(found.values(), key=lambda backend: (-backend.rank, backend.name)))
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Every backend, best first, with whether this host supports it and if not why."""
+    return tuple(
+        BackendInfo(b.name, reason is None, reason, b.rank, b.honours, b)
+        for b, reason in ((b, b.missing()) for b in _classes())
+    )
+
+
+def choose(
+    capabilities: Capabilities,
+    infos: Sequence[BackendInfo],
+    options: Options,
+    backend: str = "auto",
+    avoid: Collection[str] = (),
+) -> Choice:
+    """Decide, from what is known alone: the same arguments give the same answer.
+
+    "auto" takes the highest-ranking backend that this host supports, that accepts the source and honours the options.
+    A named backend is that one or an error: BackendUnavailable when it does not exist or this host lacks it,
+    UnsupportedSource when it does not accept the source, UnsupportedOption when it cannot honour an option.
+    """
+    known = [info.name for info in infos]
+    for name in [*avoid, *([] if backend == "auto" else [backend])]:
+        if name not in known:
+            raise BackendUnavailable(f"there is no backend {name!r}: there are {', '.join(known)}")
+    if backend != "auto":
+        _check_named(next(info for info in infos if info.name == backend), capabilities, options)
+    ladder: list[str] = []
+    verdicts = []
+    for info in infos:
+        reason = _refusal(info, capabilities, options)
+        if reason is None and backend == "auto" and info.name in avoid:
+            reason = "LINKRX_AVOID names it"
+        discouraged = None if reason else info.backend.discouraged(capabilities)
+        if reason is not None:
+            verdict = Verdict(info.name, "refused", reason)
+        elif backend != "auto" and info.name != backend:
+            verdict = Verdict(info.name, "accepted", f"would do, but {backend} was named")
+        elif backend == "auto" and discouraged is not None:
+            verdict = Verdict(info.name, "accepted", f"only when named: {discouraged}")
+        elif ladder:
+            ladder.append(info.name)
+            verdict = Verdict(info.name, "accepted", f"would do, but {ladder[0]} is better")
+        else:
+            ladder.append(info.name)
+            verdict = Verdict(
+                info.name, "chosen", "it was named" if backend != "auto" else "the best that takes the source"
+            )
+        verdicts.append(verdict)
+    if not ladder:
+        why = "\n".join(f"  {v.backend}: {v.reason}" for v in verdicts)
+        needed = ", ".join(f"{name}={getattr(options, name)!r}" for name in options.needed())
+        kind = UnsupportedOption if needed else UnsupportedSource
+        raise kind(
+            f"no backend receives from the {capabilities.title}{f' with {needed}' if needed else ''}:\n{why}"
+        )
+    return Choice(capabilities.title, tuple(ladder), tuple(verdicts))
+
+
+def _check_named(info: BackendInfo, capabilities: Capabilities, options: Options) -> None:
+    if not info.supported:
+        raise BackendUnavailable(f"{info.name} is not available here: {info.reason}")
+    refusal = info.backend.refuses(capabilities)
+    if refusal is not None:
+        raise UnsupportedSource(f"{info.name} does not take this source: {refusal}")
+    refusal = _unhonoured(info, options)
+    if refusal is not None:
+        raise UnsupportedOption(f"{refusal}, and it was named for the {capabilities.title}")
+
+
+def _refusal(info: BackendInfo, capabilities: Capabilities, options: Options) -> str | None:
+    return info.reason or info.backend.refuses(capabilities) or _unhonoured(info, options)
+
+
+def _unhonoured(info: BackendInfo, options: Options) -> str | None:
+    missing = [f"{name}={getattr(options, name)!r}" for name in options.needed() if name not in info.honours]
+    return f"{info.name} cannot honour {', '.join(missing)}" if missing else None
+
+
+def open(  # noqa: A001
+    source: int | str | HasFileno,
+    deliver: Deliver | None = None,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> Dispatcher:
+    """Receive packets from `source`. Receiving is live when this returns.
+
+    `source`: a file descriptor or an object with `fileno()`, which is borrowed and never closed; or an interface
+    name, for which linkrx opens, configures and owns an AF_PACKET socket. `deliver(remote, local, protocol, packet)`
+    is called for every packet by `dispatch`, `drain` and `run`; iteration needs none.
+
+    `backend`: "auto" takes the best that accepts the source, as `choice.explain()` of the result tells; a name is
+    that backend or an error. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b takes
+    names from it. The options are the fields of `Options`:
+
+    `batch_size=64` packets per receive at most; `ethernet`, `vnet_header`, `packet_info` say what the probe cannot
+    know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
+    `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer; `segment`, `fanout`, `latency`,
+    `zero_copy` for backends that have them.
+
+    Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
+    cannot be, and OSError for what the kernel says.
+    """
+    try:
+        wanted = Options(**options)
+    except TypeError:
+        unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+        raise TypeError(
+            f"open() has no option {', '.join(unknown)}: {', '.join(Options.__dataclass_fields__)}"
+        ) from None
+    if backend == "auto":
+        backend = os.environ.get("LINKRX_BACKEND") or "auto"
+    avoid = [name.strip() for name in os.environ.get("LINKRX_AVOID", "").split(",") if name.strip()]
+    infos = backends()
+    opened = open_source(source, wanted)
+    try:
+        choice = choose(opened.capabilities, infos, wanted, backend, avoid)
+        return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
+    except BaseException:
+        opened.close()
+        raise

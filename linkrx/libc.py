@@ -1,0 +1,59 @@
+"""System calls that the oldest supported Python's `os` module lacks, through the C library.
+
+`os` has `unshare` and `setns` from Python 3.12 and `timerfd_create` from 3.13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# linux/sched.h
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+
+_CLOCK_MONOTONIC = 1
+# sys/timerfd.h: the values of O_CLOEXEC and O_NONBLOCK.
+_TFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+
+
+def _checked(result: int, call: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{call}: {os.strerror(code)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by `flags` for new ones, as unshare(2) does."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Move this thread into the namespace that `fd` refers to, as setns(2) does."""
+    _checked(_libc.setns(fd, kind), "setns")
+
+
+def timerfd(interval: float) -> int:
+    """A descriptor that becomes readable every `interval` seconds: timerfd_create(2)."""
+    fd = _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")
+    seconds, rest = divmod(int(interval * 1e9), 10**9)
+    period = _Timespec(seconds, rest)
+    try:
+        _checked(
+            _libc.timerfd_settime(fd, 0, ctypes.byref(_Itimerspec(period, period)), None), "timerfd_settime"
+        )
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

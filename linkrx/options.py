@@ -1,0 +1,131 @@
+"""The keyword options of `open`, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from linkrx.buffers import checked_sizes
+from linkrx.capabilities import Capabilities
+from linkrx.errors import UnsupportedOption
+from linkrx.framing import VNET_HEADER_BYTES, Framing
+
+BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
+
+# Options that only a packet socket can honour, and those that need a backend with the ability of that name.
+_PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps", "zero_copy")
+_BACKEND_OPTIONS = ("buffer_sizes", "segment", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asked for. `None` and the defaults ask for nothing."""
+
+    batch_size: int = 64
+    ethernet: bool | None = None
+    vnet_header: bool | int | None = None
+    packet_info: bool | None = None
+    buffer_sizes: Sequence[int] | None = None
+    segment: bool = False
+    promiscuous: bool = False
+    outgoing: bool = False
+    timestamps: bool = False
+    fanout: object = None
+    receive_buffer: int | None = None
+    latency: float = 0.001
+    zero_copy: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no source could take."""
+        if not 1 <= self.batch_size <= BATCH_SIZE_MAX:
+            raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
+        if self.receive_buffer is not None and self.receive_buffer < 1:
+            raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes")
+        if self.latency <= 0:
+            raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
+        if self.buffer_sizes is not None:
+            checked_sizes(self.buffer_sizes)
+
+    def needed(self) -> tuple[str, ...]:
+        """The options set that not every backend honours."""
+        return tuple(name for name in _BACKEND_OPTIONS if getattr(self, name) != _DEFAULTS[name])
+
+    def check_source(self, capabilities: Capabilities) -> None:
+        """Raise UnsupportedOption for what this source cannot honour whatever the backend."""
+        if capabilities.kind not in ("packet", "packet_cooked"):
+            for name in _PACKET_OPTIONS:
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise UnsupportedOption(
+                        f"{name}={getattr(self, name)!r} needs an AF_PACKET socket; the source is a {capabilities.title}"
+                    )
+        if self.receive_buffer is not None and not capabilities.socket:
+            advice = (
+                f": the queue of {capabilities.interface} is as long as its txqueuelen; "
+                f"`ip link set {capabilities.interface} txqueuelen 10000` makes it longer"
+                if capabilities.interface
+                else ""
+            )
+            raise UnsupportedOption(
+                f"receive_buffer={self.receive_buffer} needs a socket; the source is a {capabilities.title}{advice}"
+            )
+
+    def framing(self, capabilities: Capabilities) -> Framing:
+        """What stands in front of the data: what the caller says where the probe does not know, never against it."""
+        return Framing(
+            ethernet=self._ethernet(capabilities),
+            vnet_header_size=self._vnet_header_size(capabilities),
+            packet_info=self._packet_info(capabilities),
+            vnet_little_endian=capabilities.vnet_little_endian,
+        )
+
+    def _ethernet(self, found: Capabilities) -> bool:
+        if found.ethernet is None:
+            if self.ethernet is None and found.hardware_type is not None:
+                raise UnsupportedOption(
+                    f"the {found.title} has frames of hardware type {found.hardware_type} (ARPHRD_*), which linkrx does "
+                    "not know: pass ethernet=True or ethernet=False to say how they start"
+                )
+            # A datagram or a pipe says nothing; QEMU, passt and VDE carry Ethernet over theirs.
+            return self.ethernet is not False
+        if self.ethernet not in (None, found.ethernet):
+            raise UnsupportedOption(
+                f"ethernet={self.ethernet} contradicts the source: frames of a {found.title} "
+                f"{'start' if found.ethernet else 'do not start'} with an Ethernet header"
+            )
+        return found.ethernet
+
+    def _vnet_header_size(self, found: Capabilities) -> int:
+        wanted, size = self.vnet_header, found.vnet_header_size
+        if wanted is None:
+            return size
+        if wanted is not True and wanted is not False and wanted < VNET_HEADER_BYTES:
+            raise ValueError(
+                f"vnet_header={wanted}: a virtio-net header has at least {VNET_HEADER_BYTES} bytes"
+            )
+        if found.kind in ("tap", "tun", "packet", "packet_cooked"):
+            if bool(wanted) != bool(size) or (wanted is not True and wanted is not False and wanted != size):
+                raise UnsupportedOption(
+                    f"vnet_header={wanted} contradicts the source: the {found.title} puts "
+                    f"{f'a virtio-net header of {size} bytes' if size else 'no virtio-net header'} in front of frames"
+                )
+            return size
+        return VNET_HEADER_BYTES if wanted is True else int(wanted)
+
+    def _packet_info(self, found: Capabilities) -> bool:
+        if found.packet_info is None:
+            if self.packet_info is None:
+                raise UnsupportedOption(
+                    f"whether the {found.title} puts packet information (struct tun_pi) in front of frames cannot be "
+                    "told: its device is in a network namespace that this process may not look into. Pass "
+                    "packet_info=False if the queue was opened with IFF_NO_PI, else packet_info=True"
+                )
+            return self.packet_info
+        if self.packet_info not in (None, found.packet_info):
+            raise UnsupportedOption(
+                f"packet_info={self.packet_info} contradicts the source: the {found.title} "
+                f"{'sends' if found.packet_info else 'does not send'} struct tun_pi"
+            )
+        return found.packet_info
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -1,0 +1,351 @@
+"""The inner half of the loop: wait, receive, classify, count, and know when it is over. Written once, for all backends."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Mapping
+
+from linkrx.arena import Arena, Arenas
+from linkrx.backend import Backend, Receive
+from linkrx.batch import Batch
+from linkrx.buffers import Layout
+from linkrx.choice import Choice
+from linkrx.classify import ADDRESSES, classifier
+from linkrx.columns import CLASSIFIED, COUNT, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, align
+from linkrx.errors import BackendUnavailable
+from linkrx.options import Options
+from linkrx.source import LinkState, Source
+from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, new_counters
+from linkrx.wakeup import Wakeup
+
+logger = logging.getLogger("linkrx")
+
+# The kernel, or a seccomp filter, refuses the mechanism itself.
+_REFUSED = frozenset({errno.ENOSYS, errno.EPERM, errno.ENOTSOCK, errno.EOPNOTSUPP})
+# A TAP or TUN queue whose device was deleted: EFAULT from a read that was waiting, EBADFD from then on.
+_QUEUE_GONE = frozenset({errno.EBADFD, errno.EFAULT})
+_INTERFACE_GONE = frozenset({errno.ENODEV, errno.ENXIO})
+# Reported once, then reception goes on: memory pressure, and what came back for packets that the same socket sent
+# (ICMP errors on UDP; ECONNRESET on a seqpacket socket whose peer closed with our data unread).
+_PASSING = frozenset(
+    {
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENOPROTOOPT,
+        errno.EPROTO,
+        errno.EMSGSIZE,
+    }
+)
+
+# A source that says it is readable this often in a row and yields nothing, as a datagram socket does that was shut
+# down for reading, is from then on asked every _REST seconds only.
+_IDLE_WAKES = 8
+_REST = 0.01
+
+
+class Reception:
+    """One source, the backend that reads it now, and the batch it received last.
+
+    `pending` is that batch, of which the first `next` packets were handed over; None when all were. Whoever hands
+    over moves `next` on, in such a way that an exception between any two steps, Ctrl-C included, neither loses a
+    packet nor hands one over twice: what a step produces is stored before, or in the same bytecode as, what it
+    consumes is given up.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        options: Options,
+        choice: Choice,
+        backends: Mapping[str, type[Backend]],
+        *,
+        deliver: bool,
+    ) -> None:
+        """`deliver`: remote and local addresses of every packet are wanted beside its batch."""
+        self.source = source
+        self.choice = choice
+        self._backends = backends
+        self.framing = framing = options.framing(source.capabilities)
+        layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
+        self._facts = Receive(source.fd, source.capabilities, layout, options)
+        self._descriptors = Descriptors(options.batch_size)
+        self._header = self._descriptors.header
+        self._arenas = Arenas(layout.capacity, options.batch_size)
+        self.addresses = bytearray(ADDRESSES.size * options.batch_size if deliver and framing.ethernet else 0)
+        self._counters = new_counters()
+        self._classify = classifier(self._descriptors, framing, self._counters, self.addresses)
+        self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
+
+        self.pending: Batch | None = None
+        self.next = 0
+        self.stopping = False
+        self.end: End | None = None
+        self._end_behind: End | None = None  # the end that follows the pending batch
+        self._filling: Arena | None = None
+        self._batches = self._receives = self._waits = self._link_downs = self._demotions = 0
+        self._undelivered = self._undelivered_bytes = 0
+        self._link_down = False
+        self._polled = self._shown = False
+
+        self._wakeup = Wakeup(source.fd)
+        try:
+            self._mechanism = self._build()
+            if source.link_state() is not LinkState.UP:
+                self._watch_link(down=True)
+        except BaseException:
+            self._wakeup.close()
+            raise
+
+    # The next batch.
+
+    def await_batch(self, timeout: float | None) -> bool:
+        """Make `pending` the next batch, waiting `timeout` seconds at most. False when the time is up or it is over.
+
+        False also after a receive that held no packet, only runts and their like: a flood of those must not keep
+        the caller from looking at the clock.
+        """
+        if self.pending is not None:
+            return not self.over()
+        idle = 0
+        deadline = deadline_after(timeout)
+        while not self.over():
+            if self._receive():
+                return self.pending is not None
+            if self._link_down:
+                self._look_at_link()
+            if timeout == 0 or self.over():
+                break
+            left = seconds_left(deadline)
+            if left == 0:
+                break
+            self._waits += 1
+            if idle < _IDLE_WAKES:
+                idle += self._wakeup.wait(left)
+            else:
+                self._wakeup.rest(_REST if left is None else min(_REST, left))
+        return False
+
+    def over(self) -> bool:
+        """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
+        if self.end is None:
+            if self.stopping:
+                self._finish(End.STOPPED)
+            elif self._end_behind is not None and self.pending is None:
+                self._finish(self._end_behind)
+        return self.end is not None
+
+    def _receive(self) -> bool:
+        """Fill and classify once. True if anything was received, packet or not.
+
+        The header tells how far a round came that an exception cut short, and `_filling` in which arena.
+        """
+        header = self._header
+        arena = self._filling
+        if arena is None:
+            arena = self._filling = self._arenas.next()
+        if not header[CLASSIFIED]:
+            if not header[COUNT]:
+                try:
+                    self._mechanism.fill(arena, self._arenas.room(arena))
+                except OSError as error:
+                    self._weigh(error)
+                    return False
+            count = header[COUNT]
+            if self._may_hang_up:
+                count = self._without_hangup(count)
+            if not count:
+                return False
+            self._classify(arena, count)
+        self._take(arena)
+        return True
+
+    def _take(self, arena: Arena) -> None:
+        """Make a batch of what was classified."""
+        header = self._header
+        rows, count, end = header[ROWS], header[CLASSIFIED] - 1, header[END]
+        begin = arena.cursor
+        behind = begin + end + ROW_BYTES * rows
+        batch = Batch(memoryview(arena.memory)[begin:behind].toreadonly(), end, rows, count, self.framing)
+        following = align(behind)
+        # From here to the end of the function nothing is called, so no signal handler can run.
+        if count:
+            self.pending = batch
+            arena.cursor = following
+        self.next = 0
+        self._batches += 1
+        self._receives += header[RECEIVES]
+        self._filling = None
+        header[CLASSIFIED] = 0
+
+    def _without_hangup(self, count: int) -> int:
+        """Take from the end of a receive the zero lengths that say the peer has hung up.
+
+        A record may be empty, so a zero is the end only if the peer is gone and nothing is queued behind it. At the
+        end every read returns zero, for ever.
+        """
+        lengths = self._descriptors.columns.lengths
+        if count and lengths[count - 1] == 0 and self.source.hung_up():
+            while count and lengths[count - 1] == 0:
+                count -= 1
+            self._header[COUNT] = count
+            self._end_behind = End.EOF
+        return count
+
+    # What the kernel says instead of packets.
+
+    def _weigh(self, error: OSError) -> None:
+        """Decide what an error means: an end, a link down, a refused mechanism, nothing, or a failure to raise."""
+        code, kind = error.errno, self.source.capabilities.kind
+        gone = _QUEUE_GONE if kind in ("tap", "tun") else _INTERFACE_GONE
+        if code in gone:
+            self._finish(End.LINK_GONE)
+        elif code == errno.ENETDOWN:
+            self._link_downs += 1
+            self._watch_link(down=True)
+        elif code in _REFUSED:
+            self._demote(error)
+        elif code not in _PASSING:
+            raise OSError(
+                code,
+                f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {error.strerror}",
+            ) from error
+
+    def _build(self) -> Backend:
+        """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
+        while True:
+            try:
+                return self._backends[self.choice.backend](self._facts, self._descriptors)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                self._step_down(error)
+
+    def _demote(self, error: OSError) -> None:
+        """Go on with the next backend. No packet is lost: a refused call has taken none."""
+        self._step_down(error)
+        self._mechanism.close()
+        self._mechanism = self._build()
+
+    def _step_down(self, error: OSError) -> None:
+        refused = self.choice.backend
+        if len(self.choice.ladder) == 1:
+            raise BackendUnavailable(
+                f"{refused} on the {self.source.capabilities.title}: the kernel answers {error.strerror} "
+                f"({errno.errorcode.get(error.errno or 0, error.errno)}), and there is no other backend to take over"
+            ) from error
+        self.choice = self.choice.demoted(f"refused at run time: {error.strerror}")
+        self._demotions += 1
+        logger.warning(
+            "%s on the %s: the kernel answers %s; going on with %s",
+            refused,
+            self.source.capabilities.title,
+            error.strerror,
+            self.choice.backend,
+        )
+
+    def _watch_link(self, *, down: bool) -> None:
+        self._link_down = down
+        self._wakeup.watch_link(down)
+
+    def _look_at_link(self) -> None:
+        """While a link is down: the kernel announces its end on a packet socket like any other down."""
+        self._wakeup.clear_timer()
+        state = self.source.link_state()
+        if state is LinkState.GONE:
+            self._finish(End.LINK_GONE)
+        elif state is LinkState.UP:
+            self._watch_link(down=False)
+
+    # Ends.
+
+    def stop(self) -> None:
+        """End reception. Safe in any thread and in signal handlers."""
+        self.stopping = True
+        event = self._wakeup.event
+        if event is not None:
+            event.set()
+
+    def _finish(self, end: End) -> None:
+        if self.pending is not None:
+            rest = self.pending.behind(self.next)
+            self._undelivered += len(rest)
+            self._undelivered_bytes += sum(rest.lengths)
+            self.pending = None
+        self.end = end
+        event = self._wakeup.event
+        if event is not None:
+            event.set()  # whoever polls must come and see
+
+    def close(self, *, forked: bool) -> None:
+        """Release everything. In a forked child nothing is restored: the parent still uses it."""
+        try:
+            self._mechanism.close()
+        finally:
+            self._wakeup.close()
+            if forked:
+                self.source.abandon()
+            else:
+                self.source.close()
+
+    # For those who poll.
+
+    def fileno(self) -> int:
+        """What to poll. From the first call on, it is kept readable while packets wait here."""
+        self._polled = True
+        self.show_pending()
+        return self._wakeup.fileno()
+
+    def show_pending(self) -> None:
+        """Make the polled descriptor readable while there is something that does not need the source."""
+        event = self._wakeup.event
+        if not self._polled or event is None:
+            return
+        waiting = (
+            self.pending is not None
+            or self.end is not None
+            or self._end_behind is not None
+            or self._mechanism.holds_packets
+        )
+        if waiting and not self._shown:
+            event.set()
+        elif self._shown and not waiting:
+            event.clear()
+            if self.stopping:
+                event.set()  # stop() came while it was cleared
+        self._shown = waiting
+
+    def stats(self) -> Stats:
+        """Counters since `open`."""
+        counters = self._counters
+        return Stats(
+            packets=counters[PACKETS] - self._undelivered,
+            bytes=counters[BYTES] - self._undelivered_bytes,
+            batches=self._batches,
+            receives=self._receives,
+            waits=self._waits,
+            runts=counters[RUNTS],
+            empty=counters[EMPTY],
+            unknown_protocol=counters[UNKNOWN_PROTOCOL],
+            truncated=counters[CUT],
+            kernel_drops=self.source.kernel_drops(),
+            link_downs=self._link_downs if self.source.watched else None,
+            demotions=self._demotions,
+            undelivered=self._undelivered,
+        )
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """When a timeout ends, on the monotonic clock; None for never."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """The time until a deadline, 0 behind it; None for ever."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -1,0 +1,151 @@
+"""Facts about a network device, from rtnetlink(7).
+
+pyroute2 would do this too, but enters another network namespace by forking. Here a socket is made once in the
+device's namespace, by a thread that enters it and ends, and keeps answering from there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from linkrx import libc
+
+# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
+NLMSG_ERROR = 2
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+NLM_F_REQUEST = 1
+NLA_TYPE_MASK = 0x3FFF
+IFLA_ADDRESS = 1
+IFLA_IFNAME = 3
+IFLA_MTU = 4
+IFLA_LINKINFO = 18
+IFLA_STATS64 = 23
+IFLA_INFO_KIND = 1
+IFLA_INFO_DATA = 2
+IFLA_TUN_PI = 4
+TX_DROPPED = 7  # the eighth counter of struct rtnl_link_stats64
+
+_MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr
+_INTERFACE = struct.Struct("=BxHiII")  # struct ifinfomsg
+_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
+_TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
+
+
+@dataclass(frozen=True)
+class Link:
+    """A device as the kernel describes it. `packet_info` is known of TUN and TAP devices only."""
+
+    index: int
+    name: str
+    hardware_type: int
+    mtu: int | None
+    address: bytes
+    kind: str | None
+    packet_info: bool | None
+    tx_dropped: int | None
+
+
+class RouteSocket:
+    """A netlink socket in one network namespace."""
+
+    def __init__(self, namespace: int | None = None) -> None:
+        """In this thread's namespace, or the one that the descriptor `namespace` refers to (needs CAP_SYS_ADMIN)."""
+        self._sequence = 0
+        self._socket = _socket_here() if namespace is None else _socket_in(namespace)
+        self._socket.settimeout(_TIMEOUT)
+
+    def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
+        """The device of that name or index, or None if there is none."""
+        self._sequence += 1
+        body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+        if name is not None:
+            value = name.encode() + b"\0"
+            body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
+            body += bytes(-len(body) % 4)
+        head = _MESSAGE.pack(_MESSAGE.size + len(body), RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(head + body)
+        while True:
+            answer = self._socket.recv(65536)
+            _, kind, _, sequence, _ = _MESSAGE.unpack_from(answer)
+            if sequence != self._sequence:
+                continue  # a late answer to a request that timed out
+            if kind == NLMSG_ERROR:
+                return None
+            if kind == RTM_NEWLINK:
+                return _parse(answer[_MESSAGE.size :])
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+
+
+def _socket_here() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+
+
+def _socket_in(namespace: int) -> socket.socket:
+    made: list[socket.socket] = []
+    failed: list[OSError] = []
+
+    def enter() -> None:
+        try:
+            libc.setns(namespace, libc.CLONE_NEWNET)
+            made.append(_socket_here())
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=enter, name="linkrx-setns")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & NLA_TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _parse(message: bytes) -> Link:
+    _, hardware_type, index, _, _ = _INTERFACE.unpack_from(message)
+    found = dict(_attributes(message[_INTERFACE.size :]))
+    info = dict(_attributes(found.get(IFLA_LINKINFO, b"")))
+    kind = info[IFLA_INFO_KIND].rstrip(b"\0").decode() if IFLA_INFO_KIND in info else None
+    packet_info = None
+    if kind == "tun":
+        value = dict(_attributes(info.get(IFLA_INFO_DATA, b""))).get(IFLA_TUN_PI)
+        # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
+        packet_info = bool(value[0]) if value else None
+    stats = found.get(IFLA_STATS64, b"")
+    return Link(
+        index=index,
+        name=found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(),
+        hardware_type=hardware_type,
+        mtu=struct.unpack("=I", found[IFLA_MTU])[0] if IFLA_MTU in found else None,
+        address=found.get(IFLA_ADDRESS, b""),
+        kind=kind,
+        packet_info=packet_info,
+        tx_dropped=(
+            struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
+        ),
+    )
+
+
+def same_namespace(namespace: int) -> bool:
+    """Whether the descriptor refers to this thread's own network namespace."""
+    here = Path("/proc/thread-self/ns/net").stat()
+    there = os.fstat(namespace)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

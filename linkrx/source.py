@@ -1,0 +1,263 @@
+"""One open source: how it was opened or borrowed, what was changed on it, and what it can be asked."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import select
+import socket
+import struct
+import termios
+from contextlib import ExitStack, suppress
+from enum import Enum
+
+from linkrx.capabilities import (
+    IFREQ_BYTES,
+    SOL_PACKET,
+    Capabilities,
+    HasFileno,
+    borrowed_socket,
+    bound_interface,
+    descriptor,
+    probe,
+    route_socket_for,
+)
+from linkrx.errors import MissingPrivilege, UnsupportedOption
+from linkrx.options import Options
+
+logger = logging.getLogger("linkrx")
+
+ETH_P_ALL = 0x0003  # linux/if_ether.h
+
+# linux/sockios.h, linux/if.h
+SIOCGIFFLAGS = 0x8913
+IFF_UP = 0x1
+
+# linux/if_packet.h, asm-generic/socket.h
+PACKET_ADD_MEMBERSHIP = 1
+PACKET_DROP_MEMBERSHIP = 2
+PACKET_AUXDATA = 8
+PACKET_IGNORE_OUTGOING = 23
+PACKET_MR_PROMISC = 1
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS = 35
+SO_MEMINFO = 55
+SK_MEMINFO_DROPS = 8  # linux/sock_diag.h: the ninth word
+
+# Without more, a socket holds 256 frames of 64 bytes or 93 of 1514: bursts are lost without a word. 32 MiB hold
+# some 40,000 small frames. The kernel takes the memory only while frames are queued.
+RECEIVE_BUFFER = 32 * 1024 * 1024
+
+
+class LinkState(Enum):
+    """Of the interface that a packet socket is bound to."""
+
+    UP = "up"
+    DOWN = "down"
+    GONE = "gone"
+
+
+class Source:
+    """Where packets come from, with everything that `close` has to undo."""
+
+    def __init__(self, fd: int, capabilities: Capabilities, held: object, undo: ExitStack) -> None:
+        self.fd = fd
+        self.capabilities = capabilities
+        self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
+        self._undo = undo
+        self._drops_at_open = self._drops()
+
+    def close(self) -> None:
+        """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
+        self._undo.close()
+        self._held = None
+
+    def abandon(self) -> None:
+        """In a forked child: let go without changing what the parent still uses."""
+        self._undo.pop_all()
+        if self.capabilities.owned:
+            os.close(self.fd)
+            if isinstance(self._held, socket.socket):
+                self._held.detach()
+        self._held = None
+
+    def kernel_drops(self) -> int | None:
+        """Packets dropped for want of room since `open`; None where the kernel does not say.
+
+        For a TAP or TUN queue the device's `tx_dropped`, which all queues of a multi-queue device share.
+        """
+        drops = self._drops()
+        if drops is None or self._drops_at_open is None:
+            return None
+        # A socket's counter has 32 bits and wraps; a device's has 64.
+        return (
+            (drops - self._drops_at_open) % 2**32 if self.capabilities.socket else drops - self._drops_at_open
+        )
+
+    def _drops(self) -> int | None:
+        return self._socket_drops() if self.capabilities.socket else self._queue_drops()
+
+    def _socket_drops(self) -> int | None:
+        try:
+            with borrowed_socket(self.fd) as borrowed:
+                words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * 16)
+        except OSError:
+            return None
+        return (
+            struct.unpack_from("=I", words, 4 * SK_MEMINFO_DROPS)[0]
+            if len(words) > 4 * SK_MEMINFO_DROPS
+            else None
+        )
+
+    def _queue_drops(self) -> int | None:
+        """What the device counted as tx_dropped. Asked in its own namespace, where it may have been moved to."""
+        if self.capabilities.kind not in ("tap", "tun") or self.capabilities.ifindex is None:
+            return None
+        found = route_socket_for(self.fd)
+        if found is None:
+            return None
+        route, _ = found
+        try:
+            link = route.link(index=self.capabilities.ifindex)
+        finally:
+            route.close()
+        return link.tx_dropped if link else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether the source tells when its link goes down: a packet socket bound to an interface."""
+        return (
+            self.capabilities.kind in ("packet", "packet_cooked") and self.capabilities.interface is not None
+        )
+
+    def link_state(self) -> LinkState:
+        """How the interface of a packet socket is doing; UP for sources that do not say."""
+        if not self.watched:
+            return LinkState.UP
+        name = bound_interface(self.fd)  # by now the interface may have another name
+        if not name:
+            return LinkState.GONE
+        with borrowed_socket(self.fd) as borrowed:
+            try:
+                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, name.encode().ljust(IFREQ_BYTES, b"\0"))
+            except OSError:
+                return LinkState.GONE
+        return LinkState.UP if struct.unpack_from("H", answer, 16)[0] & IFF_UP else LinkState.DOWN
+
+    def hung_up(self) -> bool:
+        """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        told = sum(events for _, events in poll.poll(0))
+        if not told & (select.POLLRDHUP | select.POLLHUP):
+            return False
+        queued: int = struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0]
+        return queued == 0
+
+
+def open_source(source: int | str | HasFileno, options: Options) -> Source:
+    """Probe and prepare a source. On any failure what was done is undone."""
+    capabilities = probe(source)
+    options.check_source(capabilities)
+    undo = ExitStack()
+    try:
+        if isinstance(source, str):
+            opened = undo.enter_context(_packet_socket(source))
+            _configure(opened.fileno(), capabilities, options, undo)
+            _bind(opened, source)
+            return Source(opened.fileno(), capabilities, opened, undo)
+        fd = descriptor(source)
+        if capabilities.socket:
+            _configure(fd, capabilities, options, undo)
+        return Source(fd, capabilities, source, undo)
+    except BaseException:
+        undo.close()
+        raise
+
+
+def _packet_socket(interface: str) -> socket.socket:
+    try:
+        # Protocol 0: nothing is received before bind. With ETH_P_ALL here, frames of other interfaces would
+        # queue up until then, and stay.
+        return socket.socket(
+            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
+        )
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"opening a packet socket on {interface!r}",
+            "CAP_NET_RAW",
+            "run with sudo, or in a namespace of your own with `unshare -Urn`",
+            error.errno,
+        ) from error
+
+
+def _bind(packet: socket.socket, interface: str) -> None:
+    try:
+        packet.bind((interface, ETH_P_ALL))
+    except OSError as error:
+        raise OSError(error.errno, f"binding a packet socket to {interface!r}: {error.strerror}") from error
+    # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
+    packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def _configure(fd: int, capabilities: Capabilities, options: Options, undo: ExitStack) -> None:
+    """Set socket options, and note in `undo` how to set them back."""
+    with borrowed_socket(fd) as sock:
+
+        def change(level: int, name: int, value: int) -> None:
+            before = sock.getsockopt(level, name)
+            if before != value:
+                sock.setsockopt(level, name, value)
+                undo.callback(_restore, fd, level, name, before)
+
+        wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
+        if wanted is not None:
+            before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+            undo.callback(_restore_receive_buffer, fd, before)
+            _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
+        if capabilities.kind not in ("packet", "packet_cooked"):
+            return
+        change(SOL_PACKET, PACKET_AUXDATA, 1)
+        change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
+        if options.timestamps:
+            change(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        if options.promiscuous:
+            if capabilities.ifindex is None:
+                raise UnsupportedOption(
+                    f"promiscuous=True on an {capabilities.title} that is bound to no interface: bind it first"
+                )
+            # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
+            request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
+            sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+            undo.callback(_restore, fd, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request)
+
+
+def _restore(fd: int, level: int, name: int, value: int | bytes) -> None:
+    """Set a socket option back, unless its owner has closed the socket: then there is nothing to restore."""
+    with suppress(OSError), borrowed_socket(fd) as sock:
+        sock.setsockopt(level, name, value)
+
+
+def _set_receive_buffer(sock: socket.socket, size: int, *, asked: bool) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        got = (
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        )  # the kernel doubles it for its own needs
+        if got < size:
+            logger.log(
+                logging.WARNING if asked else logging.INFO,
+                "a receive buffer of %d bytes needs CAP_NET_ADMIN; the kernel gave %d. "
+                "`sudo sysctl net.core.rmem_max=%d` allows it for everyone",
+                size,
+                got,
+                size,
+            )
+
+
+def _restore_receive_buffer(fd: int, size: int) -> None:
+    with suppress(OSError), borrowed_socket(fd) as sock:
+        _set_receive_buffer(sock, size, asked=False)

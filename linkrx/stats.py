@@ -1,0 +1,48 @@
+"""What a dispatcher counted, and why it ended."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+
+# Slots of the counters that classification adds to, in C as in Python.
+PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT = range(6)
+
+
+def new_counters() -> array[int]:
+    """Six zeroes of 64 bits."""
+    return array("Q", bytes(6 * 8))
+
+
+class End(Enum):
+    """Why a dispatcher is over."""
+
+    STOPPED = "stop() was called"
+    EOF = "the peer closed"
+    LINK_GONE = "the device was deleted"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters since `open`. None where the source cannot tell.
+
+    `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
+    `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
+    received and are not packets; `truncated` counts among all of these. `kernel_drops` never reached linkrx.
+    `receives` are system calls that received, `waits` those that slept.
+    """
+
+    packets: int
+    bytes: int
+    batches: int
+    receives: int
+    waits: int
+    runts: int
+    empty: int
+    unknown_protocol: int
+    truncated: int
+    kernel_drops: int | None
+    link_downs: int | None
+    demotions: int
+    undelivered: int

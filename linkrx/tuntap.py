@@ -1,0 +1,144 @@
+"""Opening one queue of a TAP or TUN device."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from types import TracebackType
+
+from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
+from linkrx.errors import LinkrxError, MissingPrivilege
+from linkrx.framing import VNET_HEADER_BYTES
+
+DEVICE = "/dev/net/tun"
+
+# linux/if_tun.h
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNSETVNETHDRSZ = 0x400454D8
+TUN_F_CSUM = 0x01
+TUN_F_TSO4 = 0x02
+TUN_F_TSO6 = 0x04
+TUN_F_TSO_ECN = 0x08
+TUN_F_USO4 = 0x20
+TUN_F_USO6 = 0x40
+
+IFNAMSIZ = 16  # linux/if.h, the final zero byte included
+
+
+class TunTap:
+    """One open queue of a TAP (Ethernet frames) or TUN (IP packets) device: what to give to `linkrx.open`.
+
+    An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
+    is closed, unless it was made persistent. Attaching to a device that exists resets what an earlier owner left
+    on it: offloads and the size of the virtio-net header. `offload` is the TUN_F_* mask the kernel agreed to, 0
+    without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        mode: str = "tap",
+        *,
+        multi_queue: bool = False,
+        vnet_header: bool = False,
+        offload: bool = False,
+    ) -> None:
+        """Raises MissingPrivilege, ValueError for names and modes that cannot be, OSError with what the kernel said."""
+        self._fd = -1
+        if mode not in ("tap", "tun"):
+            raise ValueError(f"mode {mode!r}: a device is a 'tap' or a 'tun'")
+        if len(name.encode()) >= IFNAMSIZ:
+            raise ValueError(f"interface name {name!r} is longer than {IFNAMSIZ - 1} bytes")
+        if offload and not vnet_header:
+            raise ValueError("offload=True needs vnet_header=True: the header describes the super-packets")
+        flags = IFF_NO_PI | (IFF_TAP if mode == "tap" else IFF_TUN)
+        flags |= IFF_MULTI_QUEUE if multi_queue else 0
+        flags |= IFF_VNET_HDR if vnet_header else 0
+        self.mode = mode
+        self._fd = _open_device()
+        try:
+            self.name = _attach(self._fd, name, flags)
+            fcntl.ioctl(self._fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+            self.offload = _set_offload(self._fd, offload)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The queue's file descriptor; -1 once closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the queue. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> TunTap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<TunTap {self.mode} {self.name} {'closed' if self._fd < 0 else f'fd {self._fd}'}>"
+
+
+def _open_device() -> int:
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"opening {DEVICE}",
+            "access to the device",
+            f"run as root, or `sudo chmod 666 {DEVICE}`",
+            error.errno,
+        ) from error
+    except FileNotFoundError as error:
+        raise LinkrxError(
+            f"{DEVICE} does not exist: load the driver with `sudo modprobe tun`; in a container add "
+            f"`--device {DEVICE}`"
+        ) from error
+
+
+def _attach(fd: int, name: str, flags: int) -> str:
+    request = struct.pack(f"{IFNAMSIZ}sH22x", name.encode(), flags)
+    try:
+        answer = fcntl.ioctl(fd, TUNSETIFF, request)
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"attaching to the device {name!r}",
+            "CAP_NET_ADMIN",
+            "run with sudo, or in a namespace of your own with `unshare -Urn`",
+            error.errno,
+        ) from error
+    except OSError as error:
+        why = {
+            errno.EBUSY: "another process holds its only queue; open all queues with multi_queue=True to share it",
+            errno.EINVAL: "the device exists with another mode, or with another multi_queue setting",
+        }.get(error.errno or 0, "TUNSETIFF was refused")
+        raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
+    return answer[:IFNAMSIZ].rstrip(b"\0").decode()
+
+
+def _set_offload(fd: int, wanted: bool) -> int:
+    """Set the offloads anew, falling back to what the kernel has; USO came with Linux 6.2."""
+    tso = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
+    for mask in (tso | TUN_F_USO4 | TUN_F_USO6, tso, TUN_F_CSUM, 0) if wanted else (0,):
+        try:
+            fcntl.ioctl(fd, TUNSETOFFLOAD, mask)
+        except OSError as error:
+            if error.errno != errno.EINVAL or mask == 0:
+                raise
+        else:
+            return mask
+    raise AssertionError("the mask 0 is always accepted or raises")

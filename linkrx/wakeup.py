@@ -1,0 +1,90 @@
+"""What a wait waits on: the source, a stop or a wake from this process, and a timer while a link is down."""
+
+from __future__ import annotations
+
+import os
+import select
+from contextlib import suppress
+
+from linkrx import libc
+
+# How soon a deleted interface is noticed: the kernel says "down" first and then, on AF_PACKET, nothing more.
+RECHECK_SECONDS = 0.02
+
+
+class EventFd:
+    """An eventfd that is closed when nobody can write to it any more, never earlier.
+
+    `stop()` may run in any thread while another closes the dispatcher. Were the descriptor closed under it, the
+    write could land in a file that got the same number.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self) -> None:
+        """Make it readable."""
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """Make it unreadable."""
+        with suppress(BlockingIOError):  # it was clear already
+            os.eventfd_read(self.fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Wakeup:
+    """One epoll instance over all that may end a wait. Its descriptor can itself be polled."""
+
+    def __init__(self, source: int) -> None:
+        self.event: EventFd | None = EventFd()
+        self._source = source
+        self._timer: int | None = None
+        self._epoll = select.epoll()
+        try:
+            self._epoll.register(self.event.fd, select.EPOLLIN)
+            self._epoll.register(source, select.EPOLLIN)
+        except OSError:
+            self._epoll.close()
+            raise
+
+    def fileno(self) -> int:
+        """Readable when a wait would return at once."""
+        return self._epoll.fileno()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Sleep until something happens or `timeout` seconds are over. True if the source says it is readable."""
+        return any(fd == self._source for fd, _ in self._epoll.poll(timeout))
+
+    def clear_timer(self) -> None:
+        """Make the timer unreadable until it fires again."""
+        if self._timer is not None:
+            with suppress(BlockingIOError):
+                os.read(self._timer, 8)
+
+    def rest(self, timeout: float) -> None:
+        """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
+        if self.event is not None:
+            poll = select.poll()
+            poll.register(self.event.fd, select.POLLIN)
+            poll.poll(timeout * 1000)
+
+    def watch_link(self, down: bool) -> None:
+        """While a link is down, wake up regularly to see whether it still exists."""
+        if down and self._timer is None:
+            self._timer = libc.timerfd(RECHECK_SECONDS)
+            self._epoll.register(self._timer, select.EPOLLIN)
+        elif not down and self._timer is not None:
+            timer, self._timer = self._timer, None
+            os.close(timer)  # which takes it out of the epoll instance too
+
+    def close(self) -> None:
+        """Idempotent. Takes nothing out of the epoll instance: after a fork the parent still uses it."""
+        if self._timer is not None:
+            os.close(self._timer)
+            self._timer = None
+        self._epoll.close()
+        self.event = None
