@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -125,6 +126,8 @@ def probe(source: int | str | HasFileno) -> Capabilities:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     except OSError as error:
         raise UnsupportedSource(f"file descriptor {fd} is not open: {error.strerror}") from error
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        raise UnsupportedSource(f"file descriptor {fd} is open for writing only: give the reading end")
     if stat.S_ISSOCK(mode):
         found = _probe_socket(fd)
     elif stat.S_ISFIFO(mode):
@@ -136,8 +139,6 @@ def probe(source: int | str | HasFileno) -> Capabilities:
             f"file descriptor {fd} is a {_name_of(mode)}: linkrx receives packets from TAP and TUN queues, packet "
             "and datagram sockets, and packet pipes"
         )
-    if flags & os.O_ACCMODE == os.O_WRONLY:
-        raise UnsupportedSource(f"file descriptor {fd} is open for writing only: give the reading end")
     return replace(found, nonblocking=bool(flags & os.O_NONBLOCK))
 
 
@@ -276,12 +277,36 @@ def _packet_vnet_header_size(borrowed: socket.socket) -> int:
 
 
 def _probe_pipe(fd: int, flags: int) -> Capabilities:
+    # pipe2(O_DIRECT) marks the writing end only: what makes packets is how they are written.
     if not flags & os.O_DIRECT:
-        raise UnsupportedSource(
-            f"file descriptor {fd} is a pipe, a byte stream without packet boundaries: make it with "
-            "os.pipe2(os.O_DIRECT)"
-        )
+        ends = _writing_ends(fd)
+        if not all(end & os.O_DIRECT for end in ends):
+            raise UnsupportedSource(
+                f"file descriptor {fd} is a pipe, a byte stream without packet boundaries: make it with "
+                "os.pipe2(os.O_DIRECT)"
+            )
+        if not ends:
+            raise UnsupportedSource(
+                f"file descriptor {fd} is a pipe that another process writes: whether that is in packet mode cannot be "
+                f"told. If it is, say so with fcntl.fcntl({fd}, fcntl.F_SETFL, {flags} | os.O_DIRECT)"
+            )
     return Capabilities("pipe", socket=False, largest_frame=LARGEST_PIPE_PACKET)
+
+
+def _writing_ends(fd: int) -> list[int]:
+    """The file status flags of this process's descriptors for the writing end of a pipe."""
+    pipe = os.fstat(fd)
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # the descriptor that lists the folder is closed by now
+            status = os.fstat(number)
+            flags = fcntl.fcntl(number, fcntl.F_GETFL)
+            if (status.st_dev, status.st_ino) == (
+                pipe.st_dev,
+                pipe.st_ino,
+            ) and flags & os.O_ACCMODE != os.O_RDONLY:
+                found.append(flags)
+    return found
 
 
 def _probe_queue(fd: int) -> Capabilities:

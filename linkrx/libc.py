@@ -35,12 +35,12 @@ def _checked(result: int, call: str) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces named by `flags` for new ones, as unshare(2) does."""
+    """Leave the namespaces that `flags` names for new ones. See man 2 unshare."""
     _checked(_libc.unshare(flags), "unshare")
 
 
 def setns(fd: int, kind: int) -> None:
-    """Move this thread into the namespace that `fd` refers to, as setns(2) does."""
+    """Move this thread into the namespace that `fd` refers to. See man 2 setns."""
     _checked(_libc.setns(fd, kind), "setns")
 
 
