@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -9,6 +10,7 @@ import stat
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from linkrx.errors import UnsupportedSource
@@ -56,6 +58,7 @@ LARGEST_UDP = 65_535
 LARGEST_PIPE_PACKET = 4096  # PIPE_BUF: the kernel splits longer writes
 
 IFREQ_BYTES = 40  # sizeof(struct ifreq)
+IFNAMSIZ = 16  # linux/if.h, the final zero byte included
 
 # With SOCK_NONBLOCK in the type, Python leaves O_NONBLOCK alone even under socket.setdefaulttimeout().
 _TYPE = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
@@ -176,7 +179,9 @@ def borrowed_socket(fd: int) -> socket.socket:
 
 def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
     """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7)."""
-    ifreq = name.encode()[:15].ljust(IFREQ_BYTES, b"\0")
+    ifreq = os.fsencode(name).ljust(IFREQ_BYTES, b"\0")
+    if len(os.fsencode(name)) >= IFNAMSIZ:
+        raise OSError(errno.ENODEV, f"a name has {IFNAMSIZ - 1} bytes at most")
 
     def ask(what: int, form: str) -> int:
         value: int = struct.unpack_from(form, fcntl.ioctl(request, what, ifreq), 16)[0]
@@ -297,10 +302,10 @@ def _writing_ends(fd: int) -> list[int]:
     """The file status flags of this process's descriptors for the writing end of a pipe."""
     pipe = os.fstat(fd)
     found = []
-    for number in map(int, os.listdir("/proc/self/fd")):
+    for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the descriptor that lists the folder is closed by now
-            status = os.fstat(number)
-            flags = fcntl.fcntl(number, fcntl.F_GETFL)
+            status = os.fstat(int(entry.name))
+            flags = fcntl.fcntl(int(entry.name), fcntl.F_GETFL)
             if (status.st_dev, status.st_ino) == (
                 pipe.st_dev,
                 pipe.st_ino,
@@ -321,7 +326,7 @@ def _probe_queue(fd: int) -> Capabilities:
             f"file descriptor {fd} is open on /dev/net/tun but attached to no device ({error.strerror}): its device "
             "was deleted, or TUNSETIFF is still to come; linkrx.TunTap opens and attaches a queue"
         ) from error
-    name = answer[:16].rstrip(b"\0").decode()
+    name = os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
     flags: int = struct.unpack_from("H", answer, 16)[0]
     tap = bool(flags & IFF_TAP)
     size = 0

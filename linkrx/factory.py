@@ -74,6 +74,13 @@ def backends() -> tuple[BackendInfo, ...]:
     )
 
 
+def from_environment(backend: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """The backend asked for and those to avoid, as `choose` takes them: LINKRX_BACKEND replaces "auto" only."""
+    if backend == "auto":
+        backend = os.environ.get("LINKRX_BACKEND") or "auto"
+    return backend, tuple(filter(None, map(str.strip, os.environ.get("LINKRX_AVOID", "").split(","))))
+
+
 def choose(
     capabilities: Capabilities,
     infos: Sequence[BackendInfo],
@@ -177,13 +184,10 @@ def open(  # noqa: A001
         raise TypeError(
             f"open() has no option {', '.join(unknown)}: {', '.join(Options.__dataclass_fields__)}"
         ) from None
-    if backend == "auto":
-        backend = os.environ.get("LINKRX_BACKEND") or "auto"
-    avoid = [name.strip() for name in os.environ.get("LINKRX_AVOID", "").split(",") if name.strip()]
     infos = backends()
     opened = open_source(source, wanted)
     try:
-        choice = choose(opened.capabilities, infos, wanted, backend, avoid)
+        choice = choose(opened.capabilities, infos, wanted, *from_environment(backend))
         return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
     except BaseException:
         opened.close()

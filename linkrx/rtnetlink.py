@@ -66,7 +66,7 @@ class RouteSocket:
         self._sequence += 1
         body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         if name is not None:
-            value = name.encode() + b"\0"
+            value = os.fsencode(name) + b"\0"
             body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
             body += bytes(-len(body) % 4)
         head = _MESSAGE.pack(_MESSAGE.size + len(body), RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0)
@@ -132,7 +132,7 @@ def _parse(message: bytes) -> Link:
     stats = found.get(IFLA_STATS64, b"")
     return Link(
         index=index,
-        name=found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(),
+        name=os.fsdecode(found.get(IFLA_IFNAME, b"").rstrip(b"\0")),
         hardware_type=hardware_type,
         mtu=struct.unpack("=I", found[IFLA_MTU])[0] if IFLA_MTU in found else None,
         address=found.get(IFLA_ADDRESS, b""),

@@ -23,7 +23,7 @@ from linkrx.capabilities import (
     probe,
     route_socket_for,
 )
-from linkrx.errors import MissingPrivilege, UnsupportedOption
+from linkrx.errors import BECOME_ROOT, MissingPrivilege, UnsupportedOption
 from linkrx.options import Options
 
 logger = logging.getLogger("linkrx")
@@ -140,7 +140,7 @@ class Source:
             return LinkState.GONE
         with borrowed_socket(self.fd) as borrowed:
             try:
-                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, name.encode().ljust(IFREQ_BYTES, b"\0"))
+                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, os.fsencode(name).ljust(IFREQ_BYTES, b"\0"))
             except OSError:
                 return LinkState.GONE
         return LinkState.UP if struct.unpack_from("H", answer, 16)[0] & IFF_UP else LinkState.DOWN
@@ -187,7 +187,7 @@ def _packet_socket(interface: str) -> socket.socket:
         raise MissingPrivilege(
             f"opening a packet socket on {interface!r}",
             "CAP_NET_RAW",
-            "run with sudo, or in a namespace of your own with `unshare -Urn`",
+            BECOME_ROOT,
             error.errno,
         ) from error
 

@@ -8,8 +8,8 @@ import os
 import struct
 from types import TracebackType
 
-from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
-from linkrx.errors import LinkrxError, MissingPrivilege
+from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, IFNAMSIZ
+from linkrx.errors import BECOME_ROOT, LinkrxError, MissingPrivilege
 from linkrx.framing import VNET_HEADER_BYTES
 
 DEVICE = "/dev/net/tun"
@@ -24,8 +24,6 @@ TUN_F_TSO6 = 0x04
 TUN_F_TSO_ECN = 0x08
 TUN_F_USO4 = 0x20
 TUN_F_USO6 = 0x40
-
-IFNAMSIZ = 16  # linux/if.h, the final zero byte included
 
 
 class TunTap:
@@ -50,7 +48,7 @@ class TunTap:
         self._fd = -1
         if mode not in ("tap", "tun"):
             raise ValueError(f"mode {mode!r}: a device is a 'tap' or a 'tun'")
-        if len(name.encode()) >= IFNAMSIZ:
+        if len(os.fsencode(name)) >= IFNAMSIZ:
             raise ValueError(f"interface name {name!r} is longer than {IFNAMSIZ - 1} bytes")
         if offload and not vnet_header:
             raise ValueError("offload=True needs vnet_header=True: the header describes the super-packets")
@@ -111,14 +109,14 @@ def _open_device() -> int:
 
 
 def _attach(fd: int, name: str, flags: int) -> str:
-    request = struct.pack(f"{IFNAMSIZ}sH22x", name.encode(), flags)
+    request = struct.pack(f"{IFNAMSIZ}sH22x", os.fsencode(name), flags)
     try:
         answer = fcntl.ioctl(fd, TUNSETIFF, request)
     except PermissionError as error:
         raise MissingPrivilege(
             f"attaching to the device {name!r}",
             "CAP_NET_ADMIN",
-            "run with sudo, or in a namespace of your own with `unshare -Urn`",
+            BECOME_ROOT,
             error.errno,
         ) from error
     except OSError as error:
@@ -127,7 +125,7 @@ def _attach(fd: int, name: str, flags: int) -> str:
             errno.EINVAL: "the device exists with another mode, or with another multi_queue setting",
         }.get(error.errno or 0, "TUNSETIFF was refused")
         raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
-    return answer[:IFNAMSIZ].rstrip(b"\0").decode()
+    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
 
 
 def _set_offload(fd: int, wanted: bool) -> int:

@@ -20,7 +20,12 @@ class EventFd:
     """
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"eventfd(2), with which stop() ends a wait: {error.strerror}"
+            ) from error
 
     def set(self) -> None:
         """Make it readable."""

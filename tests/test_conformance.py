@@ -6,14 +6,14 @@ import pytest
 from conftest import cell_outcomes
 
 import linkrx
-from linkrx import testing
+from linkrx import rigs, testing
 
 NAMES = [info.name for info in linkrx.backends()]
 
 
-def cells(rigs: tuple[testing.MakeRig, ...]) -> list[object]:
+def cells(kinds: tuple[rigs.MakeRig, ...]) -> list[object]:
     """One parameter for each backend, rig and check."""
-    return [pytest.param(cell, id=cell.name) for name in NAMES for cell in testing.cells(name, rigs)]
+    return [pytest.param(cell, id=cell.name) for name in NAMES for cell in testing.cells(name, kinds)]
 
 
 def settle(cell: testing.Cell) -> None:
@@ -28,14 +28,14 @@ def settle(cell: testing.Cell) -> None:
     cell_outcomes["unavailable"] += 1
 
 
-@pytest.mark.parametrize("cell", cells(testing.PLAIN_RIGS))
+@pytest.mark.parametrize("cell", cells(rigs.PLAIN_RIGS))
 def test_plain_cell(cell: testing.Cell) -> None:
     """The backend passes the check on a source that needs no privilege, or refuses the source and says why."""
     settle(cell)
 
 
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("cell", cells(testing.DEVICE_RIGS))
+@pytest.mark.parametrize("cell", cells(rigs.DEVICE_RIGS))
 def test_device_cell(cell: testing.Cell) -> None:
     """The backend passes the check on a source behind a network device, or refuses the source and says why."""
     settle(cell)

@@ -1,0 +1,100 @@
+"""Output for people and for pipes: styled where rich is installed and stdout is a terminal, else plain aligned text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+
+# How a line or a cell that starts with this word looks in a terminal.
+_STYLES = {
+    "ok": "green",
+    "yes": "green",
+    "supported": "green",
+    "chosen": "green",
+    "no": "red",
+    "failed": "red",
+    "unavailable": "yellow",
+    "refused": "yellow",
+}
+
+
+class Terminal:
+    """Plain text: one record a line, in columns, without an escape code."""
+
+    def heading(self, text: str) -> None:
+        """What the lines below are about."""
+        self.line(text)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """One line, out at once: a reader at the other end of a pipe sees each packet when it comes."""
+        print(text.rstrip(), flush=True)
+
+    def table(
+        self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
+    ) -> None:
+        """Rows in columns as wide as their widest cell; `titles` may be empty. Columns in `numbers` align right."""
+        lines = [titles, *rows] if titles else rows
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        right = [title in numbers for title in titles] or [False] * len(widths)
+        for cells in lines:
+            columns = zip(cells, widths, right, strict=True)
+            self.line(
+                "  ".join(cell.rjust(width) if flush else cell.ljust(width) for cell, width, flush in columns)
+            )
+
+
+class RichTerminal(Terminal):
+    """The same content through rich: colours, and long sentences folded inside their column."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False)
+
+    def heading(self, text: str) -> None:
+        """In bold."""
+        self.line(text, "bold")
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """In `style`, or in that of the line's first word."""
+        from rich.text import Text
+
+        # Text, not a string: rich would read the brackets in a sentence as markup.
+        self._console.print(Text(text.rstrip(), style or _style(text)), soft_wrap=True)
+
+    def table(
+        self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
+    ) -> None:
+        """Only the last column folds: the others are names and numbers that a reader compares."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            box=None, show_header=bool(titles), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
+        )
+        for index, title in enumerate(titles or rows[0]):
+            table.add_column(
+                title if titles else "",
+                justify="right" if titles and title in numbers else "left",
+                no_wrap=index + 1 < len(titles or rows[0]),
+            )
+        for cells in rows:
+            table.add_row(*(Text(cell, _style(cell)) for cell in cells))
+        self._console.print(table)
+
+
+def on_stdout() -> Terminal:
+    """The terminal that suits what stdout is."""
+    return RichTerminal() if sys.stdout.isatty() and find_spec("rich") else Terminal()
+
+
+def sentence(error: Exception) -> str:
+    """The error without Python's "[Errno 1]" in front."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _style(text: str) -> str:
+    return _STYLES.get(text.partition(" ")[0].rstrip(":,;"), "")

@@ -1,0 +1,390 @@
+"""The command line, run as a user runs it: in a process of its own, whose namespaces the demo may change."""
+
+from __future__ import annotations
+
+import os
+import platform
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+
+import linkrx
+from linkrx import rigs
+
+PATIENCE = 60.0  # seconds until a process that should have ended hangs
+ESCAPE = "\x1b"
+SUPPORTED = [info.name for info in linkrx.backends() if info.supported]
+
+WITHOUT_CORE = """
+import sys
+sys.modules["linkrx._core._native"] = None
+from linkrx.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python` with these arguments, its output in pipes."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LINKRX_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**inherited, **environment},
+        check=False,
+    )
+
+
+def linkrx_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m linkrx` with these arguments."""
+    return run("-m", "linkrx", *arguments, **environment)
+
+
+def packet_lines(output: str, backend: str) -> list[tuple[str, str, str, int]]:
+    """Protocol, remote, local and length of each packet that the demo shows for a backend."""
+    mac = "((?:[0-9a-f]{2}:){5}[0-9a-f]{2})"
+    found = re.findall(rf"^ *\d+\.\d{{6}}  {backend} +(\w+) +{mac} > {mac} +(\d+)$", output, re.MULTILINE)
+    return [(protocol, remote, local, int(length)) for protocol, remote, local, length in found]
+
+
+def summary_line(output: str, backend: str) -> list[str]:
+    """Packets, bytes, answered and status of a backend in the demo's summary, or what stands there instead."""
+    table = output[output.index("\nbackend ") :]
+    line = next(line for line in table.splitlines() if line.split()[:1] == [backend])
+    return line.split(maxsplit=4)[1:]
+
+
+def in_terminal(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of `python -m linkrx` under a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "linkrx", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
+        )
+        os.close(theirs)
+        output = b""
+        deadline = time.monotonic() + PATIENCE
+        while select.select([ours], [], [], max(0, deadline - time.monotonic()))[0]:
+            try:
+                output += os.read(ours, 65536)
+            except OSError:  # EIO: the other side is closed
+                break
+        else:
+            process.kill()
+        return process.wait(PATIENCE), output.decode()
+    finally:
+        os.close(ours)
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_shows_every_packet_of_every_backend() -> None:
+    """Every supported backend delivers the ARP packet and each echo once, and all its pings are answered."""
+    done = linkrx_command("demo", "--count", "4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ESCAPE not in done.stdout
+    for name in SUPPORTED:
+        lines = packet_lines(done.stdout, name)
+        assert [protocol for protocol, *_ in lines] == ["ARP", "IPv4", "IPv4", "IPv4", "IPv4"]
+        assert [length for *_, length in lines] == [42, 98, 98, 98, 98]
+        *counted, status = summary_line(done.stdout, name)
+        assert counted == ["5", str(42 + 4 * 98), "4/4"]
+        assert status.startswith("ok")
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_watches_by_name_what_is_no_socket() -> None:
+    """recvmmsg, which refuses a TAP queue, receives the answers; os_readv receives the questions."""
+    done = linkrx_command("demo", "--count", "1")
+    answers = packet_lines(done.stdout, "recvmmsg")
+    questions = packet_lines(done.stdout, "os_readv")
+    assert {local for _, _, local, _ in questions} == {"ff:ff:ff:ff:ff:ff", "02:00:00:00:00:02"}
+    if "recvmmsg" in SUPPORTED:
+        assert {remote for _, remote, _, _ in answers} == {"02:00:00:00:00:02"}
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_in_a_terminal() -> None:
+    """Under a terminal the demo answers all pings too, and styles its output where rich is installed."""
+    code, output = in_terminal("demo", "--count", "1")
+    assert code == 0
+    assert (ESCAPE in output) == (find_spec("rich") is not None)
+    for name in SUPPORTED:
+        assert re.search(rf"{name} .*1/1", output)
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_without_the_core() -> None:
+    """Without the C core the demo works on os_readv, and says of the others what is missing."""
+    done = run("-c", WITHOUT_CORE, "demo", "--count", "2")
+    assert done.returncode == 0
+    assert summary_line(done.stdout, "os_readv")[2] == "2/2"
+    for name in ("readv", "recvmmsg"):
+        assert not packet_lines(done.stdout, name)
+        assert re.search(rf"^{name} .* unavailable: the C core was not built", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_is_not_swayed_by_the_environment() -> None:
+    """LINKRX_BACKEND and LINKRX_AVOID change nothing: the demo names each backend itself."""
+    done = linkrx_command("demo", "--count", "1", LINKRX_BACKEND="recvmmsg", LINKRX_AVOID="readv,os_readv")
+    assert done.returncode == 0
+    assert all(summary_line(done.stdout, name)[2] == "1/1" for name in SUPPORTED)
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_leaves_nothing_behind() -> None:
+    """After the demo there is no device, no thread and no descriptor more than before."""
+    program = """
+import os, socket, sys, threading
+import pyroute2
+from linkrx.cli import main
+before = os.listdir("/proc/self/fd")
+code = main(["demo", "--count", "1"])
+assert os.listdir("/proc/self/fd") == before, os.listdir("/proc/self/fd")
+assert [name for _, name in socket.if_nameindex()] == ["lo"], socket.if_nameindex()
+assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
+sys.exit(code)
+"""
+    done = run("-W", "error", "-X", "dev", "-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SILENT = """
+import sys
+from linkrx import cli, demo, responder
+demo.PATIENCE = 0.01
+responder.Responder.deliver = lambda *call: None
+sys.exit(cli.main(["demo", "--count", "2"]))
+"""
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_fails_when_pings_are_not_answered() -> None:
+    """With a responder that answers nothing each backend is reported as failed and the exit code is 1."""
+    done = run("-c", SILENT)
+    assert (done.returncode, done.stderr) == (1, "")
+    for name in SUPPORTED:
+        *_, answered, status = summary_line(done.stdout, name)
+        assert (answered, status) == ("0/2", "failed: 2 pings were not answered")
+
+
+BROKEN = """
+import sys
+from linkrx import cli, demo
+from linkrx.backends.os_readv import OsReadv
+def fill(self, arena, room):
+    raise OSError(5, "Input/output error")
+OsReadv.fill = fill
+demo.PATIENCE = 0.01
+sys.exit(cli.main(["demo", "--count", "1"]))
+"""
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_reports_a_backend_that_breaks() -> None:
+    """A backend that raises is reported with its error, and the others take their turn all the same."""
+    done = run("-c", BROKEN)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.search(r"^os_readv .*failed: receiving .*Input/output error$", done.stdout, re.MULTILINE)
+    for name in set(SUPPORTED) - {"os_readv"}:
+        assert summary_line(done.stdout, name)[2] == "1/1"
+
+
+REFUSED = """
+import sys
+from linkrx import cli, demo
+from linkrx.errors import MissingPrivilege
+def refuse():
+    raise MissingPrivilege("a network namespace", "CAP_SYS_ADMIN", "run with sudo", 1)
+demo.enter_private_network = refuse
+sys.exit(cli.main(["demo"]))
+"""
+
+
+def test_demo_where_it_cannot_run() -> None:
+    """Without the privilege the exit code is 3, and stderr is one line that says what to type."""
+    done = run("-c", REFUSED)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "linkrx: a network namespace needs CAP_SYS_ADMIN; run with sudo\n"
+
+
+# A parent that ignores SIGINT, as a shell does for background jobs, would hand that on.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from linkrx.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.usefixtures("devices")
+def test_demo_interrupted() -> None:
+    """Ctrl-C in the middle of the demo ends it with exit code 130 and nothing on stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, "demo", "--count", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        # Its output is larger than the pipe: having been read no further, it cannot be over.
+        assert any(b"IPv4" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (130, b"")
+
+
+@pytest.mark.usefixtures("devices")
+def test_reader_that_goes_away() -> None:
+    """When the reader of a pipe goes away the demo ends with exit code 141 and nothing on stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "linkrx", "demo", "--count", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(PATIENCE), errors) == (141, b"")
+
+
+def test_doctor_on_the_host() -> None:
+    """The doctor names the versions, the kernel, the privileges and every backend, and exits with 0."""
+    done = linkrx_command("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ESCAPE not in done.stdout
+    for finding in (linkrx.__version__, platform.python_version(), platform.release(), platform.machine()):
+        assert finding in done.stdout
+    for subject in ("C core", "CAP_NET_RAW", "CAP_NET_ADMIN", "/dev/net/tun"):
+        assert re.search(rf"^{subject} +(yes|no: .+)$", done.stdout, re.MULTILINE)
+    for info in linkrx.backends():
+        verdict = "supported" if info.supported else f"unavailable +{re.escape(str(info.reason))}"
+        assert re.search(rf"^{info.name} +{verdict}", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("devices")
+def test_doctor_on_an_interface() -> None:
+    """Given an interface, the doctor prints what the probe finds and the choice that open makes there."""
+    with rigs.veth() as (near, _):
+        found = linkrx.probe(near)
+        with linkrx.open(near) as rx:
+            explained = rx.choice.explain()
+        done = linkrx_command("doctor", near)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert explained in done.stdout
+    for name in ("kind", "interface", "ifindex", "mtu", "ethernet"):
+        assert re.search(rf"^{name} +{getattr(found, name)}$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("devices")
+def test_doctor_in_a_terminal() -> None:
+    """Under a terminal the doctor says the same of an interface, styled where rich is installed."""
+    code, output = in_terminal("doctor", "lo")
+    assert code == 0
+    assert (ESCAPE in output) == (find_spec("rich") is not None)
+    assert re.search(r"\w+ +chosen", output)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"LINKRX_BACKEND": "os_readv"}, "os_readv  chosen    it was named"),
+        ({"LINKRX_AVOID": "recvmmsg, readv"}, "recvmmsg  refused   LINKRX_AVOID names it"),
+        ({"LINKRX_AVOID": "recvmmsg, readv"}, "os_readv  chosen    the best that takes the source"),
+    ],
+)
+def test_doctor_honours_the_environment(environment: dict[str, str], line: str) -> None:
+    """LINKRX_BACKEND and LINKRX_AVOID bear on the doctor's choice as they do on open."""
+    if not {"readv", "recvmmsg"} <= set(SUPPORTED):
+        pytest.skip("needs the C core")
+    done = linkrx_command("doctor", "lo", **environment)
+    assert done.returncode == 0
+    widths = [re.escape(part) for part in line.split(maxsplit=2)]
+    assert re.search("^" + " +".join(widths), done.stdout, re.MULTILINE)
+
+
+def test_doctor_with_an_unknown_backend_named() -> None:
+    """A LINKRX_BACKEND that does not exist is an error in one line, with exit code 1."""
+    done = linkrx_command("doctor", "lo", LINKRX_BACKEND="carrier_pigeon")
+    assert done.returncode == 1
+    assert done.stderr.startswith("linkrx: there is no backend 'carrier_pigeon'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_doctor_on_an_unknown_interface() -> None:
+    """An interface that does not exist is exit code 1, with the sentence of the error on stderr."""
+    with pytest.raises(linkrx.UnsupportedSource) as caught:
+        linkrx.probe("nowhere0")
+    done = linkrx_command("doctor", "nowhere0")
+    assert (done.returncode, done.stderr) == (1, f"linkrx: {caught.value}\n")
+
+
+def test_doctor_without_the_core() -> None:
+    """Without the C core the doctor gives the reason for readv and recvmmsg, and os_readv keeps the exit code 0."""
+    done = run("-c", WITHOUT_CORE, "doctor")
+    assert done.returncode == 0
+    assert re.search(r"^C core +no: the C core was not built", done.stdout, re.MULTILINE)
+    for name in ("readv", "recvmmsg"):
+        assert re.search(rf"^{name} +unavailable  the C core was not built", done.stdout, re.MULTILINE)
+    assert re.search(r"^os_readv +supported", done.stdout, re.MULTILINE)
+
+
+# capset(2) with the third version of its header (linux/capability.h): the process goes on without any capability.
+UNPRIVILEGED = """
+import ctypes, struct, sys
+header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
+assert ctypes.CDLL(None).capset(header, none) == 0
+from linkrx.cli import main
+sys.exit(main(["doctor", "lo"]))
+"""
+
+
+def test_doctor_without_privileges() -> None:
+    """Without CAP_NET_RAW the doctor says what that costs and what to type, and an interface is exit code 1."""
+    done = run("-c", UNPRIVILEGED)
+    assert done.returncode == 1
+    assert re.search(
+        r"^CAP_NET_RAW +no: no interface can be opened by name; run with sudo", done.stdout, re.MULTILINE
+    )
+    assert re.search(r"^CAP_NET_ADMIN +no: no TAP or TUN device", done.stdout, re.MULTILINE)
+    assert done.stderr.startswith("linkrx: opening a packet socket on 'lo' needs CAP_NET_RAW; run with sudo")
+
+
+def test_help_is_complete() -> None:
+    """Help names every command, the environment, the exit codes and examples, and each command has its own."""
+    done = linkrx_command("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("demo", "doctor", "LINKRX_BACKEND", "LINKRX_AVOID", "exit codes:", "examples:", "--version"):
+        assert part in done.stdout
+    assert "--count" in linkrx_command("demo", "--help").stdout
+    assert "SOURCE" in linkrx_command("doctor", "--help").stdout
+
+
+def test_version() -> None:
+    """`--version` prints the name and the version."""
+    assert linkrx_command("--version").stdout == f"linkrx {linkrx.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("fly",), ("demo", "--count", "0"), ("demo", "-c", "x"), ("doctor", "a", "b")]
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    """Wrong usage is exit code 2 with a message on stderr and nothing on stdout."""
+    done = linkrx_command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error:" in done.stderr

@@ -1,0 +1,306 @@
+"""Ends, and what looks like one: peers that close, links that go down, move and vanish."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+from pyroute2 import IPRoute
+from test_loop import asleep, running, until
+
+import linkrx
+from linkrx.rigs import LOCAL, REMOTE, _injector, tap, tun, veth
+from linkrx.source import LinkState
+
+HEADER = LOCAL + REMOTE + b"\x08\x00"
+BACKENDS = [info.name for info in linkrx.backends() if info.supported]
+QUEUE_BACKENDS = [
+    name for name in BACKENDS if name != "recvmmsg"
+]  # which refuses them, as the conformance cells show
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of this host."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def seqpacket() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Receiver and sender of a seqpacket pair."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with receiver, sender:
+        yield receiver, sender
+
+
+def sizes(rx: linkrx.Dispatcher) -> list[int]:
+    """The data length of every packet until the end."""
+    return [len(packet.data) for packet in rx]
+
+
+# Peers.
+
+
+def test_a_peer_that_closes_is_eof_once_behind_its_data(
+    backend: str, seqpacket: tuple[socket.socket, socket.socket]
+) -> None:
+    """Queued records come first, an empty one among them is no end, and EOF stays the answer."""
+    receiver, sender = seqpacket
+    with linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
+        for body in (b"a", b"bc"):
+            sender.send(HEADER + body)
+        sender.send(b"")
+        sender.send(HEADER + b"def")
+        sender.close()
+        assert sizes(rx) == [1, 2, 3]
+        assert rx.end is linkrx.End.EOF
+        assert rx.dispatch() is False
+        assert rx.stats().empty == 1
+        with pytest.raises(EOFError, match="peer closed"):
+            rx.recv()
+
+
+def test_a_batch_that_ends_in_an_empty_record_is_no_end(
+    backend: str, seqpacket: tuple[socket.socket, socket.socket]
+) -> None:
+    """An empty record at the end of a batch is counted, even when the peer is gone and data follows it."""
+    receiver, sender = seqpacket
+    with linkrx.open(receiver, backend=backend, batch_size=2) as rx:
+        sender.send(HEADER + b"a")
+        sender.send(b"")
+        sender.send(HEADER + b"b")
+        sender.close()
+        assert sizes(rx) == [1, 1]
+        assert rx.stats().empty == 1
+        assert rx.end is linkrx.End.EOF
+
+
+def test_empty_records_alone_are_no_end(backend: str, seqpacket: tuple[socket.socket, socket.socket]) -> None:
+    """While the peer lives, empty records are counted and reception goes on."""
+    receiver, sender = seqpacket
+    with linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
+        for _ in range(5):
+            sender.send(b"")
+        assert rx.dispatch(1) is True
+        assert rx.stats().empty == 5
+        assert rx.end is None
+
+
+def test_a_peer_that_closes_with_our_data_unread(
+    backend: str, seqpacket: tuple[socket.socket, socket.socket]
+) -> None:
+    """The ECONNRESET that this leaves is passed over: what the peer sent is delivered, then EOF."""
+    receiver, sender = seqpacket
+    receiver.send(b"never read")
+    sender.send(HEADER + b"last words")
+    sender.close()
+    with linkrx.open(receiver, backend=backend) as rx:
+        assert sizes(rx) == [10]
+        assert rx.end is linkrx.End.EOF
+
+
+def test_a_datagram_peer_that_closes_is_no_end(backend: str) -> None:
+    """A datagram socket has no end: its peer's close changes nothing."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
+        sender.send(HEADER)
+        sender.close()
+        assert rx.dispatch(1) is True
+        assert rx.dispatch(0.01) is True
+        assert rx.end is None
+        assert rx.stats().packets == 1
+
+
+def test_a_pipe_whose_writer_closes_is_eof(backend: str) -> None:
+    """A packet pipe ends when its last writing end is closed, behind what is in it."""
+    reader, writer = os.pipe2(os.O_DIRECT)
+    try:
+        if backend == "recvmmsg":
+            with pytest.raises(linkrx.UnsupportedSource, match="sockets only"):
+                linkrx.open(reader, backend=backend)
+            os.close(writer)
+            return
+        with linkrx.open(reader, backend=backend) as rx:
+            os.write(writer, HEADER + b"xy")
+            os.close(writer)
+            assert sizes(rx) == [2]
+            assert rx.end is linkrx.End.EOF
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.usefixtures("devices")
+def test_icmp_errors_on_udp_pass(backend: str) -> None:
+    """ECONNREFUSED from an earlier send of the same UDP socket ends nothing."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind(("127.0.0.1", 0))
+        sender.bind(("127.0.0.1", 0))
+        address = sender.getsockname()
+        sender.close()
+        receiver.connect(address)
+        receiver.send(b"nobody listens")
+        with linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
+            assert rx.dispatch(0.01) is True
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+                again.bind(address)
+                again.sendto(HEADER + b"now", receiver.getsockname())
+                assert len(rx.recv(10).data) == 3
+
+
+# Links.
+
+
+def set_down(name: str) -> None:
+    """Take the interface down."""
+    with IPRoute() as route:
+        route.link("set", index=socket.if_nametoindex(name), state="down")
+
+
+def carries(route: IPRoute, name: str) -> bool:
+    """Whether the kernel sends on the interface."""
+    return route.get_links(ifname=name)[0].get("operstate") in ("UP", "UNKNOWN")
+
+
+def set_up(*names: str) -> None:
+    """Bring the ends of a veth pair up, and wait until the kernel sends on them: it takes up to a second to notice."""
+    with IPRoute() as route:
+        for name in names:
+            route.link("set", index=socket.if_nametoindex(name), state="up")
+        for name in names:
+            until(partial(carries, route, name))
+
+
+def delete(name: str) -> None:
+    """Delete the interface."""
+    with IPRoute() as route:
+        route.link("del", index=socket.if_nametoindex(name))
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_packet_socket_survives_its_link(backend: str) -> None:
+    """Down and up, twice: reception goes on, link_downs counts, and the recheck timer stops when it is up."""
+    with (
+        veth() as (near, far),
+        _injector(far) as injector,
+        linkrx.open(near, lambda *_: None, backend=backend) as rx,
+    ):
+        for turn in range(1, 3):
+            injector.send(HEADER + b"before")
+            assert len(rx.recv(10).data) == 6
+            set_down(near)
+            assert rx.dispatch(0.05) is True
+            assert rx.stats().link_downs == turn
+            assert rx.end is None
+            set_up(near, far)
+            injector.send(HEADER + b"behind")
+            assert len(rx.recv(10).data) == 6
+            waits = rx.stats().waits
+            assert rx.dispatch(0.1) is True
+            assert rx.stats().waits == waits + 1
+
+
+@pytest.mark.usefixtures("devices")
+def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> None:
+    """The kernel tells of the link before it hands over what was queued: none of that is lost."""
+    with veth() as (near, far), _injector(far) as injector, linkrx.open(near, backend=backend) as rx:
+        for _ in range(5):
+            injector.send(HEADER)
+        set_down(near)
+        assert sum(map(len, rx.batches(0.05))) == 5
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_link_that_is_down_at_open(backend: str) -> None:
+    """open on an interface that is down waits for it to come up, counts no link down, and sees its deletion."""
+    with veth() as (near, far):
+        set_down(near)
+        with linkrx.open(near, lambda *_: None, backend=backend) as rx, _injector(far) as injector:
+            assert rx.dispatch(0.03) is True
+            assert rx.stats().link_downs == 0
+            set_up(near, far)
+            injector.send(HEADER)
+            assert rx.recv(10)
+            set_down(near)
+            delete(near)
+            assert rx.run() is linkrx.End.LINK_GONE
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("owned", [True, False])
+def test_a_deleted_interface_is_the_end(backend: str, owned: bool) -> None:
+    """A packet socket whose interface is deleted while it waits ends with LINK_GONE, and a new one can be opened."""
+    with veth() as (near, _), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
+        borrowed.bind((near, 3))
+        with linkrx.open(near if owned else borrowed, lambda *_: None, backend=backend) as rx:
+            with running(rx.run):
+                until(lambda: asleep(rx))
+                delete(near)
+            assert rx.end is linkrx.End.LINK_GONE
+            assert rx.dispatch() is False
+            assert rx.stats().link_downs in (0, 1)
+        with IPRoute() as route:
+            route.link("add", ifname=near, kind="veth", peer=f"{near}p")
+        linkrx.open(near, backend=backend).close()
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_renamed_interface_goes_on(backend: str) -> None:
+    """Another name for the interface changes nothing for who receives from it."""
+    with (
+        veth() as (near, far),
+        _injector(far) as injector,
+        linkrx.open(near, backend=backend) as rx,
+        IPRoute() as route,
+    ):
+        index = socket.if_nametoindex(near)
+        route.link("set", index=index, state="down")
+        route.link("set", index=index, ifname="renamed")
+        set_up("renamed", far)
+        injector.send(HEADER + b"still here")
+        assert len(rx.recv(10).data) == 10
+        assert rx._reception.source.link_state() is LinkState.UP
+        route.link("set", index=index, state="down")
+        route.link("set", index=index, ifname=near)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("backend", QUEUE_BACKENDS)
+def test_a_deleted_queue_device_is_the_end(backend: str, mode: str, busy: bool) -> None:
+    """A TAP or TUN queue whose device is deleted ends with LINK_GONE, waiting or not."""
+    with {"tap": tap, "tun": tun}[mode]() as rig, rig.open(backend, lambda *_: None) as rx:
+        name = rx.capabilities.interface
+        assert name is not None
+
+        if busy:
+            rig.send(rig.frame(100))
+            delete(name)
+            assert rx.run() is linkrx.End.LINK_GONE
+        else:
+            with running(rx.run):
+                until(lambda: asleep(rx))
+                delete(name)
+            assert rx.end is linkrx.End.LINK_GONE
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", QUEUE_BACKENDS)
+def test_a_queue_device_that_is_down_comes_back(backend: str) -> None:
+    """A TAP device that goes down gives no sign at all, and reception goes on when it is up again."""
+    with tap() as rig, rig.open(backend, lambda *_: None) as rx:
+        name = rx.capabilities.interface
+        assert name is not None
+        set_down(name)
+        assert rx.dispatch(0.01) is True
+        set_up(name)
+        rig.send(rig.frame(100))
+        assert len(rx.recv(10)) == 100
+        assert rx.stats().link_downs is None

@@ -1,0 +1,613 @@
+"""The loop on what every machine has, AF_UNIX pairs: how it waits, ends, raises, and who may come in."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import linkrx
+from linkrx.rigs import LOCAL, REMOTE
+
+HEADER = LOCAL + REMOTE + b"\x08\x00"
+BACKENDS = [info.name for info in linkrx.backends() if info.supported]
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@contextmanager
+def pair(kind: socket.SocketKind = socket.SOCK_DGRAM) -> Iterator[Pair]:
+    """Receiver and sender."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
+    with receiver, sender:
+        yield receiver, sender
+
+
+@pytest.fixture
+def ends() -> Iterator[Pair]:
+    """A datagram pair."""
+    with pair() as found:
+        yield found
+
+
+def frame(number: int) -> bytes:
+    """A frame that tells its number."""
+    return HEADER + number.to_bytes(4, "big")
+
+
+def number_of(packet: linkrx.Packet) -> int:
+    """What `frame` put in."""
+    return int.from_bytes(packet.data, "big")
+
+
+def ignore(*_: object) -> None:
+    """A deliver that does nothing."""
+
+
+@contextmanager
+def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
+    """`work` in a thread, joined at the end; what it raises is raised here."""
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(10)
+    assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Give other threads the processor until something they do is seen."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "never happened"
+        os.sched_yield()
+
+
+def asleep(rx: linkrx.Dispatcher) -> bool:
+    """Whether its thread has gone into a wait."""
+    return rx.stats().waits > 0
+
+
+# Timeouts.
+
+
+def test_dispatch_returns_true_after_a_timeout_with_nothing(ends: Pair) -> None:
+    """A timeout is no end: dispatch says call again, and nothing was delivered."""
+    with linkrx.open(ends[0], ignore) as rx:
+        assert rx.dispatch(0.01) is True
+        assert rx.dispatch(0) is True
+        assert rx.end is None
+        assert rx.stats().packets == 0
+
+
+def test_recv_raises_timeouterror(ends: Pair) -> None:
+    """recv raises TimeoutError when nothing comes, and gives the packet when something does."""
+    with linkrx.open(ends[0]) as rx:
+        with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
+            rx.recv(0.01)
+        ends[1].send(frame(7))
+        assert number_of(rx.recv(0.01)) == 7
+
+
+def test_batches_end_after_the_timeout(ends: Pair) -> None:
+    """batches(timeout) gives what comes and ends after that long without a packet, runts not counted."""
+    with linkrx.open(ends[0]) as rx:
+        ends[1].send(frame(1))
+        ends[1].send(b"runt")
+        assert [len(batch) for batch in rx.batches(0.01)] == [1]
+        assert list(rx.batches(0)) == []
+        assert rx.end is None
+
+
+def test_a_flood_of_runts_does_not_stop_the_clock(ends: Pair) -> None:
+    """recv(timeout) times out although something arrives all the time, as long as it is no packet."""
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            try:
+                ends[1].send(b"runt", socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()
+
+    with linkrx.open(ends[0]) as rx, running(flood):
+        try:
+            with pytest.raises(TimeoutError):
+                rx.recv(0.05)
+            assert rx.stats().runts > 0
+        finally:
+            stop.set()
+
+
+def test_it_sleeps_once_per_wait_and_never_while_packets_flow(ends: Pair) -> None:
+    """Packets that are there already cost no wait; an empty queue costs one."""
+    with linkrx.open(ends[0], ignore, batch_size=4) as rx:
+        for number in range(12):
+            ends[1].send(frame(number))
+        for _ in range(3):
+            assert rx.dispatch(1)
+        assert rx.stats().waits == 0
+        assert rx.dispatch(0.001)
+        assert rx.stats().waits == 1
+
+
+def test_a_datagram_socket_shut_down_for_reading_burns_no_processor(ends: Pair) -> None:
+    """Such a socket says for ever that it is readable and has nothing: it is asked now and then, not in a spin."""
+    ends[0].shutdown(socket.SHUT_RD)
+    with linkrx.open(ends[0], ignore) as rx:
+        assert rx.dispatch(0.2) is True
+        # 8 wake-ups at once, then one every 10 ms.
+        assert rx.stats().waits < 60
+
+
+# Stopping.
+
+
+def test_stop_wakes_a_wait(ends: Pair) -> None:
+    """stop() from another thread ends a run() that is asleep."""
+    with linkrx.open(ends[0], ignore) as rx:
+        result: list[linkrx.End] = []
+        with running(lambda: result.append(rx.run())):
+            until(lambda: asleep(rx))
+            rx.stop()
+        assert result == [linkrx.End.STOPPED]
+        assert rx.end is linkrx.End.STOPPED
+
+
+def test_stop_before_the_first_dispatch(ends: Pair) -> None:
+    """A stop that comes first wins: packets that wait are not delivered."""
+    got: list[object] = []
+    with linkrx.open(ends[0], lambda *call: got.append(call)) as rx:
+        ends[1].send(frame(1))
+        rx.stop()
+        rx.stop()
+        assert rx.end is linkrx.End.STOPPED
+        assert rx.dispatch() is False
+        assert rx.dispatch(0) is False
+        assert rx.run() is linkrx.End.STOPPED
+        assert list(rx) == []
+        assert list(rx.batches()) == []
+        with pytest.raises(EOFError, match="stop"):
+            rx.recv()
+    assert got == []
+
+
+def test_stop_wins_under_load(ends: Pair) -> None:
+    """After stop() returns, at most the delivery that was running finishes, however many packets wait."""
+    started = threading.Event()
+    delivered: list[float] = []
+
+    def deliver(*_: object) -> None:
+        delivered.append(time.monotonic())
+        started.set()
+
+    flooding = True
+
+    def flood() -> None:
+        while flooding:
+            try:
+                ends[1].send(frame(1), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()
+
+    with linkrx.open(ends[0], deliver) as rx, running(flood), running(rx.run):
+        try:
+            assert started.wait(10)
+            rx.stop()
+            after = len(delivered)
+        finally:
+            flooding = False
+            rx.stop()
+    assert len(delivered) <= after + 1
+
+
+def test_stop_from_a_signal_handler(ends: Pair) -> None:
+    """A handler that calls stop() ends a wait of the main thread."""
+    with linkrx.open(ends[0], ignore) as rx:
+        before = signal.signal(signal.SIGALRM, lambda *_: rx.stop())
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            assert rx.run() is linkrx.End.STOPPED
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+def test_signals_do_not_end_a_wait(ends: Pair) -> None:
+    """A storm of signals whose handler returns leaves dispatch(timeout) waiting its time."""
+    hits: list[int] = []
+    with linkrx.open(ends[0], ignore) as rx:
+        before = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+            assert rx.dispatch(0.05) is True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert rx.end is None
+    assert len(hits) > 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_interrupts_in_a_flood_lose_nothing(backend: str) -> None:
+    """Exceptions raised by a signal handler at any point of the loop neither lose a packet nor repeat one."""
+
+    class Interrupt(Exception):
+        pass
+
+    package = str(Path(linkrx.__file__).parent)
+    total = 10_000
+    got: list[int] = []
+    interrupts: Counter[str] = Counter()
+
+    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+
+    def interrupt(_signal: int, interrupted: FrameType | None) -> None:
+        # Only where the loop itself is at work. Not in deliver: a delivery that raised is not repeated. Not in a
+        # generator: an exception that comes while one is being closed is reported by Python, and lost.
+        assert interrupted is not None
+        stack = [entry.f_code for entry, _ in traceback.walk_stack(interrupted)]
+        at = stack[0]
+        if (
+            at.co_filename.startswith(package)
+            and not at.co_flags & inspect.CO_GENERATOR
+            and deliver.__code__ not in stack
+        ):
+            interrupts[at.co_name] += 1
+            raise Interrupt
+
+    with pair(socket.SOCK_SEQPACKET) as (receiver, sender):
+
+        def send() -> None:
+            for number in range(total):
+                sender.send(frame(number))
+
+        with (
+            linkrx.open(receiver, deliver, backend=backend) as rx,
+            running(send),
+        ):
+            before = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+            try:
+                while not got or got[-1] != total - 1:
+                    with suppress(Interrupt):
+                        rx.dispatch(10)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            assert got == list(range(total))
+            assert rx.stats().packets == total
+    assert interrupts
+
+
+def test_ctrl_c_in_a_wait_raises_at_once() -> None:
+    """SIGINT during a wait raises KeyboardInterrupt in the program, and the dispatcher still closes cleanly."""
+    program = """
+import os, signal, socket, threading, linkrx
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+with linkrx.open(receiver) as rx:
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        rx.recv()
+    except KeyboardInterrupt:
+        print("interrupted", rx.end)
+"""
+    result = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert result.stdout == "interrupted None\n"
+    assert result.returncode == 0
+
+
+# Who may come in.
+
+
+def test_a_second_thread_gets_a_clear_error(ends: Pair) -> None:
+    """While one thread is inside, another one's dispatch, recv, drain and close raise Busy; its stop does not."""
+    with linkrx.open(ends[0], ignore) as rx, running(rx.run):
+        until(lambda: asleep(rx))
+        for enter in (
+            rx.dispatch,
+            rx.recv,
+            rx.drain,
+            rx.close,
+            lambda: next(iter(rx)),
+            lambda: next(rx.batches()),
+        ):
+            with pytest.raises(linkrx.Busy, match="another thread"):
+                enter()
+        rx.stop()
+
+
+def test_receiving_from_inside_deliver_is_refused(ends: Pair) -> None:
+    """A deliver that calls its own dispatcher gets Busy out of dispatch, and the packets behind are kept."""
+    got: list[int] = []
+
+    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+        if len(got) == 1:
+            rx.drain()
+
+    with linkrx.open(ends[0], deliver) as rx:
+        for number in range(3):
+            ends[1].send(frame(number))
+        with pytest.raises(linkrx.Busy, match="inside deliver"):
+            rx.dispatch()
+        assert rx.drain() == 2
+    assert got == [0, 1, 2]
+
+
+def test_ways_to_receive_can_be_mixed(ends: Pair) -> None:
+    """recv, iteration, batches and dispatch take from one stream, in order, whatever each left behind."""
+    got: list[int] = []
+    with linkrx.open(ends[0], lambda *call: got.append(number_of(call[3]))) as rx:
+        for number in range(20):
+            ends[1].send(frame(number))
+        got.append(number_of(rx.recv()))
+        for packet in rx:
+            got.append(number_of(packet))
+            if len(got) == 5:
+                break
+        got += [number_of(packet) for packet in next(rx.batches())][:15]
+        for number in range(20, 25):
+            ends[1].send(frame(number))
+        got.append(number_of(rx.recv()))
+        assert rx.dispatch()
+    assert got == list(range(25))
+
+
+def test_without_deliver_dispatch_says_what_to_do(ends: Pair) -> None:
+    """dispatch, drain and run need a deliver, and say so."""
+    with linkrx.open(ends[0]) as rx:
+        for method in (rx.dispatch, rx.drain, rx.run):
+            with pytest.raises(linkrx.LinkrxError, match="pass deliver="):
+                method()
+
+
+def test_closing_is_final_and_idempotent(ends: Pair) -> None:
+    """After close every use raises Closed, stop and close do nothing, and what is known stays readable."""
+    rx = linkrx.open(ends[0], ignore)
+    ends[1].send(frame(1))
+    kept = rx.recv()
+    rx.close()
+    rx.close()
+    rx.stop()
+    for use in (
+        rx.dispatch,
+        rx.drain,
+        rx.run,
+        rx.recv,
+        rx.batches,
+        rx.fileno,
+        rx.stats,
+        rx.__enter__,
+        lambda: next(iter(rx)),
+    ):
+        with pytest.raises(linkrx.Closed):
+            use()
+    assert number_of(kept) == 1
+    assert rx.backend in BACKENDS
+    assert rx.choice.backend == rx.backend
+    assert rx.capabilities.kind == "unix_dgram"
+    assert ends[0].fileno() >= 0
+    assert "closed" in repr(rx)
+
+
+def test_close_from_inside_deliver(ends: Pair) -> None:
+    """A deliver may close its dispatcher: dispatch returns False and nothing more is delivered."""
+    got: list[object] = []
+
+    def deliver(*call: object) -> None:
+        got.append(call)
+        rx.close()
+
+    rx = linkrx.open(ends[0], deliver)
+    for number in range(3):
+        ends[1].send(frame(number))
+    assert rx.dispatch() is False
+    assert len(got) == 1
+
+
+def test_an_unclosed_dispatcher_warns_and_leaks_nothing(ends: Pair) -> None:
+    """Garbage collection of an open dispatcher gives a ResourceWarning and closes its descriptors."""
+    before = len(os.listdir("/proc/self/fd"))
+    rx = linkrx.open(ends[0])
+    assert len(os.listdir("/proc/self/fd")) > before
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del rx
+        gc.collect()
+    assert [str(w.message) for w in caught if w.category is ResourceWarning] == [
+        f"unclosed <Dispatcher {BACKENDS[0]} on AF_UNIX datagram socket, open>"
+    ]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_source_object_is_kept_alive() -> None:
+    """A socket that only linkrx refers to is not collected, and so not closed, while it is received from."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with sender, linkrx.open(receiver) as rx:
+        held = receiver
+        del receiver
+        gc.collect()
+        sender.send(frame(3))
+        assert number_of(rx.recv(10)) == 3
+        held.close()
+
+
+def test_after_fork_the_child_may_only_close(ends: Pair) -> None:
+    """In a forked child every use raises Closed, close works, and the parent goes on undisturbed."""
+    with linkrx.open(ends[0], ignore) as rx:
+        poll_descriptor = rx.fileno()
+        child = os.fork()
+        if child == 0:  # pragma: no cover, another process
+            outcome = 1
+            try:
+                try:
+                    rx.drain()
+                except linkrx.Closed:
+                    rx.stop()
+                    rx.close()
+                    outcome = 0
+            finally:
+                os._exit(outcome)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        ends[1].send(frame(1))
+        assert rx.fileno() == poll_descriptor
+        assert rx.end is None
+        assert rx.drain() == 1
+
+
+def test_a_borrowed_socket_gets_its_options_back(ends: Pair) -> None:
+    """What was set on a borrowed socket is set back by close; O_NONBLOCK was never touched."""
+    receiver = ends[0]
+    size = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    with linkrx.open(receiver, receive_buffer=3 * size) as rx:
+        assert receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > size
+        assert os.get_blocking(receiver.fileno())
+        with pytest.raises(TimeoutError):
+            rx.recv(0)
+    assert receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == size
+
+
+def test_a_closed_descriptor_is_an_error_that_names_the_source() -> None:
+    """Receiving from a descriptor that its owner closed raises OSError with source and backend in it."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with sender, linkrx.open(receiver, ignore) as rx:
+        receiver.close()
+        with pytest.raises(OSError, match=f"AF_UNIX datagram socket with {rx.backend}: Bad file descriptor"):
+            rx.dispatch(1)
+
+
+def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever step of open fails, the steps before it are undone."""
+    receiver = ends[0]
+    size = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    for target in (
+        "linkrx.wakeup.EventFd.__init__",
+        "select.epoll",
+        "linkrx.arena.mmap.mmap",
+        "linkrx.reception.Reception._build",
+        "linkrx.source.Source.link_state",
+        "linkrx.factory.choose",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, refuse)
+            with pytest.raises(OSError, match="Too many open files"):
+                linkrx.open(receiver, receive_buffer=3 * size)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == size
+
+
+# Delivery.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ethernet", [True, False])
+@pytest.mark.parametrize("size", [100, 1000])
+def test_upstream_delivery(backend: str, ethernet: bool, size: int) -> None:
+    """One packet of random bytes is one delivery, with what the header says, or IPv4 where there is none."""
+    payload = b"\x40" + os.urandom(size - 1)
+    calls: list[tuple[bytes | None, bytes | None, int, linkrx.Packet]] = []
+    with pair() as (receiver, sender):
+        with linkrx.open(receiver, lambda *c: calls.append(c), backend=backend, ethernet=ethernet) as rx:
+            sender.send((LOCAL + REMOTE + b"\x86\xdd" if ethernet else b"") + payload)
+            assert rx.dispatch() is True
+        ((remote, local, protocol, packet),) = calls
+        assert (remote, local, protocol) == ((REMOTE, LOCAL, 0x86DD) if ethernet else (None, None, 0x0800))
+        assert len(packet.link_header) == (14 if ethernet else 0)
+        assert bytes(packet.data) == payload
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_short_body(backend: str) -> None:
+    """A datagram of an Ethernet header and four bytes is one delivery with a body of four bytes."""
+    calls: list[tuple[object, object, int, linkrx.Packet]] = []
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, lambda *c: calls.append(c), backend=backend) as rx,
+    ):
+        sender.send(HEADER + b"body")
+        assert rx.dispatch() is True
+        ((_, _, _, packet),) = calls
+        assert (len(packet.link_header), bytes(packet.data)) == (14, b"body")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ip_packets_with_almost_nothing_behind_the_header(backend: str) -> None:
+    """Without Ethernet a packet of 1 byte upwards is delivered, if its first nibble is 4 or 6."""
+    with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, ethernet=False) as rx:
+        for size in range(1, 25):
+            for version, protocol in ((0x45, 0x0800), (0x60, 0x86DD)):
+                sender.send(bytes([version]) + bytes(size - 1))
+                packet = rx.recv(10)
+                assert (packet.protocol, len(packet), packet.remote, packet.local) == (
+                    protocol,
+                    size,
+                    None,
+                    None,
+                )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_virtio_net_header_is_kept(backend: str) -> None:
+    """packet.vnet shows the header that was stripped, and a message no longer than it is an empty packet."""
+    header = bytes([1, 4]) + b"".join(n.to_bytes(2, "little") for n in (66, 1448, 34, 16)) + b"\x00\x00"
+    with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, vnet_header=12) as rx:
+        sender.send(header)
+        sender.send(header[:5])
+        sender.send(header + frame(5))
+        packet = rx.recv(10)
+        assert number_of(packet) == 5
+        assert packet.vnet == linkrx.VnetHeader(1, 4, 66, 1448, 34, 16)
+        assert packet.vnet.needs_checksum
+        assert packet.vnet.super_packet
+        assert rx.stats().empty == 2
+        assert packet.copy().vnet == packet.vnet
+
+
+def test_interpreter_exit_with_a_thread_inside_run() -> None:
+    """A program that ends while a daemon thread is inside run() exits at once, with its own status."""
+    program = """
+import socket, threading, linkrx
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+rx = linkrx.open(receiver, lambda *_: None)
+threading.Thread(target=rx.run, daemon=True).start()
+while not rx.stats().waits:
+    pass
+raise SystemExit(7)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stderr) == (7, "")

@@ -1,0 +1,133 @@
+"""What the kernel, or a seccomp filter, refuses: a demotion that is logged and visible, or a clear error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from seccomp import NUMBERS
+
+from linkrx import _core
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() not in NUMBERS, reason="no system call numbers for this machine"),
+]
+
+needs_core = pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
+
+PREAMBLE = """
+import errno, logging, os, socket, sys
+import linkrx
+from linkrx.rigs import LOCAL, REMOTE
+from seccomp import deny
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+def send(*numbers):
+    for number in numbers:
+        sender.send(LOCAL + REMOTE + b"\\x08\\x00" + bytes([number]))
+def numbers(batch):
+    return [packet.data[0] for packet in batch]
+"""
+
+
+def run(program: str) -> list[str]:
+    """What a program prints, line by line. It may not fail."""
+    result = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + program],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout.splitlines()
+
+
+@needs_core
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_recvmmsg_refused_at_run_time(code: int) -> None:
+    """The dispatcher goes on with readv, loses no packet, warns once and tells the truth about itself."""
+    lines = run(f"""
+with linkrx.open(receiver) as rx:
+    send(1, 2)
+    batches = rx.batches(0.01)
+    print(rx.backend, *numbers(next(batches)))
+    send(3, 4)
+    deny({code}, "recvmmsg")
+    send(5)
+    for batch in batches:
+        print(rx.backend, *numbers(batch))
+    print(rx.choice.explain())
+    print(rx.stats().demotions, rx.choice.backend)
+""")
+    said = os.strerror(code)
+    assert lines == [
+        "recvmmsg 1 2",
+        f"WARNING linkrx recvmmsg on the AF_UNIX datagram socket: the kernel answers {said}; going on with readv",
+        "readv 3 4 5",
+        f"recvmmsg  refused   refused at run time: {said}",
+        "readv     chosen    took over from recvmmsg",
+        "os_readv  accepted  would do, but recvmmsg is better",
+        "1 readv",
+    ]
+
+
+@needs_core
+def test_two_refusals_in_a_row() -> None:
+    """When the next backend is refused as well, the one after it takes over, still without losing a packet."""
+    lines = run("""
+with linkrx.open(receiver) as rx:
+    send(1, 2, 3)
+    deny(errno.ENOSYS, "recvmmsg", "recvfrom")
+    print(*numbers(next(rx.batches(1))), rx.backend, rx.stats().demotions)
+""")
+    assert [line.split()[-1] for line in lines[:2]] == ["readv", "os_readv"]
+    assert lines[2] == "1 2 3 os_readv 2"
+
+
+@needs_core
+def test_a_named_backend_is_never_replaced() -> None:
+    """A named backend that the kernel refuses raises BackendUnavailable, which says what the kernel said."""
+    lines = run("""
+with linkrx.open(receiver, backend="recvmmsg") as rx:
+    send(1)
+    deny(errno.ENOSYS, "recvmmsg")
+    try:
+        rx.recv(1)
+    except linkrx.BackendUnavailable as error:
+        print(error)
+""")
+    assert lines == [
+        "recvmmsg on the AF_UNIX datagram socket: the kernel answers Function not implemented (ENOSYS), and there is "
+        "no other backend to take over"
+    ]
+
+
+def test_probing_does_without_getsockname() -> None:
+    """A filter that forbids getsockname(2) does not keep a socket from being received from."""
+    lines = run("""
+deny(errno.EPERM, "getsockname")
+with linkrx.open(receiver) as rx:
+    send(1)
+    print(rx.capabilities.kind, *numbers([rx.recv(1)]))
+""")
+    assert lines == ["unix_dgram 1"]
+
+
+def test_without_eventfd_open_says_so() -> None:
+    """A filter that forbids eventfd2(2) makes open fail with what it was for."""
+    lines = run("""
+deny(errno.EPERM, "eventfd2")
+try:
+    linkrx.open(receiver)
+except OSError as error:
+    print(error)
+""")
+    assert lines == ["[Errno 1] eventfd(2), with which stop() ends a wait: Operation not permitted"]
