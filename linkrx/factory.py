@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING
 
 from linkrx.backend import Backend
 from linkrx.capabilities import Capabilities, HasFileno
 from linkrx.choice import Choice, Verdict
 from linkrx.dispatcher import Deliver, Dispatcher
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
-from linkrx.options import Options
+from linkrx.options import Keywords, Options
 from linkrx.source import open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 logger = logging.getLogger("linkrx")
 
@@ -157,7 +160,7 @@ def open(  # noqa: A001
     deliver: Deliver | None = None,
     *,
     backend: str = "auto",
-    **options: Any,
+    **options: Unpack[Keywords],
 ) -> Dispatcher:
     """Receive packets from `source`. Receiving is live when this returns.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypedDict
 
 from linkrx.buffers import checked_sizes
 from linkrx.capabilities import Capabilities
@@ -15,6 +16,24 @@ BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAX
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps", "zero_copy")
 _BACKEND_OPTIONS = ("buffer_sizes", "segment", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
+
+
+class Keywords(TypedDict, total=False):
+    """The options as keywords of `open`, for type checkers. A test holds them to the fields of Options."""
+
+    batch_size: int
+    ethernet: bool | None
+    vnet_header: bool | int | None
+    packet_info: bool | None
+    buffer_sizes: Sequence[int] | None
+    segment: bool
+    promiscuous: bool
+    outgoing: bool
+    timestamps: bool
+    fanout: object
+    receive_buffer: int | None
+    latency: float
+    zero_copy: bool
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""Choosing: a pure function of what is known, and the environment that may replace or narrow it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import linkrx
+from linkrx.backend import Backend
+from linkrx.backends.os_readv import OsReadv
+from linkrx.backends.readv import Readv
+from linkrx.backends.recvmmsg import Recvmmsg
+from linkrx.capabilities import Capabilities
+from linkrx.factory import from_environment
+from linkrx.options import Options
+
+TAP = Capabilities("tap", socket=False, largest_frame=65_664, ethernet=True, interface="tap0")
+DATAGRAM = Capabilities("unix_dgram", socket=True, largest_frame=262_144)
+PACKET = Capabilities("packet", socket=True, largest_frame=262_144, interface="eth0", owned=True)
+
+
+def info(backend: type[Backend], reason: str | None = None) -> linkrx.BackendInfo:
+    """What is known of a backend on some host."""
+    return linkrx.BackendInfo(backend.name, reason is None, reason, backend.rank, backend.honours, backend)
+
+
+ALL = [info(Recvmmsg), info(Readv), info(OsReadv)]
+NO_CORE = [info(Recvmmsg, "no core"), info(Readv, "no core"), info(OsReadv)]
+
+
+class OnlyWhenNamed(OsReadv):
+    """The best of all, but not for everyone."""
+
+    name = "only_when_named"
+    rank = 100
+
+    @classmethod
+    def discouraged(cls, capabilities: Capabilities) -> str | None:
+        """Unless linkrx opened the source itself."""
+        return None if capabilities.owned else "it changes the socket"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "infos", "ladder"),
+    [
+        (TAP, ALL, ("readv", "os_readv")),
+        (DATAGRAM, ALL, ("recvmmsg", "readv", "os_readv")),
+        (PACKET, ALL, ("recvmmsg", "readv", "os_readv")),
+        (TAP, NO_CORE, ("os_readv",)),
+        (DATAGRAM, NO_CORE, ("os_readv",)),
+        (PACKET, [info(OnlyWhenNamed), *ALL], ("only_when_named", "recvmmsg", "readv", "os_readv")),
+        (DATAGRAM, [info(OnlyWhenNamed), *ALL], ("recvmmsg", "readv", "os_readv")),
+    ],
+)
+def test_auto(capabilities: Capabilities, infos: list[linkrx.BackendInfo], ladder: tuple[str, ...]) -> None:
+    """The ladder is all that would do, best first, and its first is chosen."""
+    choice = linkrx.choose(capabilities, infos, Options())
+    assert choice.ladder == ladder
+    assert choice.backend == ladder[0]
+    assert choice == linkrx.choose(capabilities, infos, Options())
+
+
+def test_it_explains_itself() -> None:
+    """There is one line per backend: chosen, accepted but not best, or refused and why."""
+    assert linkrx.choose(TAP, ALL, Options()).explain().splitlines() == [
+        "recvmmsg  refused   recvmmsg reads sockets only, and the source is a TAP queue on tap0",
+        "readv     chosen    the best that takes the source",
+        "os_readv  accepted  would do, but readv is better",
+    ]
+    assert linkrx.choose(DATAGRAM, [info(OnlyWhenNamed), *NO_CORE], Options()).explain() == (
+        "only_when_named  accepted  only when named: it changes the socket\n"
+        "recvmmsg         refused   no core\n"
+        "readv            refused   no core\n"
+        "os_readv         chosen    the best that takes the source"
+    )
+
+
+def test_a_named_backend_is_that_one() -> None:
+    """A name that can is chosen, has nothing to fall back to, and the others say that they were not named."""
+    choice = linkrx.choose(DATAGRAM, ALL, Options(), "os_readv")
+    assert choice.ladder == ("os_readv",)
+    assert [(v.backend, v.outcome) for v in choice.verdicts] == [
+        ("recvmmsg", "accepted"),
+        ("readv", "accepted"),
+        ("os_readv", "chosen"),
+    ]
+    assert "os_readv was named" in choice.verdicts[0].reason
+    assert (
+        linkrx.choose(DATAGRAM, [info(OnlyWhenNamed)], Options(), "only_when_named").backend
+        == "only_when_named"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "infos", "name", "error", "said"),
+    [
+        (DATAGRAM, NO_CORE, "recvmmsg", linkrx.BackendUnavailable, "recvmmsg is not available here: no core"),
+        (
+            TAP,
+            ALL,
+            "recvmmsg",
+            linkrx.UnsupportedSource,
+            "recvmmsg does not take this source: .* TAP queue on tap0",
+        ),
+        (
+            TAP,
+            ALL,
+            "nonesuch",
+            linkrx.BackendUnavailable,
+            "no backend 'nonesuch': there are recvmmsg, readv, os_readv",
+        ),
+    ],
+)
+def test_a_named_backend_that_cannot(
+    capabilities: Capabilities, infos: list[linkrx.BackendInfo], name: str, error: type[Exception], said: str
+) -> None:
+    """A name that cannot is an error that says why, never another backend."""
+    with pytest.raises(error, match=said):
+        linkrx.choose(capabilities, infos, Options(), name)
+
+
+@pytest.mark.parametrize("option", ["segment", "zero_copy", "timestamps", "outgoing"])
+def test_options_nobody_honours(option: str) -> None:
+    """An option that no backend can honour is refused with every backend's reason, named or auto."""
+    infos = [info(Readv), info(OsReadv)]
+    wanted: Any = {option: True}
+    with pytest.raises(
+        linkrx.UnsupportedOption, match=f"(?s)with {option}=True.*readv cannot honour {option}=True"
+    ):
+        linkrx.choose(PACKET, infos, Options(**wanted))
+    with pytest.raises(linkrx.UnsupportedOption, match=f"readv cannot honour {option}=True.* on eth0"):
+        linkrx.choose(PACKET, infos, Options(**wanted), "readv")
+
+
+def test_auto_passes_over_what_cannot_honour_an_option() -> None:
+    """With an option set, only backends that honour it are on the ladder."""
+    choice = linkrx.choose(PACKET, ALL, Options(timestamps=True))
+    assert choice.ladder == ("recvmmsg",)
+    assert "readv cannot honour timestamps=True" in choice.explain()
+
+
+def test_avoid() -> None:
+    """Avoided names are refused under auto, and an unknown one is an error."""
+    choice = linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg"])
+    assert choice.ladder == ("readv", "os_readv")
+    assert choice.verdicts[0].reason == "LINKRX_AVOID names it"
+    with pytest.raises(linkrx.UnsupportedSource, match="no backend receives"):
+        linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg", "readv", "os_readv"])
+    with pytest.raises(linkrx.BackendUnavailable, match="'typo'"):
+        linkrx.choose(DATAGRAM, ALL, Options(), avoid=["typo"])
+
+
+def test_demotion() -> None:
+    """A demoted choice moves one step down the ladder and keeps the reason."""
+    choice = linkrx.choose(DATAGRAM, ALL, Options()).demoted("the kernel said no")
+    assert choice.ladder == ("readv", "os_readv")
+    assert [(v.backend, v.outcome) for v in choice.verdicts] == [
+        ("recvmmsg", "refused"),
+        ("readv", "chosen"),
+        ("os_readv", "accepted"),
+    ]
+    assert choice.verdicts[0].reason == "the kernel said no"
+
+
+@pytest.fixture
+def datagram() -> Iterator[socket.socket]:
+    """One end of a pair."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        yield receiver
+
+
+def test_the_environment(datagram: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LINKRX_BACKEND replaces "auto" but no name; LINKRX_AVOID narrows "auto"."""
+    supported = [found.name for found in linkrx.backends() if found.supported]
+    monkeypatch.setenv("LINKRX_BACKEND", "os_readv")
+    with linkrx.open(datagram) as rx:
+        assert rx.backend == "os_readv"
+    with linkrx.open(datagram, backend=supported[0]) as rx:
+        assert rx.backend == supported[0]
+    monkeypatch.setenv("LINKRX_BACKEND", "nonesuch")
+    with pytest.raises(linkrx.BackendUnavailable, match="nonesuch"):
+        linkrx.open(datagram)
+    monkeypatch.setenv("LINKRX_BACKEND", "")
+    monkeypatch.setenv("LINKRX_AVOID", "recvmmsg, readv,")
+    assert from_environment() == ("auto", ("recvmmsg", "readv"))
+    with linkrx.open(datagram) as rx:
+        assert rx.backend == "os_readv"
+        assert rx.choice.ladder == ("os_readv",)
+
+
+def test_backends_are_listed() -> None:
+    """linkrx.backends() names every backend, best first, and says why one is not supported."""
+    found = linkrx.backends()
+    assert [one.rank for one in found] == sorted((one.rank for one in found), reverse=True)
+    assert all((one.reason is None) == one.supported for one in found)
+    assert replace(found[-1], supported=True).name == "os_readv"

@@ -1,0 +1,103 @@
+"""A backend is added by dropping a file in, or by a distribution's entry point, and by no other edit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import linkrx
+from linkrx.options import Keywords, Options
+
+PACKAGE = Path(linkrx.__file__).parent
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+
+
+def recipe() -> str:
+    """The toy backend as CONTRIBUTING.md prints it."""
+    found = re.search(r"```python\n(\"\"\"One packet.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    assert found, "CONTRIBUTING.md has no toy backend"
+    return found.group(1)
+
+
+def run(program: str, path: Path) -> str:
+    """Run a program that finds `path` before all else, and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program]
+        if sys.version_info >= (3, 11)
+        else [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(path), "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
+        cwd=path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+USE = """
+import socket, linkrx
+from linkrx import rigs, testing
+assert linkrx.__file__.startswith({path!r}), linkrx.__file__
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+with linkrx.open(receiver) as rx:
+    print(rx.backend, rx.choice.explain().splitlines()[0].split()[:2])
+print([(info.name, info.supported) for info in linkrx.backends()][0])
+outcomes = [cell.run() for cell in testing.cells("toy", rigs.PLAIN_RIGS)]
+print(len(outcomes), {{outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}})
+"""
+
+
+def test_a_file_dropped_into_backends(tmp_path: Path) -> None:
+    """The recipe of CONTRIBUTING.md, saved as backends/toy.py, is listed, chosen, and passes the conformance checks."""
+    shutil.copytree(PACKAGE, tmp_path / "linkrx", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "linkrx" / "backends" / "toy.py").write_text(recipe())
+    lines = run(USE.format(path=str(tmp_path)), tmp_path).splitlines()
+    assert lines[:2] == ["toy ['toy', 'chosen']", "('toy', True)"]
+    count, _, outcomes = lines[2].partition(" ")
+    # Two rigs are pipes, which the recipe refuses.
+    assert outcomes == f"{{'refused': {2 * int(count) // 7}, 'supported': {5 * int(count) // 7}}}"
+
+
+def test_an_entry_point(tmp_path: Path) -> None:
+    """The same file in a distribution of its own, named by the entry-point group linkrx.backends, works alike."""
+    (tmp_path / "toy_backend.py").write_text(recipe())
+    described = tmp_path / "toy_backend-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(
+        "[linkrx.backends]\ntoy = toy_backend:Toy\nbroken = toy_backend:Missing\n"
+    )
+    program = USE.format(path=str(PACKAGE.parent))
+    lines = run(program, tmp_path).splitlines()
+    assert lines[0] == "toy ['toy', 'chosen']"
+
+
+def test_a_broken_entry_point_is_reported(tmp_path: Path) -> None:
+    """A plug-in that cannot be loaded is logged with its traceback, and reception goes on without it."""
+    described = tmp_path / "broken-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[linkrx.backends]\nbroken = nowhere:Broken\n")
+    program = """
+import logging, sys, linkrx
+logging.basicConfig(stream=sys.stdout)
+print([info.name for info in linkrx.backends()])
+"""
+    said = run(program, tmp_path)
+    assert "the backend 'broken' of nowhere:Broken could not be loaded" in said
+    assert "ModuleNotFoundError" in said
+    assert said.splitlines()[-1] == "['recvmmsg', 'readv', 'os_readv']"
+
+
+def test_the_keywords_of_open_are_the_options() -> None:
+    """What type checkers know of open's keywords is what Options takes."""
+    assert set(Keywords.__annotations__) == set(Options.__dataclass_fields__)
+    with pytest.raises(TypeError, match="no option batchsize: batch_size, ethernet"):
+        linkrx.open(0, batchsize=3)  # type: ignore[call-arg]

@@ -1,0 +1,66 @@
+"""The contract once more with the compiled core switched off: everything works on os_readv, and says what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# What Python does with a module that is None in sys.modules: importing it raises ImportError.
+SWITCH_OFF = "import sys; sys.modules['linkrx._core._native'] = None; "
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program without the core."""
+    return subprocess.run(
+        [sys.executable, "-c", SWITCH_OFF + program, *arguments],
+        cwd=HERE.parent,
+        env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.usefixtures("devices")
+def test_the_contract_holds() -> None:
+    """The loop, its ends, asyncio, choosing and every conformance cell pass without the core."""
+    names = [
+        "test_conformance.py",
+        "test_loop.py",
+        "test_ends.py",
+        "test_asyncio.py",
+        "test_choice.py",
+        "test_metadata.py",
+    ]
+    result = run(
+        "import pytest; sys.exit(pytest.main(sys.argv[1:]))",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(str(HERE / name) for name in names),
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr
+    assert "conformance cells: 280 unavailable, 140 supported" in result.stdout
+    assert " passed" in result.stdout
+
+
+def test_every_other_backend_says_why_it_is_missing() -> None:
+    """Without the core only os_readv is supported, and the others give a sentence with what to type."""
+    result = run(
+        "import linkrx\n"
+        "for info in linkrx.backends(): print(info.name, info.supported, info.reason)\n"
+        "try: linkrx.open(0, backend='readv')\n"
+        "except linkrx.LinkrxError as error: print(error)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for line, name in zip(lines, ("recvmmsg", "readv"), strict=False):
+        assert line.startswith(f"{name} False the C core was not built")
+        assert "apt install gcc python3-dev" in line
+    assert lines[2] == "os_readv True None"
