@@ -1,0 +1,111 @@
+"""The bare C loops, compiled on the spot, and the way to measure against them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from linkrx import _core
+
+MEMORY = 512 * 1024
+ROUNDS = 200
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, "floors.so")
+        source = Path(__file__).with_name("floors.c")
+        subprocess.run(
+            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
+        )
+        return ctypes.CDLL(str(built))
+
+
+class Floor:
+    """One bare loop on one descriptor. Each call drains it and returns (packets, bytes)."""
+
+    def __init__(self, function: str, fd: int, argument: int) -> None:
+        self._memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        self._call = getattr(_library(), function)
+        self._call.restype = ctypes.c_long
+        self._fd = fd
+        self._argument = argument
+        self._at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
+
+    def __call__(self) -> tuple[int, int]:
+        drained = ctypes.c_uint64(0)
+        packets = self._call(self._fd, self._at, ctypes.c_long(self._argument), ctypes.byref(drained))
+        return packets, drained.value
+
+
+def read_floor(fd: int) -> Floor:
+    """read() into a packed arena, for TAP and TUN."""
+    return Floor("drain_read", fd, MEMORY)
+
+
+def recvmmsg_floor(fd: int, *, metadata: bool) -> Floor:
+    """recvmmsg() in batches of 64."""
+    return Floor("drain_recvmmsg", fd, int(metadata))
+
+
+def processor() -> str:
+    """The CPU's name, as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+Drain = Callable[[], tuple[int, int]]
+
+
+def against(benchmark: Any, floor: Drain, subject: Drain, fill: Drain, **facts: object) -> None:
+    """Measure `subject` draining what `fill` put into a queue, round by round beside `floor` doing the same.
+
+    Each returns packets and bytes, and what is drained must be what was put in. Filling is not timed. The figure
+    is `ratio`: the subject's median round over the floor's.
+    """
+    floor_rounds: list[int] = []
+    sent = (0, 0)
+
+    def interleave() -> None:
+        nonlocal sent
+        sent = fill()
+        start = time.perf_counter_ns()
+        got = floor()
+        floor_rounds.append(time.perf_counter_ns() - start)
+        assert got == sent, f"the floor drained {got} of {sent}"
+        sent = fill()
+
+    def drain() -> None:
+        got = subject()
+        assert got == sent, f"{got} drained of {sent}"
+
+    gc.collect()
+    gc.freeze()
+    try:
+        benchmark.pedantic(drain, setup=interleave, rounds=ROUNDS, warmup_rounds=5)
+    finally:
+        gc.unfreeze()
+    benchmark.extra_info.update(
+        kernel=platform.release(), cpu=processor(), core=_core.reason is None, **facts
+    )
+    if benchmark.enabled:
+        packets = sent[0]
+        ns = statistics.median(benchmark.stats.stats.data) * 1e9 / packets
+        floor_ns = statistics.median(floor_rounds) / packets
+        benchmark.extra_info.update(
+            ns=round(ns, 1), floor_ns=round(floor_ns, 1), ratio=round(ns / floor_ns, 3)
+        )

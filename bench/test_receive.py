@@ -1,0 +1,187 @@
+"""Draining a filled queue: every backend and way to receive beside the bare C loop that does the same."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from floors import Drain, against, read_floor, recvmmsg_floor
+from pyroute2 import IPRoute
+
+import linkrx
+from linkrx.rigs import LOCAL, REMOTE, _injector, veth
+from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
+
+PACKETS = 512  # below the 1000 that a TAP queue holds by default
+SIZES = [64, 1514]
+QUEUE_BACKENDS = ["readv", "os_readv"]
+SOCKET_BACKENDS = ["recvmmsg", "readv", "os_readv"]
+
+HEADER = LOCAL + REMOTE + b"\x08\x00"
+
+
+def filler(send: Callable[[bytes], object], size: int) -> Drain:
+    """Put PACKETS frames of `size` bytes into the queue."""
+    frame = HEADER + bytes(size - len(HEADER))
+
+    def fill() -> tuple[int, int]:
+        for _ in range(PACKETS):
+            send(frame)
+        return PACKETS, PACKETS * size
+
+    return fill
+
+
+def batches(rx: linkrx.Dispatcher) -> Drain:
+    """The batch API: lengths as a column."""
+    source = rx.batches()
+
+    def drain() -> tuple[int, int]:
+        packets = drained = 0
+        for batch in source:
+            packets += len(batch)
+            drained += sum(batch.lengths)
+            if packets >= PACKETS:
+                break
+        return packets, drained
+
+    return drain
+
+
+def iteration(rx: linkrx.Dispatcher) -> Drain:
+    """`for packet in batch`."""
+    source = rx.batches()
+
+    def drain() -> tuple[int, int]:
+        packets = 0
+        before = rx.stats().bytes
+        for batch in source:
+            for _ in batch:
+                packets += 1
+            if packets >= PACKETS:
+                break
+        return packets, rx.stats().bytes - before
+
+    return drain
+
+
+def each(rx: linkrx.Dispatcher) -> Drain:
+    """`for packet in rx`."""
+
+    def drain() -> tuple[int, int]:
+        packets = 0
+        before = rx.stats().bytes
+        for _ in rx:
+            packets += 1
+            if packets >= PACKETS:
+                break
+        return packets, rx.stats().bytes - before
+
+    return drain
+
+
+def delivery(rx: linkrx.Dispatcher) -> Drain:
+    """`deliver` for every packet; see `ignore`."""
+
+    def drain() -> tuple[int, int]:
+        packets = 0
+        before = rx.stats().bytes
+        while packets < PACKETS:
+            packets += rx.drain()
+        return packets, rx.stats().bytes - before
+
+    return drain
+
+
+def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
+    """A deliver that does nothing: what remains is linkrx."""
+
+
+WAYS: dict[str, Callable[[linkrx.Dispatcher], Drain]] = {
+    "batches": batches,
+    "iteration": iteration,
+    "each": each,
+    "deliver": delivery,
+}
+
+
+@contextmanager
+def tap_queue() -> Iterator[tuple[linkrx.TunTap, socket.socket]]:
+    """A TAP queue that is up, and a socket that sends into it."""
+    with linkrx.TunTap() as tap, IPRoute() as route:
+        route.link("set", index=socket.if_nametoindex(tap.name), state="up")
+        with _injector(tap.name) as injector:
+            yield tap, injector
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", QUEUE_BACKENDS)
+def test_tap(benchmark: Any, backend: str, size: int, way: str) -> None:
+    """linkrx on a TAP queue beside a bare read() loop."""
+    with (
+        tap_queue() as (tap, injector),
+        linkrx.open(tap, ignore if way == "deliver" else None, backend=backend) as rx,
+    ):
+        against(
+            benchmark,
+            read_floor(tap.fileno()),
+            WAYS[way](rx),
+            filler(injector.send, size),
+            batch_size=64,
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("parse", [False, True], ids=["os.read", "os.read+unpack+call"])
+def test_tap_by_hand(benchmark: Any, size: int, parse: bool) -> None:
+    """What people write without linkrx: an os.read loop, and one that takes the header apart and calls."""
+    unpack = struct.Struct("!6s6sH").unpack_from
+
+    def handle(remote: bytes, local: bytes, protocol: int, frame: bytes) -> None:
+        pass
+
+    with tap_queue() as (tap, injector):
+        fd = tap.fileno()
+
+        def drain() -> tuple[int, int]:
+            packets = drained = 0
+            try:
+                while True:
+                    frame = os.read(fd, 65_600)
+                    if parse:
+                        local, remote, protocol = unpack(frame)
+                        handle(remote, local, protocol, frame)
+                    packets += 1
+                    drained += len(frame)
+            except BlockingIOError:
+                return packets, drained
+
+        against(benchmark, read_floor(fd), drain, filler(injector.send, size))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", SOCKET_BACKENDS)
+def test_packet_socket(benchmark: Any, backend: str, size: int, way: str) -> None:
+    """linkrx on an AF_PACKET socket beside a bare recvmmsg() loop with the same metadata."""
+    with (
+        veth() as (near, far),
+        _injector(far) as injector,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as source,
+    ):
+        source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 * 1024 * 1024)
+        source.bind((near, ETH_P_ALL))
+        with linkrx.open(source, ignore if way == "deliver" else None, backend=backend) as rx:
+            against(
+                benchmark,
+                recvmmsg_floor(source.fileno(), metadata=True),
+                WAYS[way](rx),
+                filler(injector.send, size),
+                batch_size=64,
+            )
