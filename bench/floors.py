@@ -68,17 +68,18 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-Drain = Callable[[], tuple[int, int]]
+Drain = Callable[[], int]
 
 
-def against(benchmark: Any, floor: Drain, subject: Drain, fill: Drain, **facts: object) -> None:
+def against(benchmark: Any, floor: Floor, subject: Drain, fill: Drain, size: int, **facts: object) -> int:
     """Measure `subject` draining what `fill` put into a queue, round by round beside `floor` doing the same.
 
-    Each returns packets and bytes, and what is drained must be what was put in. Filling is not timed. The figure
-    is `ratio`: the subject's median round over the floor's.
+    `fill` and `subject` return packets, and what is drained must be what was put in; so must the bytes that the
+    floor counts, packets of `size` each. Filling is not timed. The figure is `ratio`: the subject's median round over
+    the floor's. Returns how many packets the subject drained in all, for a last check.
     """
     floor_rounds: list[int] = []
-    sent = (0, 0)
+    sent = drained = 0
 
     def interleave() -> None:
         nonlocal sent
@@ -86,12 +87,14 @@ def against(benchmark: Any, floor: Drain, subject: Drain, fill: Drain, **facts: 
         start = time.perf_counter_ns()
         got = floor()
         floor_rounds.append(time.perf_counter_ns() - start)
-        assert got == sent, f"the floor drained {got} of {sent}"
+        assert got == (sent, sent * size), f"the floor drained {got} of {sent}"
         sent = fill()
 
     def drain() -> None:
+        nonlocal drained
         got = subject()
         assert got == sent, f"{got} drained of {sent}"
+        drained += got
 
     gc.collect()
     gc.freeze()
@@ -103,9 +106,9 @@ def against(benchmark: Any, floor: Drain, subject: Drain, fill: Drain, **facts: 
         kernel=platform.release(), cpu=processor(), core=_core.reason is None, **facts
     )
     if benchmark.enabled:
-        packets = sent[0]
-        ns = statistics.median(benchmark.stats.stats.data) * 1e9 / packets
-        floor_ns = statistics.median(floor_rounds) / packets
+        ns = statistics.median(benchmark.stats.stats.data) * 1e9 / sent
+        floor_ns = statistics.median(floor_rounds) / sent
         benchmark.extra_info.update(
             ns=round(ns, 1), floor_ns=round(floor_ns, 1), ratio=round(ns / floor_ns, 3)
         )
+    return drained

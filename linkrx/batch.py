@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from linkrx.columns import ROW_BYTES, Columns
+from linkrx.columns import COLUMNS, ROW_BYTES, Columns
 from linkrx.framing import Framing
 from linkrx.packet import Packet
 
@@ -109,7 +109,7 @@ class Batch:
             start, length = old.starts[index], old.lengths[index]
             new.starts[row] = len(memory) + vnet
             memory += self.memory[start - vnet : start + length]
-        for name in Columns.__slots__:
+        for name in COLUMNS:
             if name != "starts":
                 getattr(new, name)[:] = getattr(old, name)[first:last]
         copied = Batch(memoryview(bytes(memory)), 0, rows, rows, self.framing)

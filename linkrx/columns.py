@@ -6,6 +6,7 @@ table is. `_core/columns.inc` lays them out the same way.
 
 from __future__ import annotations
 
+import struct
 from typing import Literal
 
 from linkrx import _core
@@ -15,7 +16,8 @@ ROW_BYTES = 28
 
 # Words of the header in front of a backend's descriptors.
 COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS = range(6)
-HEADER_BYTES = 24
+HEADER = struct.Struct("=6I")
+HEADER_BYTES = HEADER.size
 
 
 def align(offset: int) -> int:
@@ -23,34 +25,52 @@ def align(offset: int) -> int:
     return (offset + 7) & ~7
 
 
-class Columns:
-    """The eight columns of a table, as memoryviews with native formats."""
+# Where in a row's share of the table each column is, how wide, and its native format.
+_LAYOUT: dict[str, tuple[int, int, Literal["q", "I", "H"]]] = {
+    "timestamps": (0, 8, "q"),
+    "starts": (8, 4, "I"),
+    "lengths": (12, 4, "I"),
+    "wire_lengths": (16, 4, "I"),
+    "protocols": (20, 2, "H"),
+    "flags": (22, 2, "H"),
+    "vlan_tcis": (24, 2, "H"),
+    "vlan_tpids": (26, 2, "H"),
+}
 
-    __slots__ = (
-        "flags",
-        "lengths",
-        "protocols",
-        "starts",
-        "timestamps",
-        "vlan_tcis",
-        "vlan_tpids",
-        "wire_lengths",
-    )
+COLUMNS = tuple(_LAYOUT)
+
+
+class Columns:
+    """The eight columns of a table, as memoryviews with native formats, each made when it is first asked for."""
+
+    __slots__ = ("_first", "_last", "_rows", "_table", *_LAYOUT)
+
+    timestamps: memoryview
+    starts: memoryview
+    lengths: memoryview
+    wire_lengths: memoryview
+    protocols: memoryview
+    flags: memoryview
+    vlan_tcis: memoryview
+    vlan_tpids: memoryview
 
     def __init__(self, table: memoryview, rows: int, first: int = 0, last: int | None = None) -> None:
         """Show rows `first` to `last` of a table of `rows` rows that starts where `table` (bytes) does."""
+        self._table = table
+        self._rows = rows
+        self._first = first
+        self._last = rows if last is None else last
 
-        def column(offset: int, width: int, form: Literal["q", "I", "H"]) -> memoryview:
-            return table[offset * rows : (offset + width) * rows].cast(form)[first:last]
-
-        self.timestamps = column(0, 8, "q")
-        self.starts = column(8, 4, "I")
-        self.lengths = column(12, 4, "I")
-        self.wire_lengths = column(16, 4, "I")
-        self.protocols = column(20, 2, "H")
-        self.flags = column(22, 2, "H")
-        self.vlan_tcis = column(24, 2, "H")
-        self.vlan_tpids = column(26, 2, "H")
+    def __getattr__(self, name: str) -> memoryview:
+        """Make a column: reached only while its slot is empty."""
+        try:
+            offset, width, form = _LAYOUT[name]
+        except KeyError:
+            raise AttributeError(f"a table has no column {name!r}") from None
+        begin = self._rows * offset
+        column = self._table[begin + self._first * width : begin + self._last * width].cast(form)
+        setattr(self, name, column)
+        return column
 
 
 class Descriptors:

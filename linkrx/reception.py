@@ -13,7 +13,7 @@ from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES, classifier
-from linkrx.columns import CLASSIFIED, COUNT, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, HEADER, ROW_BYTES, Descriptors, align
 from linkrx.errors import BackendUnavailable
 from linkrx.options import Options
 from linkrx.source import LinkState, Source
@@ -151,13 +151,13 @@ class Reception:
         if arena is None:
             arena = self._filling = self._arenas.next()
         if not header[CLASSIFIED]:
-            if not header[COUNT]:
+            count = header[COUNT]
+            if not count:
                 try:
-                    self._mechanism.fill(arena, self._arenas.room(arena))
+                    count = self._mechanism.fill(arena, self._arenas.room(arena))
                 except OSError as error:
                     self._weigh(error)
                     return False
-            count = header[COUNT]
             if self._may_hang_up:
                 count = self._without_hangup(count)
             if not count:
@@ -169,7 +169,8 @@ class Reception:
     def _take(self, arena: Arena) -> None:
         """Make a batch of what was classified."""
         header = self._header
-        rows, count, end = header[ROWS], header[CLASSIFIED] - 1, header[END]
+        _, receives, end, _, classified, rows = HEADER.unpack_from(self._descriptors.memory)
+        count = classified - 1
         begin = arena.cursor
         behind = begin + end + ROW_BYTES * rows
         batch = Batch(memoryview(arena.memory)[begin:behind].toreadonly(), end, rows, count, self.framing)
@@ -180,7 +181,7 @@ class Reception:
             arena.cursor = following
         self.next = 0
         self._batches += 1
-        self._receives += header[RECEIVES]
+        self._receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
 

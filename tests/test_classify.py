@@ -1,0 +1,391 @@
+"""Which received frames are packets: the rules one by one, and C against Python on anything at all."""
+
+from __future__ import annotations
+
+import random
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linkrx import _core, classify
+from linkrx.arena import Arena
+from linkrx.classify import ADDRESSES, Classify
+from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Columns, Descriptors, align
+from linkrx.framing import Framing
+from linkrx.packet import Flags
+from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+
+Make = Callable[[Descriptors, Framing, "array[int]", bytearray], Classify]
+
+needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
+IMPLEMENTATIONS = [
+    pytest.param(classify.in_python, id="python"),
+    pytest.param(classify.in_c, id="c", marks=needs_core),
+]
+both = pytest.mark.parametrize("make", IMPLEMENTATIONS)
+
+LOCAL = bytes.fromhex("020000000001")
+REMOTE = bytes.fromhex("020000000002")
+ETHERNET = Framing(ethernet=True)
+BARE = Framing(ethernet=False)
+STRIPPED = struct.pack("=HH", 0x0001, 0x0008)  # struct tun_pi with TUN_PKT_STRIP
+WHOLE = struct.pack("=HH", 0, 0x0008)
+
+ROOM = 4096  # bytes for the frames of one receive, the table behind them
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a backend reports of one packet, and the bytes it put into memory."""
+
+    data: bytes
+    wire_length: int = 0
+    flags: int = 0
+    timestamp: int = 0
+    vlan_tci: int = 0
+    vlan_tpid: int = 0
+
+
+@dataclass
+class Outcome:
+    """What classification left behind."""
+
+    count: int
+    table: Columns
+    counters: array[int]
+    addresses: list[tuple[bytes, bytes, int]] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+
+    def counted(self) -> dict[int, int]:
+        """The slots that are not zero."""
+        return {slot: number for slot, number in enumerate(self.counters) if number}
+
+
+def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
+    """Lay the packets out as a backend does, and classify them."""
+    descriptors = Descriptors(len(packets) + 3)
+    arena = Arena(2 * ROOM)
+    arena.cursor = 64
+    cursor = 0
+    for index, packet in enumerate(packets):
+        arena.view[arena.cursor + cursor : arena.cursor + cursor + len(packet.data)] = packet.data
+        columns = descriptors.columns
+        columns.starts[index] = cursor
+        columns.lengths[index] = len(packet.data)
+        columns.wire_lengths[index] = packet.wire_length
+        columns.flags[index] = packet.flags
+        columns.timestamps[index] = packet.timestamp
+        columns.vlan_tcis[index] = packet.vlan_tci
+        columns.vlan_tpids[index] = packet.vlan_tpid
+        cursor = align(cursor + len(packet.data))
+    descriptors.header[COUNT] = len(packets)
+    descriptors.header[END] = cursor
+    counters = new_counters()
+    addresses = bytearray(ADDRESSES.size * descriptors.rows if framing.ethernet else 0)
+    make(descriptors, framing, counters, addresses)(arena, len(packets))
+
+    assert descriptors.header[COUNT] == 0
+    assert descriptors.header[ROWS] == len(packets)
+    count = descriptors.header[CLASSIFIED] - 1
+    region = memoryview(bytes(arena.view[arena.cursor :]))
+    table = Columns(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets), 0, count)
+    outcome = Outcome(count, table, counters)
+    outcome.frames = [
+        bytes(region[start : start + length])
+        for start, length in zip(table.starts, table.lengths, strict=True)
+    ]
+    if framing.ethernet:
+        outcome.addresses = list(ADDRESSES.iter_unpack(addresses))[:count]
+    return outcome
+
+
+def frame(protocol: int = 0x0800, payload: bytes = b"payload") -> bytes:
+    """An Ethernet frame."""
+    return LOCAL + REMOTE + protocol.to_bytes(2, "big") + payload
+
+
+@both
+def test_ethernet_frame(make: Make) -> None:
+    """Protocol, remote and local come from the header: the destination is local, the source remote."""
+    got = run(make, ETHERNET, [Received(frame(0x88B5))])
+    assert got.frames == [frame(0x88B5)]
+    assert list(got.table.protocols) == [0x88B5]
+    assert got.addresses == [(REMOTE, LOCAL, 0x88B5)]
+    assert got.counted() == {PACKETS: 1, BYTES: len(frame())}
+
+
+@both
+@pytest.mark.parametrize("length", range(1, 14))
+def test_runt(make: Make, length: int) -> None:
+    """A frame shorter than its link header is counted, skipped, and costs neither neighbour."""
+    good = [Received(frame(1537)), Received(frame(1538))]
+    got = run(make, ETHERNET, [good[0], Received(b"\x42" * length), good[1]])
+    assert list(got.table.protocols) == [1537, 1538]
+    assert [protocol for _, _, protocol in got.addresses] == [1537, 1538]
+    assert got.counted() == {PACKETS: 2, BYTES: 2 * len(frame()), RUNTS: 1}
+
+
+@both
+@pytest.mark.parametrize("framing", [ETHERNET, BARE, Framing(True, 10), Framing(False, 0, True)])
+def test_length_zero(make: Make, framing: Framing) -> None:
+    """A packet of no bytes is empty, with or without headers in front, and no runt."""
+    assert run(make, framing, [Received(b"")]).counted() == {EMPTY: 1}
+
+
+@both
+def test_link_header_alone_is_a_packet(make: Make) -> None:
+    """A frame of exactly 14 bytes is delivered, with no data."""
+    got = run(make, ETHERNET, [Received(frame(0x88B5, b""))])
+    assert got.frames == [frame(0x88B5, b"")]
+    assert got.counted() == {PACKETS: 1, BYTES: 14}
+
+
+@both
+@pytest.mark.parametrize("version", range(16))
+def test_ip_version_tells_the_protocol(make: Make, version: int) -> None:
+    """Without a link header version 4 is 0x0800 and 6 is 0x86DD; any other is counted and skipped."""
+    known = {4: 0x0800, 6: 0x86DD}
+    data = bytes([version << 4 | 5]) + b"rest"
+    got = run(make, BARE, [Received(b"\x45"), Received(data), Received(b"\x60")])
+    middle = [known[version]] if version in known else []
+    assert list(got.table.protocols) == [0x0800, *middle, 0x86DD]
+    assert got.counters[UNKNOWN_PROTOCOL] == (version not in known)
+    assert got.counters[PACKETS] == 2 + len(middle)
+
+
+@both
+@pytest.mark.parametrize("field", [0, 46, 1500, 1535, 1536, 0x0800, 0xFFFF])
+def test_length_field_is_handed_over(make: Make, field: int) -> None:
+    """The type field is the protocol as it stands, also when it is an 802.3 length."""
+    assert list(run(make, ETHERNET, [Received(frame(field))]).table.protocols) == [field]
+
+
+@both
+@pytest.mark.parametrize("size", [10, 12, 24])
+@pytest.mark.parametrize("framing", [ETHERNET, BARE])
+def test_virtio_net_header_alone(make: Make, size: int, framing: Framing) -> None:
+    """A length up to the header's is an empty packet; one byte more is a frame of one byte."""
+    with_header = Framing(framing.ethernet, size)
+    for n in (1, size - 1, size):
+        assert run(make, with_header, [Received(b"\x45" * n)]).counted() == {EMPTY: 1}
+    one_more = run(make, with_header, [Received(b"\x45" * (size + 1))]).counted()
+    assert one_more == ({RUNTS: 1} if framing.ethernet else {PACKETS: 1, BYTES: 1})
+
+
+@both
+def test_prefix_is_stripped(make: Make) -> None:
+    """Packet information comes first, then the virtio-net header, then the frame; lengths are the frame's."""
+    framing = Framing(True, 12, True)
+    got = run(make, framing, [Received(WHOLE + b"v" * 12 + frame(), 4 + 12 + len(frame()))])
+    assert got.frames == [frame()]
+    assert list(got.table.wire_lengths) == [len(frame())]
+    assert list(got.table.flags) == [0]
+    assert got.counted() == {PACKETS: 1, BYTES: len(frame())}
+
+
+@both
+def test_stripped_packet_information_says_truncated(make: Make) -> None:
+    """TUN_PKT_STRIP in the packet information flags the packet and is counted; its absence is not."""
+    framing = Framing(True, 0, True)
+    got = run(make, framing, [Received(STRIPPED + frame()), Received(WHOLE + frame())])
+    assert list(got.table.flags) == [Flags.TRUNCATED, 0]
+    assert got.counted() == {PACKETS: 2, BYTES: 2 * len(frame()), CUT: 1}
+
+
+@both
+@pytest.mark.parametrize("flags", [0x0002, 0x0100, 0xFFFE])
+def test_other_packet_information_flags(make: Make, flags: int) -> None:
+    """No bit of the packet information but TUN_PKT_STRIP means truncation."""
+    got = run(make, Framing(True, 0, True), [Received(struct.pack("=HH", flags, 0) + frame())])
+    assert list(got.table.flags) == [0]
+
+
+@both
+def test_no_packet_information_no_strip(make: Make) -> None:
+    """Without packet information the same bytes are part of the frame and flag nothing."""
+    got = run(make, ETHERNET, [Received(STRIPPED + frame())])
+    assert got.frames == [STRIPPED + frame()]
+    assert list(got.table.flags) == [0]
+
+
+@both
+def test_wire_length(make: Make) -> None:
+    """A wire length beyond the length says truncated; none, or one below, means as long as the length."""
+    size = len(frame())
+    got = run(make, ETHERNET, [Received(frame(), wire) for wire in (0, size - 1, size, size + 1, 9000)])
+    assert list(got.table.wire_lengths) == [size, size, size, size + 1, 9000]
+    assert list(got.table.flags) == [0, 0, 0, Flags.TRUNCATED, Flags.TRUNCATED]
+    assert got.counters[CUT] == 2
+
+
+@both
+def test_wire_length_of_a_prefixed_frame(make: Make) -> None:
+    """The prefix counts in what the kernel tells, and not in what the packet says."""
+    got = run(make, Framing(True, 10), [Received(b"v" * 10 + frame(), 1010)])
+    assert list(got.table.wire_lengths) == [1000]
+
+
+@both
+def test_truncated_counts_among_all(make: Make) -> None:
+    """A cut packet is counted as such once, also when it is a runt or of unknown protocol."""
+    assert run(make, ETHERNET, [Received(b"short", 100)]).counted() == {RUNTS: 1, CUT: 1}
+    assert run(make, BARE, [Received(b"\0", 100)]).counted() == {UNKNOWN_PROTOCOL: 1, CUT: 1}
+    flagged = Received(frame(), 100, Flags.TRUNCATED)
+    assert run(make, ETHERNET, [flagged]).counters[CUT] == 1
+
+
+@both
+def test_metadata_goes_with_its_packet(make: Make) -> None:
+    """Timestamp, flags and VLAN tag stay with their packet when ones before it are left out."""
+    flags = Flags.VLAN | Flags.TIMESTAMP | Flags.OUTGOING | Flags.CHECKSUM_UNFINISHED
+    told = Received(frame(), 0, int(flags), -(2**63), 0x2005, 0x88A8)
+    got = run(make, ETHERNET, [Received(b""), Received(b"runt", 0, 1, 7, 8, 9), told])
+    assert got.count == 1
+    table = got.table
+    row = (table.timestamps[0], table.flags[0], table.vlan_tcis[0], table.vlan_tpids[0])
+    assert row == (-(2**63), flags, 0x2005, 0x88A8)
+
+
+@both
+def test_nothing_but_bad_packets(make: Make) -> None:
+    """A receive that held no packet leaves an empty table and says so."""
+    got = run(make, ETHERNET, [Received(b""), Received(b"runt")])
+    assert (got.count, got.frames) == (0, [])
+
+
+@both
+def test_counters_add_up(make: Make) -> None:
+    """The counters of one receive are added to those of the ones before."""
+    descriptors, counters, arena = Descriptors(1), new_counters(), Arena(ROOM)
+    one = make(descriptors, BARE, counters, bytearray())
+    arena.view[0] = 0x45
+    for _ in range(3):
+        descriptors.columns.lengths[0] = 20
+        descriptors.header[COUNT], descriptors.header[END] = 1, 24
+        one(arena, 1)
+    assert (counters[PACKETS], counters[BYTES]) == (3, 60)
+
+
+def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled core the classifier is the Python one."""
+    monkeypatch.setattr(_core, "lib", None)
+    made = classify.classifier(Descriptors(1), BARE, new_counters(), bytearray())
+    assert made.__qualname__.startswith("in_python.")
+
+
+@needs_core
+def test_with_the_core() -> None:
+    """With the compiled core the classifier is the C one."""
+    made = classify.classifier(Descriptors(1), BARE, new_counters(), bytearray())
+    assert made.__qualname__.startswith("in_c.")
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """Where a packet lies, wherever that is, and what is said of it."""
+
+    start: int
+    length: int
+    edge: int | None  # so many bytes behind the prefix instead, so that limits are not rare
+    wire_length: int
+    flags: int
+    timestamp: int
+    vlan_tci: int
+    vlan_tpid: int
+    first_byte: int | None  # written where the frame starts, so that known versions are not rare
+    tun_pi_flags: int | None  # written where packet information would stand
+
+
+MEMORY = 1280  # frames may lie, and overlap, anywhere in it
+
+uint16 = st.integers(0, 0xFFFF)
+descriptor_of_anything = st.builds(
+    Descriptor,
+    start=st.integers(0, MEMORY - 256),
+    length=st.integers(0, 200),
+    edge=st.one_of(st.none(), st.sampled_from([0, 1, 13, 14, 15])),
+    wire_length=st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 2**32 - 1)),
+    flags=st.one_of(st.just(0), uint16),
+    timestamp=st.integers(-(2**63), 2**63 - 1),
+    vlan_tci=uint16,
+    vlan_tpid=uint16,
+    first_byte=st.one_of(st.none(), st.sampled_from([0x40, 0x4F, 0x60, 0x6F])),
+    tun_pi_flags=st.one_of(st.none(), st.sampled_from([0, 1, 2, 3, 0x0100, 0xFFFF])),
+)
+framings = st.builds(
+    Framing,
+    ethernet=st.booleans(),
+    vnet_header_size=st.sampled_from([0, 0, 10, 11, 12, 24]),
+    packet_info=st.booleans(),
+)
+
+_arenas: list[Arena] = []
+
+
+def arena_pair() -> list[Arena]:
+    """Two arenas, one for each implementation, made once."""
+    while len(_arenas) < 2:
+        _arenas.append(Arena(8192))
+    return _arenas
+
+
+@needs_core
+@settings(max_examples=300, deadline=None)
+@given(
+    framing=framings,
+    packets=st.lists(descriptor_of_anything, max_size=8),
+    seed=st.integers(0, 2**32 - 1),
+    spare_rows=st.integers(0, 3),
+    cursor=st.integers(0, 64).map(lambda words: 8 * words),
+    addresses=st.booleans(),
+    counted=st.integers(0, 2**40),
+)
+def test_c_and_python_agree(
+    framing: Framing,
+    packets: list[Descriptor],
+    seed: int,
+    spare_rows: int,
+    cursor: int,
+    addresses: bool,
+    counted: int,
+) -> None:
+    """Both leave the same memory, table and all, the same addresses, counters and header behind."""
+    memory = random.Random(seed).randbytes(MEMORY)
+    left: list[tuple[bytes, bytes, list[int], list[int]]] = []
+    for make, arena in zip((classify.in_python, classify.in_c), arena_pair(), strict=True):
+        arena.view[:] = b"\xa5" * arena.size
+        arena.cursor = cursor
+        arena.view[cursor : cursor + len(memory)] = memory
+        descriptors = Descriptors(max(1, len(packets) + spare_rows))
+        columns = descriptors.columns
+        for index, packet in enumerate(packets):
+            columns.starts[index] = packet.start
+            edge = packet.edge
+            columns.lengths[index] = packet.length if edge is None else framing.prefix + edge
+            columns.wire_lengths[index] = packet.wire_length
+            columns.flags[index] = packet.flags
+            columns.timestamps[index] = packet.timestamp
+            columns.vlan_tcis[index] = packet.vlan_tci
+            columns.vlan_tpids[index] = packet.vlan_tpid
+            at = cursor + packet.start
+            if packet.tun_pi_flags is not None:
+                struct.pack_into("=H", arena.view, at, packet.tun_pi_flags)
+            if packet.first_byte is not None:
+                arena.view[at + framing.prefix] = packet.first_byte
+        descriptors.header[COUNT] = len(packets)
+        descriptors.header[END] = MEMORY
+        counters = array("Q", [counted] * 6)
+        room = bytearray(b"\xa5" * (ADDRESSES.size * descriptors.rows if addresses else 0))
+        make(descriptors, framing, counters, room)(arena, len(packets))
+        left.append((bytes(arena.view), bytes(room), list(counters), list(descriptors.header)))
+    in_python, in_c = left
+    assert in_python == in_c
+    # Every packet was counted exactly once, as one thing or another.
+    slots = in_c[2]
+    kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL)
+    assert sum(slots[slot] - counted for slot in kinds) == len(packets)

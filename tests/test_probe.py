@@ -1,0 +1,927 @@
+"""Probing: what is found out about every kind of source, what is refused, and options that contradict it."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import linkrx
+from linkrx import capabilities, libc, tuntap
+from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, probe
+
+devices = pytest.mark.usefixtures("devices")
+
+# linux/if_tun.h, asm-generic/socket.h, linux/if_ether.h
+TUNATTACHFILTER = 0x401054D5
+SOCK_STREAM_KINDS = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+ETH_P_ALL = 0x0003
+ARPHRD_ETHER, ARPHRD_LOOPBACK, ARPHRD_NONE = 1, 772, 0xFFFE
+
+_numbers = count()
+
+
+def fresh(prefix: str = "lrxb") -> str:
+    """An interface name that no other test uses."""
+    return f"{prefix}{next(_numbers)}"
+
+
+@contextmanager
+def queue_by_hand(name: str, flags: int, *, header: int | None = None, opened: int = 0) -> Iterator[int]:
+    """A TAP or TUN queue opened without linkrx. `opened` are flags of open(2)."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | opened)
+    try:
+        fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        if header is not None:
+            fcntl.ioctl(fd, tuntap.TUNSETVNETHDRSZ, struct.pack("i", header))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def attach_filter(queue: int) -> None:
+    """Attach a socket filter that lets everything pass."""
+    accept_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0xFFFFFFFF))
+    program = struct.pack("HP", 1, ctypes.addressof(accept_all))  # struct sock_fprog
+    fcntl.ioctl(queue, TUNATTACHFILTER, program)
+
+
+def set_link(name: str, **settings: Any) -> None:
+    """Configure a device of this namespace."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        route.link("set", index=socket.if_nametoindex(name), **settings)
+
+
+@contextmanager
+def veth() -> Iterator[str]:
+    """One end of a veth pair that is up."""
+    from pyroute2 import IPRoute
+
+    near, far = fresh("lrxv"), fresh("lrxv")
+    with IPRoute() as route:
+        route.link("add", ifname=near, kind="veth", peer=far)
+    try:
+        set_link(near, state="up", mtu=1400)
+        set_link(far, state="up")
+        yield near
+    finally:
+        with IPRoute() as route:
+            route.link("del", index=socket.if_nametoindex(near))
+
+
+@contextmanager
+def other_network() -> Iterator[int]:
+    """A descriptor of a new network namespace, that nothing but the descriptor keeps alive."""
+    made: list[int] = []
+
+    def enter() -> None:
+        libc.unshare(libc.CLONE_NEWNET)
+        made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    try:
+        yield made[0]
+    finally:
+        os.close(made[0])
+
+
+@contextmanager
+def packet_socket(kind: socket.SocketKind, interface: str | None = None) -> Iterator[socket.socket]:
+    """An AF_PACKET socket, bound or not."""
+    with socket.socket(socket.AF_PACKET, kind, 0) as opened:
+        if interface is not None:
+            opened.bind((interface, ETH_P_ALL))
+        yield opened
+
+
+@contextmanager
+def pipe(flags: int = 0) -> Iterator[tuple[int, int]]:
+    """The reading and the writing end of a pipe."""
+    reader, writer = os.pipe2(flags)
+    with ExitStack() as stack:
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
+        yield reader, writer
+
+
+# TAP and TUN queues.
+
+
+@devices
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+@pytest.mark.parametrize("vnet_header", [False, True])
+@pytest.mark.parametrize("multi_queue", [False, True])
+def test_own_queue(mode: str, vnet_header: bool, multi_queue: bool) -> None:
+    """Of a queue that TunTap opened everything is known: kind, header, packet information, device."""
+    with linkrx.TunTap(fresh(), mode, vnet_header=vnet_header, multi_queue=multi_queue) as queue:
+        set_link(queue.name, mtu=1234)
+        found = probe(queue)
+        index = socket.if_nametoindex(queue.name)
+    assert (found.kind, found.ethernet, found.socket) == (mode, mode == "tap", False)
+    assert found.vnet_header_size == (10 if vnet_header else 0)
+    assert found.hardware_gso == vnet_header
+    assert found.packet_info is False
+    assert found.multi_queue == multi_queue
+    assert (found.interface, found.ifindex, found.mtu) == (queue.name, index, 1234)
+    assert found.hardware_type == (ARPHRD_ETHER if mode == "tap" else ARPHRD_NONE)
+    assert found.local is True
+    assert (found.nonblocking, found.owned) == (True, False)
+    assert found.largest_frame >= 65_535 + 14
+    assert found.title == f"{mode.upper()} queue on {queue.name}"
+
+
+@devices
+@pytest.mark.parametrize("mode", [IFF_TAP, IFF_TUN])
+@pytest.mark.parametrize("packet_info", [False, True])
+def test_packet_information(mode: int, packet_info: bool) -> None:
+    """Whether packet information is on is told right, although TUNGETIFF sets the bit for "off" either way."""
+    with queue_by_hand(fresh(), mode | (0 if packet_info else IFF_NO_PI)) as fd:
+        answer = fcntl.ioctl(fd, capabilities.TUNGETIFF, bytes(40))
+        assert struct.unpack_from("H", answer, 16)[0] & IFF_NO_PI
+        assert probe(fd).packet_info is packet_info
+
+
+@devices
+@pytest.mark.parametrize("packet_info", [False, True])
+def test_packet_information_under_a_filter(packet_info: bool) -> None:
+    """With a socket filter attached, when the bit means what it says, the answer is the same."""
+    with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
+        attach_filter(fd)
+        answer = fcntl.ioctl(fd, capabilities.TUNGETIFF, bytes(40))
+        assert bool(struct.unpack_from("H", answer, 16)[0] & IFF_NO_PI) is not packet_info
+        assert probe(fd).packet_info is packet_info
+
+
+@devices
+@pytest.mark.parametrize("header", [10, 12, 24])
+def test_virtio_net_header_size(header: int) -> None:
+    """The size of the virtio-net header is read from the queue."""
+    with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, header=header) as fd:
+        assert probe(fd).vnet_header_size == header
+        assert probe(fd).hardware_gso
+
+
+@devices
+def test_header_size_without_a_header() -> None:
+    """A queue without a virtio-net header has none, although the kernel tells a size for it."""
+    with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI) as fd:
+        assert struct.unpack("i", fcntl.ioctl(fd, capabilities.TUNGETVNETHDRSZ, bytes(4)))[0] == 10
+        assert probe(fd).vnet_header_size == 0
+        assert not probe(fd).hardware_gso
+
+
+@devices
+@pytest.mark.parametrize("opened", [0, os.O_NONBLOCK])
+def test_blocking_or_not(opened: int) -> None:
+    """Whether the queue blocks is told, and follows a change."""
+    with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI, opened=opened) as fd:
+        assert probe(fd).nonblocking == bool(opened)
+        os.set_blocking(fd, bool(opened))
+        assert probe(fd).nonblocking != bool(opened)
+
+
+@devices
+@pytest.mark.parametrize("flags", [0, IFF_MULTI_QUEUE])
+def test_multi_queue_by_hand(flags: int) -> None:
+    """Whether the device may have several queues is told."""
+    with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI | flags) as fd:
+        assert probe(fd).multi_queue == bool(flags)
+
+
+@devices
+def test_descriptor_or_object() -> None:
+    """A descriptor and an object with fileno() give the same answer."""
+    with linkrx.TunTap(fresh()) as queue:
+        assert probe(queue) == probe(queue.fileno())
+
+
+@devices
+@pytest.mark.parametrize("mode", [IFF_TAP, IFF_TUN])
+@pytest.mark.parametrize("packet_info", [False, True])
+def test_device_in_another_namespace(mode: int, packet_info: bool) -> None:
+    """The facts are those of the queue's own device, not of a device of the same name in this namespace."""
+    name = fresh()
+    flags = mode | (0 if packet_info else IFF_NO_PI)
+    with other_network() as network, queue_by_hand(name, flags) as fd:
+        set_link(name, mtu=1111)
+        set_link(name, net_ns_fd=network)
+        with queue_by_hand(name, mode | (IFF_NO_PI if packet_info else 0)) as local:
+            set_link(name, mtu=2222)
+            moved, here = probe(fd), probe(local)
+    assert (moved.interface, moved.mtu, moved.packet_info, moved.local) == (name, 1111, packet_info, False)
+    assert (here.interface, here.mtu, here.packet_info, here.local) == (name, 2222, not packet_info, True)
+
+
+@devices
+def test_device_in_another_namespace_alone() -> None:
+    """A device that was moved away is described although this namespace has none of its name."""
+    name = fresh()
+    with other_network() as network, linkrx.TunTap(name) as queue:
+        set_link(name, mtu=1111)
+        set_link(name, net_ns_fd=network)
+        assert name not in [interface for _, interface in socket.if_nameindex()]
+        found = probe(queue)
+    assert (found.mtu, found.packet_info, found.local) == (1111, False, False)
+
+
+@devices
+def test_renamed_device() -> None:
+    """After a rename the queue tells the device's new name."""
+    with linkrx.TunTap(fresh()) as queue:
+        other = fresh()
+        set_link(queue.name, ifname=other)
+        assert probe(queue).interface == other
+        assert probe(queue).mtu == 1500
+
+
+def without_capabilities(fd: int, program: str) -> str:
+    """What a program prints that was handed a descriptor, as `fd`, and gave up all capabilities."""
+    drop = (
+        "import ctypes, struct\n"
+        # linux/capability.h: _LINUX_CAPABILITY_VERSION_3, no pid; three empty sets of 64 bits
+        "assert ctypes.CDLL(None).capset(struct.pack('=Ii', 0x20080522, 0), bytes(24)) == 0\n"
+        f"import linkrx\nfd = {fd}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", drop + program],
+        cwd=Path(linkrx.__file__).parents[1],
+        pass_fds=[fd],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@devices
+@pytest.mark.parametrize("packet_info", [False, True])
+def test_tap_in_the_hands_of_a_process_without_privileges(packet_info: bool) -> None:
+    """Without a capability the facts of a TAP in the same namespace are known all the same."""
+    name = fresh()
+    with queue_by_hand(name, IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
+        set_link(name, mtu=1300)
+        told = without_capabilities(
+            fd,
+            "found = linkrx.probe(fd)\n"
+            "print(found.interface, found.mtu, found.packet_info, found.local)\n"
+            "linkrx.open(fd).close()\n",
+        )
+    assert told == f"{name} 1300 {packet_info} True"
+
+
+@devices
+def test_tun_in_the_hands_of_a_process_without_privileges() -> None:
+    """A TUN has no address to know its device by, so without a capability the caller has to say."""
+    with linkrx.TunTap(fresh(), "tun") as queue:
+        told = without_capabilities(
+            queue.fileno(),
+            "print(linkrx.probe(fd).packet_info)\n"
+            "try:\n"
+            "    linkrx.open(fd)\n"
+            "except linkrx.UnsupportedOption as error:\n"
+            "    print(error)\n"
+            "linkrx.open(fd, packet_info=False).close()\n",
+        )
+    known, message = told.split("\n")
+    assert known == "None"
+    assert "packet_info=False" in message
+    assert f"TUN queue on {queue.name}" in message
+
+
+@devices
+@pytest.mark.parametrize("filtered", [False, True])
+def test_flags_that_prove_packet_information(filtered: bool) -> None:
+    """Where the device cannot be asked, the flags of a TAP prove packet information when a filter is attached."""
+    name = fresh()
+    with other_network() as network, queue_by_hand(name, IFF_TAP) as fd:
+        set_link(name, net_ns_fd=network)
+        if filtered:
+            attach_filter(fd)
+        told = without_capabilities(fd, "print(linkrx.probe(fd).packet_info)\n")
+    assert told == ("True" if filtered else "None")
+
+
+@devices
+def test_namesake_in_the_hands_of_a_process_without_privileges() -> None:
+    """Without a capability a TAP that was moved away is not taken for its namesake in this namespace."""
+    name = fresh()
+    with other_network() as network, linkrx.TunTap(name) as queue:
+        set_link(name, net_ns_fd=network)
+        with linkrx.TunTap(name):
+            told = without_capabilities(
+                queue.fileno(),
+                "found = linkrx.probe(fd)\n"
+                "print(found.interface, found.mtu, found.packet_info)\n"
+                "try:\n"
+                "    linkrx.open(fd)\n"
+                "except linkrx.UnsupportedOption as error:\n"
+                "    print(error)\n"
+                "linkrx.open(fd, packet_info=False).close()\n",
+            )
+    facts, message = told.split("\n")
+    assert facts == f"{name} None None"
+    assert "packet_info=False" in message
+    assert f"TAP queue on {name}" in message
+
+
+# Packet sockets and interfaces.
+
+
+@devices
+def test_packet_socket_on_veth() -> None:
+    """A raw packet socket on a veth has Ethernet frames and tells its device."""
+    with veth() as near, packet_socket(socket.SOCK_RAW, near) as opened:
+        found = probe(opened)
+        index = socket.if_nametoindex(near)
+    assert (found.kind, found.socket, found.ethernet) == ("packet", True, True)
+    assert (found.interface, found.ifindex, found.mtu) == (near, index, 1400)
+    assert found.hardware_type == ARPHRD_ETHER
+    assert (found.vnet_header_size, found.hardware_gso, found.packet_info) == (0, False, False)
+    assert found.owned is False
+
+
+@devices
+def test_packet_socket_on_lo() -> None:
+    """The loopback device has Ethernet headers, whatever its hardware type."""
+    with packet_socket(socket.SOCK_RAW, "lo") as opened:
+        found = probe(opened)
+    assert (found.ethernet, found.interface, found.ifindex) == (True, "lo", 1)
+    assert found.hardware_type == ARPHRD_LOOPBACK
+
+
+@devices
+def test_packet_socket_on_a_tun_device() -> None:
+    """On a TUN device, which has no Ethernet, a raw packet socket has none either."""
+    with linkrx.TunTap(fresh(), "tun") as queue, packet_socket(socket.SOCK_RAW, queue.name) as opened:
+        found = probe(opened)
+        assert (found.kind, found.ethernet, found.interface) == ("packet", False, queue.name)
+        assert found.hardware_type == ARPHRD_NONE
+        assert probe(queue.name).ethernet is False
+
+
+@devices
+def test_cooked_packet_socket() -> None:
+    """A cooked packet socket has no link headers, on an Ethernet device or on none."""
+    with packet_socket(socket.SOCK_DGRAM, "lo") as opened:
+        found = probe(opened)
+        assert (found.kind, found.ethernet, found.interface) == ("packet_cooked", False, "lo")
+    with packet_socket(socket.SOCK_DGRAM) as opened:
+        found = probe(opened)
+        assert (found.kind, found.ethernet, found.interface) == ("packet_cooked", False, None)
+
+
+@devices
+def test_unbound_packet_socket() -> None:
+    """A raw packet socket that is bound to no interface tells neither a device nor how frames start."""
+    with packet_socket(socket.SOCK_RAW) as opened:
+        found = probe(opened)
+    assert (found.kind, found.ethernet) == ("packet", None)
+    assert (found.interface, found.ifindex, found.mtu, found.hardware_type) == (None, None, None, None)
+
+
+@devices
+@pytest.mark.parametrize(
+    ("option", "value", "size"),
+    [
+        (capabilities.PACKET_VNET_HDR, 1, 10),
+        (capabilities.PACKET_VNET_HDR_SZ, 10, 10),
+        (capabilities.PACKET_VNET_HDR_SZ, 12, 12),
+    ],
+)
+def test_packet_socket_with_virtio_net_header(option: int, value: int, size: int) -> None:
+    """PACKET_VNET_HDR is seen, and the size that PACKET_VNET_HDR_SZ set."""
+    with packet_socket(socket.SOCK_RAW, "lo") as opened:
+        try:
+            opened.setsockopt(capabilities.SOL_PACKET, option, value)
+        except OSError:
+            if option == capabilities.PACKET_VNET_HDR:
+                raise
+            pytest.skip("the kernel is older than PACKET_VNET_HDR_SZ, Linux 6.6")
+        found = probe(opened)
+    assert (found.vnet_header_size, found.hardware_gso) == (size, True)
+
+
+@devices
+def test_packet_socket_whose_interface_was_deleted() -> None:
+    """A packet socket whose interface is gone is bound to none."""
+    with ExitStack() as stack, veth() as near:
+        opened = stack.enter_context(packet_socket(socket.SOCK_RAW, near))
+        assert probe(opened).interface == near
+        stack = stack.pop_all()
+    with stack:
+        assert probe(opened).interface is None
+
+
+@devices
+def test_interface_by_name() -> None:
+    """An interface name tells what a socket will be that linkrx opens on it."""
+    with veth() as near:
+        found = probe(near)
+        index = socket.if_nametoindex(near)
+        with linkrx.open(near) as rx:
+            assert rx.capabilities == found
+    assert (found.kind, found.socket, found.ethernet, found.owned) == ("packet", True, True, True)
+    assert (found.interface, found.ifindex, found.mtu) == (near, index, 1400)
+    assert found.hardware_type == ARPHRD_ETHER
+    assert (found.local, found.nonblocking) == (True, True)
+    assert found.title == f"AF_PACKET socket on {near}"
+
+
+# Datagram sockets and pipes.
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(socket.SOCK_DGRAM, "unix_dgram"), (socket.SOCK_SEQPACKET, "unix_seqpacket")]
+)
+@pytest.mark.parametrize("blocking", [False, True])
+def test_unix_socket(kind: socket.SocketKind, name: str, blocking: bool) -> None:
+    """An AF_UNIX socket tells its type and whether it blocks, and not what is in its messages."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
+    with receiver, sender:
+        receiver.setblocking(blocking)
+        found = probe(receiver)
+    assert (found.kind, found.socket, found.nonblocking) == (name, True, not blocking)
+    assert (found.ethernet, found.interface, found.vnet_header_size) == (None, None, 0)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_udp_socket(family: socket.AddressFamily) -> None:
+    """A UDP socket of either family is a source, bound or not."""
+    with socket.socket(family, socket.SOCK_DGRAM) as opened:
+        found = probe(opened)
+    assert (found.kind, found.socket, found.ethernet) == ("udp", True, None)
+    assert found.title == "UDP socket"
+
+
+def test_packet_pipe() -> None:
+    """A pipe made in packet mode is recognised by its writing end: the reading end does not show it."""
+    with pipe(os.O_DIRECT) as (reader, _):
+        assert not fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_DIRECT
+        found = probe(reader)
+    assert (found.kind, found.socket, found.ethernet, found.nonblocking) == ("pipe", False, None, False)
+
+
+def test_packet_pipe_by_declaration() -> None:
+    """A pipe whose writer is elsewhere is a source once O_DIRECT on the reading end says so, and not before."""
+    reader, writer = os.pipe2(os.O_DIRECT)
+    try:
+        os.close(writer)
+        with pytest.raises(linkrx.UnsupportedSource, match=r"another process.*F_SETFL"):
+            probe(reader)
+        fcntl.fcntl(reader, fcntl.F_SETFL, fcntl.fcntl(reader, fcntl.F_GETFL) | os.O_DIRECT)
+        assert probe(reader).kind == "pipe"
+    finally:
+        os.close(reader)
+
+
+def test_pipe_with_one_plain_writer() -> None:
+    """A pipe is no packet pipe when one of its writing ends is not in packet mode."""
+    with pipe(os.O_DIRECT) as (reader, writer):
+        other = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY)
+        try:
+            with pytest.raises(linkrx.UnsupportedSource, match="without packet boundaries"):
+                probe(reader)
+        finally:
+            os.close(other)
+        assert probe(reader).kind == "pipe"
+
+
+# Probing changes nothing.
+
+
+def test_datagrams_stay() -> None:
+    """Probing takes no message and changes no flag, with a default timeout set for new sockets or without."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        sender.send(b"still here")
+        for timeout in (None, 5.0):
+            socket.setdefaulttimeout(timeout)
+            try:
+                before = fcntl.fcntl(receiver, fcntl.F_GETFL)
+                probe(receiver)
+                assert fcntl.fcntl(receiver, fcntl.F_GETFL) == before
+            finally:
+                socket.setdefaulttimeout(None)
+        assert receiver.recv(100, socket.MSG_DONTWAIT) == b"still here"
+
+
+def test_packets_in_a_pipe_stay() -> None:
+    """Probing takes nothing out of a packet pipe and leaves the flags of both ends."""
+    with pipe(os.O_DIRECT) as ends:
+        os.write(ends[1], b"still here")
+        before = [fcntl.fcntl(end, fcntl.F_GETFL) for end in ends]
+        probe(ends[0])
+        assert [fcntl.fcntl(end, fcntl.F_GETFL) for end in ends] == before
+        assert os.read(ends[0], 100) == b"still here"
+
+
+@devices
+@pytest.mark.parametrize("opened", [0, os.O_NONBLOCK])
+def test_packets_of_a_queue_stay(opened: int) -> None:
+    """Probing takes no packet out of a TAP queue and leaves its flags."""
+    name = fresh()
+    frame = bytes(12) + b"\x88\xb5" + bytes(50)
+    with queue_by_hand(name, IFF_TAP | IFF_NO_PI, opened=opened) as fd:
+        set_link(name, state="up")
+        with packet_socket(socket.SOCK_RAW) as injector:
+            injector.bind((name, 0))
+            injector.send(frame)
+        before = fcntl.fcntl(fd, fcntl.F_GETFL)
+        probe(fd)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) == before
+        assert os.read(fd, 2048) == frame
+
+
+@devices
+def test_packet_socket_stays_bound() -> None:
+    """Probing a packet socket takes no packet and changes neither its address nor its flags."""
+    with packet_socket(socket.SOCK_RAW, "lo") as opened, packet_socket(socket.SOCK_RAW) as injector:
+        injector.bind(("lo", 0))
+        injector.send(bytes(12) + b"\x88\xb5" + bytes(50))
+        before = (opened.getsockname(), fcntl.fcntl(opened, fcntl.F_GETFL))
+        probe(opened)
+        assert (opened.getsockname(), fcntl.fcntl(opened, fcntl.F_GETFL)) == before
+        assert opened.recv(2048, socket.MSG_DONTWAIT)[12:14] == b"\x88\xb5"
+
+
+# What is refused.
+
+
+def refusal(source: Any) -> str:
+    """The sentence that refuses the source: by probe and by open alike."""
+    with pytest.raises(linkrx.UnsupportedSource) as by_probe:
+        probe(source)
+    with pytest.raises(linkrx.UnsupportedSource) as by_open:
+        linkrx.open(source)
+    assert str(by_probe.value) == str(by_open.value)
+    assert isinstance(by_probe.value, ValueError)
+    return str(by_probe.value)
+
+
+@pytest.mark.parametrize("family", SOCK_STREAM_KINDS)
+def test_stream_socket(family: socket.AddressFamily) -> None:
+    """A stream socket of any family is refused for want of packet boundaries."""
+    with socket.socket(family, socket.SOCK_STREAM) as opened:
+        told = refusal(opened)
+    assert "SOCK_STREAM" in told
+    assert "without packet boundaries" in told
+
+
+def test_socket_of_another_family() -> None:
+    """A netlink socket is refused, with its family and with what is taken instead."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as opened:
+        told = refusal(opened)
+    assert f"family {int(socket.AF_NETLINK)}" in told
+    assert "AF_PACKET, AF_UNIX (datagram, seqpacket) and UDP" in told
+
+
+def test_plain_pipe() -> None:
+    """A plain pipe is refused, with how to make one in packet mode."""
+    with pipe() as (reader, _):
+        told = refusal(reader)
+    assert "pipe, a byte stream without packet boundaries" in told
+    assert "os.O_DIRECT" in told
+
+
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT])
+def test_writing_end_of_a_pipe(flags: int) -> None:
+    """The writing end of a pipe is refused, with a pointer to the other end."""
+    with pipe(flags) as (_, writer):
+        assert "writing only: give the reading end" in refusal(writer)
+
+
+def test_regular_file(tmp_path: Path) -> None:
+    """A regular file is refused as such."""
+    path = tmp_path / "capture"
+    path.write_bytes(b"no packets")
+    with path.open("rb") as opened:
+        told = refusal(opened)
+        assert opened.tell() == 0
+    assert "is a regular file" in told
+    assert "TAP and TUN queues" in told
+
+
+def test_directory(tmp_path: Path) -> None:
+    """A directory is refused as such."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert "is a directory" in refusal(fd)
+    finally:
+        os.close(fd)
+
+
+def test_closed_descriptor() -> None:
+    """A closed descriptor is refused by its number, with what the kernel says."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    assert re.fullmatch(rf"file descriptor {reader} is not open: Bad file descriptor", refusal(reader))
+
+
+def test_closed_socket() -> None:
+    """A closed socket object is refused as closed."""
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    opened.close()
+    assert "is closed: its file descriptor is -1" in refusal(opened)
+
+
+@devices
+def test_closed_queue() -> None:
+    """A closed TunTap is refused as closed, by its name."""
+    with linkrx.TunTap(fresh()) as queue:
+        pass
+    told = refusal(queue)
+    assert queue.name in told
+    assert "is closed" in told
+
+
+def test_closed_file(tmp_path: Path) -> None:
+    """An object whose fileno() raises is refused with what it said."""
+    with (tmp_path / "file").open("w") as opened:
+        pass
+    assert "has no file descriptor: I/O operation on closed file" in refusal(opened)
+
+
+@pytest.mark.parametrize("fd", [-1, -100])
+def test_negative_descriptor(fd: int) -> None:
+    """A negative descriptor is refused by its number."""
+    assert f"its file descriptor is {fd}" in refusal(fd)
+
+
+@pytest.mark.parametrize("source", [None, 1.5, b"lo", ["lo"], object()])
+def test_object_without_fileno(source: object) -> None:
+    """An object that is no source is refused with the three things that are."""
+    told = refusal(source)
+    assert repr(source) in told
+    assert "a file descriptor, an object with fileno(), or an interface name" in told
+
+
+@devices
+def test_queue_before_it_has_a_device() -> None:
+    """An open /dev/net/tun without a device is refused, with what is missing."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        told = refusal(fd)
+    finally:
+        os.close(fd)
+    assert "/dev/net/tun" in told
+    assert "TUNSETIFF is still to come" in told
+    assert "linkrx.TunTap" in told
+
+
+@devices
+def test_queue_whose_device_was_deleted() -> None:
+    """A queue whose device was deleted is refused, with that as the reason."""
+    from pyroute2 import IPRoute
+
+    with linkrx.TunTap(fresh()) as queue:
+        with IPRoute() as route:
+            route.link("del", index=socket.if_nametoindex(queue.name))
+        assert "its device was deleted" in refusal(queue)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
+def test_other_character_device(path: str) -> None:
+    """A character device that is no queue is refused as such."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert "character device that is no TAP or TUN queue" in refusal(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["", "lrx-no-such-if"])
+def test_unknown_interface(name: str) -> None:
+    """An interface that does not exist is refused by its name, with how to see those that do."""
+    told = refusal(name)
+    assert repr(name) in told
+    assert "ip link" in told
+
+
+# Options that contradict the source.
+
+
+def contradiction(source: Any, error: type[Exception] = linkrx.UnsupportedOption, **options: Any) -> str:
+    """The sentence that refuses the options on the source."""
+    with pytest.raises(error) as caught:
+        linkrx.open(source, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def unix() -> Iterator[socket.socket]:
+    """A datagram socket."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        yield receiver
+
+
+@devices
+@pytest.mark.parametrize(("mode", "ethernet"), [("tun", True), ("tap", False)])
+def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
+    """A TUN has no Ethernet header and a TAP has one: saying otherwise is an error that names both."""
+    with linkrx.TunTap(fresh(), mode) as queue:
+        told = contradiction(queue, ethernet=ethernet)
+        assert f"ethernet={ethernet} contradicts" in told
+        assert f"{mode.upper()} queue on {queue.name}" in told
+        linkrx.open(queue, ethernet=not ethernet).close()
+
+
+@devices
+def test_ethernet_contradicts_a_cooked_socket() -> None:
+    """A cooked packet socket has no Ethernet header: saying otherwise is an error that names both."""
+    with packet_socket(socket.SOCK_DGRAM, "lo") as opened:
+        told = contradiction(opened, ethernet=True)
+    assert "ethernet=True contradicts" in told
+    assert "cooked AF_PACKET socket on lo" in told
+
+
+@devices
+@pytest.mark.parametrize("header", [True, 10, 12])
+def test_vnet_header_on_a_queue_without_one(header: bool | int) -> None:
+    """Asking for a virtio-net header that a TAP does not have is an error that names both."""
+    with linkrx.TunTap(fresh()) as queue:
+        told = contradiction(queue, vnet_header=header)
+        assert f"vnet_header={header} contradicts" in told
+        assert f"TAP queue on {queue.name} puts no virtio-net header" in told
+        linkrx.open(queue, vnet_header=False).close()
+
+
+@devices
+@pytest.mark.parametrize("header", [False, 10, 24])
+def test_vnet_header_of_another_size(header: bool | int) -> None:
+    """Denying a virtio-net header, or giving it another size, is an error that tells the true one."""
+    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    with queue_by_hand(fresh(), flags, header=12) as fd:
+        told = contradiction(fd, vnet_header=header)
+        assert f"vnet_header={header} contradicts" in told
+        assert "a virtio-net header of 12 bytes" in told
+        for agreeing in (None, True, 12):
+            linkrx.open(fd, vnet_header=agreeing).close()
+
+
+@devices
+@pytest.mark.parametrize("packet_info", [False, True])
+def test_packet_info_contradicts_a_queue(packet_info: bool) -> None:
+    """What the caller says of packet information may not contradict the device; the error names both."""
+    with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
+        told = contradiction(fd, packet_info=not packet_info)
+        assert f"packet_info={not packet_info} contradicts" in told
+        assert "TAP queue" in told
+        linkrx.open(fd, packet_info=packet_info).close()
+
+
+def test_packet_info_on_a_socket(unix: socket.socket) -> None:
+    """A socket sends no packet information: asking for it is an error that names both."""
+    told = contradiction(unix, packet_info=True)
+    assert "packet_info=True contradicts" in told
+    assert "AF_UNIX datagram socket" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("promiscuous", True), ("outgoing", True), ("timestamps", True), ("fanout", 1), ("zero_copy", True)],
+)
+def test_packet_option_on_a_unix_socket(unix: socket.socket, name: str, value: object) -> None:
+    """An option of packet sockets on another socket is an error that names both."""
+    options: dict[str, Any] = {name: value}
+    told = contradiction(unix, **options)
+    assert f"{name}={value!r} needs an AF_PACKET socket" in told
+    assert "AF_UNIX datagram socket" in told
+
+
+@devices
+def test_promiscuous_without_an_interface() -> None:
+    """Promiscuous mode needs an interface to be so on; the socket is left as it was."""
+    with packet_socket(socket.SOCK_RAW) as opened:
+        before = opened.getsockopt(capabilities.SOL_PACKET, 23)
+        told = contradiction(opened, promiscuous=True)
+        assert opened.getsockopt(capabilities.SOL_PACKET, 23) == before
+    assert "promiscuous=True" in told
+    assert "bound to no interface" in told
+
+
+@devices
+def test_receive_buffer_on_a_queue() -> None:
+    """A TAP has no socket buffer: the error names both, and what makes its queue longer."""
+    with linkrx.TunTap(fresh()) as queue:
+        told = contradiction(queue, receive_buffer=1 << 20)
+        assert "receive_buffer=1048576 needs a socket" in told
+        assert f"TAP queue on {queue.name}" in told
+        assert f"ip link set {queue.name} txqueuelen" in told
+
+
+def test_receive_buffer_on_a_pipe() -> None:
+    """A pipe has no socket buffer; there is no interface to give advice about."""
+    with pipe(os.O_DIRECT) as (reader, _):
+        told = contradiction(reader, receive_buffer=1 << 20)
+    assert "needs a socket; the source is a packet pipe" in told
+    assert "txqueuelen" not in told
+
+
+@devices
+@pytest.mark.parametrize("backend", ["readv", "os_readv"])
+@pytest.mark.parametrize("name", ["timestamps", "outgoing"])
+def test_option_that_a_backend_cannot_honour(backend: str, name: str) -> None:
+    """A named backend that cannot honour an option is an error that names option, backend and source."""
+    if next(info for info in linkrx.backends() if info.name == backend).reason is not None:
+        pytest.skip(f"{backend} needs the compiled core, which was not built")
+    options: dict[str, Any] = {name: True}
+    with packet_socket(socket.SOCK_RAW, "lo") as opened:
+        told = contradiction(opened, backend=backend, **options)
+    assert f"{backend} cannot honour {name}=True" in told
+    assert "AF_PACKET socket on lo" in told
+
+
+def test_backend_that_does_not_take_the_source() -> None:
+    """A named backend that does not take the source is an error that names both."""
+    if next(info for info in linkrx.backends() if info.name == "recvmmsg").reason is not None:
+        pytest.skip("recvmmsg needs the compiled core, which was not built")
+    with pipe(os.O_DIRECT) as (reader, _):
+        told = contradiction(reader, linkrx.UnsupportedSource, backend="recvmmsg")
+    assert "recvmmsg does not take this source" in told
+    assert "packet pipe" in told
+
+
+def test_unknown_backend(unix: socket.socket) -> None:
+    """A backend that does not exist is an error that lists those that do."""
+    told = contradiction(unix, linkrx.BackendUnavailable, backend="nonesuch")
+    assert "'nonesuch'" in told
+    assert "os_readv" in told
+
+
+def test_unknown_option(unix: socket.socket) -> None:
+    """An option that does not exist is a TypeError that names it and lists those that do."""
+    told = contradiction(unix, TypeError, promiscous=True, batch_size=8)
+    assert "no option promiscous:" in told
+    assert "promiscuous" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("batch_size", 1025),
+        ("receive_buffer", 0),
+        ("latency", 0),
+        ("latency", -1.0),
+        ("vnet_header", 9),
+    ],
+)
+def test_value_that_cannot_be(unix: socket.socket, name: str, value: float) -> None:
+    """A value that no source could take is a ValueError that quotes it, and no UnsupportedOption."""
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}")) as caught:
+        linkrx.open(unix, **options)
+    assert not isinstance(caught.value, linkrx.LinkrxError)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (1,) * 65])
+def test_ladder_that_cannot_be(unix: socket.socket, sizes: tuple[int, ...]) -> None:
+    """A ladder that IovecBuffer would not take is a ValueError here too."""
+    with pytest.raises(ValueError, match="buffer sizes"):
+        linkrx.open(unix, buffer_sizes=sizes)
+
+
+def test_values_at_the_limits(unix: socket.socket) -> None:
+    """The least and the largest value that may be are taken."""
+    for options in (
+        {"batch_size": 1},
+        {"batch_size": 1024},
+        {"vnet_header": 10},
+        {"buffer_sizes": (1,) * 64},
+    ):
+        with linkrx.open(unix, **options) as rx:
+            assert rx.end is None
+
+
+@pytest.mark.parametrize(("vnet_header", "size"), [(True, 10), (False, 0), (12, 12), (24, 24)])
+def test_caller_says_what_a_socket_cannot(vnet_header: bool | int, size: int) -> None:
+    """Of a datagram socket the caller says what stands in front of a packet, and is believed."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, vnet_header=vnet_header, ethernet=False) as rx:
+        sender.send(b"\x45" * size + b"\x60packet")
+        received = rx.recv(10)
+        assert bytes(received) == b"\x60packet"
+        assert received.protocol == 0x86DD
+        assert (received.vnet is not None) == bool(size)

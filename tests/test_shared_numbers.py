@@ -1,0 +1,100 @@
+"""Numbers that C and Python both have: written twice, so held together here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from linkrx import _core, buffers, columns, options, packet, stats
+
+# The name in C, and what Python has of the same meaning.
+SHARED: dict[str, int] = {
+    "LRX_COUNT": columns.COUNT,
+    "LRX_RECEIVES": columns.RECEIVES,
+    "LRX_END": columns.END,
+    "LRX_ERROR": columns.ERROR,
+    "LRX_CLASSIFIED": columns.CLASSIFIED,
+    "LRX_ROWS": columns.ROWS,
+    "LRX_HEADER_BYTES": columns.HEADER_BYTES,
+    "LRX_TRUNCATED": packet.Flags.TRUNCATED,
+    "LRX_OUTGOING": packet.Flags.OUTGOING,
+    "LRX_VLAN": packet.Flags.VLAN,
+    "LRX_TIMESTAMP": packet.Flags.TIMESTAMP,
+    "LRX_CHECKSUM_UNFINISHED": packet.Flags.CHECKSUM_UNFINISHED,
+    "LRX_PACKETS": stats.PACKETS,
+    "LRX_BYTES": stats.BYTES,
+    "LRX_RUNTS": stats.RUNTS,
+    "LRX_EMPTY": stats.EMPTY,
+    "LRX_UNKNOWN_PROTOCOL": stats.UNKNOWN_PROTOCOL,
+    "LRX_CUT": stats.CUT,
+    "LRX_SIZES_MAX": buffers.SIZES_MAX,
+    "LRX_MESSAGES_MAX": options.BATCH_SIZE_MAX,
+}
+
+needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
+
+
+@needs_core
+@pytest.mark.parametrize(("name", "number"), SHARED.items())
+def test_number(name: str, number: int) -> None:
+    """C and Python have the same number under this name."""
+    assert getattr(_core.lib, name) == number
+
+
+@needs_core
+def test_shared_files_hold_nothing_else() -> None:
+    """Every number of the header that declares what C and Python share is compared above."""
+    header = Path(_core.__file__).with_name("packet.h")
+    if not header.exists():
+        pytest.skip("installed from a wheel, which brings no C sources")
+    assert set(re.findall(r"#define (LRX_\w+)", header.read_text())) <= set(SHARED)
+
+
+def test_plain_flags_are_the_enum() -> None:
+    """The plain numbers that run once per packet are the members of Flags, in order."""
+    plain = (packet.TRUNCATED, packet.OUTGOING, packet.VLAN, packet.TIMESTAMP, packet.CHECKSUM_UNFINISHED)
+    assert plain == tuple(packet.Flags)
+    assert all(type(number) is int for number in plain)
+
+
+def test_counters_have_a_slot_for_each() -> None:
+    """The counters are exactly as many 64-bit words as there are slots."""
+    slots = {
+        stats.PACKETS,
+        stats.BYTES,
+        stats.RUNTS,
+        stats.EMPTY,
+        stats.UNKNOWN_PROTOCOL,
+        stats.CUT,
+    }
+    counters = stats.new_counters()
+    assert slots == set(range(len(counters)))
+    assert counters.itemsize == 8
+
+
+def test_header_has_a_word_for_each() -> None:
+    """The header of the descriptors is exactly as many 32-bit words as it has names."""
+    words = {
+        columns.COUNT,
+        columns.RECEIVES,
+        columns.END,
+        columns.ERROR,
+        columns.CLASSIFIED,
+        columns.ROWS,
+    }
+    header = columns.Descriptors(1).header
+    assert words == set(range(len(header)))
+    assert header.nbytes == columns.HEADER_BYTES
+
+
+def test_row_is_the_sum_of_its_columns() -> None:
+    """The eight columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
+    table = bytearray(columns.ROW_BYTES)
+    row = columns.Columns(memoryview(table), 1)
+    views = [getattr(row, name) for name in columns.Columns.__slots__]
+    assert sum(view.nbytes for view in views) == columns.ROW_BYTES
+    for view in views:
+        view.cast("B")[:] = b"\xff" * view.nbytes
+    assert table == b"\xff" * columns.ROW_BYTES

@@ -1,0 +1,382 @@
+"""TunTap: one open queue of a TAP or TUN device."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import gc
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import linkrx
+from linkrx import tuntap
+from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+TUNSETPERSIST = 0x400454CB  # linux/if_tun.h
+SIOCETHTOOL = 0x8946  # linux/sockios.h
+ETHTOOL_GTSO = 0x1E  # linux/ethtool.h
+TSO = tuntap.TUN_F_CSUM | tuntap.TUN_F_TSO4 | tuntap.TUN_F_TSO6
+
+
+def exists(name: str) -> bool:
+    """Whether there is an interface of that name."""
+    return name in [interface for _, interface in socket.if_nameindex()]
+
+
+def attach(name: str, flags: int) -> int:
+    """A queue opened by hand."""
+    fd = os.open(tuntap.DEVICE, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def segments(name: str) -> bool:
+    """Whether the device takes TCP super-packets, as `ethtool -k` tells."""
+    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0), 8)
+    request = struct.pack("16sP16x", name.encode(), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        fcntl.ioctl(asked, SIOCETHTOOL, request)
+    return bool(struct.unpack("II", value.raw)[1])
+
+
+@contextmanager
+def persistent(name: str, flags: int, *, header: int = 10, offload: int = 0) -> Iterator[str]:
+    """A device that an earlier owner made to stay, and left with these settings."""
+    fd = attach(name, flags)
+    fcntl.ioctl(fd, TUNSETPERSIST, 1)
+    if flags & IFF_VNET_HDR:
+        fcntl.ioctl(fd, tuntap.TUNSETVNETHDRSZ, struct.pack("i", header))
+    fcntl.ioctl(fd, tuntap.TUNSETOFFLOAD, offload)
+    os.close(fd)
+    try:
+        yield name
+    finally:
+        fd = attach(name, flags)
+        fcntl.ioctl(fd, TUNSETPERSIST, 0)
+        os.close(fd)
+        assert not exists(name)
+
+
+def run_without_capabilities(program: str) -> str:
+    """What a Python program prints that gives up all capabilities first, in this network namespace."""
+    drop = (
+        "import ctypes, struct\n"
+        # linux/capability.h: _LINUX_CAPABILITY_VERSION_3, no pid; three empty sets of 64 bits
+        "head = struct.pack('=Ii', 0x20080522, 0)\n"
+        "assert ctypes.CDLL(None).capset(head, bytes(24)) == 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", drop + program],
+        cwd=Path(linkrx.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# A device of its own.
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_open_and_close(mode: str) -> None:
+    """The device is there while the queue is open, under the name and mode asked for, and gone afterwards."""
+    queue = linkrx.TunTap("lrxt0", mode)
+    try:
+        assert (queue.name, queue.mode) == ("lrxt0", mode)
+        assert queue.fileno() >= 0
+        assert exists("lrxt0")
+        found = linkrx.probe(queue)
+        assert (found.kind, found.interface, found.packet_info) == (mode, "lrxt0", False)
+        assert found.vnet_header_size == 0
+    finally:
+        queue.close()
+    assert not exists("lrxt0")
+
+
+def test_tap_is_the_default() -> None:
+    """Without a mode the device is a TAP."""
+    with linkrx.TunTap() as queue:
+        assert queue.mode == "tap"
+        assert linkrx.probe(queue).kind == "tap"
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_kernel_chooses_a_name(mode: str) -> None:
+    """An empty name gives two queues two devices, named by the kernel after their mode."""
+    with linkrx.TunTap(mode=mode) as first, linkrx.TunTap(mode=mode) as second:
+        assert first.name != second.name
+        for queue in (first, second):
+            assert queue.name.startswith(mode)
+            assert exists(queue.name)
+
+
+def test_name_pattern() -> None:
+    """The kernel fills in %d, and the name is what it made of it."""
+    with linkrx.TunTap("lrxp%d") as queue:
+        assert queue.name != "lrxp%d"
+        assert exists(queue.name)
+
+
+def test_longest_name() -> None:
+    """A name of 15 bytes is taken whole."""
+    with linkrx.TunTap("lrx-fifteen-byt") as queue:
+        assert queue.name == "lrx-fifteen-byt"
+        assert exists("lrx-fifteen-byt")
+
+
+def test_close_is_idempotent() -> None:
+    """Closing again does nothing, also when the number of the descriptor is in use for something else."""
+    queue = linkrx.TunTap()
+    number = queue.fileno()
+    queue.close()
+    assert queue.fileno() == -1
+    reader, writer = os.pipe()
+    try:
+        assert number in (reader, writer)
+        queue.close()
+        os.write(writer, b"still open")
+        assert os.read(reader, 20) == b"still open"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_context_manager_closes_when_the_block_raises() -> None:
+    """Leaving the block closes the queue, whatever was raised in it."""
+    with pytest.raises(KeyError), linkrx.TunTap("lrxt1") as queue:
+        raise KeyError
+    assert queue.fileno() == -1
+    assert not exists("lrxt1")
+
+
+def test_repr() -> None:
+    """A queue shows mode, name and descriptor, and once closed that it is."""
+    with linkrx.TunTap("lrxt2", "tun") as queue:
+        assert repr(queue) == f"<TunTap tun lrxt2 fd {queue.fileno()}>"
+    assert repr(queue) == "<TunTap tun lrxt2 closed>"
+
+
+def test_descriptor_flags() -> None:
+    """The queue does not block, and does not leak into programs that this process starts."""
+    with linkrx.TunTap() as queue:
+        assert not os.get_blocking(queue.fileno())
+        assert not os.get_inheritable(queue.fileno())
+        with pytest.raises(BlockingIOError):
+            os.read(queue.fileno(), 2048)
+
+
+def test_collected_without_close() -> None:
+    """A queue that nobody closed is closed when it is collected, and its device goes."""
+    queue = linkrx.TunTap("lrxt3")
+    number = queue.fileno()
+    queue_cycle: list[object] = [queue]
+    queue_cycle.append(queue_cycle)
+    del queue, queue_cycle
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    assert not exists("lrxt3")
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_write_and_receive(mode: str) -> None:
+    """What the device sends comes out of a dispatcher on the queue."""
+    from pyroute2 import IPRoute
+
+    sent = b"\x45\x00" + bytes(40) if mode == "tun" else bytes(12) + b"\x88\xb5" + bytes(46)
+    with linkrx.TunTap("lrxt4", mode) as queue, linkrx.open(queue) as rx:
+        with IPRoute() as route:
+            route.link("set", index=socket.if_nametoindex("lrxt4"), state="up")
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as injector:
+            injector.bind(("lrxt4", 0))
+            injector.send(sent)
+        assert bytes(rx.recv(10)) == sent
+
+
+# Several queues.
+
+
+def test_two_queues() -> None:
+    """Two queues of one device have its name and descriptors of their own; the device goes with the last."""
+    with linkrx.TunTap("lrxm0", multi_queue=True) as first:
+        with linkrx.TunTap("lrxm0", multi_queue=True) as second:
+            assert first.name == second.name == "lrxm0"
+            assert first.fileno() != second.fileno()
+            assert linkrx.probe(first).multi_queue
+            assert linkrx.probe(first).ifindex == linkrx.probe(second).ifindex
+        assert exists("lrxm0")
+    assert not exists("lrxm0")
+
+
+def test_busy() -> None:
+    """A second owner of a device with one queue gets EBUSY, and is told about multi_queue."""
+    with linkrx.TunTap("lrxm1"):
+        with pytest.raises(OSError, match=r"'lrxm1'.*holds its only queue.*multi_queue=True") as caught:
+            linkrx.TunTap("lrxm1")
+        assert caught.value.errno == errno.EBUSY
+
+
+@pytest.mark.parametrize("first_has_many", [False, True])
+def test_multi_queue_mismatch(first_has_many: bool) -> None:
+    """Asking for other than what the device has gives EINVAL, and the message names the setting."""
+    with linkrx.TunTap("lrxm2", multi_queue=first_has_many):
+        with pytest.raises(OSError, match=r"'lrxm2'.*another multi_queue setting") as caught:
+            linkrx.TunTap("lrxm2", multi_queue=not first_has_many)
+        assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(("mode", "other"), [("tap", "tun"), ("tun", "tap")])
+def test_other_mode(mode: str, other: str) -> None:
+    """Attaching to a device of the other mode gives EINVAL, and the message names the mode."""
+    with linkrx.TunTap("lrxm3", mode):
+        with pytest.raises(OSError, match=r"'lrxm3'.*another mode") as caught:
+            linkrx.TunTap("lrxm3", other)
+        assert caught.value.errno == errno.EINVAL
+
+
+# What cannot be asked for.
+
+
+@pytest.mark.parametrize("mode", ["", "TAP", "veth"])
+def test_bad_mode(mode: str) -> None:
+    """A mode other than tap or tun is a ValueError that quotes it and names the two."""
+    with pytest.raises(ValueError, match=f"{mode!r}.*'tap' or a 'tun'"):
+        linkrx.TunTap(mode=mode)
+
+
+@pytest.mark.parametrize("name", ["lrx-sixteen-byte", "x" * 100, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 8])
+def test_name_too_long(name: str) -> None:
+    """A name of more than 15 bytes is a ValueError that quotes it, not a device of a shorter name."""
+    before = socket.if_nameindex()
+    with pytest.raises(ValueError, match="longer than 15 bytes") as caught:
+        linkrx.TunTap(name)
+    assert repr(name) in str(caught.value)
+    assert socket.if_nameindex() == before
+
+
+def test_offload_without_header() -> None:
+    """Super-packets without a header to describe them are a ValueError that names both arguments."""
+    with pytest.raises(ValueError, match=r"offload=True needs vnet_header=True"):
+        linkrx.TunTap(offload=True)
+
+
+def test_failed_open_can_be_collected() -> None:
+    """A TunTap that could not be made is collected quietly and leaves no device."""
+    with linkrx.TunTap("lrxm4"):
+        pass
+    with pytest.raises(ValueError, match="mode"):
+        linkrx.TunTap("lrxm4", "neither")
+    gc.collect()
+    assert not exists("lrxm4")
+
+
+# Header and offloads.
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_vnet_header(mode: str) -> None:
+    """With vnet_header=True there is a header of ten bytes, and without offload=True no super-packets."""
+    with linkrx.TunTap("lrxo0", mode, vnet_header=True) as queue:
+        assert linkrx.probe(queue).vnet_header_size == 10
+        assert queue.offload == 0
+        assert not segments("lrxo0")
+
+
+def test_offload_is_told() -> None:
+    """With offload=True the mask holds checksums and TCP, and the device has them on."""
+    with linkrx.TunTap("lrxo1", vnet_header=True, offload=True) as queue:
+        assert queue.offload & TSO == TSO
+        assert segments("lrxo1")
+        usos = tuntap.TUN_F_USO4 | tuntap.TUN_F_USO6
+        assert queue.offload & usos in (0, usos)
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_state_of_a_previous_owner(mode: str) -> None:
+    """Offloads and header size that an earlier owner left on a persistent device are reset on attaching."""
+    flags = IFF_NO_PI | IFF_VNET_HDR | (IFF_TAP if mode == "tap" else IFF_TUN)
+    with persistent("lrxo2", flags, header=12, offload=TSO):
+        assert segments("lrxo2")
+        by_hand = attach("lrxo2", flags)
+        assert linkrx.probe(by_hand).vnet_header_size == 12  # what would be left
+        os.close(by_hand)
+        with linkrx.TunTap("lrxo2", mode, vnet_header=True) as queue:
+            assert linkrx.probe(queue).vnet_header_size == 10
+            assert queue.offload == 0
+            assert not segments("lrxo2")
+        assert exists("lrxo2")
+
+
+def test_no_super_packets_without_a_header() -> None:
+    """Attaching without a header to a device left with offloads switches them off as well."""
+    flags = IFF_NO_PI | IFF_VNET_HDR | IFF_TAP
+    with persistent("lrxo3", flags, header=12, offload=TSO), linkrx.TunTap("lrxo3") as queue:
+        assert linkrx.probe(queue).vnet_header_size == 0
+        assert not segments("lrxo3")
+
+
+def test_persistent_device_of_several_queues() -> None:
+    """A persistent device stays when its queues are closed, and its state is reset by a queue of many too."""
+    flags = IFF_NO_PI | IFF_VNET_HDR | IFF_TAP | IFF_MULTI_QUEUE
+    with persistent("lrxo4", flags, header=24, offload=TSO):
+        with linkrx.TunTap("lrxo4", multi_queue=True, vnet_header=True) as queue:
+            assert linkrx.probe(queue).vnet_header_size == 10
+            assert not segments("lrxo4")
+        assert exists("lrxo4")
+
+
+# Privileges.
+
+
+def test_missing_privilege() -> None:
+    """Without CAP_NET_ADMIN the error is a MissingPrivilege and a PermissionError that says what to type."""
+    printed = run_without_capabilities(
+        "import linkrx, os\n"
+        "before = len(os.listdir('/proc/self/fd'))\n"
+        "try:\n"
+        "    linkrx.TunTap('lrxq0')\n"
+        "except PermissionError as error:\n"
+        "    print(type(error).__name__, error.errno, error.capability, error.remedy, error, sep='\\n')\n"
+        "assert len(os.listdir('/proc/self/fd')) == before\n"
+    )
+    kind, code, capability, remedy, message = printed.split("\n")
+    assert kind == "MissingPrivilege"
+    assert int(code) in (errno.EPERM, errno.EACCES)
+    # Where the device file itself is not open to everyone, access to it is what is missing first.
+    assert capability in ("CAP_NET_ADMIN", "access to the device")
+    assert "sudo" in remedy
+    assert capability in message
+    assert remedy in message
+
+
+def test_missing_privilege_for_an_interface() -> None:
+    """Without CAP_NET_RAW opening an interface names that capability, and leaves no descriptor behind."""
+    printed = run_without_capabilities(
+        "import linkrx, os\n"
+        "before = len(os.listdir('/proc/self/fd'))\n"
+        "try:\n"
+        "    linkrx.open('lo')\n"
+        "except linkrx.MissingPrivilege as error:\n"
+        "    print(error)\n"
+        "assert len(os.listdir('/proc/self/fd')) == before\n"
+    )
+    assert "packet socket on 'lo'" in printed
+    assert "CAP_NET_RAW" in printed
