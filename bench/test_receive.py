@@ -14,7 +14,7 @@ from floors import Drain, Floor, against, read_floor, recvmmsg_floor
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, _injector, veth
+from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
 from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
 
 PACKETS = 512  # below the 1000 that a TAP queue holds by default
@@ -116,7 +116,7 @@ def tap_queue() -> Iterator[tuple[linkrx.TunTap, socket.socket]]:
     """A TAP queue that is up, and a socket that sends into it."""
     with linkrx.TunTap() as tap, IPRoute() as route:
         route.link("set", index=socket.if_nametoindex(tap.name), state="up")
-        with _injector(tap.name) as injector:
+        with injector_on(tap.name) as injector:
             yield tap, injector
 
 
@@ -166,7 +166,7 @@ def test_packet_socket(benchmark: Any, backend: str, size: int, way: str) -> Non
     """linkrx on an AF_PACKET socket beside a bare recvmmsg() loop with the same metadata."""
     with (
         veth() as (near, far),
-        _injector(far) as injector,
+        injector_on(far) as injector,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as source,
     ):
         source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 * 1024 * 1024)

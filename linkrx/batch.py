@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 from linkrx.columns import COLUMNS, ROW_BYTES, Columns
@@ -18,25 +19,62 @@ class Batch:
     changes, however long it is kept.
     """
 
-    __slots__ = ("_columns", "_count", "_first", "_rows", "_table", "framing", "memory")
+    __slots__ = (
+        "_begin",
+        "_buffer",
+        "_columns",
+        "_count",
+        "_first",
+        "_memory",
+        "_rows",
+        "_table",
+        "_table_buffer",
+        "framing",
+    )
 
-    def __init__(self, memory: memoryview, table: int, rows: int, count: int, framing: Framing) -> None:
-        """A table of `rows` rows, of which the first `count` are used, lies `table` bytes into `memory`."""
-        self.memory = memory
-        self.framing = framing
+    def __init__(
+        self,
+        buffer: mmap.mmap | bytes,
+        begin: int,
+        table: int,
+        rows: int,
+        count: int,
+        framing: Framing,
+        table_buffer: bytes | None = None,
+    ) -> None:
+        """Frames lie in `buffer` from `begin` on, and behind them, `table` bytes into it, a table of `rows` rows, of
+        which the first `count` are used. With a `table_buffer` the table lies there instead.
+
+        Every view is made when it is first asked for. Holding the buffer keeps an arena from being used again.
+        """
+        self._buffer = buffer
+        self._begin = begin
         self._table = table
+        self._table_buffer = table_buffer
         self._rows = rows
         self._first = 0
         self._count = count
+        self.framing = framing
+        self._memory: memoryview | None = None
         self._columns: Columns | None = None
 
     @property
+    def memory(self) -> memoryview:
+        """The frames, and nothing of any other batch."""
+        memory = self._memory
+        if memory is None:
+            end = self._table if self._table_buffer is None else len(self._buffer)
+            memory = self._memory = memoryview(self._buffer)[self._begin : end].toreadonly()
+        return memory
+
+    @property
     def columns(self) -> Columns:
-        """All columns, VLAN tags included. Made when first asked for."""
-        if self._columns is None:
-            first = self._first
-            self._columns = Columns(self.memory[self._table :], self._rows, first, first + self._count)
-        return self._columns
+        """All columns, VLAN tags included."""
+        columns = self._columns
+        if columns is None:
+            table = memoryview(self._table_buffer or self._buffer).toreadonly()[self._table :]
+            columns = self._columns = Columns(table, self._rows, self._first, self._first + self._count)
+        return columns
 
     @property
     def starts(self) -> memoryview:
@@ -91,7 +129,15 @@ class Batch:
         """The packets from `first` on, over the same memory."""
         if not first:
             return self
-        rest = Batch(self.memory, self._table, self._rows, self._count - first, self.framing)
+        rest = Batch(
+            self._buffer,
+            self._begin,
+            self._table,
+            self._rows,
+            self._count - first,
+            self.framing,
+            self._table_buffer,
+        )
         rest._first = self._first + first
         return rest
 
@@ -112,9 +158,7 @@ class Batch:
         for name in COLUMNS:
             if name != "starts":
                 getattr(new, name)[:] = getattr(old, name)[first:last]
-        copied = Batch(memoryview(bytes(memory)), 0, rows, rows, self.framing)
-        copied._columns = Columns(memoryview(bytes(table)), rows)
-        return copied
+        return Batch(bytes(memory), 0, 0, rows, rows, self.framing, bytes(table))
 
     def __repr__(self) -> str:
         return f"<Batch of {self._count} packets, {sum(self.lengths)} bytes>"

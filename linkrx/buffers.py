@@ -12,6 +12,9 @@ BUFFER_SIZES = (128, 256, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # _core/readv.h LRX_SIZES_MAX; far fewer than the kernel's IOV_MAX of 1024.
 SIZES_MAX = 64
 
+# Thirty times the largest frame that any Linux device hands over.
+CAPACITY_MAX = 16 * 1024 * 1024
+
 
 class IovecBuffer:
     """Buffers for one scatter read, of which only the used ones are replaced.
@@ -47,6 +50,8 @@ class IovecBuffer:
 
         The last view is cut to size. Raises ValueError when n exceeds what `next_iovecs()` gave room for.
         """
+        if n < 0:
+            raise ValueError(f"pull({n}): a length is 0 or more")
         left = n - self._header_size
         pulled: list[memoryview] = []
         if left > sum(self._sizes):
@@ -65,8 +70,10 @@ class IovecBuffer:
 def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """The ladder as a tuple, or ValueError."""
     ladder = tuple(sizes)
-    if not 1 <= len(ladder) <= SIZES_MAX or any(size < 1 for size in ladder):
-        raise ValueError(f"buffer sizes {ladder}: give 1 to {SIZES_MAX} sizes of at least 1 byte")
+    if not 1 <= len(ladder) <= SIZES_MAX or min(ladder) < 1 or sum(ladder) > CAPACITY_MAX:
+        raise ValueError(
+            f"buffer sizes {ladder}: give 1 to {SIZES_MAX} sizes of at least 1 byte, {CAPACITY_MAX} bytes in all at most"
+        )
     return ladder
 
 

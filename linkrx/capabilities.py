@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -51,14 +50,16 @@ _BARE_IP_TYPES = frozenset({519, 768, 769, 776, ARPHRD_NONE})
 # TUN/TAP: 65,535 bytes of MTU at most, an Ethernet header, two VLAN tags, and a 64 KiB super-packet with headers;
 # gVisor's ladder holds 65,664.
 LARGEST_TUN_FRAME = 65_664
-# An IPv6 BIG TCP frame of 198,586 bytes is the largest seen on a veth, 212,992 the default send buffer of an
-# AF_UNIX sender.
-LARGEST_MESSAGE = 262_144
+# A super-packet on a veth has GSO_MAX_SIZE = 8 * 65,535 bytes at most and an Ethernet header; a datagram of an
+# unprivileged AF_UNIX sender 425,952, twice net.core.wmem_max as it comes less 32. Who raises these sees packets cut,
+# flagged, and their true length.
+LARGEST_MESSAGE = 524_416
 LARGEST_UDP = 65_535
 LARGEST_PIPE_PACKET = 4096  # PIPE_BUF: the kernel splits longer writes
 
 IFREQ_BYTES = 40  # sizeof(struct ifreq)
 IFNAMSIZ = 16  # linux/if.h, the final zero byte included
+_INT_MAX = 2**31 - 1
 
 # With SOCK_NONBLOCK in the type, Python leaves O_NONBLOCK alone even under socket.setdefaulttimeout().
 _TYPE = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
@@ -101,7 +102,7 @@ class Capabilities:
 
     @property
     def title(self) -> str:
-        """The source in a few words, for messages."""
+        """The source in a few words, for messages: "the" may stand in front."""
         words = {
             "tap": "TAP queue",
             "tun": "TUN queue",
@@ -113,6 +114,11 @@ class Capabilities:
             "pipe": "packet pipe",
         }[self.kind]
         return f"{words} on {self.interface}" if self.interface else words
+
+    @property
+    def a_title(self) -> str:
+        """The same with its article."""
+        return f"{'an' if self.title.startswith('A') else 'a'} {self.title}"
 
 
 def probe(source: int | str | HasFileno) -> Capabilities:
@@ -147,17 +153,18 @@ def probe(source: int | str | HasFileno) -> Capabilities:
 
 def descriptor(source: int | HasFileno) -> int:
     """The descriptor of an int or of an object with `fileno()`."""
-    if isinstance(source, int):
-        fd = source
-    else:
+    fd: object = source
+    if not isinstance(source, int):
         try:
             fd = source.fileno()
         except AttributeError:
-            raise UnsupportedSource(
-                f"{source!r} is no source: give a file descriptor, an object with fileno(), or an interface name"
-            ) from None
+            fd = None
         except (OSError, ValueError) as error:
             raise UnsupportedSource(f"{source!r} has no file descriptor: {error}") from error
+    if not isinstance(fd, int) or isinstance(fd, bool) or fd > _INT_MAX:
+        raise UnsupportedSource(
+            f"{source!r} is no source: give a file descriptor, an object with fileno(), or an interface name"
+        )
     if fd < 0:
         raise UnsupportedSource(f"{source!r} is closed: its file descriptor is {fd}")
     return fd
@@ -179,15 +186,23 @@ def borrowed_socket(fd: int) -> socket.socket:
 
 def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
     """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7)."""
-    ifreq = os.fsencode(name).ljust(IFREQ_BYTES, b"\0")
-    if len(os.fsencode(name)) >= IFNAMSIZ:
-        raise OSError(errno.ENODEV, f"a name has {IFNAMSIZ - 1} bytes at most")
+    ifreq = interface_name(name).ljust(IFREQ_BYTES, b"\0")
 
     def ask(what: int, form: str) -> int:
         value: int = struct.unpack_from(form, fcntl.ioctl(request, what, ifreq), 16)[0]
         return value
 
     return ask(SIOCGIFINDEX, "i"), ask(SIOCGIFHWADDR, "H"), ask(SIOCGIFMTU, "i")
+
+
+def interface_name(name: str) -> bytes:
+    """The name as the kernel takes it, or ValueError for what cannot be one: dev_valid_name() in net/core/dev.c."""
+    encoded = os.fsencode(name)
+    if not encoded or len(encoded) >= IFNAMSIZ or name in (".", "..") or set(name) & set("/:\0 \t\n\v\f\r"):
+        raise ValueError(
+            f"{name!r} cannot be the name of an interface: 1 to {IFNAMSIZ - 1} bytes without '/', ':' and spaces"
+        )
+    return encoded
 
 
 def ethernet_of(hardware_type: int) -> bool | None:
@@ -201,6 +216,8 @@ def _probe_interface(name: str) -> Capabilities:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as request:
         try:
             index, hardware_type, mtu = interface_of(request, name)
+        except ValueError as error:
+            raise UnsupportedSource(str(error)) from error
         except OSError as error:
             raise UnsupportedSource(
                 f"interface {name!r}: {error.strerror}; `ip link` lists the interfaces of this network namespace"

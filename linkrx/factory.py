@@ -180,13 +180,12 @@ def open(  # noqa: A001
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
     """
-    try:
-        wanted = Options(**options)
-    except TypeError:
-        unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+    unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+    if unknown:
         raise TypeError(
             f"open() has no option {', '.join(unknown)}: {', '.join(Options.__dataclass_fields__)}"
-        ) from None
+        )
+    wanted = Options(**options)
     infos = backends()
     opened = open_source(source, wanted)
     try:

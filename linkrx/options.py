@@ -55,11 +55,15 @@ class Options:
     zero_copy: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values that no source could take."""
+        """Raises TypeError and ValueError for values that no source could take."""
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if value is not _DEFAULTS[name] and type(value) not in kinds:
+                raise TypeError(f"{name}={value!r}: give {' or '.join(kind.__name__ for kind in kinds)}")
         if not 1 <= self.batch_size <= BATCH_SIZE_MAX:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
-        if self.receive_buffer is not None and self.receive_buffer < 1:
-            raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes")
+        if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
+            raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")
         if self.latency <= 0:
             raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
         if self.buffer_sizes is not None:
@@ -75,7 +79,7 @@ class Options:
             for name in _PACKET_OPTIONS:
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise UnsupportedOption(
-                        f"{name}={getattr(self, name)!r} needs an AF_PACKET socket; the source is a {capabilities.title}"
+                        f"{name}={getattr(self, name)!r} needs an AF_PACKET socket; the source is {capabilities.a_title}"
                     )
         if self.receive_buffer is not None and not capabilities.socket:
             advice = (
@@ -85,7 +89,7 @@ class Options:
                 else ""
             )
             raise UnsupportedOption(
-                f"receive_buffer={self.receive_buffer} needs a socket; the source is a {capabilities.title}{advice}"
+                f"receive_buffer={self.receive_buffer} needs a socket; the source is {capabilities.a_title}{advice}"
             )
 
     def framing(self, capabilities: Capabilities) -> Framing:
@@ -108,7 +112,7 @@ class Options:
             return self.ethernet is not False
         if self.ethernet not in (None, found.ethernet):
             raise UnsupportedOption(
-                f"ethernet={self.ethernet} contradicts the source: frames of a {found.title} "
+                f"ethernet={self.ethernet} contradicts the source: frames of {found.a_title} "
                 f"{'start' if found.ethernet else 'do not start'} with an Ethernet header"
             )
         return found.ethernet
@@ -117,7 +121,7 @@ class Options:
         wanted, size = self.vnet_header, found.vnet_header_size
         if wanted is None:
             return size
-        if wanted is not True and wanted is not False and wanted < VNET_HEADER_BYTES:
+        if wanted is not True and 0 < wanted < VNET_HEADER_BYTES:
             raise ValueError(
                 f"vnet_header={wanted}: a virtio-net header has at least {VNET_HEADER_BYTES} bytes"
             )
@@ -135,7 +139,8 @@ class Options:
             if self.packet_info is None:
                 raise UnsupportedOption(
                     f"whether the {found.title} puts packet information (struct tun_pi) in front of frames cannot be "
-                    "told: its device is in a network namespace that this process may not look into. Pass "
+                    "told: the kernel does not let this process ask for its device (CAP_NET_ADMIN in the device's "
+                    "network namespace would do). Pass "
                     "packet_info=False if the queue was opened with IFF_NO_PI, else packet_info=True"
                 )
             return self.packet_info
@@ -148,3 +153,18 @@ class Options:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
+
+# What each option may be, besides its default.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "batch_size": (int,),
+    "ethernet": (bool,),
+    "vnet_header": (bool, int),
+    "packet_info": (bool,),
+    "segment": (bool,),
+    "promiscuous": (bool,),
+    "outgoing": (bool,),
+    "timestamps": (bool,),
+    "receive_buffer": (int,),
+    "latency": (float, int),
+    "zero_copy": (bool,),
+}

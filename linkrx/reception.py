@@ -172,9 +172,9 @@ class Reception:
         _, receives, end, _, classified, rows = HEADER.unpack_from(self._descriptors.memory)
         count = classified - 1
         begin = arena.cursor
-        behind = begin + end + ROW_BYTES * rows
-        batch = Batch(memoryview(arena.memory)[begin:behind].toreadonly(), end, rows, count, self.framing)
-        following = align(behind)
+        table = begin + end
+        batch = Batch(arena.memory, begin, table, rows, count, self.framing)
+        following = align(table + ROW_BYTES * rows)
         # From here to the end of the function nothing is called, so no signal handler can run.
         if count:
             self.pending = batch

@@ -134,7 +134,7 @@ def _raise_link(name: str, **settings: Any) -> None:
         route.link("set", index=socket.if_nametoindex(name), state="up", **settings)
 
 
-def _injector(name: str) -> socket.socket:
+def injector_on(name: str) -> socket.socket:
     """A socket that sends on the interface and receives nothing (protocol 0)."""
     injector = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     injector.bind((name, 0))
@@ -145,7 +145,7 @@ def _queue(mode: str, *, blocking: bool = False, **settings: Any) -> Iterator[Ri
     with TunTap(f"lrx{next(_numbers)}", mode, **settings) as queue:
         os.set_blocking(queue.fileno(), blocking)
         _raise_link(queue.name, mtu=65_000)
-        with _injector(queue.name) as injector:
+        with injector_on(queue.name) as injector:
             yield Rig(
                 queue,
                 injector.send,
@@ -202,7 +202,7 @@ def veth() -> Iterator[tuple[str, str]]:
 @contextmanager
 def interface() -> Iterator[Rig]:
     """An interface by name: one end of a veth pair."""
-    with veth() as (near, far), _injector(far) as injector:
+    with veth() as (near, far), injector_on(far) as injector:
         yield Rig(
             near, injector.send, ethernet=True, shortest=ETH_HEADER_BYTES, longest=65_000, takes_hostile=False
         )
@@ -211,7 +211,7 @@ def interface() -> Iterator[Rig]:
 def _packet_socket(kind: socket.SocketKind) -> Iterator[Rig]:
     with (
         veth() as (near, far),
-        _injector(far) as injector,
+        injector_on(far) as injector,
         socket.socket(socket.AF_PACKET, kind, 0) as borrowed,
     ):
         borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * 1024 * 1024)

@@ -30,6 +30,7 @@ IFLA_STATS64 = 23
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_TUN_PI = 4
+IFLA_TUN_NUM_QUEUES = 8
 TX_DROPPED = 7  # the eighth counter of struct rtnl_link_stats64
 
 _MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr
@@ -40,7 +41,7 @@ _TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
 
 @dataclass(frozen=True)
 class Link:
-    """A device as the kernel describes it. `packet_info` is known of TUN and TAP devices only."""
+    """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only."""
 
     index: int
     name: str
@@ -49,6 +50,7 @@ class Link:
     address: bytes
     kind: str | None
     packet_info: bool | None
+    queues: int
     tx_dropped: int | None
 
 
@@ -124,11 +126,9 @@ def _parse(message: bytes) -> Link:
     found = dict(_attributes(message[_INTERFACE.size :]))
     info = dict(_attributes(found.get(IFLA_LINKINFO, b"")))
     kind = info[IFLA_INFO_KIND].rstrip(b"\0").decode() if IFLA_INFO_KIND in info else None
-    packet_info = None
-    if kind == "tun":
-        value = dict(_attributes(info.get(IFLA_INFO_DATA, b""))).get(IFLA_TUN_PI)
-        # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
-        packet_info = bool(value[0]) if value else None
+    data = dict(_attributes(info.get(IFLA_INFO_DATA, b""))) if kind == "tun" else {}
+    # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
+    packet_info = bool(data[IFLA_TUN_PI][0]) if IFLA_TUN_PI in data else None
     stats = found.get(IFLA_STATS64, b"")
     return Link(
         index=index,
@@ -138,6 +138,8 @@ def _parse(message: bytes) -> Link:
         address=found.get(IFLA_ADDRESS, b""),
         kind=kind,
         packet_info=packet_info,
+        # Told of multi-queue devices only; any other has one.
+        queues=struct.unpack("=I", data[IFLA_TUN_NUM_QUEUES])[0] if IFLA_TUN_NUM_QUEUES in data else 1,
         tx_dropped=(
             struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
         ),

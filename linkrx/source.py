@@ -225,7 +225,7 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
         if options.promiscuous:
             if capabilities.ifindex is None:
                 raise UnsupportedOption(
-                    f"promiscuous=True on an {capabilities.title} that is bound to no interface: bind it first"
+                    f"promiscuous=True on {capabilities.a_title} that is bound to no interface: bind it first"
                 )
             # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
             request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)

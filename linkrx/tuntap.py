@@ -6,18 +6,30 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from types import TracebackType
 
-from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, IFNAMSIZ
+from linkrx.capabilities import (
+    IFF_MULTI_QUEUE,
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_TUN,
+    IFF_VNET_HDR,
+    IFNAMSIZ,
+    interface_name,
+)
 from linkrx.errors import BECOME_ROOT, LinkrxError, MissingPrivilege
 from linkrx.framing import VNET_HEADER_BYTES
+from linkrx.rtnetlink import RouteSocket
 
 DEVICE = "/dev/net/tun"
 
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
+TUNSETTXFILTER = 0x400454D1
 TUNSETVNETHDRSZ = 0x400454D8
+TUNSETFILTEREBPF = 0x800454E1
 TUN_F_CSUM = 0x01
 TUN_F_TSO4 = 0x02
 TUN_F_TSO6 = 0x04
@@ -30,9 +42,9 @@ class TunTap:
     """One open queue of a TAP (Ethernet frames) or TUN (IP packets) device: what to give to `linkrx.open`.
 
     An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
-    is closed, unless it was made persistent. Attaching to a device that exists resets what an earlier owner left
-    on it: offloads and the size of the virtio-net header. `offload` is the TUN_F_* mask the kernel agreed to, 0
-    without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
+    is closed, unless it was made persistent. Attaching to a device that nobody has open resets what an earlier
+    owner left on it: offloads, the size of the virtio-net header, and filters. `offload` is the TUN_F_* mask that the
+    kernel agreed to, 0 without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
     """
 
     def __init__(
@@ -48,19 +60,23 @@ class TunTap:
         self._fd = -1
         if mode not in ("tap", "tun"):
             raise ValueError(f"mode {mode!r}: a device is a 'tap' or a 'tun'")
-        if len(os.fsencode(name)) >= IFNAMSIZ:
-            raise ValueError(f"interface name {name!r} is longer than {IFNAMSIZ - 1} bytes")
+        wanted = interface_name(name) if name else b""
         if offload and not vnet_header:
             raise ValueError("offload=True needs vnet_header=True: the header describes the super-packets")
         flags = IFF_NO_PI | (IFF_TAP if mode == "tap" else IFF_TUN)
         flags |= IFF_MULTI_QUEUE if multi_queue else 0
         flags |= IFF_VNET_HDR if vnet_header else 0
         self.mode = mode
+        self.offload = 0
         self._fd = _open_device()
         try:
-            self.name = _attach(self._fd, name, flags)
-            fcntl.ioctl(self._fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
-            self.offload = _set_offload(self._fd, offload)
+            self.name = _attach(self._fd, wanted, flags)
+            # What follows belongs to the device, not to this queue: with other queues open it is theirs as well.
+            if not multi_queue or _queues(self.name) == 1:
+                _reset(self._fd, mode)
+                self.offload = _set_offload(self._fd, offload)
+            elif offload:
+                self.offload = _set_offload(self._fd, offload)
         except BaseException:
             self.close()
             raise
@@ -108,8 +124,9 @@ def _open_device() -> int:
         ) from error
 
 
-def _attach(fd: int, name: str, flags: int) -> str:
-    request = struct.pack(f"{IFNAMSIZ}sH22x", os.fsencode(name), flags)
+def _attach(fd: int, wanted: bytes, flags: int) -> str:
+    name = os.fsdecode(wanted)
+    request = struct.pack(f"{IFNAMSIZ}sH22x", wanted, flags)
     try:
         answer = fcntl.ioctl(fd, TUNSETIFF, request)
     except PermissionError as error:
@@ -126,6 +143,24 @@ def _attach(fd: int, name: str, flags: int) -> str:
         }.get(error.errno or 0, "TUNSETIFF was refused")
         raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
     return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
+
+
+def _queues(name: str) -> int:
+    route = RouteSocket()  # the device was just attached to, so it is in this namespace
+    try:
+        link = route.link(name=name)
+    finally:
+        route.close()
+    return link.queues if link else 1
+
+
+def _reset(fd: int, mode: str) -> None:
+    """Undo what outlives a descriptor on a persistent device."""
+    fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+    if mode == "tap":
+        fcntl.ioctl(fd, TUNSETTXFILTER, bytes(4))  # struct tun_filter: no flags, no addresses; TAP only
+    with suppress(OSError):  # EINVAL before Linux 4.16, which has no such filter to remove
+        fcntl.ioctl(fd, TUNSETFILTEREBPF, struct.pack("i", -1))
 
 
 def _set_offload(fd: int, wanted: bool) -> int:

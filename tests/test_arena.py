@@ -375,3 +375,37 @@ def test_keeping_small_packets(pair: Pair, deliver: bool) -> None:
     assert each <= 3 * sys.getsizeof(bytes(64)), f"{allocated / number} allocated, {mapped / number} mapped"
     some = range(0, number, 997)
     assert [bytes(kept[mark]) for mark in some] == [small_frame(mark) for mark in some]
+
+
+def allocated_per(count: int, make: Callable[[], object]) -> float:
+    """Bytes that Python allocates for each of `count` objects that are kept."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        kept = [make() for _ in range(count)]
+        taken: float = tracemalloc.get_traced_memory()[0] / count
+    finally:
+        tracemalloc.stop()
+    del kept
+    return taken
+
+
+def test_packets_that_come_one_by_one_stay_cheap() -> None:
+    """A kept packet that came alone in its batch takes at most three times what its bytes would, its arena aside."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver) as rx:
+
+        def one() -> linkrx.Packet:
+            sender.send(bytes(64))
+            return rx.recv(10)
+
+        assert allocated_per(5_000, one) <= 3 * sys.getsizeof(bytes(64))
+
+
+def test_copies_stay_cheap() -> None:
+    """A copy of a packet takes at most four times what its bytes would: it brings a batch of its own."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver) as rx:
+        sender.send(bytes(64))
+        packet = rx.recv(10)
+        assert allocated_per(5_000, packet.copy) <= 4 * sys.getsizeof(bytes(64))

@@ -71,8 +71,7 @@ def batch_of(rows: list[Row], framing: Framing = ETHERNET, spare: int = 2) -> Ba
         columns.flags[index] = row.flags
         columns.vlan_tcis[index] = row.vlan_tci
         columns.vlan_tpids[index] = row.vlan_tpid
-    memory = memoryview(frames + table).toreadonly()
-    return Batch(memory, len(frames), count, len(rows), framing)
+    return Batch(bytes(frames + table), 0, len(frames), count, len(rows), framing)
 
 
 def one(row: Row, framing: Framing = ETHERNET) -> Packet:
@@ -178,7 +177,7 @@ def test_behind() -> None:
     assert [bytes(packet)[-1] for packet in rest] == [2, 3, 4]
     assert [bytes(packet)[-1] for packet in rest.behind(1)] == [3, 4]
     assert list(rest.starts) == list(batch.starts)[2:]
-    assert rest.memory is batch.memory
+    assert rest.memory.obj is batch.memory.obj
     assert len(batch.behind(5)) == 0
     assert list(batch.behind(5)) == []
 
@@ -350,7 +349,7 @@ def test_copy_outlives_what_it_was_taken_from() -> None:
     columns = Columns(memoryview(table), 1)
     columns.lengths[0], columns.protocols[0] = 8, 0x0800
     memory = bytearray(b"\x45before!" + table)
-    batch = Batch(memoryview(memory).toreadonly(), 8, 1, 1, framing)
+    batch = Batch(bytes(memory), 0, 8, 1, 1, framing)
     copies = (batch.copy()[0], batch[0].copy())
     memory[:] = bytes(len(memory))
     for copied in copies:

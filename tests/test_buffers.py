@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import linkrx
 from linkrx import BUFFER_SIZES, IovecBuffer
 from linkrx.buffers import SIZES_MAX, Layout, checked_sizes
 
@@ -262,3 +263,19 @@ def test_any_sequence_of_datagrams(sizes: list[int], vnet_header_size: int, data
         assert b"".join(views) == payload
         assert lengths(views)[:-1] == sizes[: max(0, len(views) - 1)]
         assert all(lengths(views))
+
+
+def test_pull_of_a_negative_length() -> None:
+    """A negative length is a ValueError, not an empty packet."""
+    buffer = IovecBuffer((4,))
+    buffer.next_iovecs()
+    with pytest.raises(ValueError, match=r"pull\(-1\)"):
+        buffer.pull(-1)
+
+
+@pytest.mark.parametrize("backend", [info.name for info in linkrx.backends() if info.supported])
+def test_a_ladder_beyond_any_frame(backend: str) -> None:
+    """A ladder of a gibibyte is a ValueError when it is opened, on every backend."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, pytest.raises(ValueError, match="16777216 bytes in all at most"):
+        linkrx.open(receiver, backend=backend, buffer_sizes=(1 << 30,))

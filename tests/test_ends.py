@@ -12,7 +12,7 @@ from pyroute2 import IPRoute
 from test_loop import asleep, running, until
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, _injector, tap, tun, veth
+from linkrx.rigs import LOCAL, REMOTE, injector_on, tap, tun, veth
 from linkrx.source import LinkState
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
@@ -188,7 +188,7 @@ def test_a_packet_socket_survives_its_link(backend: str) -> None:
     """Down and up, twice: reception goes on, link_downs counts, and the recheck timer stops when it is up."""
     with (
         veth() as (near, far),
-        _injector(far) as injector,
+        injector_on(far) as injector,
         linkrx.open(near, lambda *_: None, backend=backend) as rx,
     ):
         for turn in range(1, 3):
@@ -209,7 +209,7 @@ def test_a_packet_socket_survives_its_link(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> None:
     """The kernel tells of the link before it hands over what was queued: none of that is lost."""
-    with veth() as (near, far), _injector(far) as injector, linkrx.open(near, backend=backend) as rx:
+    with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
         for _ in range(5):
             injector.send(HEADER)
         set_down(near)
@@ -221,7 +221,7 @@ def test_a_link_that_is_down_at_open(backend: str) -> None:
     """open on an interface that is down waits for it to come up, counts no link down, and sees its deletion."""
     with veth() as (near, far):
         set_down(near)
-        with linkrx.open(near, lambda *_: None, backend=backend) as rx, _injector(far) as injector:
+        with linkrx.open(near, lambda *_: None, backend=backend) as rx, injector_on(far) as injector:
             assert rx.dispatch(0.03) is True
             assert rx.stats().link_downs == 0
             set_up(near, far)
@@ -255,7 +255,7 @@ def test_a_renamed_interface_goes_on(backend: str) -> None:
     """Another name for the interface changes nothing for who receives from it."""
     with (
         veth() as (near, far),
-        _injector(far) as injector,
+        injector_on(far) as injector,
         linkrx.open(near, backend=backend) as rx,
         IPRoute() as route,
     ):

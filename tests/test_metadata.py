@@ -13,7 +13,7 @@ import pytest
 import linkrx
 from linkrx import _core
 from linkrx.capabilities import SOL_PACKET
-from linkrx.rigs import LOCAL, REMOTE, _injector, veth
+from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
 from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -26,7 +26,7 @@ Wire = tuple[str, str, socket.socket]
 @pytest.fixture
 def wire() -> Iterator[Wire]:
     """Near end, far end, and a socket that sends from the far one."""
-    with veth() as (near, far), _injector(far) as injector:
+    with veth() as (near, far), injector_on(far) as injector:
         yield near, far, injector
 
 
@@ -82,7 +82,7 @@ def test_without_asking_there_are_no_timestamps(wire: Wire) -> None:
 def test_own_transmissions_are_left_out(wire: Wire, backend: str) -> None:
     """By default what this host sends on the interface is not received, on any backend."""
     near, _, injector = wire
-    with linkrx.open(near, backend=backend) as rx, _injector(near) as own:
+    with linkrx.open(near, backend=backend) as rx, injector_on(near) as own:
         own.send(HEADER + b"own")
         injector.send(HEADER + b"foreign")
         assert bytes(rx.recv(10).data) == b"foreign"
@@ -93,7 +93,7 @@ def test_own_transmissions_are_left_out(wire: Wire, backend: str) -> None:
 def test_own_transmissions_on_demand(wire: Wire) -> None:
     """With outgoing=True they are delivered in order, and say that they are outgoing."""
     near, _, injector = wire
-    with linkrx.open(near, outgoing=True) as rx, _injector(near) as own:
+    with linkrx.open(near, outgoing=True) as rx, injector_on(near) as own:
         own.send(HEADER + b"own")
         injector.send(HEADER + b"foreign")
         got = [rx.recv(10) for _ in range(2)]
@@ -173,7 +173,7 @@ def test_a_borrowed_packet_socket_gets_its_options_back(wire: Wire) -> None:
 def test_no_frame_of_another_interface_ever_comes(wire: Wire) -> None:
     """While sockets are opened on one interface under traffic on another, nothing of that other is received."""
     near, _, injector = wire
-    with veth() as (other, far), _injector(far) as noise:
+    with veth() as (other, far), injector_on(far) as noise:
         for _ in range(50):
             noise.send(HEADER + b"noise")
             with linkrx.open(near) as rx:
@@ -200,7 +200,7 @@ def test_drops_of_a_tap_queue_are_counted_exactly() -> None:
 
     with linkrx.TunTap() as tap, IPRoute() as route:
         route.link("set", index=socket.if_nametoindex(tap.name), state="up", txqlen=16)
-        with linkrx.open(tap) as rx, _injector(tap.name) as injector:
+        with linkrx.open(tap) as rx, injector_on(tap.name) as injector:
             for number in range(100):
                 injector.send(HEADER + number.to_bytes(4, "big"))
             delivered = sum(map(len, rx.batches(0)))

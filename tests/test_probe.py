@@ -709,12 +709,79 @@ def test_other_character_device(path: str) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("name", ["", "lrx-no-such-if"])
-def test_unknown_interface(name: str) -> None:
+def test_unknown_interface() -> None:
     """An interface that does not exist is refused by its name, with how to see those that do."""
-    told = refusal(name)
-    assert repr(name) in told
+    told = refusal("lrx-no-such-if")
+    assert "'lrx-no-such-if'" in told
     assert "ip link" in told
+
+
+@pytest.mark.parametrize(
+    "name", ["", "lo\0x", "lrx-sixteen-byte", "a/b", ".", "\udcff\udcff\udcff\udcff" * 4]
+)
+def test_what_cannot_be_an_interface(name: str) -> None:
+    """What cannot be the name of an interface is refused as such, and never taken for a shorter name."""
+    assert refusal(name).startswith(f"{name!r} cannot be the name of an interface")
+
+
+@pytest.mark.parametrize("source", [True, 2**40, None, 1.5, b"lo"])
+def test_what_is_no_source(source: Any) -> None:
+    """Objects that are neither a descriptor, nor have one, nor name an interface are refused as no source."""
+    assert refusal(source).startswith(f"{source!r} is no source")
+
+
+def test_fileno_that_gives_none() -> None:
+    """An object whose fileno() gives no number is refused as no source."""
+
+    class Odd:
+        def fileno(self) -> Any:
+            return None
+
+    assert "is no source" in refusal(Odd())
+
+
+def test_a_message_larger_than_any_default() -> None:
+    """A datagram of half a megabyte is whole at the default layout."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        body = os.urandom(min(524_000, sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - 1024))
+        sender.send(body)
+        with linkrx.open(receiver) as rx:
+            got = rx.recv(10)
+            assert bytes(got) == body
+            assert not got.truncated
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_size", "64"),
+        ("batch_size", 2.5),
+        ("batch_size", None),
+        ("ethernet", 0),
+        ("ethernet", "no"),
+        ("vnet_header", "x"),
+        ("vnet_header", 10.5),
+        ("receive_buffer", "a"),
+        ("latency", "a"),
+        ("promiscuous", 1),
+    ],
+)
+def test_options_of_the_wrong_type(option: str, value: Any) -> None:
+    """An option of the wrong type is a TypeError that quotes it and says what it takes."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    wrong: Any = {option: value}
+    with receiver, sender, pytest.raises(TypeError, match=re.escape(f"{option}={value!r}: give ")):
+        linkrx.open(receiver, **wrong)
+
+
+def test_no_virtio_net_header_can_be_said_with_0() -> None:
+    """vnet_header=0 means none, as in Capabilities.vnet_header_size."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, vnet_header=0) as rx:
+        sender.send(bytes(20))
+        assert rx.recv(10).vnet is None
 
 
 # Options that contradict the source.

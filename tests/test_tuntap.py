@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx import tuntap
+from linkrx import rigs, tuntap
 from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -266,7 +266,7 @@ def test_bad_mode(mode: str) -> None:
 def test_name_too_long(name: str) -> None:
     """A name of more than 15 bytes is a ValueError that quotes it, not a device of a shorter name."""
     before = socket.if_nameindex()
-    with pytest.raises(ValueError, match="longer than 15 bytes") as caught:
+    with pytest.raises(ValueError, match="cannot be the name of an interface: 1 to 15 bytes") as caught:
         linkrx.TunTap(name)
     assert repr(name) in str(caught.value)
     assert socket.if_nameindex() == before
@@ -380,3 +380,40 @@ def test_missing_privilege_for_an_interface() -> None:
     )
     assert "packet socket on 'lo'" in printed
     assert "CAP_NET_RAW" in printed
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", ".", "..", "a\0b", "a:b"])
+def test_names_that_the_kernel_refuses(name: str) -> None:
+    """A name that no interface can have is a ValueError that quotes it, before anything is opened."""
+    with pytest.raises(ValueError, match="cannot be the name of an interface") as caught:
+        linkrx.TunTap(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_transmit_filter_of_a_previous_owner_is_removed() -> None:
+    """Attaching to a persistent TAP removes the address filter that its previous owner left."""
+    from pyroute2 import IPRoute
+
+    fd = os.open(tuntap.DEVICE, os.O_RDWR)
+    fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", b"lrxfilter", 0x1002))
+    fcntl.ioctl(fd, TUNSETPERSIST, 1)
+    only_another = struct.pack("HH6s", 0, 1, b"\2\xff\xff\xff\xff\xff")
+    fcntl.ioctl(fd, tuntap.TUNSETTXFILTER, only_another)
+    os.close(fd)
+    with linkrx.TunTap("lrxfilter") as tap, linkrx.open(tap) as rx, IPRoute() as route:
+        fcntl.ioctl(tap.fileno(), TUNSETPERSIST, 0)
+        route.link("set", index=socket.if_nametoindex("lrxfilter"), state="up")
+        with rigs.injector_on("lrxfilter") as sender:
+            sender.send(bytes.fromhex("020000000001") + bytes(6) + b"\x88\xb5" + bytes(50))
+        assert len(rx.recv(10)) == 64
+        assert rx.stats().kernel_drops == 0
+
+
+def test_a_second_queue_leaves_the_first_its_offloads() -> None:
+    """Opening another queue of a device in use does not take away the offloads that the first has."""
+    with (
+        linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True, offload=True) as first,
+        linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True),
+    ):
+        assert first.offload & tuntap.TUN_F_TSO4
+        assert segments("lrxmq")

@@ -31,7 +31,7 @@ class Recvmmsg(Backend):
         """All that is not a socket: the kernel answers ENOTSOCK."""
         if capabilities.socket:
             return None
-        return f"recvmmsg reads sockets only, and the source is a {capabilities.title}"
+        return f"recvmmsg reads sockets only, and the source is {capabilities.a_title}"
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         lib, layout = _core.lib, receive.layout
