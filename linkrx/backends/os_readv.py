@@ -21,6 +21,10 @@ from linkrx.packet import TRUNCATED
 _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 
+STRIDE_LEAST = 64
+MADE_MOST = 8  # places for which buffers are kept: two arenas from their front, a few strides each
+
+
 class OsReadv(Backend):
     """Works on every source. Cut packets are flagged; their true length is not known here."""
 
@@ -45,7 +49,8 @@ class OsReadv(Backend):
         if not receive.capabilities.nonblocking:
             self._read = os.preadv
             self._arguments = (repeat(-1), repeat(os.RWF_NOWAIT))
-        self._starts: list[int] = []
+        self._stride = STRIDE_LEAST  # between the starts of two packets
+        self._made: dict[tuple[Arena, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
         self._error: OSError | None = None
         self._flagged = False
@@ -65,10 +70,9 @@ class OsReadv(Backend):
     def _receive(self, arena: Arena, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
         # such as Ctrl-C, can run between two packets but never between a packet and its length.
-        self._starts.clear()
-        attempts = repeat(self._fd, self._descriptors.rows)
         try:
-            self._lengths.extend(map(self._read, attempts, self._buffers(arena, room), *self._arguments))
+            buffers = self._until_long(self._buffers(arena, room))
+            self._lengths.extend(map(self._read, repeat(self._fd), buffers, *self._arguments))
         except BlockingIOError:
             pass  # the queue is empty
         except OSError as error:
@@ -84,39 +88,54 @@ class OsReadv(Backend):
             else:
                 raise
 
-    def _buffers(self, arena: Arena, room: int) -> Iterator[list[memoryview]]:
-        """The iovecs of each read, one byte longer than what is kept: a packet that reaches it was cut."""
-        memory = arena.view[arena.cursor : arena.cursor + room]
-        starts, lengths, ready = self._starts, self._lengths, self._ready
-        capacity, sizes = self._layout.capacity, self._layout.sizes
-        cursor = 0
-        while cursor + capacity < room and (ready is None or ready.poll(0)):
-            starts.append(cursor)
-            if sizes is None:
-                yield [memory[cursor : cursor + capacity + 1]]
-            else:
-                yield _ladder(memory[cursor:], sizes)
-            cursor = align(cursor + min(lengths[-1], capacity))
+    def _buffers(self, arena: Arena, room: int) -> list[list[memoryview]]:
+        """The iovecs of each read: a stride apart, and each with room for the largest packet.
+
+        They overlap, so a packet longer than the stride must be the last. One byte more than what is kept: a packet
+        that reaches it was cut. Making a memoryview costs almost half of what the read does, so they are kept for
+        the next time, which is in the same place when nothing is held.
+        """
+        key = (arena, arena.cursor, self._stride)
+        buffers = self._made.get(key)
+        if buffers is None:
+            if len(self._made) >= MADE_MOST:
+                self._made.clear()
+            sizes = self._layout.sizes or (self._layout.capacity,)
+            last = room - self._layout.capacity - 1
+            starts = range(0, last + 1, self._stride)[: self._descriptors.rows]
+            memory = arena.view[arena.cursor : arena.cursor + room]
+            buffers = self._made[key] = [_ladder(memory[start:], sizes) for start in starts]
+        return buffers
+
+    def _until_long(self, buffers: list[list[memoryview]]) -> Iterator[list[memoryview]]:
+        lengths, stride, ready = self._lengths, self._stride, self._ready
+        for buffer in buffers:
+            if ready is not None and not ready.poll(0):
+                return
+            yield buffer
+            if lengths[-1] > stride:
+                return
 
     def _report(self, count: int) -> None:
-        descriptors, capacity = self._descriptors, self._layout.capacity
-        columns = descriptors.columns
+        descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride
+        columns, header = descriptors.columns, descriptors.header
+        kept, longest = self._lengths, max(self._lengths)
         if self._flagged:
             columns.flags[:] = array("H", bytes(2 * descriptors.rows))
             self._flagged = False
-        if max(self._lengths) > capacity:
-            for index, length in enumerate(self._lengths):
-                if length > capacity:
-                    columns.flags[index] = TRUNCATED
-                    self._lengths[index] = capacity
+        if longest > capacity:
             self._flagged = True
-        columns.starts[:count] = array("I", self._starts[:count])
-        columns.lengths[:count] = array("I", self._lengths)
-        header = descriptors.header
+            columns.flags[:count] = array("H", [TRUNCATED if length > capacity else 0 for length in kept])
+            kept = [min(length, capacity) for length in kept]
+        columns.starts[:count] = array("I", range(0, count * stride, stride))
+        columns.lengths[:count] = array("I", kept)
         header[RECEIVES] = count
-        header[END] = align(self._starts[count - 1] + self._lengths[-1])
+        header[END] = align((count - 1) * stride + kept[-1])
         header[COUNT] = count
         self._lengths.clear()
+        # Room for the longest just seen, and towards shorter ones by halves: what is kept should lie close together.
+        needed = -(-longest // STRIDE_LEAST) * STRIDE_LEAST
+        self._stride = max(needed, stride // 2 // STRIDE_LEAST * STRIDE_LEAST, STRIDE_LEAST)
 
 
 def _ladder(memory: memoryview, sizes: tuple[int, ...]) -> list[memoryview]:
