@@ -98,10 +98,9 @@ def choose(
     UnsupportedSource when it does not accept the source, UnsupportedOption when it cannot honour an option.
     """
     known = [info.name for info in infos]
-    for name in [*avoid, *([] if backend == "auto" else [backend])]:
-        if name not in known:
-            raise BackendUnavailable(f"there is no backend {name!r}: there are {', '.join(known)}")
     if backend != "auto":
+        if backend not in known:
+            raise BackendUnavailable(f"there is no backend {backend!r}: there are {', '.join(known)}")
         _check_named(next(info for info in infos if info.name == backend), capabilities, options)
     ladder: list[str] = []
     verdicts = []
@@ -187,9 +186,12 @@ def open(  # noqa: A001
         )
     wanted = Options(**options)
     infos = backends()
+    backend, avoid = from_environment(backend)
+    for name in set(avoid) - {info.name for info in infos}:
+        logger.warning("LINKRX_AVOID names %r, and there is no such backend", name)
     opened = open_source(source, wanted)
     try:
-        choice = choose(opened.capabilities, infos, wanted, *from_environment(backend))
+        choice = choose(opened.capabilities, infos, wanted, backend, avoid)
         return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
     except BaseException:
         opened.close()

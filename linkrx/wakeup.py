@@ -11,6 +11,9 @@ from linkrx import libc
 # How soon a deleted interface is noticed: the kernel says "down" first and then, on AF_PACKET, nothing more.
 RECHECK_SECONDS = 0.02
 
+# epoll_wait(2) takes milliseconds in an int; whoever asked for longer is asked again.
+_LONGEST_SLEEP = 3600.0
+
 
 class EventFd:
     """An eventfd that is closed when nobody can write to it any more, never earlier.
@@ -61,8 +64,9 @@ class Wakeup:
         return self._epoll.fileno()
 
     def wait(self, timeout: float | None) -> bool:
-        """Sleep until something happens or `timeout` seconds are over. True if the source says it is readable."""
-        return any(fd == self._source for fd, _ in self._epoll.poll(timeout))
+        """Sleep until something happens or the time is up. True if the source says it is readable."""
+        bounded = None if timeout is None else min(timeout, _LONGEST_SLEEP)
+        return any(fd == self._source for fd, _ in self._epoll.poll(bounded))
 
     def clear_timer(self) -> None:
         """Make the timer unreadable until it fires again."""

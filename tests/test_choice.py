@@ -144,14 +144,13 @@ def test_auto_passes_over_what_cannot_honour_an_option() -> None:
 
 
 def test_avoid() -> None:
-    """Avoided names are refused under auto, and an unknown one is an error."""
+    """Avoided names are refused under auto; one that does not exist is avoided already."""
     choice = linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg"])
     assert choice.ladder == ("readv", "os_readv")
     assert choice.verdicts[0].reason == "LINKRX_AVOID names it"
     with pytest.raises(linkrx.UnsupportedSource, match="no backend receives"):
         linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg", "readv", "os_readv"])
-    with pytest.raises(linkrx.BackendUnavailable, match="'typo'"):
-        linkrx.choose(DATAGRAM, ALL, Options(), avoid=["typo"])
+    assert linkrx.choose(DATAGRAM, ALL, Options(), avoid=["typo"]).backend == "recvmmsg"
 
 
 def test_demotion() -> None:
@@ -174,8 +173,10 @@ def datagram() -> Iterator[socket.socket]:
         yield receiver
 
 
-def test_the_environment(datagram: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LINKRX_BACKEND replaces "auto" but no name; LINKRX_AVOID narrows "auto"."""
+def test_the_environment(
+    datagram: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LINKRX_BACKEND replaces "auto" but no name; LINKRX_AVOID narrows "auto", and warns of what does not exist."""
     supported = [found.name for found in linkrx.backends() if found.supported]
     monkeypatch.setenv("LINKRX_BACKEND", "os_readv")
     with linkrx.open(datagram) as rx:
@@ -186,11 +187,12 @@ def test_the_environment(datagram: socket.socket, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(linkrx.BackendUnavailable, match="nonesuch"):
         linkrx.open(datagram)
     monkeypatch.setenv("LINKRX_BACKEND", "")
-    monkeypatch.setenv("LINKRX_AVOID", "recvmmsg, readv,")
-    assert from_environment() == ("auto", ("recvmmsg", "readv"))
+    monkeypatch.setenv("LINKRX_AVOID", "recvmmsg, readv, typo,")
+    assert from_environment() == ("auto", ("recvmmsg", "readv", "typo"))
     with linkrx.open(datagram) as rx:
         assert rx.backend == "os_readv"
         assert rx.choice.ladder == ("os_readv",)
+    assert caplog.messages == ["LINKRX_AVOID names 'typo', and there is no such backend"]
 
 
 def test_backends_are_listed() -> None:

@@ -106,6 +106,14 @@ def test_dispatch_returns_true_after_a_timeout_with_nothing(ends: Pair) -> None:
         assert rx.stats().packets == 0
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_any_timeout_can_be_waited(ends: Pair, timeout: float) -> None:
+    """A timeout longer than the kernel can count waits all the same, until stop."""
+    with linkrx.open(ends[0], ignore) as rx, running(lambda: rx.dispatch(timeout)):
+        until(lambda: asleep(rx))
+        rx.stop()
+
+
 def test_recv_raises_timeouterror(ends: Pair) -> None:
     """recv raises TimeoutError when nothing comes, and gives the packet when something does."""
     with linkrx.open(ends[0]) as rx:
