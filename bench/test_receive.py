@@ -22,16 +22,16 @@ SIZES = [64, 1514]
 QUEUE_BACKENDS = ["readv", "os_readv"]
 SOCKET_BACKENDS = ["recvmmsg", "readv", "os_readv"]
 
-HEADER = LOCAL + REMOTE + b"\x08\x00"
 
-
-def filler(send: Callable[[bytes], object], size: int) -> Drain:
-    """Put PACKETS frames of `size` bytes into the queue."""
-    frame = HEADER + bytes(size - len(HEADER))
+def filler(send: Callable[[bytes], object], size: int, neighbours: int) -> Drain:
+    """Put PACKETS frames of `size` bytes into the queue, from so many senders in turn."""
+    senders = [REMOTE[:-1] + bytes([number]) for number in range(neighbours)]
+    frames = [LOCAL + sender + b"\x08\x00" + bytes(size - 14) for sender in senders]
 
     def fill() -> int:
-        for _ in range(PACKETS):
-            send(frame)
+        for _ in range(PACKETS // neighbours):
+            for frame in frames:
+                send(frame)
         return PACKETS
 
     return fill
@@ -99,6 +99,7 @@ WAYS: dict[str, Callable[[linkrx.Dispatcher], Drain]] = {
     "iteration": iteration,
     "each": each,
     "deliver": delivery,
+    "deliver_four": delivery,
 }
 
 
@@ -106,7 +107,8 @@ def measure(
     benchmark: Any, rx: linkrx.Dispatcher, floor: Floor, way: str, send: Callable[[bytes], object], size: int
 ) -> None:
     """Run one way to receive beside its floor, and see that every byte was counted."""
-    drained = against(benchmark, floor, WAYS[way](rx), filler(send, size), size, batch_size=64)
+    neighbours = 4 if way == "deliver_four" else 1
+    drained = against(benchmark, floor, WAYS[way](rx), filler(send, size, neighbours), size, batch_size=64)
     counted = rx.stats()
     assert (counted.packets, counted.bytes, counted.truncated) == (drained, drained * size, 0)
 
@@ -127,7 +129,7 @@ def test_tap(benchmark: Any, backend: str, size: int, way: str) -> None:
     """linkrx on a TAP queue beside a bare read() loop."""
     with (
         tap_queue() as (tap, injector),
-        linkrx.open(tap, ignore if way == "deliver" else None, backend=backend) as rx,
+        linkrx.open(tap, ignore if way.startswith("deliver") else None, backend=backend) as rx,
     ):
         measure(benchmark, rx, read_floor(tap.fileno()), way, injector.send, size)
 
@@ -156,7 +158,7 @@ def test_tap_by_hand(benchmark: Any, size: int, parse: bool) -> None:
             except BlockingIOError:
                 return packets
 
-        against(benchmark, read_floor(fd), drain, filler(injector.send, size), size)
+        against(benchmark, read_floor(fd), drain, filler(injector.send, size, 1), size)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -171,5 +173,5 @@ def test_packet_socket(benchmark: Any, backend: str, size: int, way: str) -> Non
     ):
         source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 * 1024 * 1024)
         source.bind((near, ETH_P_ALL))
-        with linkrx.open(source, ignore if way == "deliver" else None, backend=backend) as rx:
+        with linkrx.open(source, ignore if way.startswith("deliver") else None, backend=backend) as rx:
             measure(benchmark, rx, recvmmsg_floor(source.fileno(), metadata=True), way, injector.send, size)

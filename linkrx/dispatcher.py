@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from itertools import repeat
 from types import TracebackType
 
 from linkrx import aio
@@ -262,8 +263,9 @@ class Dispatcher:
         try:
             # `reached` moves on in the step before the call, with nothing between that a signal could interrupt.
             if reception.addresses:
-                known = memoryview(reception.addresses)[first * ADDRESSES.size : count * ADDRESSES.size]
-                for index, (remote, local, protocol) in enumerate(ADDRESSES.iter_unpack(known), first):
+                for index, (remote, local, protocol) in enumerate(
+                    addresses_of(reception.addresses, first, count), first
+                ):
                     packet = Packet()
                     packet._batch = batch
                     packet._index = index
@@ -318,6 +320,17 @@ class Dispatcher:
                 return batch
             if self.end is not None or seconds_left(deadline) == 0:
                 return None
+
+
+def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
+    """Remote, local and protocol of packets `first` to `count`.
+
+    Most batches come from one neighbour by one protocol: then all share the three objects made for the first.
+    """
+    known = bytes(addresses[first * ADDRESSES.size : count * ADDRESSES.size])
+    if known == known[: ADDRESSES.size] * (count - first):
+        return repeat(ADDRESSES.unpack_from(known), count - first)
+    return ADDRESSES.iter_unpack(known)
 
 
 class Batches:

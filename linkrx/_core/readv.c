@@ -89,13 +89,13 @@ int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
         out.flags[n] = (size_t)got > r->capacity ? LRX_TRUNCATED : 0;
         n++;
         cursor = lrx_align(cursor + length);
-        /* The count is kept here as well: a signal may take the return value before Python sees it. */
-        header[LRX_COUNT] = n;
-        header[LRX_RECEIVES] = n;
-        header[LRX_END] = cursor;
     }
     if (error && n == 0)
         return -error;
+    /* The count is kept here as well: a signal handler that raises takes the return value from Python. */
+    header[LRX_COUNT] = n;
+    header[LRX_RECEIVES] = n;
+    header[LRX_END] = cursor;
     header[LRX_ERROR] = (uint32_t)error;
     return (int)n;
 }
