@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import operator
 from collections.abc import Iterator
 
 from linkrx.columns import COLUMNS, ROW_BYTES, Columns
@@ -110,6 +111,7 @@ class Batch:
         return self._count
 
     def __getitem__(self, index: int) -> Packet:
+        index = operator.index(index)
         count = self._count
         if not -count <= index < count:
             raise IndexError(f"packet {index} of a batch of {count}")

@@ -166,7 +166,11 @@ def descriptor(source: int | HasFileno) -> int:
             f"{source!r} is no source: give a file descriptor, an object with fileno(), or an interface name"
         )
     if fd < 0:
-        raise UnsupportedSource(f"{source!r} is closed: its file descriptor is {fd}")
+        raise UnsupportedSource(
+            f"{fd} is no file descriptor"
+            if source is fd
+            else f"{source!r} is closed: its file descriptor is {fd}"
+        )
     return fd
 
 
@@ -200,7 +204,7 @@ def interface_name(name: str) -> bytes:
     encoded = os.fsencode(name)
     if not encoded or len(encoded) >= IFNAMSIZ or name in (".", "..") or set(name) & set("/:\0 \t\n\v\f\r"):
         raise ValueError(
-            f"{name!r} cannot be the name of an interface: 1 to {IFNAMSIZ - 1} bytes without '/', ':' and spaces"
+            f"{name!r} cannot be the name of an interface: 1 to {IFNAMSIZ - 1} bytes without '/', ':' or spaces"
         )
     return encoded
 

@@ -18,8 +18,8 @@ BROKEN_PIPE = 128 + 13  # the same for SIGPIPE
 COUNT_MAX = 1000
 
 _ENVIRONMENT = """\
-environment:
-  LINKRX_BACKEND=NAME   takes the place of backend="auto" in linkrx.open
+environment, for linkrx.open and doctor (demo runs every backend by name):
+  LINKRX_BACKEND=NAME   takes the place of backend="auto"
   LINKRX_AVOID=A,B      takes backends out of "auto"
 
 """

@@ -59,6 +59,7 @@ class Dispatcher:
         self._deliver = deliver
         self._delivering = False
         self._owner: dict[str, int] = {}
+        self._waiter: aio.Waiter | None = None
         self._reception = Reception(source, options, choice, backends, deliver=deliver is not None)
         self._closed = False
         _alive.add(self)
@@ -152,10 +153,9 @@ class Dispatcher:
             yield from self._hand_over()
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
-        fd = self.fileno()
+        self._check_open()
         while self.end is None:
-            # Back to the loop before every batch, even under a flood: other tasks want to run.
-            await aio.readable(fd)
+            await self._readable(None)
             if self._await_batch(0):
                 for packet in self._hand_over():
                     yield packet
@@ -177,11 +177,13 @@ class Dispatcher:
         """
         if self._closed:
             return
-        owner = self._owner.get("thread")
-        if owner not in (None, threading.get_ident()) and not self._forked:
-            raise Busy(
-                "close() while another thread is receiving: call stop() and let that thread return first"
-            )
+        waiter = self._waiter
+        if not self._forked:
+            owner = self._owner.get("thread")
+            if owner not in (None, threading.get_ident()) or (waiter is not None and not waiter.is_here()):
+                raise Busy("close() while another thread is receiving: call stop() and let it return first")
+            if waiter is not None:
+                waiter.settle(False)  # its task goes on, and finds the dispatcher closed
         self._closed = True
         _alive.discard(self)
         if self._delivering:
@@ -226,6 +228,17 @@ class Dispatcher:
             )
         if self._delivering:
             raise Busy("receiving from inside deliver: there, only stop() and close() may be called")
+
+    async def _readable(self, timeout: float | None) -> bool:
+        """Back to the event loop before every batch, even under a flood: other tasks want to run."""
+        fd = self.fileno()
+        if self._waiter is not None:
+            raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
+        self._waiter = aio.Waiter(fd)
+        try:
+            return await self._waiter.wait(timeout)
+        finally:
+            self._waiter = None
 
     # Handing over.
 
@@ -355,8 +368,7 @@ class Batches:
     async def __anext__(self) -> Batch:
         deadline = deadline_after(self._timeout)
         while self._dispatcher.end is None:
-            # Back to the loop before every batch, even under a flood: other tasks want to run.
-            if not await aio.readable(self._dispatcher.fileno(), seconds_left(deadline)):
+            if not await self._dispatcher._readable(seconds_left(deadline)):
                 break
             batch = self._dispatcher._next_batch(0)
             if batch is not None:

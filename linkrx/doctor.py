@@ -104,7 +104,7 @@ def _explain(terminal: Terminal, source: str, infos: tuple[BackendInfo, ...]) ->
     terminal.heading(f"what the probe found on {source}")
     terminal.table((), [(field.name, str(getattr(found, field.name))) for field in fields(found)])
     terminal.line()
-    terminal.heading(f"what linkrx.open({source!r}) takes, and why")
+    terminal.heading(f"what linkrx.open({source!r}) would take, and why")
     for line in _choice(terminal, found, infos).explain().splitlines():
         terminal.line(line, "green" if line.split()[1] == "chosen" else "")
     if not _has(CAP_NET_RAW):
@@ -115,9 +115,9 @@ def _choice(terminal: Terminal, found: Capabilities, infos: tuple[BackendInfo, .
     """As linkrx.open decides, environment included."""
     backend, avoid = from_environment()
     if backend != "auto":
-        terminal.line(f"LINKRX_BACKEND={backend} names it")
+        terminal.line(f"LINKRX_BACKEND={backend} is set, and replaces 'auto'")
     if avoid:
-        terminal.line(f"LINKRX_AVOID={','.join(avoid)} takes from it")
+        terminal.line(f"LINKRX_AVOID={','.join(avoid)} is set")
     options = Options()
     choice = choose(found, infos, options, backend, avoid)
     options.framing(found)  # raises for frames of a kind that linkrx does not know

@@ -182,8 +182,10 @@ def open(  # noqa: A001
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
         raise TypeError(
-            f"open() has no option {', '.join(unknown)}: {', '.join(Options.__dataclass_fields__)}"
+            f"open() has no option {', '.join(map(repr, unknown))}; it has {', '.join(Options.__dataclass_fields__)}"
         )
+    if deliver is not None and not callable(deliver):
+        raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
     wanted = Options(**options)
     infos = backends()
     backend, avoid = from_environment(backend)

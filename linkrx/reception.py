@@ -343,8 +343,14 @@ class Reception:
 
 
 def deadline_after(timeout: float | None) -> float | None:
-    """When a timeout ends, on the monotonic clock; None for never."""
-    return None if timeout is None else time.monotonic() + timeout
+    """When a timeout ends, on the monotonic clock; None for never. Raises TypeError and ValueError for no timeout."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
+    if timeout < 0:
+        raise ValueError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
+    return time.monotonic() + timeout
 
 
 def seconds_left(deadline: float | None) -> float | None:

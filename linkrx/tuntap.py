@@ -131,15 +131,15 @@ def _attach(fd: int, wanted: bytes, flags: int) -> str:
         answer = fcntl.ioctl(fd, TUNSETIFF, request)
     except PermissionError as error:
         raise MissingPrivilege(
-            f"attaching to the device {name!r}",
+            f"attaching to the device {name!r}" if name else "making a device",
             "CAP_NET_ADMIN",
             BECOME_ROOT,
             error.errno,
         ) from error
     except OSError as error:
         why = {
-            errno.EBUSY: "another process holds its only queue; open all queues with multi_queue=True to share it",
-            errno.EINVAL: "the device exists with another mode, or with another multi_queue setting",
+            errno.EBUSY: "its only queue is open already; open all queues with multi_queue=True to share it",
+            errno.EINVAL: "it exists as another kind of device, or with another mode or multi_queue setting",
         }.get(error.errno or 0, "TUNSETIFF was refused")
         raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
     return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))

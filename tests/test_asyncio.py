@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_ends import delete
-from test_loop import running
+from test_loop import running, until
 
 import linkrx
 from linkrx.rigs import LOCAL, REMOTE, veth
@@ -160,6 +160,66 @@ def test_breaking_out_keeps_the_rest(run: Run, ends: tuple[socket.socket, socket
             assert first + [packet.data[0] async for packet in rx] == list(range(10))
 
     run(work())
+
+
+def test_close_wakes_the_task_that_waits(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+    """A task that waits in `async for` when another closes the dispatcher gets Closed, and leaves no reader."""
+
+    async def work() -> None:
+        rx = linkrx.open(ends[0])
+
+        async def consume() -> None:
+            async for _ in rx:
+                pass
+
+        task = asyncio.ensure_future(consume())
+        await asyncio.sleep(0)
+        descriptor = rx.fileno()
+        rx.close()
+        assert asyncio.get_running_loop().remove_reader(descriptor) is not True
+        with pytest.raises(linkrx.Closed):
+            await asyncio.wait_for(task, 10)
+
+    run(work())
+
+
+def test_a_second_task_gets_a_clear_error(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+    """While one task waits for packets, another that wants some gets Busy, and the first goes on undisturbed."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver) as rx:
+
+            async def consume() -> list[int]:
+                return [packet.data[0] async for packet in rx]
+
+            first = asyncio.ensure_future(consume())
+            await asyncio.sleep(0)
+            with pytest.raises(linkrx.Busy, match="another task"):
+                await consume()
+            with pytest.raises(linkrx.Busy, match="another task"):
+                await rx.batches().__anext__()
+            sender.send(HEADER + b"\x07")
+            sender.close()
+            assert await first == [7]
+
+    run(work())
+
+
+def test_close_from_outside_a_running_loop_is_refused(
+    run: Run, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    """close() in one thread while a task waits in another thread's loop raises Busy; stop() is what ends it."""
+    with linkrx.open(ends[0]) as rx:
+
+        async def work() -> None:
+            assert [packet async for packet in rx] == []
+
+        with running(lambda: run(work())):
+            until(lambda: rx._waiter is not None)
+            with pytest.raises(linkrx.Busy, match=r"stop\(\)"):
+                rx.close()
+            rx.stop()
 
 
 @pytest.mark.usefixtures("devices")

@@ -174,6 +174,22 @@ def test_a_datagram_socket_shut_down_for_reading_burns_no_processor(ends: Pair) 
         assert rx.stats().waits < 60
 
 
+def test_what_is_no_timeout(ends: Pair) -> None:
+    """A negative timeout is a ValueError and a string a TypeError, each with what to give."""
+    with linkrx.open(ends[0], ignore) as rx:
+        for wait in (rx.recv, rx.dispatch, lambda timeout: next(rx.batches(timeout))):
+            with pytest.raises(ValueError, match="timeout=-1: give seconds, or None"):
+                wait(-1)
+            with pytest.raises(TypeError, match="timeout='1': give seconds, or None"):
+                wait("1")  # type: ignore[arg-type]
+
+
+def test_deliver_must_be_callable(ends: Pair) -> None:
+    """What cannot be called is refused when it is given, not at the first packet."""
+    with pytest.raises(TypeError, match="deliver=5: give a callable"):
+        linkrx.open(ends[0], 5)  # type: ignore[arg-type]
+
+
 # Stopping.
 
 

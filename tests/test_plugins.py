@@ -99,5 +99,5 @@ print([info.name for info in linkrx.backends()])
 def test_the_keywords_of_open_are_the_options() -> None:
     """What type checkers know of open's keywords is what Options takes."""
     assert set(Keywords.__annotations__) == set(Options.__dataclass_fields__)
-    with pytest.raises(TypeError, match="no option batchsize: batch_size, ethernet"):
+    with pytest.raises(TypeError, match="no option 'batchsize'; it has batch_size, ethernet"):
         linkrx.open(0, batchsize=3)  # type: ignore[call-arg]

@@ -229,7 +229,7 @@ def test_two_queues() -> None:
 def test_busy() -> None:
     """A second owner of a device with one queue gets EBUSY, and is told about multi_queue."""
     with linkrx.TunTap("lrxm1"):
-        with pytest.raises(OSError, match=r"'lrxm1'.*holds its only queue.*multi_queue=True") as caught:
+        with pytest.raises(OSError, match=r"'lrxm1'.*only queue is open already.*multi_queue=True") as caught:
             linkrx.TunTap("lrxm1")
         assert caught.value.errno == errno.EBUSY
 
@@ -238,7 +238,7 @@ def test_busy() -> None:
 def test_multi_queue_mismatch(first_has_many: bool) -> None:
     """Asking for other than what the device has gives EINVAL, and the message names the setting."""
     with linkrx.TunTap("lrxm2", multi_queue=first_has_many):
-        with pytest.raises(OSError, match=r"'lrxm2'.*another multi_queue setting") as caught:
+        with pytest.raises(OSError, match=r"'lrxm2'.*mode or multi_queue setting") as caught:
             linkrx.TunTap("lrxm2", multi_queue=not first_has_many)
         assert caught.value.errno == errno.EINVAL
 
