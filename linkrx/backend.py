@@ -68,9 +68,9 @@ class Backend(ABC):
         """
 
     @property
-    def holds_packets(self) -> bool:
-        """Packets were received that wait for the next `fill`, so the source need not become readable for it."""
-        return False
+    def held(self) -> int:
+        """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
+        return 0
 
     def close(self) -> None:
         """Release what `__init__` took. Called once."""

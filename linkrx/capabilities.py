@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -284,7 +285,7 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
 
 
 def bound_interface(fd: int) -> str:
-    """The interface that an AF_PACKET socket is bound to; empty for none, and after it was deleted."""
+    """The interface that an AF_PACKET socket is bound to; empty for none, and when it cannot be asked."""
     # The family must be the true one here: it tells Python how to read the address.
     duplicate = os.dup(fd)
     try:
@@ -389,13 +390,13 @@ def _vnet_little_endian(fd: int) -> bool:
 def route_socket_for(fd: int) -> tuple[RouteSocket, bool | None] | None:
     """A route socket in the namespace of a TAP or TUN queue's device, and whether that is this thread's own.
 
-    None when the namespace is foreign and may not be entered. Without CAP_NET_ADMIN the kernel does not say which
+    None when the device is gone, or in a foreign namespace that may not be entered. Without CAP_NET_ADMIN the kernel does not say which
     namespace it is: the socket is then this thread's, and the second value None.
     """
     try:
         namespace = fcntl.ioctl(fd, TUNGETDEVNETNS)
-    except OSError:
-        return RouteSocket(), None
+    except OSError as error:
+        return None if error.errno == errno.EBADFD else (RouteSocket(), None)
     try:
         if same_namespace(namespace):
             return RouteSocket(), True

@@ -96,3 +96,7 @@ class Descriptors:
     def address(self) -> int:
         """Where C finds it."""
         return _core.address(self.memory)
+
+    def clear(self) -> None:
+        """All zero, as it was made: before another backend writes."""
+        self.memory[:] = bytes(len(self.memory))

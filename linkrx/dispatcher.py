@@ -7,8 +7,10 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from itertools import repeat
 from types import TracebackType
+from typing import TypeVar
 
 from linkrx import aio
 from linkrx.backend import Backend
@@ -26,12 +28,15 @@ from linkrx.stats import End, Stats
 # remote and local link address, protocol, packet
 Deliver = Callable[["bytes | None", "bytes | None", int, Packet], object]
 
+Taken = TypeVar("Taken")
+
 _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     for dispatcher in list(_alive):
         dispatcher._forked = True
+        dispatcher._reception.disown()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -54,14 +59,15 @@ class Dispatcher:
         deliver: Deliver | None = None,
     ) -> None:
         """Takes the source over once this succeeds."""
-        self._closed = True  # until all is open there is nothing for __del__ to close
+        self._closed = self._released = True  # until all is open there is nothing for __del__ to close
         self._forked = False
         self._deliver = deliver
         self._delivering = False
-        self._owner: dict[str, int] = {}
+        self._owner: dict[str, object] = {}  # at most one claim, see _step
+        self._thread = 0
         self._waiter: aio.Waiter | None = None
         self._reception = Reception(source, options, choice, backends, deliver=deliver is not None)
-        self._closed = False
+        self._closed = self._released = False
         _alive.add(self)
 
     # What is known about it: readable after close as well, for that is when one asks why it ended.
@@ -139,9 +145,9 @@ class Dispatcher:
         """The next packet. Raises TimeoutError after `timeout` seconds, EOFError when it is over."""
         deadline = deadline_after(timeout)
         while True:
-            if self._await_batch(seconds_left(deadline)):
-                for packet in self._hand_over():
-                    return packet
+            packet = self._step(seconds_left(deadline), self._take_packet)
+            if packet is not None:
+                return packet
             end = self.end
             if end is not None:
                 raise EOFError(f"reception is over: {end.value}")
@@ -149,15 +155,22 @@ class Dispatcher:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
     def __iter__(self) -> Iterator[Packet]:
-        while self._await_batch(None) or self.end is None:
-            yield from self._hand_over()
+        while True:
+            packet = self._step(None, self._take_packet)
+            if packet is not None:
+                yield packet
+                yield from self._take_rest()
+            elif self.end is not None:
+                return
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
         while self.end is None:
             await self._readable(None)
-            if self._await_batch(0):
-                for packet in self._hand_over():
+            packet = self._step(0, self._take_packet)
+            if packet is not None:
+                yield packet
+                for packet in self._take_rest():
                     yield packet
 
     # Ways to end.
@@ -173,21 +186,37 @@ class Dispatcher:
     def close(self) -> None:
         """Release all that linkrx opened and restore what it changed on a borrowed descriptor. Idempotent.
 
-        Packets and batches stay valid. Raises Busy while another thread is inside: `stop()`, and let it return.
+        Packets and batches stay valid. From inside `deliver` or a signal handler it takes effect when the call that
+        is receiving returns. Raises Busy while another thread is inside: `stop()`, and let it return.
         """
-        if self._closed:
+        if self._released:
             return
-        waiter = self._waiter
-        if not self._forked:
-            owner = self._owner.get("thread")
-            if owner not in (None, threading.get_ident()) or (waiter is not None and not waiter.is_here()):
-                raise Busy("close() while another thread is receiving: call stop() and let it return first")
-            if waiter is not None:
-                waiter.settle(False)  # its task goes on, and finds the dispatcher closed
-        self._closed = True
+        claim = object()
+        try:
+            if not self._forked:
+                if self._waiter is not None and not self._waiter.is_here():
+                    raise Busy(
+                        "close() while another thread is receiving: call stop() and let it return first"
+                    )
+                if self._owner.setdefault("claim", claim) is not claim:
+                    if self._thread != threading.get_ident():
+                        raise Busy(
+                            "close() while another thread is receiving: call stop() and let it return first"
+                        )
+                    self._closed = True
+                    self._reception.stop()
+                    return
+            self._closed = True
+            self._release()
+        finally:
+            if self._owner == {"claim": claim}:
+                del self._owner["claim"]
+
+    def _release(self) -> None:
+        self._released = True
         _alive.discard(self)
-        if self._delivering:
-            self._reception.stop()
+        if self._waiter is not None:
+            self._waiter.settle(False)  # its task goes on, and finds the dispatcher closed
         self._reception.close(forked=self._forked)
 
     def __enter__(self) -> Dispatcher:
@@ -200,7 +229,7 @@ class Dispatcher:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True):
+        if getattr(self, "_released", True):
             return
         if not self._forked:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
@@ -216,18 +245,33 @@ class Dispatcher:
         if self._closed:
             raise Closed("this dispatcher was closed: linkrx.open makes a new one")
 
-    def _enter(self) -> None:
-        """Claim the dispatcher for this thread. Whoever calls this clears `_owner` on leaving."""
-        self._check_open()
-        me = threading.get_ident()
-        # One atomic step. A claim of this thread's own is one that an interrupt left behind.
-        owner = self._owner.setdefault("thread", me)
-        if owner != me:
-            raise Busy(
-                "another thread is receiving: a dispatcher belongs to one thread at a time, only stop() is for all"
-            )
-        if self._delivering:
-            raise Busy("receiving from inside deliver: there, only stop() and close() may be called")
+    def _step(self, timeout: float | None, take: Callable[[], Taken]) -> Taken | None:
+        """Claim the dispatcher, wait for a batch, and take from it; None when there is none.
+
+        The claim is made in one atomic step, for threads with and without a GIL, and given up without calling
+        anything: a signal handler that raises can run only where something is called.
+        """
+        claim = object()
+        try:
+            self._check_open()
+            if self._owner.setdefault("claim", claim) is not claim:
+                raise Busy(self._who_is_inside())
+            self._thread = threading.get_ident()
+            self._check_open()  # it may have been closed in between
+            return take() if self._reception.await_batch(timeout) else None
+        finally:
+            if self._owner == {"claim": claim}:
+                del self._owner["claim"]
+                if self._closed and not self._released:
+                    self._release()  # close() was called while this was inside
+
+    def _who_is_inside(self) -> str:
+        if self._thread != threading.get_ident():
+            return "another thread is receiving: a dispatcher belongs to one thread at a time, only stop() is for all"
+        where = (
+            "inside deliver" if self._delivering else "a signal handler while the same thread is receiving"
+        )
+        return f"receiving from {where}: there, only stop() and close() may be called"
 
     async def _readable(self, timeout: float | None) -> bool:
         """Back to the event loop before every batch, even under a flood: other tasks want to run."""
@@ -242,15 +286,6 @@ class Dispatcher:
 
     # Handing over.
 
-    def _await_batch(self, timeout: float | None) -> bool:
-        self._enter()
-        try:
-            return self._reception.await_batch(timeout)
-        finally:
-            self._owner.clear()
-            if self._reception.pending is None:
-                self._reception.show_pending()  # else whoever takes from it does
-
     def _dispatch(self, timeout: float | None) -> int:
         deliver = self._deliver
         if deliver is None:
@@ -258,13 +293,7 @@ class Dispatcher:
             raise LinkrxError(
                 "nothing to deliver to: pass deliver= to linkrx.open, or iterate over the dispatcher"
             )
-        self._enter()
-        try:
-            return self._deliver_pending(deliver) if self._reception.await_batch(timeout) else 0
-        finally:
-            if not self._delivering:
-                self._owner.clear()
-                self._reception.show_pending()
+        return self._step(timeout, partial(self._deliver_pending, deliver)) or 0
 
     def _deliver_pending(self, deliver: Deliver) -> int:
         reception = self._reception
@@ -274,7 +303,9 @@ class Dispatcher:
         reached = first
         self._delivering = True
         try:
-            # `reached` moves on in the step before the call, with nothing between that a signal could interrupt.
+            # `reached` moves on in the step before the call, with nothing between that a signal could interrupt. The
+            # call ends the loop's body: CPython 3.13.0 does not cover what stands between the last call and the
+            # jump back with the `finally`.
             if reception.addresses:
                 for index, (remote, local, protocol) in enumerate(
                     addresses_of(reception.addresses, first, count), first
@@ -282,57 +313,82 @@ class Dispatcher:
                     packet = Packet()
                     packet._batch = batch
                     packet._index = index
-                    reached = index + 1
-                    deliver(remote, local, protocol, packet)
                     if reception.stopping:
                         break
+                    reached = index + 1
+                    deliver(remote, local, protocol, packet)
             else:
                 for index, protocol in enumerate(batch.protocols[first:], first):
                     packet = Packet()
                     packet._batch = batch
                     packet._index = index
-                    reached = index + 1
-                    deliver(None, None, protocol, packet)
                     if reception.stopping:
                         break
+                    reached = index + 1
+                    deliver(None, None, protocol, packet)
         finally:
             if reached == count:
                 reception.pending = None
             else:
                 reception.next = reached
             self._delivering = False
+            reception.show_pending()
         return reached - first
 
-    def _hand_over(self) -> Iterator[Packet]:
-        """The packets of the pending batch. Each counts as handed over from the moment it is given."""
+    def _take_packet(self) -> Packet | None:
         reception = self._reception
-        try:
-            while reception.pending is not None and not reception.stopping:
-                batch, index = reception.pending, reception.next
-                packet = Packet()
-                packet._batch = batch
-                packet._index = index
-                if index + 1 == batch._count:
-                    reception.pending = None
-                else:
-                    reception.next = index + 1
-                yield packet
-        finally:
-            reception.show_pending()
+        packet = Packet()
+        pending = reception.pending
+        reception.show_pending(
+            pending if pending is not None and reception.next + 1 == len(pending) else None
+        )
+        # From here on nothing is called: the packet is handed over, or it is not.
+        batch, index = reception.pending, reception.next
+        if batch is None:
+            return None
+        packet._batch = batch
+        packet._index = index
+        if index + 1 == batch._count:
+            reception.pending = None
+        else:
+            reception.next = index + 1
+        return packet
+
+    def _take_rest(self) -> Iterator[Packet]:
+        """The packets behind one that was taken, without a claim for each: from reading what is pending to moving on
+        nothing is called, so no other thread comes between.
+        """
+        reception = self._reception
+        while True:
+            packet = Packet()
+            batch, index = reception.pending, reception.next
+            if batch is None or reception.stopping or self._owner:
+                return
+            packet._batch = batch
+            packet._index = index
+            if index + 1 == batch._count:
+                reception.pending = None
+            else:
+                reception.next = index + 1
+            yield packet
+
+    def _take_batch(self) -> Batch | None:
+        reception = self._reception
+        reception.show_pending(reception.pending)
+        batch = reception.pending
+        if batch is None:
+            return None
+        rest = batch.behind(reception.next)
+        reception.pending = None
+        return rest
 
     def _next_batch(self, timeout: float | None) -> Batch | None:
         """The rest of the pending batch or the next one; None when it is over or no packet came in time."""
         deadline = deadline_after(timeout)
-        reception = self._reception
         while True:
-            if self._await_batch(seconds_left(deadline)):
-                assert reception.pending is not None
-                batch = reception.pending.behind(reception.next)
-                reception.pending = None
-                reception.show_pending()
+            batch = self._step(seconds_left(deadline), self._take_batch)
+            if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
-            if self.end is not None or seconds_left(deadline) == 0:
-                return None
 
 
 def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
@@ -366,6 +422,7 @@ class Batches:
         return self
 
     async def __anext__(self) -> Batch:
+        self._dispatcher._check_open()
         deadline = deadline_after(self._timeout)
         while self._dispatcher.end is None:
             if not await self._dispatcher._readable(seconds_left(deadline)):

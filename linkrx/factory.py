@@ -56,13 +56,21 @@ def _classes() -> tuple[type[Backend], ...]:
             ):
                 found[value.name] = value
     for entry in entry_points(group=ENTRY_POINTS):
+        # A plug-in of somebody else must not take reception down with it, and must not vanish either.
         try:
             value = entry.load()
         except Exception:
-            # A plug-in of somebody else must not take reception down with it, and must not vanish either.
             logger.exception("the backend %r of %s could not be loaded", entry.name, entry.value)
             continue
-        if value.name in found:
+        if not (
+            isinstance(value, type) and issubclass(value, Backend) and {"name", "rank"} <= set(dir(value))
+        ):
+            logger.error(
+                "the backend %r of %s is left out: it is no Backend with a name and a rank",
+                entry.name,
+                entry.value,
+            )
+        elif value.name in found:
             logger.warning("the backend %r of %s is left out: the name is taken", value.name, entry.value)
         else:
             found[value.name] = value
@@ -73,8 +81,16 @@ def backends() -> tuple[BackendInfo, ...]:
     """Every backend, best first, with whether this host supports it and if not why."""
     return tuple(
         BackendInfo(b.name, reason is None, reason, b.rank, b.honours, b)
-        for b, reason in ((b, b.missing()) for b in _classes())
+        for b, reason in ((b, _missing(b)) for b in _classes())
     )
+
+
+def _missing(backend: type[Backend]) -> str | None:
+    try:
+        return backend.missing()
+    except Exception as error:
+        logger.exception("the backend %r could not say whether this host supports it", backend.name)
+        return f"its own check failed: {error!r}"
 
 
 def from_environment(backend: str = "auto") -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,8 @@ from linkrx.framing import VNET_HEADER_BYTES, Framing
 
 BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
 
+VNET_HEADER_MOST = 4096  # far more than any that a kernel writes
+
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps", "zero_copy")
 _BACKEND_OPTIONS = ("buffer_sizes", "segment", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
@@ -121,9 +123,10 @@ class Options:
         wanted, size = self.vnet_header, found.vnet_header_size
         if wanted is None:
             return size
-        if wanted is not True and 0 < wanted < VNET_HEADER_BYTES:
+        if wanted is not True and wanted != 0 and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:
             raise ValueError(
-                f"vnet_header={wanted}: a virtio-net header has at least {VNET_HEADER_BYTES} bytes"
+                f"vnet_header={wanted}: a virtio-net header has {VNET_HEADER_BYTES} to {VNET_HEADER_MOST} bytes; "
+                "0 is for none"
             )
         if found.kind in ("tap", "tun", "packet", "packet_cooked"):
             if bool(wanted) != bool(size) or (wanted is not True and wanted is not False and wanted != size):

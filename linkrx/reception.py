@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from linkrx.arena import Arena, Arenas
 from linkrx.backend import Backend, Receive
@@ -45,7 +46,7 @@ _PASSING = frozenset(
 )
 
 # A source that says it is readable this often in a row and yields nothing, as a datagram socket does that was shut
-# down for reading, is from then on asked every _REST seconds only.
+# down for reading, is from then on asked every _REST seconds only, by waits here and by those who poll.
 _IDLE_WAKES = 8
 _REST = 0.01
 
@@ -90,18 +91,19 @@ class Reception:
         self._end_behind: End | None = None  # the end that follows the pending batch
         self._filling: Arena | None = None
         self._batches = self._receives = self._waits = self._link_downs = self._demotions = 0
-        self._undelivered = self._undelivered_bytes = 0
+        self._left_behind = self._left_behind_bytes = self._held_back = 0
         self._link_down = False
         self._polled = self._shown = False
+        self._vain = 0  # drains in a row that an event loop made for nothing
 
-        self._wakeup = Wakeup(source.fd)
-        try:
+        with ExitStack() as undo:
+            self._wakeup = Wakeup(source.fd)
+            undo.callback(self._wakeup.close)
             self._mechanism = self._build()
+            undo.callback(self._mechanism.close)
             if source.link_state() is not LinkState.UP:
                 self._watch_link(down=True)
-        except BaseException:
-            self._wakeup.close()
-            raise
+            undo.pop_all()
 
     # The next batch.
 
@@ -115,11 +117,17 @@ class Reception:
             return not self.over()
         idle = 0
         deadline = deadline_after(timeout)
+        self._wakeup.listen()
         while not self.over():
             if self._receive():
+                self._vain = 0
                 return self.pending is not None
             if self._link_down:
                 self._look_at_link()
+            if timeout == 0 and self._polled:
+                self._vain += 1
+                if self._vain > _IDLE_WAKES and self._wakeup.wait(0):
+                    self._wakeup.look_away(_REST)
             if timeout == 0 or self.over():
                 break
             left = seconds_left(deadline)
@@ -192,7 +200,7 @@ class Reception:
         end every read returns zero, for ever.
         """
         lengths = self._descriptors.columns.lengths
-        if count and lengths[count - 1] == 0 and self.source.hung_up():
+        if count and lengths[count - 1] == 0 and not self._mechanism.held and self.source.hung_up():
             while count and lengths[count - 1] == 0:
                 count -= 1
             self._header[COUNT] = count
@@ -231,8 +239,10 @@ class Reception:
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. No packet is lost: a refused call has taken none."""
         self._step_down(error)
-        self._mechanism.close()
+        refused = self._mechanism
+        self._descriptors.clear()  # backends rely on columns that they never write
         self._mechanism = self._build()
+        refused.close()
 
     def _step_down(self, error: OSError) -> None:
         refused = self.choice.backend
@@ -276,16 +286,24 @@ class Reception:
     def _finish(self, end: End) -> None:
         if self.pending is not None:
             rest = self.pending.behind(self.next)
-            self._undelivered += len(rest)
-            self._undelivered_bytes += sum(rest.lengths)
+            self._left_behind += len(rest)
+            self._left_behind_bytes += sum(rest.lengths)
             self.pending = None
+        # What the backend received and nobody classified: packets or not, they were not delivered.
+        self._held_back = self._mechanism.held + self._header[COUNT]
         self.end = end
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see
 
+    def disown(self) -> None:
+        """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
+        self.stopping = True
+        self._wakeup.event = None
+
     def close(self, *, forked: bool) -> None:
         """Release everything. In a forked child nothing is restored: the parent still uses it."""
+        self.over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
         try:
             self._mechanism.close()
         finally:
@@ -303,16 +321,19 @@ class Reception:
         self.show_pending()
         return self._wakeup.fileno()
 
-    def show_pending(self) -> None:
-        """Make the polled descriptor readable while there is something that does not need the source."""
+    def show_pending(self, but: Batch | None = None) -> None:
+        """Make the polled descriptor readable while there is something that does not need the source.
+
+        `but` is a batch that is about to be handed over whole.
+        """
         event = self._wakeup.event
         if not self._polled or event is None:
             return
         waiting = (
-            self.pending is not None
+            (self.pending is not None and self.pending is not but)
             or self.end is not None
             or self._end_behind is not None
-            or self._mechanism.holds_packets
+            or self._mechanism.held > 0
         )
         if waiting and not self._shown:
             event.set()
@@ -326,8 +347,8 @@ class Reception:
         """Counters since `open`."""
         counters = self._counters
         return Stats(
-            packets=counters[PACKETS] - self._undelivered,
-            bytes=counters[BYTES] - self._undelivered_bytes,
+            packets=counters[PACKETS] - self._left_behind,
+            bytes=counters[BYTES] - self._left_behind_bytes,
             batches=self._batches,
             receives=self._receives,
             waits=self._waits,
@@ -338,7 +359,7 @@ class Reception:
             kernel_drops=self.source.kernel_drops(),
             link_downs=self._link_downs if self.source.watched else None,
             demotions=self._demotions,
-            undelivered=self._undelivered,
+            undelivered=self._left_behind + self._held_back,
         )
 
 

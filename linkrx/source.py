@@ -13,12 +13,12 @@ from contextlib import ExitStack, suppress
 from enum import Enum
 
 from linkrx.capabilities import (
+    IFNAMSIZ,
     IFREQ_BYTES,
     SOL_PACKET,
     Capabilities,
     HasFileno,
     borrowed_socket,
-    bound_interface,
     descriptor,
     probe,
     route_socket_for,
@@ -31,6 +31,7 @@ logger = logging.getLogger("linkrx")
 ETH_P_ALL = 0x0003  # linux/if_ether.h
 
 # linux/sockios.h, linux/if.h
+SIOCGIFNAME = 0x8910
 SIOCGIFFLAGS = 0x8913
 IFF_UP = 0x1
 
@@ -66,6 +67,7 @@ class Source:
         self.capabilities = capabilities
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
+        self._queue_dropped: int | None = None
         self._drops_at_open = self._drops()
 
     def close(self) -> None:
@@ -111,39 +113,42 @@ class Source:
         )
 
     def _queue_drops(self) -> int | None:
-        """What the device counted as tx_dropped. Asked in its own namespace, where it may have been moved to."""
-        if self.capabilities.kind not in ("tap", "tun") or self.capabilities.ifindex is None:
+        """What the device counted as tx_dropped, asked in its own namespace; the last answer once it is gone."""
+        found = self.capabilities
+        if found.kind not in ("tap", "tun") or found.ifindex is None:
             return None
-        found = route_socket_for(self.fd)
-        if found is None:
-            return None
-        route, _ = found
-        try:
-            link = route.link(index=self.capabilities.ifindex)
-        finally:
-            route.close()
-        return link.tx_dropped if link else None
+        asked = route_socket_for(self.fd)
+        if asked is not None:
+            route, certain = asked
+            try:
+                link = route.link(index=found.ifindex)
+            finally:
+                route.close()
+            # Where the kernel does not say which namespace it is, only the same name proves the same device.
+            if link and (certain is not None or link.name == found.interface):
+                self._queue_dropped = link.tx_dropped
+        return self._queue_dropped
 
     @property
     def watched(self) -> bool:
         """Whether the source tells when its link goes down: a packet socket bound to an interface."""
-        return (
-            self.capabilities.kind in ("packet", "packet_cooked") and self.capabilities.interface is not None
-        )
+        return self.capabilities.kind in ("packet", "packet_cooked") and self.capabilities.ifindex is not None
 
     def link_state(self) -> LinkState:
         """How the interface of a packet socket is doing; UP for sources that do not say."""
         if not self.watched:
             return LinkState.UP
-        name = bound_interface(self.fd)  # by now the interface may have another name
-        if not name:
-            return LinkState.GONE
         with borrowed_socket(self.fd) as borrowed:
             try:
-                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, os.fsencode(name).ljust(IFREQ_BYTES, b"\0"))
+                # By index: the name may be another by now. In the socket's own namespace, which an interface leaves
+                # when it is deleted or moved.
+                named = fcntl.ioctl(
+                    borrowed, SIOCGIFNAME, struct.pack("16si20x", b"", self.capabilities.ifindex)
+                )
+                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, named[:IFNAMSIZ].ljust(IFREQ_BYTES, b"\0"))
             except OSError:
                 return LinkState.GONE
-        return LinkState.UP if struct.unpack_from("H", answer, 16)[0] & IFF_UP else LinkState.DOWN
+        return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN
 
     def hung_up(self) -> bool:
         """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""
@@ -203,18 +208,19 @@ def _bind(packet: socket.socket, interface: str) -> None:
 
 def _configure(fd: int, capabilities: Capabilities, options: Options, undo: ExitStack) -> None:
     """Set socket options, and note in `undo` how to set them back."""
+    file = _file_of(fd)
     with borrowed_socket(fd) as sock:
 
         def change(level: int, name: int, value: int) -> None:
             before = sock.getsockopt(level, name)
             if before != value:
                 sock.setsockopt(level, name, value)
-                undo.callback(_restore, fd, level, name, before)
+                undo.callback(_restore, fd, file, level, name, before)
 
         wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
         if wanted is not None:
             before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-            undo.callback(_restore_receive_buffer, fd, before)
+            undo.callback(_restore_receive_buffer, fd, file, before)
             _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
         if capabilities.kind not in ("packet", "packet_cooked"):
             return
@@ -230,13 +236,20 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
             # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
             request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
             sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
-            undo.callback(_restore, fd, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request)
+            undo.callback(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request)
 
 
-def _restore(fd: int, level: int, name: int, value: int | bytes) -> None:
+def _file_of(fd: int) -> tuple[int, int]:
+    """What tells one open socket from another that got its number: stat's device and inode."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _restore(fd: int, file: tuple[int, int], level: int, name: int, value: int | bytes) -> None:
     """Set a socket option back, unless its owner has closed the socket: then there is nothing to restore."""
     with suppress(OSError), borrowed_socket(fd) as sock:
-        sock.setsockopt(level, name, value)
+        if _file_of(fd) == file:
+            sock.setsockopt(level, name, value)
 
 
 def _set_receive_buffer(sock: socket.socket, size: int, *, asked: bool) -> None:
@@ -258,6 +271,7 @@ def _set_receive_buffer(sock: socket.socket, size: int, *, asked: bool) -> None:
             )
 
 
-def _restore_receive_buffer(fd: int, size: int) -> None:
+def _restore_receive_buffer(fd: int, file: tuple[int, int], size: int) -> None:
     with suppress(OSError), borrowed_socket(fd) as sock:
-        _set_receive_buffer(sock, size, asked=False)
+        if _file_of(fd) == file:
+            _set_receive_buffer(sock, size, asked=False)

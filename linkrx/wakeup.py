@@ -51,6 +51,8 @@ class Wakeup:
         self.event: EventFd | None = EventFd()
         self._source = source
         self._timer: int | None = None
+        self._listening = True
+        self._link_down = False
         self._epoll = select.epoll()
         try:
             self._epoll.register(self.event.fd, select.EPOLLIN)
@@ -68,12 +70,6 @@ class Wakeup:
         bounded = None if timeout is None else min(timeout, _LONGEST_SLEEP)
         return any(fd == self._source for fd, _ in self._epoll.poll(bounded))
 
-    def clear_timer(self) -> None:
-        """Make the timer unreadable until it fires again."""
-        if self._timer is not None:
-            with suppress(BlockingIOError):
-                os.read(self._timer, 8)
-
     def rest(self, timeout: float) -> None:
         """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
         if self.event is not None:
@@ -81,14 +77,37 @@ class Wakeup:
             poll.register(self.event.fd, select.POLLIN)
             poll.poll(timeout * 1000)
 
+    def look_away(self, timeout: float) -> None:
+        """For those who poll: be silent about such a source for `timeout` seconds."""
+        self._epoll.unregister(self._source)
+        self._listening = False
+        self._set_timer(timeout)
+
+    def listen(self) -> None:
+        """Take the source in again after `look_away`."""
+        if not self._listening:
+            self._epoll.register(self._source, select.EPOLLIN)
+            self._listening = True
+            self._set_timer(RECHECK_SECONDS if self._link_down else None)
+
     def watch_link(self, down: bool) -> None:
         """While a link is down, wake up regularly to see whether it still exists."""
-        if down and self._timer is None:
-            self._timer = libc.timerfd(RECHECK_SECONDS)
-            self._epoll.register(self._timer, select.EPOLLIN)
-        elif not down and self._timer is not None:
+        self._link_down = down
+        self._set_timer(RECHECK_SECONDS if down else None)
+
+    def clear_timer(self) -> None:
+        """Make the timer unreadable until it fires again."""
+        if self._timer is not None:
+            with suppress(BlockingIOError):
+                os.read(self._timer, 8)
+
+    def _set_timer(self, interval: float | None) -> None:
+        if self._timer is not None:
             timer, self._timer = self._timer, None
             os.close(timer)  # which takes it out of the epoll instance too
+        if interval is not None:
+            self._timer = libc.timerfd(interval)
+            self._epoll.register(self._timer, select.EPOLLIN)
 
     def close(self) -> None:
         """Idempotent. Takes nothing out of the epoll instance: after a fork the parent still uses it."""

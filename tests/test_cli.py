@@ -188,7 +188,6 @@ from linkrx.backends.os_readv import OsReadv
 def fill(self, arena, room):
     raise OSError(5, "Input/output error")
 OsReadv.fill = fill
-demo.PATIENCE = 0.01
 sys.exit(cli.main(["demo", "--count", "1"]))
 """
 

@@ -79,6 +79,22 @@ def test_a_batch_that_ends_in_an_empty_record_is_no_end(
         assert rx.end is linkrx.End.EOF
 
 
+def test_an_empty_record_before_records_that_wait_for_room(
+    backend: str, seqpacket: tuple[socket.socket, socket.socket]
+) -> None:
+    """Records that a backend has received but not yet handed over come before the end, behind an empty one too."""
+    receiver, sender = seqpacket
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+    sizes_sent = [150_000] * 6 + [0, 150_000, 100]
+    for size in sizes_sent:
+        sender.send(bytes(size))
+    sender.close()
+    with linkrx.open(receiver, backend=backend) as rx:
+        assert [len(packet) for packet in rx] == [size for size in sizes_sent if size]
+        assert rx.stats().empty == 1
+        assert rx.end is linkrx.End.EOF
+
+
 def test_empty_records_alone_are_no_end(backend: str, seqpacket: tuple[socket.socket, socket.socket]) -> None:
     """While the peer lives, empty records are counted and reception goes on."""
     receiver, sender = seqpacket

@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +19,10 @@ from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
 
 pytestmark = pytest.mark.usefixtures("devices")
 needs_core = pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
+
+# asm-generic/socket.h
+SO_RXQ_OVFL = 40
+SO_RCVMARK = 75
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 Wire = tuple[str, str, socket.socket]
@@ -50,6 +55,22 @@ def test_the_stripped_vlan_tag_is_told(wire: Wire) -> None:
     assert [packet.protocol for packet in got] == [0x0800, 0x0800, 0x8100, 0x0800]
     assert bytes(got[0].data) == b"tagged"
     assert got[0].copy().vlan == got[0].vlan
+
+
+@needs_core
+def test_the_tag_is_told_whatever_else_the_socket_is_asked_for(wire: Wire) -> None:
+    """A borrowed socket with other control messages switched on still tells the VLAN tag."""
+    near, _, injector = wire
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
+        for option in (SO_RXQ_OVFL, SO_RCVMARK):
+            with suppress(OSError):  # SO_RCVMARK came with Linux 6.0
+                borrowed.setsockopt(socket.SOL_SOCKET, option, 1)
+        borrowed.bind((near, 3))
+        with linkrx.open(borrowed, timestamps=True) as rx:
+            injector.send(LOCAL + REMOTE + struct.pack("!HHH", 0x8100, 5, 0x0800) + bytes(60))
+            packet = rx.recv(10)
+            assert packet.vlan == linkrx.Vlan(5, 0x8100)
+            assert packet.timestamp_ns is not None
 
 
 @needs_core

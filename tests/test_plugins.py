@@ -96,6 +96,22 @@ print([info.name for info in linkrx.backends()])
     assert said.splitlines()[-1] == "['recvmmsg', 'readv', 'os_readv']"
 
 
+def test_an_entry_point_that_is_no_backend(tmp_path: Path) -> None:
+    """A plug-in that names something else is logged and left out."""
+    described = tmp_path / "odd-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[linkrx.backends]\nodd = os:getpid\n")
+    program = """
+import logging, sys, linkrx
+logging.basicConfig(stream=sys.stdout)
+print([info.name for info in linkrx.backends()])
+"""
+    said = run(program, tmp_path).splitlines()
+    assert "the backend 'odd' of os:getpid is left out: it is no Backend" in said[0]
+    assert said[-1] == "['recvmmsg', 'readv', 'os_readv']"
+
+
 def test_the_keywords_of_open_are_the_options() -> None:
     """What type checkers know of open's keywords is what Options takes."""
     assert set(Keywords.__annotations__) == set(Options.__dataclass_fields__)

@@ -776,6 +776,14 @@ def test_options_of_the_wrong_type(option: str, value: Any) -> None:
         linkrx.open(receiver, **wrong)
 
 
+@pytest.mark.parametrize("size", [-1, 1, 9, 4097, 2**33])
+def test_a_virtio_net_header_of_no_possible_size(size: int) -> None:
+    """A size that no virtio-net header has is a ValueError that says which there are."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, pytest.raises(ValueError, match=f"vnet_header={size}: .* 10 to 4096 bytes"):
+        linkrx.open(receiver, vnet_header=size)
+
+
 def test_no_virtio_net_header_can_be_said_with_0() -> None:
     """vnet_header=0 means none, as in Capabilities.vnet_header_size."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

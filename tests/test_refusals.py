@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from seccomp import NUMBERS
 
 from linkrx import _core
+from linkrx.rigs import veth
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in NUMBERS, reason="no system call numbers for this machine"),
@@ -35,19 +38,24 @@ def numbers(batch):
 """
 
 
-def run(program: str) -> list[str]:
-    """What a program prints, line by line. It may not fail."""
-    result = subprocess.run(
+def run(program: str, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
+    """What a program prints, line by line. It may not fail. `meanwhile` is done before its stdin ends."""
+    with subprocess.Popen(
         [sys.executable, "-c", PREAMBLE + program],
         cwd=Path(__file__).parent,
         env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout.splitlines()
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        meanwhile()
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors == ""
+    return (first + printed).splitlines()
 
 
 @needs_core
@@ -131,3 +139,37 @@ except OSError as error:
     print(error)
 """)
     assert lines == ["[Errno 1] eventfd(2), with which stop() ends a wait: Operation not permitted"]
+
+
+@needs_core
+def test_nothing_of_the_refused_backend_shows_later() -> None:
+    """After a demotion packets have their own lengths, none that the backend before has left in its columns."""
+    lines = run("""
+with linkrx.open(receiver) as rx:
+    sender.send(LOCAL + REMOTE + b"\\x08\\x00" + bytes(1000))
+    rx.recv(1)
+    deny(errno.ENOSYS, "recvmmsg", "recvfrom")
+    send(1)
+    packet = rx.recv(1)
+    print(rx.backend, len(packet), packet.wire_length, packet.truncated, rx.stats().truncated)
+""")
+    assert lines[-1] == "os_readv 15 15 False 0"
+
+
+@pytest.mark.usefixtures("devices")
+def test_an_interface_without_getsockname() -> None:
+    """Where getsockname(2) is forbidden an interface is received from, up or down, and is not taken for deleted."""
+    from pyroute2 import IPRoute
+
+    with veth() as (near, _), IPRoute() as route:
+        lines = run(
+            f"""
+with linkrx.open({near!r}, lambda *_: None) as rx:
+    deny(errno.EPERM, "getsockname")
+    print("open", flush=True)
+    sys.stdin.readline()
+    print(rx.dispatch(0.05), rx.end, rx.stats().link_downs)
+""",
+            lambda: route.link("set", index=socket.if_nametoindex(near), state="down"),
+        )
+    assert lines == ["open", "True None 1"]

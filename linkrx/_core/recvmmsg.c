@@ -15,8 +15,9 @@
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
-/* The largest control data asked for: PACKET_AUXDATA and SO_TIMESTAMPNS. */
-#define CONTROL (CMSG_SPACE(sizeof(struct tpacket_auxdata)) + CMSG_SPACE(sizeof(struct timespec)))
+/* PACKET_AUXDATA and SO_TIMESTAMPNS take 72 bytes. The kernel writes the former last, so there is room for all
+ * that the owner of a borrowed socket may have switched on: drops, mark, priority, Wi-Fi status, other stamps. */
+#define CONTROL 512
 
 struct lrx_recvmmsg {
     int fd;

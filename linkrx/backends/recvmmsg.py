@@ -59,9 +59,10 @@ class Recvmmsg(Backend):
         return count
 
     @property
-    def holds_packets(self) -> bool:
+    def held(self) -> int:
         """Packets that did not fit into the last arena."""
-        return bool(_core.lib.lrx_recvmmsg_waiting(self._state))
+        waiting: int = _core.lib.lrx_recvmmsg_waiting(self._state)
+        return waiting
 
     def close(self) -> None:
         """Give the slots back."""
