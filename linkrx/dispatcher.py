@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import repeat
 from types import TracebackType
@@ -157,21 +157,20 @@ class Dispatcher:
     def __iter__(self) -> Iterator[Packet]:
         while True:
             packet = self._step(None, self._take_packet)
-            if packet is not None:
-                yield packet
-                yield from self._take_rest()
-            elif self.end is not None:
+            if packet is None and self.end is not None:
                 return
+            while packet is not None:
+                yield packet
+                packet = self._take_packet(claimed=False)
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
         while self.end is None:
             await self._readable(None)
             packet = self._step(0, self._take_packet)
-            if packet is not None:
+            while packet is not None:
                 yield packet
-                for packet in self._take_rest():
-                    yield packet
+                packet = self._take_packet(claimed=False)
 
     # Ways to end.
 
@@ -258,7 +257,9 @@ class Dispatcher:
                 raise Busy(self._who_is_inside())
             self._thread = threading.get_ident()
             self._check_open()  # it may have been closed in between
-            return take() if self._reception.await_batch(timeout) else None
+            ready = self._reception.await_batch(timeout)
+            self._reception.show_pending()  # before, for there must be no call behind what `take` does
+            return take() if ready else None
         finally:
             if self._owner == {"claim": claim}:
                 del self._owner["claim"]
@@ -301,31 +302,24 @@ class Dispatcher:
         assert batch is not None
         first, count = reception.next, len(batch)
         reached = first
+        known: Iterable[tuple[bytes | None, bytes | None, int]]
+        if reception.addresses:
+            known = addresses_of(reception.addresses, first, count)
+        else:
+            known = zip(repeat(None), repeat(None), batch.protocols[first:])
         self._delivering = True
         try:
             # `reached` moves on in the step before the call, with nothing between that a signal could interrupt. The
             # call ends the loop's body: CPython 3.13.0 does not cover what stands between the last call and the
             # jump back with the `finally`.
-            if reception.addresses:
-                for index, (remote, local, protocol) in enumerate(
-                    addresses_of(reception.addresses, first, count), first
-                ):
-                    packet = Packet()
-                    packet._batch = batch
-                    packet._index = index
-                    if reception.stopping:
-                        break
-                    reached = index + 1
-                    deliver(remote, local, protocol, packet)
-            else:
-                for index, protocol in enumerate(batch.protocols[first:], first):
-                    packet = Packet()
-                    packet._batch = batch
-                    packet._index = index
-                    if reception.stopping:
-                        break
-                    reached = index + 1
-                    deliver(None, None, protocol, packet)
+            for index, (remote, local, protocol) in enumerate(known, first):
+                packet = Packet()
+                packet._batch = batch
+                packet._index = index
+                if reception.stopping:
+                    break
+                reached = index + 1
+                deliver(remote, local, protocol, packet)
         finally:
             if reached == count:
                 reception.pending = None
@@ -335,16 +329,13 @@ class Dispatcher:
             reception.show_pending()
         return reached - first
 
-    def _take_packet(self) -> Packet | None:
+    def _take_packet(self, claimed: bool = True) -> Packet | None:
+        """The next pending packet. Without a claim, None if somebody has one or it was stopped."""
         reception = self._reception
         packet = Packet()
-        pending = reception.pending
-        reception.show_pending(
-            pending if pending is not None and reception.next + 1 == len(pending) else None
-        )
-        # From here on nothing is called: the packet is handed over, or it is not.
+        # From here on nothing is called, so nobody comes between: the packet is handed over, or it is not.
         batch, index = reception.pending, reception.next
-        if batch is None:
+        if batch is None or (not claimed and (self._owner or reception.stopping)):
             return None
         packet._batch = batch
         packet._index = index
@@ -354,31 +345,10 @@ class Dispatcher:
             reception.next = index + 1
         return packet
 
-    def _take_rest(self) -> Iterator[Packet]:
-        """The packets behind one that was taken, without a claim for each: from reading what is pending to moving on
-        nothing is called, so no other thread comes between.
-        """
-        reception = self._reception
-        while True:
-            packet = Packet()
-            batch, index = reception.pending, reception.next
-            if batch is None or reception.stopping or self._owner:
-                return
-            packet._batch = batch
-            packet._index = index
-            if index + 1 == batch._count:
-                reception.pending = None
-            else:
-                reception.next = index + 1
-            yield packet
-
     def _take_batch(self) -> Batch | None:
         reception = self._reception
-        reception.show_pending(reception.pending)
-        batch = reception.pending
-        if batch is None:
-            return None
-        rest = batch.behind(reception.next)
+        assert reception.pending is not None
+        rest = reception.pending.behind(reception.next)
         reception.pending = None
         return rest
 

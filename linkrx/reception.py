@@ -321,16 +321,13 @@ class Reception:
         self.show_pending()
         return self._wakeup.fileno()
 
-    def show_pending(self, but: Batch | None = None) -> None:
-        """Make the polled descriptor readable while there is something that does not need the source.
-
-        `but` is a batch that is about to be handed over whole.
-        """
+    def show_pending(self) -> None:
+        """Make the polled descriptor readable while there is something that does not need the source."""
         event = self._wakeup.event
         if not self._polled or event is None:
             return
         waiting = (
-            (self.pending is not None and self.pending is not but)
+            self.pending is not None
             or self.end is not None
             or self._end_behind is not None
             or self._mechanism.held > 0

@@ -244,6 +244,20 @@ def test_options_are_not_set_back_on_a_stranger() -> None:
             assert stranger.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > usual
 
 
+def test_packets_taken_one_by_one_leave_nothing_to_poll(ends: Pair) -> None:
+    """fileno() is readable while packets of a batch wait inside, and falls silent once they are taken."""
+    with linkrx.open(ends[0], lambda *_: None) as rx:
+        poll = select.poll()
+        poll.register(rx.fileno(), select.POLLIN)
+        for number in range(3):
+            ends[1].send(frame(number))
+        assert number_of(rx.recv(0)) == 0
+        assert poll.poll(0)
+        assert [number_of(rx.recv(0)) for _ in range(2)] == [1, 2]
+        assert rx.drain() == 0
+        assert not poll.poll(0)
+
+
 def test_a_polled_source_that_yields_nothing_is_left_alone(ends: Pair) -> None:
     """An event loop that polls a datagram socket shut down for reading is woken now and then, not all the time."""
     ends[0].shutdown(socket.SHUT_RD)
