@@ -330,12 +330,12 @@ class Dispatcher:
         return reached - first
 
     def _take_packet(self, claimed: bool = True) -> Packet | None:
-        """The next pending packet. Without a claim, None if somebody has one or it was stopped."""
+        """The next pending packet. Without a claim, None if somebody has one or it was stopped or closed."""
         reception = self._reception
         packet = Packet()
         # From here on nothing is called, so nobody comes between: the packet is handed over, or it is not.
         batch, index = reception.pending, reception.next
-        if batch is None or (not claimed and (self._owner or reception.stopping)):
+        if batch is None or (not claimed and (self._owner or reception.stopping or self._closed)):
             return None
         packet._batch = batch
         packet._index = index

@@ -444,6 +444,19 @@ def test_closing_is_final_and_idempotent(ends: Pair) -> None:
     assert "closed" in repr(rx)
 
 
+def test_close_inside_an_iteration(ends: Pair) -> None:
+    """An iteration whose body closes the dispatcher raises Closed at the next packet, also one that was received."""
+    rx = linkrx.open(ends[0])
+    for number in range(3):
+        ends[1].send(frame(number))
+    got = []
+    with pytest.raises(linkrx.Closed):
+        for packet in rx:
+            got.append(number_of(packet))
+            rx.close()
+    assert got == [0]
+
+
 def test_close_from_inside_deliver(ends: Pair) -> None:
     """A deliver may close its dispatcher: dispatch returns False and nothing more is delivered."""
     got: list[object] = []
