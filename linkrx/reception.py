@@ -133,6 +133,7 @@ class Reception:
             left = seconds_left(deadline)
             if left == 0:
                 break
+            self.show_pending()  # nothing waits here now: the event must not end this wait at once
             self._waits += 1
             if idle < _IDLE_WAKES:
                 idle += self._wakeup.wait(left)

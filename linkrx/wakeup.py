@@ -104,7 +104,8 @@ class Wakeup:
     def _set_timer(self, interval: float | None) -> None:
         if self._timer is not None:
             timer, self._timer = self._timer, None
-            os.close(timer)  # which takes it out of the epoll instance too
+            self._epoll.unregister(timer)  # closing it does not do that while a forked child has it open
+            os.close(timer)
         if interval is not None:
             self._timer = libc.timerfd(interval)
             self._epoll.register(self._timer, select.EPOLLIN)

@@ -258,6 +258,18 @@ def test_packets_taken_one_by_one_leave_nothing_to_poll(ends: Pair) -> None:
         assert not poll.poll(0)
 
 
+def test_a_wait_sleeps_after_someone_polled(ends: Pair) -> None:
+    """Once fileno() was asked for, a blocking recv with nothing to receive still sleeps once, and does not spin."""
+    with linkrx.open(ends[0]) as rx:
+        rx.fileno()
+        ends[1].send(frame(1))
+        assert number_of(rx.recv(1)) == 1
+        waits = rx.stats().waits
+        with pytest.raises(TimeoutError):
+            rx.recv(0.05)
+        assert rx.stats().waits == waits + 1
+
+
 def test_a_polled_source_that_yields_nothing_is_left_alone(ends: Pair) -> None:
     """An event loop that polls a datagram socket shut down for reading is woken now and then, not all the time."""
     ends[0].shutdown(socket.SHUT_RD)
