@@ -262,8 +262,10 @@ class Dispatcher:
                 self._delivering = False
             self._thread = threading.get_ident()
             self._check_open()  # it may have been closed in between
-            ready = self._reception.await_batch(timeout)
-            self._reception.show_pending()  # before, for there must be no call behind what `take` does
+            try:
+                ready = self._reception.await_batch(timeout)
+            finally:
+                self._reception.show_pending()  # before, for there must be no call behind what `take` does
             return take() if ready else None
         finally:
             if self._owner == {"claim": claim}:

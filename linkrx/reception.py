@@ -14,7 +14,7 @@ from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES, classifier
-from linkrx.columns import CLASSIFIED, COUNT, HEADER, ROW_BYTES, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors, align
 from linkrx.errors import BackendUnavailable
 from linkrx.options import Options
 from linkrx.source import LinkState, Source
@@ -93,7 +93,8 @@ class Reception:
         self._batches = self._receives = self._waits = self._link_downs = self._demotions = 0
         self._left_behind = self._left_behind_bytes = self._held_back = 0
         self._link_down = False
-        self._polled = self._shown = False
+        self._polled = False
+        self._shown: bool | None = False  # whether `show_pending` made the polled descriptor readable
         self._vain = 0  # drains in a row that an event loop made for nothing
 
         with ExitStack() as undo:
@@ -146,9 +147,13 @@ class Reception:
         if self.end is None:
             if self.stopping:
                 self._finish(End.STOPPED)
-            elif self._end_behind is not None and self.pending is None:
+            elif self._end_behind is not None and self.pending is None and not self._is_cut_short():
                 self._finish(self._end_behind)
         return self.end is not None
+
+    def _is_cut_short(self) -> bool:
+        """Whether an exception came between receiving packets and making a batch of them."""
+        return self._header[COUNT] > 0 or self._header[CLASSIFIED] > 0
 
     def _receive(self) -> bool:
         """Fill and classify once. True if anything was received, packet or not.
@@ -285,6 +290,8 @@ class Reception:
             event.set()
 
     def _finish(self, end: End) -> None:
+        if self._header[CLASSIFIED] and self._filling is not None:
+            self._take(self._filling)  # classified and counted, but cut short before it was a batch
         if self.pending is not None:
             rest = self.pending.behind(self.next)
             self._left_behind += len(rest)
@@ -331,11 +338,16 @@ class Reception:
             self.pending is not None
             or self.end is not None
             or self._end_behind is not None
+            or self._is_cut_short()
+            or self._header[ERROR] > 0
             or self._mechanism.held > 0
         )
-        if waiting and not self._shown:
+        if waiting == self._shown:
+            return
+        self._shown = None  # should an exception come in between, the next time does it again
+        if waiting:
             event.set()
-        elif self._shown and not waiting:
+        else:
             event.clear()
             if self.stopping:
                 event.set()  # stop() came while it was cleared

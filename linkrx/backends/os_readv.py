@@ -14,7 +14,7 @@ from itertools import repeat
 from linkrx.arena import Arena
 from linkrx.backend import Backend, Receive
 from linkrx.capabilities import Capabilities
-from linkrx.columns import COUNT, END, RECEIVES, Descriptors, align
+from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
 from linkrx.packet import TRUNCATED
 
 # What preadv2 answers where a driver or the kernel does not have RWF_NOWAIT.
@@ -52,20 +52,26 @@ class OsReadv(Backend):
         self._stride = STRIDE_LEAST  # between the starts of two packets
         self._made: dict[tuple[Arena, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
-        self._error: OSError | None = None
         self._flagged = False
 
     def fill(self, arena: Arena, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        header = self._descriptors.header
+        error = header[ERROR]
+        if error:
+            header[ERROR] = 0
+            raise OSError(error, os.strerror(error))
         if not self._lengths:
             self._receive(arena, room)
         count = len(self._lengths)
         if count:
             self._report(count)
         return count
+
+    @property
+    def held(self) -> int:
+        """Packets that were read when an exception came, and not reported yet."""
+        return len(self._lengths)
 
     def _receive(self, arena: Arena, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
@@ -77,7 +83,7 @@ class OsReadv(Backend):
             pass  # the queue is empty
         except OSError as error:
             if self._lengths:
-                self._error = error  # behind what was read
+                self._descriptors.header[ERROR] = error.errno or 0  # behind what was read
             elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
                 # The driver knows no RWF_NOWAIT: ask before each read. Another reader of the same queue could
                 # still take the packet between the two, and make the read wait.

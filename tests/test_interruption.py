@@ -1,0 +1,172 @@
+"""An exception at any point where a signal handler may raise: nothing is lost, repeated, uncounted or kept silent."""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import pytest
+
+import linkrx
+from linkrx.rigs import LOCAL, REMOTE
+
+HEADER = LOCAL + REMOTE + b"\x08\x00"
+BACKENDS = [info.name for info in linkrx.backends() if info.supported]
+NUMBERS = [0, 1, 2, 3, 4]
+RUNTS = 2
+
+
+class Interrupted(Exception):
+    """What the signal handler raises."""
+
+
+class After:
+    """Raises Interrupted inside `with` at the n-th point where CPython runs signal handlers, and then no more.
+
+    These points are behind calls into C and at the start of functions in Python.
+    """
+
+    def __init__(self, events: int) -> None:
+        self.left = events
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "c_return" or (event == "call" and frame.f_lasti <= 0):
+            self.count(frame)
+
+    def count(self, frame: FrameType) -> None:
+        """One such point. Inside `deliver` the packet has been handed over."""
+        if (
+            frame.f_code in (After.__enter__.__code__, After.__exit__.__code__)
+            or frame.f_code.co_name == "deliver"
+        ):
+            return
+        if not self.left:
+            raise Interrupted
+        self.left -= 1
+
+    def __enter__(self) -> None:
+        sys.setprofile(self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+Pull = Callable[[linkrx.Dispatcher, list[linkrx.Packet]], None]
+
+
+def drain(rx: linkrx.Dispatcher, _: list[linkrx.Packet]) -> None:
+    """Deliver one batch."""
+    rx.drain()
+
+
+def dispatch(rx: linkrx.Dispatcher, _: list[linkrx.Packet]) -> None:
+    """Deliver one batch."""
+    rx.dispatch(0)
+
+
+def recv(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    """Take one packet."""
+    got.append(rx.recv(0))
+
+
+def batches(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    """Take one batch."""
+    got.extend(packet for batch in rx.batches(0) for packet in batch)
+
+
+@dataclass
+class Cut:
+    """A dispatcher whose call was cut short, with both ends of its source and what was delivered."""
+
+    rx: linkrx.Dispatcher
+    packets: list[linkrx.Packet]
+    receiver: socket.socket
+
+    @property
+    def got(self) -> list[int]:
+        """The numbers of what was delivered."""
+        return [packet.data[0] for packet in self.packets]
+
+    def readable(self) -> bool:
+        """Whether an event loop would call."""
+        poll = select.poll()
+        poll.register(self.rx.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def queued(self) -> int:
+        """Take what is still in the source, and say how many packets that was."""
+        self.receiver.setblocking(False)
+        for number in range(len(NUMBERS) + RUNTS + 1):
+            try:
+                self.receiver.recv(100)
+            except BlockingIOError:
+                return number
+        raise AssertionError("more was queued than sent")
+
+
+def each_point(kind: socket.SocketKind, backend: str, pull: Pull) -> Iterator[Cut]:
+    """One that was interrupted at its first event, one at its second, and so on."""
+    for point in range(2000):
+        receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
+        got: list[linkrx.Packet] = []
+
+        def deliver(
+            _r: object, _l: object, _p: int, packet: linkrx.Packet, into: list[linkrx.Packet] = got
+        ) -> None:
+            into.append(packet)
+
+        with receiver, sender, linkrx.open(receiver, deliver, backend=backend) as rx:
+            rx.fileno()
+            for number in NUMBERS:
+                sender.send(HEADER + bytes([number]))
+            for _ in range(RUNTS):
+                sender.send(b"runt")
+            if kind == socket.SOCK_SEQPACKET:
+                sender.close()
+            try:
+                with After(point):
+                    pull(rx, got)
+            except Interrupted:
+                yield Cut(rx, got, receiver)
+            else:
+                assert point > 10, "the interruption never came"
+                return
+    raise AssertionError("the call never ended")
+
+
+# Pulling gives a packet up to CPython's own return to the caller: one that is cut short there is counted as delivered.
+MAY_LOSE = {drain: 0, dispatch: 0, recv: 1, batches: len(NUMBERS)}
+
+
+@pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET], ids=["dgram", "seqpacket"])
+def test_an_event_loop_goes_on(kind: socket.SocketKind, backend: str, pull: Pull) -> None:
+    """After an interruption fileno() is readable until all is delivered, each packet once, and silent from then on."""
+    for cut in each_point(kind, backend, pull):
+        turns = 0
+        while cut.readable() and cut.rx.end is None:
+            cut.rx.drain()
+            turns += 1
+            assert turns < 10, "readable for ever"
+        assert cut.got == sorted(set(cut.got))
+        told = cut.rx.stats()
+        assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
+        assert 0 <= told.packets - len(cut.got) <= MAY_LOSE[pull]
+        assert cut.queued() == 0 if kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
+
+
+@pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stop_counts_what_is_left(backend: str, pull: Pull) -> None:
+    """After an interruption and stop() every packet was delivered, is counted, or is still in the source."""
+    for cut in each_point(socket.SOCK_DGRAM, backend, pull):
+        cut.rx.stop()
+        assert cut.rx.dispatch(0) is False
+        told = cut.rx.stats()
+        assert 0 <= told.packets - len(cut.got) <= MAY_LOSE[pull]
+        assert told.packets + told.undelivered + told.runts + cut.queued() == len(NUMBERS) + RUNTS
