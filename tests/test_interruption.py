@@ -139,7 +139,7 @@ def each_point(kind: socket.SocketKind, backend: str, pull: Pull) -> Iterator[Cu
 
 
 # Pulling gives a packet up to CPython's own return to the caller: one that is cut short there is counted as delivered.
-MAY_LOSE = {drain: 0, dispatch: 0, recv: 1, batches: len(NUMBERS)}
+MAY_LOSE: dict[Pull, int] = {drain: 0, dispatch: 0, recv: 1, batches: len(NUMBERS)}
 
 
 @pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,22 +41,28 @@ def numbers(batch):
 
 def run(program: str, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
     """What a program prints, line by line. It may not fail. `meanwhile` is done before its stdin ends."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PREAMBLE + program],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", PREAMBLE + program],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
         assert process.stdout is not None
         first = process.stdout.readline()
         meanwhile()
-        printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert errors == ""
-    return (first + printed).splitlines()
+        process.stdin.close()
+        printed = first + process.stdout.read()
+        status = process.wait(60)
+        errors.seek(0)
+        assert (status, errors.read()) == (0, "")
+    return printed.splitlines()
 
 
 @needs_core
