@@ -14,7 +14,8 @@ from floors import Drain, Floor, against, read_floor, recvmmsg_floor
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+from linkrx.device import injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
 
 PACKETS = 512  # below the 1000 that a TAP queue holds by default

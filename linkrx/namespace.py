@@ -1,12 +1,17 @@
-"""A network namespace of one's own, for what must not touch the machine's interfaces: the demo, tests, benches."""
+"""Network namespaces: one of one's own for the demo, tests and benches, and work inside another."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from linkrx import libc
 from linkrx.errors import MissingPrivilege
+
+Result = TypeVar("Result")
 
 
 def enter_private_network() -> None:
@@ -25,6 +30,10 @@ def enter_private_network() -> None:
             "kernel.apparmor_restrict_unprivileged_userns=0` where these exist",
             error.errno,
         ) from error
+    _silence()
+
+
+def _silence() -> None:
     quiet = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
     if quiet.exists():
         quiet.write_text("1")
@@ -40,3 +49,46 @@ def _unshare() -> None:
         (own / "setgroups").write_text("deny")
         (own / "uid_map").write_text(f"0 {uid} 1")
         (own / "gid_map").write_text(f"0 {gid} 1")
+
+
+def new_network() -> int:
+    """A descriptor that refers to a new network namespace without IPv6, which lives until it is closed.
+
+    Needs CAP_SYS_ADMIN.
+    """
+
+    def leave() -> int:
+        libc.unshare(libc.CLONE_NEWNET)
+        _silence()
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    return _in_thread(leave)
+
+
+def inside(namespace: int, work: Callable[[], Result]) -> Result:
+    """What `work` returns in a thread inside the network namespace that a descriptor refers to."""
+
+    def enter() -> Result:
+        libc.setns(namespace, libc.CLONE_NEWNET)
+        return work()
+
+    return _in_thread(enter)
+
+
+def _in_thread(work: Callable[[], Result]) -> Result:
+    """A namespace is a thread's: one that changes it must end, not go on with other work."""
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="linkrx-namespace")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]

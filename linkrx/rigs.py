@@ -1,4 +1,4 @@
-"""Rigs: one of every kind of source, with a way to put frames into it.
+"""Rigs: one of every kind of source, with ways to put frames into it and to do to it what can happen to its kind.
 
 Those that make devices need CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_private_network`.
 """
@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 from linkrx.capabilities import HasFileno
+from linkrx.device import Device, injector_on
 from linkrx.dispatcher import Dispatcher
 from linkrx.factory import open
 from linkrx.packet import ETH_HEADER_BYTES
@@ -24,12 +25,21 @@ LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")
 PROTOCOL = 0x88B5  # IEEE 802: local experimental use
 
+# The largest MTU of each kind of device: IP's 65,535 bytes, less the link header on a TAP (drivers/net/tun.c).
+TAP_MTU = 65_521
+TUN_MTU = VETH_MTU = 65_535
+
 _numbers = count()
 
 
 @dataclass
 class Rig:
-    """A source and a way to put frames into it. `frame(n)` makes one of n bytes, the least being `shortest`."""
+    """A source and a way to put frames into it. `frame(n)` makes one of n bytes, the least being `shortest`.
+
+    `send` never blocks: it raises BlockingIOError when the source's queue is full, where that stops senders. That is
+    not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
+    `prefix` is what `send` puts in front of each frame.
+    """
 
     source: int | str | HasFileno
     send: Callable[[bytes], object]
@@ -40,6 +50,8 @@ class Rig:
     prefix: bytes = b""
     takes_hostile: bool = True
     queue: int = 100
+    device: Device | None = None
+    hang_up: Callable[[], None] | None = None
 
     def frame(self, size: int, mark: int = 0) -> bytes:
         """A good frame of `size` bytes; `mark` tells it from others."""
@@ -56,17 +68,19 @@ def _datagrams(kind: socket.SocketKind, *, blocking: bool = True, **options: Any
     receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
     with receiver, sender:
         receiver.setblocking(blocking)
+        sender.setblocking(False)
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 1024 * 1024)
-        prefix = bytes(10) if options.get("vnet_header") else b""
-        yield Rig(
+        rig = Rig(
             receiver,
-            lambda frame: sender.send(prefix + frame),
+            lambda frame: sender.send(rig.prefix + frame),
             ethernet=options.get("ethernet", True),
             shortest=0,
             longest=150_000,
             options=options,
-            prefix=prefix,
+            prefix=bytes(10) if options.get("vnet_header") else b"",
+            hang_up=sender.close,
         )
+        yield rig
 
 
 @contextmanager
@@ -100,19 +114,24 @@ def udp() -> Iterator[Rig]:
         receiver.bind(("127.0.0.1", 0))
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
             sender.connect(receiver.getsockname())
             yield Rig(receiver, sender.send, ethernet=True, shortest=0, longest=65_507, queue=64)
 
 
 def _pipe(flags: int) -> Iterator[Rig]:
-    reader, writer = os.pipe2(os.O_DIRECT | flags)
+    reader, writing = os.pipe2(os.O_DIRECT | flags)
     with ExitStack() as stack:
         stack.callback(os.close, reader)
-        stack.callback(os.close, writer)
+        writer = stack.enter_context(os.fdopen(writing, "wb", buffering=0))
+        os.set_blocking(writing, False)
+
+        def send(frame: bytes) -> None:
+            if writer.write(frame) is None:
+                raise BlockingIOError
+
         # Each packet takes a page of the pipe, 16 by default.
-        yield Rig(
-            reader, lambda frame: os.write(writer, frame), ethernet=True, shortest=1, longest=4096, queue=16
-        )
+        yield Rig(reader, send, ethernet=True, shortest=1, longest=4096, queue=16, hang_up=writer.close)
 
 
 @contextmanager
@@ -127,39 +146,28 @@ def pipe_nonblocking() -> Iterator[Rig]:
     yield from _pipe(os.O_NONBLOCK)
 
 
-def _raise_link(name: str, **settings: Any) -> None:
-    from pyroute2 import IPRoute  # half a second to import, and of no use to those who only receive
-
-    with IPRoute() as route:
-        route.link("set", index=socket.if_nametoindex(name), state="up", **settings)
-
-
-def injector_on(name: str) -> socket.socket:
-    """A socket that sends on the interface and receives nothing (protocol 0)."""
-    injector = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    injector.bind((name, 0))
-    return injector
-
-
-def _queue(mode: str, *, blocking: bool = False, **settings: Any) -> Iterator[Rig]:
-    with TunTap(f"lrx{next(_numbers)}", mode, **settings) as queue:
+def _queue(mode: str, name: str | None = None, *, blocking: bool = False, **settings: Any) -> Iterator[Rig]:
+    with TunTap(name or f"lrx{next(_numbers)}", mode, **settings) as queue:
         os.set_blocking(queue.fileno(), blocking)
-        _raise_link(queue.name, mtu=65_000)
+        device = Device(queue.name)
+        device.set_mtu(TAP_MTU if mode == "tap" else TUN_MTU)
+        device.set_up()
         with injector_on(queue.name) as injector:
             yield Rig(
                 queue,
                 injector.send,
                 ethernet=mode == "tap",
                 shortest=ETH_HEADER_BYTES if mode == "tap" else 1,
-                longest=65_000,
+                longest=65_535,
                 takes_hostile=mode == "tun",
+                device=device,
             )
 
 
 @contextmanager
-def tap() -> Iterator[Rig]:
+def tap(name: str | None = None) -> Iterator[Rig]:
     """A non-blocking TAP queue."""
-    yield from _queue("tap")
+    yield from _queue("tap", name)
 
 
 @contextmanager
@@ -175,59 +183,73 @@ def tap_vnet() -> Iterator[Rig]:
 
 
 @contextmanager
-def tun() -> Iterator[Rig]:
+def tun(name: str | None = None) -> Iterator[Rig]:
     """A TUN queue."""
-    yield from _queue("tun")
+    yield from _queue("tun", name)
 
 
 @contextmanager
 def veth() -> Iterator[tuple[str, str]]:
     """The names of the two ends of a veth pair that is up and takes jumbo frames."""
-    from pyroute2 import IPRoute
-
-    number = next(_numbers)
-    near, far = f"lrxn{number}", f"lrxf{number}"
-    with IPRoute() as route:
-        route.link("add", ifname=near, kind="veth", peer=far)
-    try:
-        for name in (near, far):
-            _raise_link(name, mtu=65_000)
-        yield near, far
-    finally:
-        with IPRoute() as route:
-            for index in route.link_lookup(ifname=near):
-                route.link("del", index=index)
+    with _pair() as (device, far):
+        yield device.name, far
 
 
 @contextmanager
-def interface() -> Iterator[Rig]:
+def _pair(name: str | None = None) -> Iterator[tuple[Device, str]]:
+    from pyroute2 import IPRoute
+
+    number = next(_numbers)
+    near, far = name or f"lrxn{number}", f"lrxf{number}"
+    with IPRoute() as route:
+        route.link("add", ifname=near, kind="veth", peer=far)
+    device = Device(near, far)
+    try:
+        Device(far).set(state="up")
+        device.set_mtu(VETH_MTU)
+        device.set_up()
+        yield device, far
+    finally:
+        # What a test has moved or deleted goes with the other end.
+        with IPRoute() as route:
+            for name in (near, far):
+                for index in route.link_lookup(ifname=name):
+                    route.link("del", index=index)
+
+
+@contextmanager
+def interface(name: str | None = None) -> Iterator[Rig]:
     """An interface by name: one end of a veth pair."""
-    with veth() as (near, far), injector_on(far) as injector:
+    with _pair(name) as (device, far), injector_on(far) as injector:
         yield Rig(
-            near, injector.send, ethernet=True, shortest=ETH_HEADER_BYTES, longest=65_000, takes_hostile=False
+            device.name,
+            injector.send,
+            ethernet=True,
+            shortest=ETH_HEADER_BYTES,
+            longest=VETH_MTU + ETH_HEADER_BYTES,
+            takes_hostile=False,
+            device=device,
         )
 
 
 def _packet_socket(kind: socket.SocketKind) -> Iterator[Rig]:
     with (
-        veth() as (near, far),
+        _pair() as (device, far),
         injector_on(far) as injector,
         socket.socket(socket.AF_PACKET, kind, 0) as borrowed,
     ):
         borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * 1024 * 1024)
-        borrowed.bind((near, ETH_P_ALL))
+        borrowed.bind((device.name, ETH_P_ALL))
         raw = kind == socket.SOCK_RAW
-
-        def send(frame: bytes) -> None:
-            injector.send(frame if raw else LOCAL + REMOTE + b"\x08\x00" + frame)
-
+        head = b"" if raw else LOCAL + REMOTE + b"\x08\x00"
         yield Rig(
             borrowed,
-            send,
+            lambda frame: injector.send(head + frame),
             ethernet=raw,
             shortest=ETH_HEADER_BYTES if raw else 1,
-            longest=64_000,
+            longest=VETH_MTU + ETH_HEADER_BYTES * raw,
             takes_hostile=not raw,
+            device=device,
         )
 
 

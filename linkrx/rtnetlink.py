@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from linkrx import libc
+from linkrx.namespace import inside
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
 NLMSG_ERROR = 2
@@ -60,7 +59,7 @@ class RouteSocket:
     def __init__(self, namespace: int | None = None) -> None:
         """In this thread's namespace, or the one that the descriptor `namespace` refers to (needs CAP_SYS_ADMIN)."""
         self._sequence = 0
-        self._socket = _socket_here() if namespace is None else _socket_in(namespace)
+        self._socket = _socket_here() if namespace is None else inside(namespace, _socket_here)
         self._socket.settimeout(_TIMEOUT)
 
     def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
@@ -90,25 +89,6 @@ class RouteSocket:
 
 def _socket_here() -> socket.socket:
     return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-
-
-def _socket_in(namespace: int) -> socket.socket:
-    made: list[socket.socket] = []
-    failed: list[OSError] = []
-
-    def enter() -> None:
-        try:
-            libc.setns(namespace, libc.CLONE_NEWNET)
-            made.append(_socket_here())
-        except OSError as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=enter, name="linkrx-setns")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return made[0]
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from test_ends import delete
-from test_loop import running, until
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, veth
+from linkrx.rigs import LOCAL, REMOTE
+from linkrx.testing.waiting import running, until
 
 uvloop: Any
 try:
@@ -220,35 +218,3 @@ def test_close_from_outside_a_running_loop_is_refused(
             with pytest.raises(linkrx.Busy, match=r"stop\(\)"):
                 rx.close()
             rx.stop()
-
-
-@pytest.mark.usefixtures("devices")
-def test_a_deleted_interface_ends_the_iteration(run: Run) -> None:
-    """`async for` over an interface that is deleted while it waits ends with LINK_GONE."""
-    with veth() as (near, _), linkrx.open(near) as rx:
-
-        async def work() -> None:
-            assert [packet async for packet in rx] == []
-
-        with running(lambda: run(work())):
-            delete(near)
-        assert rx.end is linkrx.End.LINK_GONE
-
-
-@pytest.mark.usefixtures("devices")
-def test_a_foreign_loop_sees_a_deleted_interface() -> None:
-    """A selectors loop that only polls fileno() and drains learns that the interface is gone."""
-    with (
-        veth() as (near, _),
-        linkrx.open(near, lambda *_: None) as rx,
-        selectors.DefaultSelector() as selector,
-    ):
-        selector.register(rx, selectors.EVENT_READ)
-        delete(near)
-        turns = 0
-        while rx.end is None:
-            assert selector.select(10)
-            rx.drain()
-            turns += 1
-        assert rx.end is linkrx.End.LINK_GONE
-        assert turns < 50

@@ -1,6 +1,11 @@
-"""Every backend on every kind of source: each cell asserts support or refusal."""
+"""Every backend on every kind of source under every check, held to the matrix that README.md beside this prints."""
 
 from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 from conftest import cell_outcomes
@@ -9,6 +14,27 @@ import linkrx
 from linkrx import rigs, testing
 
 NAMES = [info.name for info in linkrx.backends()]
+README = Path(__file__).with_name("README.md")
+
+
+@cache
+def published(label: str) -> dict[str, dict[str, bool]]:
+    """A table of README.md: by row and kind of source, whether there is an x. `label` heads its first column."""
+    lines = [
+        line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")
+    ]
+    start = next(number for number, line in enumerate(lines) if line[0] == label)
+    kinds = lines[start][-len(rigs.PLAIN_RIGS + rigs.DEVICE_RIGS) :]
+    table = {}
+    for line in lines[start + 2 :]:
+        if len(line) != len(lines[start]):
+            break
+        found = re.search(r"`(?:check_)?(\w+)`", " ".join(line))
+        assert found, line
+        table[found.group(1)] = {
+            kind: mark == "x" for kind, mark in zip(kinds, line[-len(kinds) :], strict=True)
+        }
+    return table
 
 
 def cells(kinds: tuple[rigs.MakeRig, ...]) -> list[object]:
@@ -17,10 +43,16 @@ def cells(kinds: tuple[rigs.MakeRig, ...]) -> list[object]:
 
 
 def settle(cell: testing.Cell) -> None:
-    """Run a cell, and see that a backend which this host lacks says so."""
+    """Run a cell, and hold its outcome to the matrix. A backend that this host lacks must say so."""
     reason = next(info.reason for info in linkrx.backends() if info.name == cell.backend)
     if reason is None:
-        cell_outcomes[cell.run()] += 1
+        outcome = cell.run()
+        cell_outcomes[outcome] += 1
+        if not published("backend")[cell.backend][cell.source]:
+            assert outcome == "refused"
+        else:
+            applies = published("what happens")[cell.row][cell.source]
+            assert outcome == ("supported" if applies else "inapplicable")
         return
     with cell.make_rig() as rig, pytest.raises(linkrx.BackendUnavailable) as caught:
         rig.open(cell.backend)
@@ -30,17 +62,36 @@ def settle(cell: testing.Cell) -> None:
 
 @pytest.mark.parametrize("cell", cells(rigs.PLAIN_RIGS))
 def test_plain_cell(cell: testing.Cell) -> None:
-    """The backend passes the check on a source that needs no privilege, or refuses the source and says why."""
+    """The check holds on a source that needs no privilege, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("cell", cells(rigs.DEVICE_RIGS))
 def test_device_cell(cell: testing.Cell) -> None:
-    """The backend passes the check on a source behind a network device, or refuses the source and says why."""
+    """The check holds on a source behind a network device, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 
 def test_every_backend_is_here() -> None:
-    """The three backends of the folder are listed, best first."""
+    """The backends of the folder are listed, best first, and the matrix has a row for each."""
     assert NAMES == ["recvmmsg", "readv", "os_readv"]
+    assert list(published("backend")) == NAMES
+
+
+def test_every_check_is_published() -> None:
+    """The matrix has one row for each check, in the same order, and links to the file that holds it."""
+    rows = {testing.row_of(check): inspect.getsourcefile(check) for check in testing.CHECKS}
+    assert list(published("what happens")) == list(rows)
+    links = dict(re.findall(r"\[`check_(\w+)`\]\(([^)]+)\)", README.read_text()))
+    assert {row: (README.parent / link).resolve() for row, link in links.items()} == {
+        row: Path(file or "").resolve() for row, file in rows.items()
+    }
+
+
+def test_every_test_that_is_named_exists() -> None:
+    """Each test that README.md links to is in the file that it links to."""
+    links = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", README.read_text())
+    for name, file in links:
+        assert f"def {name}(" in (README.parent / file).read_text(), name
+    assert len(links) > 20

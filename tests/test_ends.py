@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
-from pyroute2 import IPRoute
-from test_loop import asleep, running, until
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, injector_on, tap, tun, veth
-from linkrx.source import LinkState
+from linkrx.device import Device, injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 BACKENDS = [info.name for info in linkrx.backends() if info.supported]
@@ -173,62 +170,14 @@ def test_icmp_errors_on_udp_pass(backend: str) -> None:
 # Links.
 
 
-def set_down(name: str) -> None:
-    """Take the interface down."""
-    with IPRoute() as route:
-        route.link("set", index=socket.if_nametoindex(name), state="down")
-
-
-def carries(route: IPRoute, name: str) -> bool:
-    """Whether the kernel sends on the interface."""
-    return route.get_links(ifname=name)[0].get("operstate") in ("UP", "UNKNOWN")
-
-
-def set_up(*names: str) -> None:
-    """Bring the ends of a veth pair up, and wait until the kernel sends on them: it takes up to a second to notice."""
-    with IPRoute() as route:
-        for name in names:
-            route.link("set", index=socket.if_nametoindex(name), state="up")
-        for name in names:
-            until(partial(carries, route, name))
-
-
-def delete(name: str) -> None:
-    """Delete the interface."""
-    with IPRoute() as route:
-        route.link("del", index=socket.if_nametoindex(name))
-
-
-@pytest.mark.usefixtures("devices")
-def test_a_packet_socket_survives_its_link(backend: str) -> None:
-    """Down and up, twice: reception goes on, link_downs counts, and the recheck timer stops when it is up."""
-    with (
-        veth() as (near, far),
-        injector_on(far) as injector,
-        linkrx.open(near, lambda *_: None, backend=backend) as rx,
-    ):
-        for turn in range(1, 3):
-            injector.send(HEADER + b"before")
-            assert len(rx.recv(10).data) == 6
-            set_down(near)
-            assert rx.dispatch(0.05) is True
-            assert rx.stats().link_downs == turn
-            assert rx.end is None
-            set_up(near, far)
-            injector.send(HEADER + b"behind")
-            assert len(rx.recv(10).data) == 6
-            waits = rx.stats().waits
-            assert rx.dispatch(0.1) is True
-            assert rx.stats().waits == waits + 1
-
-
 @pytest.mark.usefixtures("devices")
 def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> None:
     """The kernel tells of the link before it hands over what was queued: none of that is lost."""
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
+        device = Device(near, far)
         for _ in range(5):
             injector.send(HEADER)
-        set_down(near)
+        device.set_down()
         assert sum(map(len, rx.batches(0.05))) == 5
 
 
@@ -236,87 +185,14 @@ def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> N
 def test_a_link_that_is_down_at_open(backend: str) -> None:
     """open on an interface that is down waits for it to come up, counts no link down, and sees its deletion."""
     with veth() as (near, far):
-        set_down(near)
+        device = Device(near, far)
+        device.set_down()
         with linkrx.open(near, lambda *_: None, backend=backend) as rx, injector_on(far) as injector:
             assert rx.dispatch(0.03) is True
             assert rx.stats().link_downs == 0
-            set_up(near, far)
+            device.set_up()
             injector.send(HEADER)
             assert rx.recv(10)
-            set_down(near)
-            delete(near)
+            device.set_down()
+            device.delete()
             assert rx.run() is linkrx.End.LINK_GONE
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("owned", [True, False])
-def test_a_deleted_interface_is_the_end(backend: str, owned: bool) -> None:
-    """A packet socket whose interface is deleted while it waits ends with LINK_GONE, and a new one can be opened."""
-    with veth() as (near, _), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
-        borrowed.bind((near, 3))
-        with linkrx.open(near if owned else borrowed, lambda *_: None, backend=backend) as rx:
-            with running(rx.run):
-                until(lambda: asleep(rx))
-                delete(near)
-            assert rx.end is linkrx.End.LINK_GONE
-            assert rx.dispatch() is False
-            assert rx.stats().link_downs in (0, 1)
-        with IPRoute() as route:
-            route.link("add", ifname=near, kind="veth", peer=f"{near}p")
-        linkrx.open(near, backend=backend).close()
-
-
-@pytest.mark.usefixtures("devices")
-def test_a_renamed_interface_goes_on(backend: str) -> None:
-    """Another name for the interface changes nothing for who receives from it."""
-    with (
-        veth() as (near, far),
-        injector_on(far) as injector,
-        linkrx.open(near, backend=backend) as rx,
-        IPRoute() as route,
-    ):
-        index = socket.if_nametoindex(near)
-        route.link("set", index=index, state="down")
-        route.link("set", index=index, ifname="renamed")
-        set_up("renamed", far)
-        injector.send(HEADER + b"still here")
-        assert len(rx.recv(10).data) == 10
-        assert rx._reception.source.link_state() is LinkState.UP
-        route.link("set", index=index, state="down")
-        route.link("set", index=index, ifname=near)
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("mode", ["tap", "tun"])
-@pytest.mark.parametrize("busy", [False, True])
-@pytest.mark.parametrize("backend", QUEUE_BACKENDS)
-def test_a_deleted_queue_device_is_the_end(backend: str, mode: str, busy: bool) -> None:
-    """A TAP or TUN queue whose device is deleted ends with LINK_GONE, waiting or not."""
-    with {"tap": tap, "tun": tun}[mode]() as rig, rig.open(backend, lambda *_: None) as rx:
-        name = rx.capabilities.interface
-        assert name is not None
-
-        if busy:
-            rig.send(rig.frame(100))
-            delete(name)
-            assert rx.run() is linkrx.End.LINK_GONE
-        else:
-            with running(rx.run):
-                until(lambda: asleep(rx))
-                delete(name)
-            assert rx.end is linkrx.End.LINK_GONE
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("backend", QUEUE_BACKENDS)
-def test_a_queue_device_that_is_down_comes_back(backend: str) -> None:
-    """A TAP device that goes down gives no sign at all, and reception goes on when it is up again."""
-    with tap() as rig, rig.open(backend, lambda *_: None) as rx:
-        name = rx.capabilities.interface
-        assert name is not None
-        set_down(name)
-        assert rx.dispatch(0.01) is True
-        set_up(name)
-        rig.send(rig.frame(100))
-        assert len(rx.recv(10)) == 100
-        assert rx.stats().link_downs is None

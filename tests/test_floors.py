@@ -33,7 +33,7 @@ FLOORS = (
     {"backend", "classify", "dispatcher", "reception"},
     {"backends"},
     {"factory"},
-    {"__main__", "cli", "demo", "doctor", "responder", "rigs", "terminal", "testing"},
+    {"__main__", "cli", "demo", "device", "doctor", "responder", "rigs", "terminal", "testing"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

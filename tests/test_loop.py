@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 import linkrx
 from linkrx.rigs import LOCAL, REMOTE
+from linkrx.testing.stops import ignore
+from linkrx.testing.waiting import asleep, running, until
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 BACKENDS = [info.name for info in linkrx.backends() if info.supported]
@@ -53,45 +47,6 @@ def frame(number: int) -> bytes:
 def number_of(packet: linkrx.Packet) -> int:
     """What `frame` put in."""
     return int.from_bytes(packet.data, "big")
-
-
-def ignore(*_: object) -> None:
-    """A deliver that does nothing."""
-
-
-@contextmanager
-def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
-    """`work` in a thread, joined at the end; what it raises is raised here."""
-    failures: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join(10)
-    assert not thread.is_alive()
-    if failures:
-        raise failures[0]
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Give other threads the processor until something they do is seen."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "never happened"
-        os.sched_yield()
-
-
-def asleep(rx: linkrx.Dispatcher) -> bool:
-    """Whether its thread has gone into a wait."""
-    return rx.stats().waits > 0
 
 
 # Timeouts.
@@ -193,17 +148,6 @@ def test_deliver_must_be_callable(ends: Pair) -> None:
 # Stopping.
 
 
-def test_stop_wakes_a_wait(ends: Pair) -> None:
-    """stop() from another thread ends a run() that is asleep."""
-    with linkrx.open(ends[0], ignore) as rx:
-        result: list[linkrx.End] = []
-        with running(lambda: result.append(rx.run())):
-            until(lambda: asleep(rx))
-            rx.stop()
-        assert result == [linkrx.End.STOPPED]
-        assert rx.end is linkrx.End.STOPPED
-
-
 def test_stop_before_the_first_dispatch(ends: Pair) -> None:
     """A stop that comes first wins: packets that wait are not delivered."""
     got: list[object] = []
@@ -220,114 +164,6 @@ def test_stop_before_the_first_dispatch(ends: Pair) -> None:
         with pytest.raises(EOFError, match="stop"):
             rx.recv()
     assert got == []
-
-
-def test_stop_wins_under_load(ends: Pair) -> None:
-    """After stop() returns, at most the delivery that was running finishes, however many packets wait."""
-    started = threading.Event()
-    delivered: list[float] = []
-
-    def deliver(*_: object) -> None:
-        delivered.append(time.monotonic())
-        started.set()
-
-    flooding = True
-
-    def flood() -> None:
-        while flooding:
-            try:
-                ends[1].send(frame(1), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                os.sched_yield()
-
-    with linkrx.open(ends[0], deliver) as rx, running(flood), running(rx.run):
-        try:
-            assert started.wait(10)
-            rx.stop()
-            after = len(delivered)
-        finally:
-            flooding = False
-            rx.stop()
-    assert len(delivered) <= after + 1
-
-
-def test_stop_from_a_signal_handler(ends: Pair) -> None:
-    """A handler that calls stop() ends a wait of the main thread."""
-    with linkrx.open(ends[0], ignore) as rx:
-        before = signal.signal(signal.SIGALRM, lambda *_: rx.stop())
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
-            assert rx.run() is linkrx.End.STOPPED
-        finally:
-            signal.signal(signal.SIGALRM, before)
-
-
-def test_signals_do_not_end_a_wait(ends: Pair) -> None:
-    """A storm of signals whose handler returns leaves dispatch(timeout) waiting its time."""
-    hits: list[int] = []
-    with linkrx.open(ends[0], ignore) as rx:
-        before = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-            assert rx.dispatch(0.05) is True
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        assert rx.end is None
-    assert len(hits) > 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_interrupts_in_a_flood_lose_nothing(backend: str) -> None:
-    """Exceptions raised by a signal handler at any point of the loop neither lose a packet nor repeat one."""
-
-    class Interrupt(Exception):
-        pass
-
-    package = str(Path(linkrx.__file__).parent)
-    total = 10_000
-    got: list[int] = []
-    interrupts: Counter[str] = Counter()
-
-    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
-        got.append(number_of(packet))
-
-    def interrupt(_signal: int, interrupted: FrameType | None) -> None:
-        # Only where the loop itself is at work. Not in deliver: a delivery that raised is not repeated. Not in a
-        # generator: an exception that comes while one is being closed is reported by Python, and lost.
-        assert interrupted is not None
-        stack = [entry.f_code for entry, _ in traceback.walk_stack(interrupted)]
-        at = stack[0]
-        if (
-            at.co_filename.startswith(package)
-            and not at.co_flags & inspect.CO_GENERATOR
-            and deliver.__code__ not in stack
-        ):
-            interrupts[at.co_name] += 1
-            raise Interrupt
-
-    with pair(socket.SOCK_SEQPACKET) as (receiver, sender):
-
-        def send() -> None:
-            for number in range(total):
-                sender.send(frame(number))
-
-        with (
-            linkrx.open(receiver, deliver, backend=backend) as rx,
-            running(send),
-        ):
-            before = signal.signal(signal.SIGALRM, interrupt)
-            signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
-            try:
-                while not got or got[-1] != total - 1:
-                    with suppress(Interrupt):
-                        rx.dispatch(10)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, before)
-            assert got == list(range(total))
-            assert rx.stats().packets == total
-    assert interrupts
 
 
 def test_ctrl_c_in_a_wait_raises_at_once() -> None:
@@ -351,23 +187,6 @@ with linkrx.open(receiver) as rx:
 
 
 # Who may come in.
-
-
-def test_a_second_thread_gets_a_clear_error(ends: Pair) -> None:
-    """While one thread is inside, another one's dispatch, recv, drain and close raise Busy; its stop does not."""
-    with linkrx.open(ends[0], ignore) as rx, running(rx.run):
-        until(lambda: asleep(rx))
-        for enter in (
-            rx.dispatch,
-            rx.recv,
-            rx.drain,
-            rx.close,
-            lambda: next(iter(rx)),
-            lambda: next(rx.batches()),
-        ):
-            with pytest.raises(linkrx.Busy, match="another thread"):
-                enter()
-        rx.stop()
 
 
 def test_receiving_from_inside_deliver_is_refused(ends: Pair) -> None:
@@ -472,21 +291,6 @@ def test_close_from_inside_deliver(ends: Pair) -> None:
     assert len(got) == 1
 
 
-def test_an_unclosed_dispatcher_warns_and_leaks_nothing(ends: Pair) -> None:
-    """Garbage collection of an open dispatcher gives a ResourceWarning and closes its descriptors."""
-    before = len(os.listdir("/proc/self/fd"))
-    rx = linkrx.open(ends[0])
-    assert len(os.listdir("/proc/self/fd")) > before
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        del rx
-        gc.collect()
-    assert [str(w.message) for w in caught if w.category is ResourceWarning] == [
-        f"unclosed <Dispatcher {BACKENDS[0]} on AF_UNIX datagram socket, open>"
-    ]
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def test_the_source_object_is_kept_alive() -> None:
     """A socket that only linkrx refers to is not collected, and so not closed, while it is received from."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -497,29 +301,6 @@ def test_the_source_object_is_kept_alive() -> None:
         sender.send(frame(3))
         assert number_of(rx.recv(10)) == 3
         held.close()
-
-
-def test_after_fork_the_child_may_only_close(ends: Pair) -> None:
-    """In a forked child every use raises Closed, close works, and the parent goes on undisturbed."""
-    with linkrx.open(ends[0], ignore) as rx:
-        poll_descriptor = rx.fileno()
-        child = os.fork()
-        if child == 0:  # pragma: no cover, another process
-            outcome = 1
-            try:
-                try:
-                    rx.drain()
-                except linkrx.Closed:
-                    rx.stop()
-                    rx.close()
-                    outcome = 0
-            finally:
-                os._exit(outcome)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        ends[1].send(frame(1))
-        assert rx.fileno() == poll_descriptor
-        assert rx.end is None
-        assert rx.drain() == 1
 
 
 def test_a_borrowed_socket_gets_its_options_back(ends: Pair) -> None:

@@ -14,7 +14,8 @@ import pytest
 import linkrx
 from linkrx import _core
 from linkrx.capabilities import SOL_PACKET
-from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+from linkrx.device import injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+from linkrx.device import injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

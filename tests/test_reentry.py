@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from test_loop import BACKENDS, Pair, frame, number_of, pair, running
+from test_loop import BACKENDS, Pair, frame, number_of, pair
 
 import linkrx
+from linkrx.testing.waiting import running
 
 
 @contextmanager

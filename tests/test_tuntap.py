@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx import rigs, tuntap
+from linkrx import tuntap
 from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
+from linkrx.device import injector_on
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -403,7 +404,7 @@ def test_a_transmit_filter_of_a_previous_owner_is_removed() -> None:
     with linkrx.TunTap("lrxfilter") as tap, linkrx.open(tap) as rx, IPRoute() as route:
         fcntl.ioctl(tap.fileno(), TUNSETPERSIST, 0)
         route.link("set", index=socket.if_nametoindex("lrxfilter"), state="up")
-        with rigs.injector_on("lrxfilter") as sender:
+        with injector_on("lrxfilter") as sender:
             sender.send(bytes.fromhex("020000000001") + bytes(6) + b"\x88\xb5" + bytes(50))
         assert len(rx.recv(10)) == 64
         assert rx.stats().kernel_drops == 0

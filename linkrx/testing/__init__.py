@@ -1,0 +1,60 @@
+"""Conformance: what every backend must do on every source it accepts, for plug-in authors to call. No pytest inside.
+
+    linkrx.namespace.enter_private_network()
+    for cell in linkrx.testing.cells("mine"):
+        print(cell.name, cell.run())
+
+A cell is one check on one kind of source. It holds, or the backend refuses the source, or the source has nothing of
+what it is about; or it raises AssertionError. To be called in the main thread, for signals are among what is checked.
+"""
+
+from __future__ import annotations
+
+from linkrx.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
+from linkrx.testing import exceptions, lifetimes, links, packets, resources, stops
+from linkrx.testing.cells import Cell, Check, Inapplicable, row_of
+
+__all__ = ["CHECKS", "Cell", "Check", "Inapplicable", "cells", "row_of"]
+
+CHECKS: tuple[Check, ...] = (
+    packets.check_delivery,
+    packets.check_columns,
+    packets.check_runts,
+    packets.check_empty,
+    packets.check_unknown_versions,
+    packets.check_odd_packets,
+    packets.check_odd_vnet_headers,
+    packets.check_lengths,
+    packets.check_ladder,
+    packets.check_truncation,
+    links.check_mtu_raised,
+    stops.check_hang_up,
+    links.check_link_flaps,
+    links.check_link_flaps_under_traffic,
+    links.check_renamed,
+    links.check_moved,
+    *links.DELETIONS,
+    links.check_made_again,
+    stops.check_stop_at_rest,
+    stops.check_stop_in_a_wait,
+    stops.check_stop_under_load,
+    stops.check_stop_from_deliver,
+    stops.check_closing,
+    exceptions.check_raising,
+    exceptions.check_interrupted_wait,
+    exceptions.check_interrupted_flood,
+    exceptions.check_signals,
+    exceptions.check_second_thread,
+    exceptions.check_fork,
+    exceptions.check_collected,
+    lifetimes.check_keeping,
+    lifetimes.check_keeping_batches,
+    resources.check_restoring,
+    resources.check_polling,
+    resources.check_overrun,
+)
+
+
+def cells(backend: str, rigs: tuple[MakeRig, ...] = PLAIN_RIGS + DEVICE_RIGS) -> list[Cell]:
+    """All cells of one backend."""
+    return [Cell(backend, make_rig, check) for make_rig in rigs for check in CHECKS]

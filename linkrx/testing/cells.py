@@ -1,0 +1,71 @@
+"""A cell: one check on one backend and one kind of source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from linkrx.capabilities import probe
+from linkrx.errors import UnsupportedSource
+from linkrx.factory import backends
+from linkrx.rigs import MakeRig, Rig
+
+Check = Callable[[Rig, str], None]
+
+
+class Inapplicable(Exception):
+    """The source has nothing of what the check is about; says what."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One backend on one kind of source under one check."""
+
+    backend: str
+    make_rig: MakeRig
+    check: Check
+
+    @property
+    def source(self) -> str:
+        """The kind of source, as its rig is called."""
+        return getattr(self.make_rig, "__name__", "source")
+
+    @property
+    def row(self) -> str:
+        """What the check is about: its name, without prefix and variant."""
+        return row_of(self.check)
+
+    @property
+    def name(self) -> str:
+        """For reports: backend-source-check."""
+        return f"{self.backend}-{self.source}-{self.check.__name__.removeprefix('check_')}"
+
+    def run(self) -> str:
+        """Say "supported" after the check held, "refused" when the backend says why it does not take the source.
+
+        "inapplicable" when the source, or the backend's options, have nothing of what the check is about. A refusal
+        must name both backend and reason. Raises AssertionError where the check does not hold.
+        """
+        info = next(info for info in backends() if info.name == self.backend)
+        with self.make_rig() as rig:
+            reason = info.backend.refuses(probe(rig.source))
+            if reason is None:
+                try:
+                    self.check(rig, self.backend)
+                except Inapplicable:
+                    return "inapplicable"
+                return "supported"
+            try:
+                rig.open(self.backend).close()
+            except UnsupportedSource as error:
+                told = str(error)
+            else:
+                raise AssertionError(f"{self.backend} refuses the source ({reason}), but opened it")
+            assert self.backend in told
+            assert reason in told
+            return "refused"
+
+
+def row_of(check: Check) -> str:
+    """`check_this__that` is a variant of `this`."""
+    return check.__name__.removeprefix("check_").partition("__")[0]

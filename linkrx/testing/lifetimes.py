@@ -1,0 +1,56 @@
+"""Checks that what a user holds stays true, in whatever pattern it is held, for as long as it is."""
+
+from __future__ import annotations
+
+from linkrx.batch import Batch
+from linkrx.packet import Packet
+from linkrx.rigs import Rig
+from linkrx.testing.waiting import PATIENCE, collect
+
+
+def check_keeping(rig: Rig, backend: str) -> None:
+    """Packets, slices of slices and copies, kept in whatever pattern, show what was sent when all else has gone."""
+    kept: list[tuple[bytes, Packet | memoryview]] = []
+    with rig.open(backend, batch_size=5) as rx:
+        for turn in range(30):
+            sent = [rig.frame(100 + 11 * turn + index, 16 * turn + index) for index in range(8)]
+            for frame in sent:
+                rig.send(frame)
+            for index, (frame, got) in enumerate(zip(sent, collect(rx, len(sent)), strict=True)):
+                if turn % 3 == 0 or index == turn % 8:
+                    kept.append((frame, got))
+                if index % 4 == 1:
+                    kept.append((frame[20:40], got.frame[10:50][10:30]))
+                if index % 5 == 2:
+                    kept.append((frame, got.copy()))
+                if index == 7:
+                    kept = (
+                        kept[-200::1] if turn % 2 else kept[::2]
+                    )  # some are let go, old ones and every other
+    for frame, held in kept:
+        assert bytes(held) == frame
+
+
+def check_keeping_batches(rig: Rig, backend: str) -> None:
+    """Batches, their columns and their copies, kept across receives and close, show what was sent."""
+    kept: list[tuple[list[bytes], Batch]] = []
+    with rig.open(backend, batch_size=6) as rx:
+        for turn in range(24):
+            frames = [rig.frame(60 + 300 * (turn % 5) + index, 16 * turn + index) for index in range(6)]
+            for frame in frames:
+                rig.send(frame)
+            left = list(frames)
+            for batch in rx.batches(PATIENCE):
+                here, left = left[: len(batch)], left[len(batch) :]
+                if turn % 3 != 1:
+                    kept.append((here, batch.copy() if turn % 3 else batch))
+                if turn == 12:
+                    kept = kept[1::2]
+                if not left:
+                    break
+            assert not left
+    for frames, held in kept:
+        columns = zip(held.starts, held.lengths, strict=True)
+        assert [bytes(held.memory[start : start + length]) for start, length in columns] == frames
+        assert [bytes(packet) for packet in held] == frames
+        assert list(held.wire_lengths) == list(map(len, frames))

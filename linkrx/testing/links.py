@@ -1,0 +1,229 @@
+"""Checks of what a network device goes through: down and up, another name, another namespace, deletion."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from linkrx import rigs
+from linkrx.device import Device, raised_injector
+from linkrx.dispatcher import Dispatcher
+from linkrx.namespace import inside, new_network
+from linkrx.packet import Packet
+from linkrx.rigs import TAP_MTU, Rig
+from linkrx.stats import End
+from linkrx.testing.cells import Check, Inapplicable
+from linkrx.testing.packets import sample
+from linkrx.testing.stops import ignore
+from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, running, until
+
+
+def device_of(rig: Rig) -> Device:
+    """The device behind the source."""
+    if rig.device is None:
+        raise Inapplicable("there is no network device behind it")
+    return rig.device
+
+
+def check_link_flaps(rig: Rig, backend: str) -> None:
+    """Down and up is no end, again and again: what was queued is delivered, and what comes later."""
+    device = device_of(rig)
+    with rig.open(backend, ignore) as rx:
+        for turn in range(1, 3):
+            sent = sample(rig, 5)
+            for frame in sent:
+                rig.send(frame)
+            assert [bytes(packet) for packet in collect(rx, 5)] == sent
+            device.set_down()
+            assert rx.dispatch(0.03) is True
+            assert rx.end is None
+            downs = rx.stats().link_downs
+            assert downs == (turn if rx.capabilities.socket else None)
+            device.set_up()
+        rig.send(rig.frame(100))
+        assert len(collect(rx, 1)) == 1
+        # It sleeps once: no timer is left that looks after the link.
+        waits = rx.stats().waits
+        assert rx.dispatch(0.05) is True
+        assert rx.stats().waits == waits + 1
+
+
+def check_link_flaps_under_traffic(rig: Rig, backend: str) -> None:
+    """Down and up in a flood: no packet comes twice or out of order, and reception goes on each time."""
+    device = device_of(rig)
+    got: list[int] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        got.append(number_of(rig, packet))
+
+    with rig.open(backend, deliver) as rx, flooded(rig), running(rx.run):
+        try:
+            for _ in range(3):
+                seen = len(got)
+                until(lambda seen=seen: len(got) > seen)  # type: ignore[misc]
+                device.set_down()
+                device.set_up()
+            seen = len(got)
+            until(lambda: len(got) > seen)
+            assert rx.end is None
+        finally:
+            rx.stop()
+    assert got == sorted(set(got))
+
+
+def check_renamed(rig: Rig, backend: str) -> None:
+    """Another name for the device changes nothing for who receives from it."""
+    device = device_of(rig)
+    name = device.name
+    with rig.open(backend, ignore) as rx:
+        device.rename("renamed0")
+        rig.send(rig.frame(100, 1))
+        assert [bytes(packet) for packet in collect(rx, 1)] == [rig.frame(100, 1)]
+        assert rx.dispatch(0.03) is True
+        assert rx.end is None
+        device.rename(name)
+
+
+def check_mtu_raised(rig: Rig, backend: str) -> None:
+    """When the MTU is raised after open, frames that it lets through are whole."""
+    device = device_of(rig)
+    device.set_mtu(1500)
+    with rig.open(backend) as rx:
+        assert rx.capabilities.mtu in (None, 1500)
+        device.set_mtu(TAP_MTU)
+        for size in (1515, 9000, rig.longest - 14):
+            rig.send(rig.frame(size, size))
+            (got,) = collect(rx, 1)
+            assert bytes(got) == rig.frame(size, size)
+            assert not got.truncated
+
+
+def check_moved(rig: Rig, backend: str) -> None:
+    """A queue whose device moves to another namespace goes on there; a packet socket stays, and that is its end."""
+    device = device_of(rig)
+    name = device.name
+    namespace = new_network()
+    try:
+        with rig.open(backend, ignore) as rx:
+            device.move(namespace)
+            if rx.capabilities.socket:
+                assert rx.run() is End.LINK_GONE
+                return
+            with inside(namespace, lambda: raised_injector(name)) as injector:
+                injector.send(rig.frame(100, 1))
+                assert bytes(rx.recv(PATIENCE)) == rig.frame(100, 1)
+                assert rx.end is None
+                for _ in range(2000):
+                    injector.send(rig.frame(100, 2))
+                received = sum(map(len, rx.batches(0)))
+                assert received + (rx.stats().kernel_drops or 0) == 2000
+    finally:
+        os.close(namespace)
+
+
+# Deletion, in every way to receive.
+
+
+def _run(rx: Dispatcher) -> None:
+    rx.run()
+
+
+def _batches(rx: Dispatcher) -> None:
+    for _ in rx.batches():
+        pass
+
+
+def _each(rx: Dispatcher) -> None:
+    for _ in rx:
+        pass
+
+
+def _recv(rx: Dispatcher) -> None:
+    try:
+        while True:
+            rx.recv()
+    except EOFError:
+        pass
+
+
+def _asynchronously(rx: Dispatcher) -> None:
+    async def work() -> None:
+        async for _ in rx:
+            pass
+
+    asyncio.run(work())
+
+
+def _foreign_loop(rx: Dispatcher) -> None:
+    vain = 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(rx.fileno(), selectors.EVENT_READ)
+        while rx.end is None:
+            assert selector.select(PATIENCE), "fileno() was silent about the end"
+            vain = 0 if rx.drain() else vain + 1
+            assert vain < 100, "fileno() was readable for nothing"
+
+
+WAYS: tuple[Callable[[Dispatcher], None], ...] = (
+    _run,
+    _batches,
+    _each,
+    _recv,
+    _asynchronously,
+    _foreign_loop,
+)
+
+
+def _deletion(way: Callable[[Dispatcher], None], *, busy: bool) -> Check:
+    """The device is deleted while a thread receives in one way, waiting or in a flood: that way ends with LINK_GONE."""
+
+    def check(rig: Rig, backend: str) -> None:
+        device = device_of(rig)
+        with rig.open(backend, ignore) as rx:
+            if busy:
+                with flooded(rig), running(lambda: way(rx)):
+                    until(lambda: rx.stats().packets > 100)
+                    device.delete()
+            else:
+                rig.send(rig.frame(100))
+                with running(lambda: way(rx)):
+                    # Those two sleep outside of linkrx.
+                    until(
+                        lambda: (
+                            rx.stats().packets == 1
+                            and (asleep(rx) or way in (_asynchronously, _foreign_loop))
+                        )
+                    )
+                    device.delete()
+            assert rx.end is End.LINK_GONE
+            assert rx.dispatch() is False
+            assert rx.stats().undelivered == 0
+
+    check.__name__ = f"check_deleted_while_{'busy' if busy else 'waiting'}__{way.__name__.strip('_')}"
+    check.__doc__ = _deletion.__doc__
+    return check
+
+
+DELETIONS = tuple(_deletion(way, busy=busy) for busy in (False, True) for way in WAYS)
+
+
+def check_made_again(rig: Rig, backend: str) -> None:
+    """Behind the deletion of a device a new one of its name can be opened, and what ended stays ended."""
+    device = device_of(rig)
+    name = device.name
+    with rig.open(backend, ignore) as rx:
+        device.delete()
+        assert rx.run() is End.LINK_GONE
+        with ExitStack() as stack:
+            if rx.capabilities.socket:
+                again = stack.enter_context(rigs.interface(name))
+            else:
+                again = stack.enter_context({"tap": rigs.tap, "tun": rigs.tun}[rx.capabilities.kind](name))
+            with again.open(backend) as other:
+                assert other.capabilities.interface == name
+                again.send(again.frame(100))
+                assert bytes(other.recv(PATIENCE)) == again.frame(100)
+                assert rx.dispatch() is False

@@ -1,0 +1,88 @@
+"""Checks of what reception takes and gives back, and of what the kernel and linkrx count."""
+
+from __future__ import annotations
+
+import select
+import threading
+from pathlib import Path
+
+from linkrx.capabilities import probe
+from linkrx.packet import Packet
+from linkrx.rigs import Rig
+from linkrx.testing.packets import sample
+from linkrx.testing.waiting import PATIENCE, number_of
+
+CYCLES = 20
+FLOOD = 5000  # more frames than any rig's queue holds
+
+
+def descriptors() -> set[str]:
+    """The numbers of the open descriptors; listing them opens one more, the same one each time."""
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+def check_restoring(rig: Rig, backend: str) -> None:
+    """Nothing is left behind, open or closed: no descriptor, no thread, no changed flag, no packet taken."""
+    before, threads = descriptors(), threading.active_count()
+    found = probe(rig.source)
+    for _ in range(CYCLES):
+        with rig.open(backend) as rx:
+            assert rx.backend == backend
+            assert threading.active_count() == threads
+        rx.close()
+    assert probe(rig.source) == found
+    assert descriptors() == before
+
+
+def check_polling(rig: Rig, backend: str) -> None:
+    """fileno() is readable exactly when drain() has something to do."""
+    got: list[bytes] = []
+    with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet)), batch_size=4) as rx:
+        poll = select.poll()
+        poll.register(rx.fileno(), select.POLLIN)
+        assert not poll.poll(0)
+        sent = sample(rig, 10)
+        for frame in sent:
+            rig.send(frame)
+        while len(got) < len(sent):
+            assert poll.poll(PATIENCE * 1000)
+            assert rx.drain() <= 4
+        assert got == sent
+        assert rx.drain() == 0
+        assert not poll.poll(0)
+        rx.stop()
+        assert poll.poll(0)
+
+
+def check_overrun(rig: Rig, backend: str) -> None:
+    """In a flood that overruns the queue, what was sent is what was delivered and what the kernel counts as dropped."""
+    got: list[int] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        got.append(number_of(rig, packet))
+
+    # The kernel's smallest buffer: 2304 bytes, less than three frames of a thousand.
+    small = {"receive_buffer": 2304} if probe(rig.source).socket else {}
+    sent = refused = 0
+    with rig.open(backend, deliver, **small) as rx:
+        for turn in range(3):
+            for _ in range(FLOOD):
+                try:
+                    rig.send(rig.frame(1000, sent))
+                except BlockingIOError:
+                    refused += 1
+                else:
+                    sent += 1
+            if turn < 2:
+                rx.drain()
+                rx.stats()  # what is asked for in between must not be lost to the end
+        while rx.drain():
+            pass
+        told = rx.stats()
+        assert (told.kernel_drops is None) == (rx.capabilities.kind == "pipe")
+        drops = told.kernel_drops or 0
+        assert len(got) + drops == sent
+        assert told.packets == len(got)
+        assert got == sorted(set(got))
+        # Either the sender was told or the kernel counted: the queue was overrun.
+        assert drops + refused > 0

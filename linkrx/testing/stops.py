@@ -1,0 +1,206 @@
+"""Checks of how reception ends: stopped at any time, by a peer that hangs up, by close."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+
+from linkrx.dispatcher import Dispatcher
+from linkrx.errors import Closed
+from linkrx.packet import Packet
+from linkrx.rigs import Rig
+from linkrx.stats import End
+from linkrx.testing.cells import Inapplicable
+from linkrx.testing.packets import sample
+from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, running, until
+
+
+def ignore(*_: object) -> None:
+    """A deliver that does nothing."""
+
+
+@contextmanager
+def alarmed(
+    handler: Callable[[FrameType | None], object], *, first: float, interval: float = 0
+) -> Iterator[None]:
+    """After `first` seconds, and at every interval, a signal handler calls `handler` with the frame it came upon."""
+    before = signal.signal(signal.SIGALRM, lambda _, frame: handler(frame))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, first, interval)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _is_over(rx: Dispatcher, end: End) -> None:
+    """Every way to receive says so, at once and every time."""
+    for _ in range(2):
+        assert rx.end is end
+        assert rx.run() is end
+        assert rx.dispatch() is False
+        assert rx.drain() == 0
+        assert list(rx) == []
+        assert list(rx.batches()) == []
+        try:
+            rx.recv()
+        except EOFError:
+            continue
+        raise AssertionError("recv() gave a packet behind the end")
+
+
+def check_stop_at_rest(rig: Rig, backend: str) -> None:
+    """stop() before the first receive, between batches, again, and after close ends it; what was queued stays unseen."""
+    got: list[Packet] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        got.append(packet)
+
+    sent = sample(rig, 6)
+    with rig.open(backend, deliver) as rx:
+        rx.stop()
+        rig.send(sent[0])
+        _is_over(rx, End.STOPPED)
+        assert got == []
+    rx.stop()
+    rx.close()
+    with rig.open(backend, deliver, batch_size=2) as rx:
+        if isinstance(rig.source, str):
+            rig.send(sent[0])  # an interface's packet socket went with its dispatcher
+        for frame in sent[1:4]:
+            rig.send(frame)
+        assert rx.dispatch(PATIENCE) is True
+        rx.stop()
+        rx.stop()
+        _is_over(rx, End.STOPPED)
+        assert 1 <= len(got) <= 2
+        assert [bytes(packet) for packet in got] == sent[: len(got)]
+        told = rx.stats()
+        assert told.packets == len(got)
+        assert told.undelivered in (0, 1, 2)
+
+
+def _stop(rx: Dispatcher, _: FrameType | None) -> None:
+    rx.stop()
+
+
+def check_stop_in_a_wait(rig: Rig, backend: str) -> None:
+    """stop() from another thread or a signal handler ends a wait, in every way to receive."""
+    ways: list[Callable[[Dispatcher], object]] = [
+        lambda rx: rx.run(),
+        lambda rx: rx.dispatch(PATIENCE),
+        lambda rx: list(rx.batches()),
+        list,
+    ]
+    for way in ways:
+        with rig.open(backend, ignore) as rx:
+            with running(lambda way=way, rx=rx: way(rx)):  # type: ignore[misc]
+                until(lambda rx=rx: asleep(rx))  # type: ignore[misc]
+                rx.stop()
+            _is_over(rx, End.STOPPED)
+        with rig.open(backend, ignore) as rx, alarmed(partial(_stop, rx), first=0.002, interval=0.01):
+            way(rx)
+            _is_over(rx, End.STOPPED)
+
+
+def check_stop_under_load(rig: Rig, backend: str) -> None:
+    """With a flood and a slow deliver, at most the delivery in flight follows a stop(), and all is accounted for."""
+    started, may_go_on = threading.Event(), threading.Event()
+    delivered: list[Packet] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        delivered.append(packet)
+        if len(delivered) == 3:
+            started.set()
+            assert may_go_on.wait(PATIENCE)
+
+    with flooded(rig), rig.open(backend, deliver) as rx:
+        with running(rx.run):
+            try:
+                assert started.wait(PATIENCE)
+                rx.stop()
+            finally:
+                may_go_on.set()
+                rx.stop()
+        assert len(delivered) == 3
+        told = rx.stats()
+        assert told.packets == 3
+        _is_over(rx, End.STOPPED)
+
+
+def check_stop_from_deliver(rig: Rig, backend: str) -> None:
+    """After stop() from inside deliver nothing more is delivered, and what was received is accounted for."""
+    sent = sample(rig, 10)
+    got: list[bytes] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        got.append(bytes(packet))
+        rx.stop()
+
+    with rig.open(backend, deliver) as rx:
+        for frame in sent:
+            rig.send(frame)
+        assert rx.run() is End.STOPPED
+        _is_over(rx, End.STOPPED)
+        assert got == sent[:1]
+        counted = rx.stats()
+        assert counted.packets == 1
+        assert 0 <= counted.undelivered < len(sent)
+
+
+def check_hang_up(rig: Rig, backend: str) -> None:
+    """A peer that closes is the end behind what it sent, where the kernel tells; a datagram's peer is none."""
+    if rig.hang_up is None:
+        raise Inapplicable("it has no other end that could be closed")
+    sent = sample(rig, 7)
+    with rig.open(backend, ignore, batch_size=3) as rx:
+        for frame in sent:
+            rig.send(frame)
+        if rig.shortest == 0 and not rig.prefix:
+            rig.send(b"")
+            rig.send(sent[0])
+            sent = [*sent, sent[0]]
+        rig.hang_up()
+        assert [bytes(packet) for packet in collect(rx, len(sent))] == sent
+        if rx.capabilities.kind == "unix_dgram":
+            assert rx.dispatch(0.01) is True
+            assert rx.end is None
+        else:
+            assert rx.run() is End.EOF
+            waits = rx.stats().waits
+            _is_over(rx, End.EOF)
+            assert rx.stats().waits == waits
+        assert rx.stats().undelivered == 0
+
+
+def check_closing(rig: Rig, backend: str) -> None:
+    """After close, also one from inside deliver, every use raises Closed; what is known stays readable."""
+    opened: list[Dispatcher] = []
+    with rig.open(backend, lambda *_: opened[0].close()) as rx:
+        opened.append(rx)
+        rig.send(rig.frame(100))
+        assert rx.dispatch(PATIENCE) is False
+    uses: list[Callable[[], object]] = [
+        rx.dispatch,
+        rx.drain,
+        rx.run,
+        rx.recv,
+        rx.batches,
+        rx.fileno,
+        rx.stats,
+        lambda: next(iter(rx)),
+        rx.__enter__,
+    ]
+    for use in uses:
+        try:
+            use()
+        except Closed:
+            continue
+        raise AssertionError(f"{use} works after close")
+    assert rx.backend == backend
+    assert rx.capabilities.title
+    assert rx.choice.explain()
