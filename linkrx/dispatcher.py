@@ -36,8 +36,9 @@ _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for dispatcher in list(_alive):
-        dispatcher._forked = True
-        dispatcher._reception.disown()
+        if not dispatcher._released:
+            dispatcher._forked = True
+            dispatcher._reception.disown()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -67,9 +68,9 @@ class Dispatcher:
         self._owner: dict[str, object] = {}  # at most one claim, see _step
         self._thread = 0
         self._waiter: aio.Waiter | None = None
+        _alive.add(self)
         self._reception = Reception(source, options, choice, backends, deliver=deliver is not None)
         self._closed = self._released = False
-        _alive.add(self)
 
     # What is known about it: readable after close as well, for that is when one asks why it ended.
 
@@ -155,23 +156,32 @@ class Dispatcher:
             if seconds_left(deadline) == 0:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
+    # In both iterations a packet is yielded right behind the call that took it, with no jump back in between: there
+    # CPython looks for signals, and the exception of a handler would lose it.
+
     def __iter__(self) -> Iterator[Packet]:
         while True:
-            packet = self._step(None, self._take_packet)
-            if packet is None and self.end is not None:
-                return
-            while packet is not None:
-                yield packet
-                packet = self._take_packet(claimed=False)
+            packet = self._take_packet(claimed=False)
+            if packet is None:
+                packet = self._step(None, self._take_packet)
+                if packet is None:
+                    if self.end is not None:
+                        return
+                    continue
+            yield packet
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
-        while self.end is None:
-            await self._readable(None)
-            packet = self._step(0, self._take_packet)
-            while packet is not None:
-                yield packet
-                packet = self._take_packet(claimed=False)
+        while True:
+            packet = self._take_packet(claimed=False)
+            if packet is None:
+                if self.end is not None:
+                    return
+                await self._readable(None)
+                packet = self._step(0, self._take_packet)
+                if packet is None:
+                    continue
+            yield packet
 
     # Ways to end.
 

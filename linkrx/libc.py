@@ -44,16 +44,13 @@ def setns(fd: int, kind: int) -> None:
     _checked(_libc.setns(fd, kind), "setns")
 
 
-def timerfd(interval: float) -> int:
-    """A descriptor that becomes readable every `interval` seconds: timerfd_create(2)."""
-    fd = _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")
+def timerfd() -> int:
+    """A timer that does not run, as a descriptor: timerfd_create(2)."""
+    return _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")
+
+
+def set_timerfd(fd: int, interval: float) -> None:
+    """Make it readable every `interval` seconds, or never with 0: timerfd_settime(2)."""
     seconds, rest = divmod(int(interval * 1e9), 10**9)
     period = _Timespec(seconds, rest)
-    try:
-        _checked(
-            _libc.timerfd_settime(fd, 0, ctypes.byref(_Itimerspec(period, period)), None), "timerfd_settime"
-        )
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+    _checked(_libc.timerfd_settime(fd, 0, ctypes.byref(_Itimerspec(period, period)), None), "timerfd_settime")

@@ -292,17 +292,21 @@ class Reception:
     def _finish(self, end: End) -> None:
         if self._header[CLASSIFIED] and self._filling is not None:
             self._take(self._filling)  # classified and counted, but cut short before it was a batch
+        count = size = 0
         if self.pending is not None:
             rest = self.pending.behind(self.next)
-            self._left_behind += len(rest)
-            self._left_behind_bytes += sum(rest.lengths)
-            self.pending = None
+            count, size = len(rest), sum(rest.lengths)
         # What the backend received and nobody classified: packets or not, they were not delivered.
-        self._held_back = self._mechanism.held + self._header[COUNT]
-        self.end = end
+        held_back = self._mechanism.held + self._header[COUNT]
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see
+        # From here on nothing is called, so no signal handler can run.
+        self._left_behind += count
+        self._left_behind_bytes += size
+        self.pending = None
+        self._held_back = held_back
+        self.end = end
 
     def disown(self) -> None:
         """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""

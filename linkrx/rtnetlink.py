@@ -60,7 +60,11 @@ class RouteSocket:
         """In this thread's namespace, or the one that the descriptor `namespace` refers to (needs CAP_SYS_ADMIN)."""
         self._sequence = 0
         self._socket = _socket_here() if namespace is None else inside(namespace, _socket_here)
-        self._socket.settimeout(_TIMEOUT)
+        try:
+            self._socket.settimeout(_TIMEOUT)
+        except BaseException:
+            self._socket.close()
+            raise
 
     def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
         """The device of that name or index, or None if there is none."""

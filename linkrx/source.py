@@ -138,16 +138,13 @@ class Source:
         """How the interface of a packet socket is doing; UP for sources that do not say."""
         if not self.watched:
             return LinkState.UP
-        with borrowed_socket(self.fd) as borrowed:
-            try:
-                # By index: the name may be another by now. In the socket's own namespace, which an interface leaves
-                # when it is deleted or moved.
-                named = fcntl.ioctl(
-                    borrowed, SIOCGIFNAME, struct.pack("16si20x", b"", self.capabilities.ifindex)
-                )
-                answer = fcntl.ioctl(borrowed, SIOCGIFFLAGS, named[:IFNAMSIZ].ljust(IFREQ_BYTES, b"\0"))
-            except OSError:
-                return LinkState.GONE
+        try:
+            # By index: the name may be another by now. In the socket's own namespace, which an interface leaves
+            # when it is deleted or moved.
+            named = fcntl.ioctl(self.fd, SIOCGIFNAME, struct.pack("16si20x", b"", self.capabilities.ifindex))
+            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, named[:IFNAMSIZ].ljust(IFREQ_BYTES, b"\0"))
+        except OSError:
+            return LinkState.GONE
         return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN
 
     def hung_up(self) -> bool:
@@ -214,8 +211,8 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
         def change(level: int, name: int, value: int) -> None:
             before = sock.getsockopt(level, name)
             if before != value:
-                sock.setsockopt(level, name, value)
                 undo.callback(_restore, fd, file, level, name, before)
+                sock.setsockopt(level, name, value)
 
         wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
         if wanted is not None:
@@ -235,8 +232,8 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
                 )
             # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
             request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
-            sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
             undo.callback(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request)
+            sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
 
 
 def _file_of(fd: int) -> tuple[int, int]:

@@ -50,15 +50,18 @@ class Wakeup:
     def __init__(self, source: int) -> None:
         self.event: EventFd | None = EventFd()
         self._source = source
-        self._timer: int | None = None
         self._listening = True
         self._link_down = False
         self._epoll = select.epoll()
+        # Once: the exception of a signal handler would lose one that is made later.
+        self._timer: int | None = libc.timerfd()
         try:
             self._epoll.register(self.event.fd, select.EPOLLIN)
             self._epoll.register(source, select.EPOLLIN)
-        except OSError:
+            self._epoll.register(self._timer, select.EPOLLIN)
+        except BaseException:
             self._epoll.close()
+            os.close(self._timer)
             raise
 
     def fileno(self) -> int:
@@ -103,12 +106,7 @@ class Wakeup:
 
     def _set_timer(self, interval: float | None) -> None:
         if self._timer is not None:
-            timer, self._timer = self._timer, None
-            self._epoll.unregister(timer)  # closing it does not do that while a forked child has it open
-            os.close(timer)
-        if interval is not None:
-            self._timer = libc.timerfd(interval)
-            self._epoll.register(self._timer, select.EPOLLIN)
+            libc.set_timerfd(self._timer, interval or 0)
 
     def close(self) -> None:
         """Idempotent. Takes nothing out of the epoll instance: after a fork the parent still uses it."""
