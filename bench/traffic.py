@@ -1,0 +1,274 @@
+"""Numbered frames that can be told from their numbers alone, sources to send them to, and what the kernel counts there.
+
+Comments on what the kernel counts were found out on Linux 6.18, flapping links hundreds of times a minute under floods
+of a million frames a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+import linkrx
+from linkrx.capabilities import SOL_PACKET, HasFileno
+from linkrx.rigs import injector_on, veth
+from linkrx.source import ETH_P_ALL, IFF_UP, SK_MEMINFO_DROPS, SO_MEMINFO, SO_RCVBUFFORCE
+
+HEAD, LEAST, LONGEST = 14, 60, 9014  # as in traffic.c
+MTU = 9000
+ETHERTYPES = (0x88B5, 0x88B6, 0x0000, 0xFFFF, 0x05DC, 0x0003, 0x88B5, 0x8100)
+VLAN = 0x8100
+PACKET_STATISTICS = 6  # linux/if_packet.h
+SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914  # linux/sockios.h
+_WORD = (1 << 64) - 1
+
+
+class _Control(ctypes.Structure):
+    """struct traffic in traffic.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("stop", "burst", "pause_us", "idle", "next", "limit")),
+        *((name, ctypes.c_uint64) for name in ("accepted", "full", "down", "other", "last_errno")),
+        *((name, ctypes.c_uint64) for name in ("seed", "ethernet", "prefix", "strange", "tags")),
+        ("block", ctypes.c_char_p),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, "traffic.so")
+        source = Path(__file__).with_name("traffic.c")
+        subprocess.run(
+            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
+        )
+        return ctypes.CDLL(str(built))
+
+
+class Traffic:
+    """One thread that sends numbered frames in bursts, without the GIL, until `finish`."""
+
+    def __init__(self, injector: socket.socket, seed: int, kind: str, *, strange: bool) -> None:
+        """`strange`: of every length from LEAST to MTU, and hostile ones among them."""
+        self._block = random.Random(seed).randbytes(65536 + LONGEST)
+        self._injector = injector
+        self.control = _Control(
+            limit=1 << 38,
+            seed=seed,
+            ethernet=kind in ("tap", "packet"),
+            prefix=kind == "cooked",
+            strange=strange,
+            # Not to a packet socket: the kernel hands it a tagged frame and then, where no VLAN device takes it, counts
+            # the same frame in rx_dropped, which is to tell what the link ate. Nor, to a cooked one, a link header with
+            # nothing behind it: packet_rcv() takes a length of 0 for a filter's refusal, and counts nothing.
+            tags=kind == "tap",
+            block=self._block,
+        )
+        self._seed = seed
+        self._thread = threading.Thread(target=self._run, name="traffic")
+
+    def _run(self) -> None:
+        # A signal must end the system call of the thread that receives, not of this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        _library().send_numbered(self._injector.fileno(), ctypes.byref(self.control))
+
+    def start(self) -> None:
+        """Until `pace` says how, nothing is sent."""
+        _library()
+        self._thread.start()
+
+    def pace(self, burst: int, pause_us: int) -> None:
+        """From now on send this many frames, pause, and so on."""
+        self.control.pause_us = pause_us
+        self.control.burst = burst
+
+    def quiet(self) -> None:
+        """Stop sending until the next `pace`; on return no frame is under way from here."""
+        self.control.burst = self.control.idle = 0
+        while not self.control.idle and self._thread.is_alive():
+            time.sleep(0.0005)
+
+    def finish(self) -> None:
+        """End the thread. Idempotent."""
+        self.control.stop = 1
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def frame(self, number: int) -> bytes:
+        """The frame of that number, as it is put on the wire behind the link header that a cooked socket does not show."""
+        z = ((number + 1) * 0x9E3779B97F4A7C15 + self._seed) & _WORD
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+        z ^= z >> 31
+        length, strange = LEAST, False
+        if self.control.strange:
+            strange = z & 0xFF < 16
+            spread = MTU - LEAST + 1 if z >> 8 & 0xFF < 32 else 200
+            length = LEAST + (z >> 16 & 0xFFFF) % spread
+        start = z >> 40 & 0xFFFF
+        told = number.to_bytes(5, "big")
+        if self.control.ethernet:
+            kind = ETHERTYPES[(z >> 32) % (7 + self.control.tags) if strange else 0]
+            if strange and z & 1 and kind != VLAN:
+                length = HEAD
+            head = b"\x02\0\0\0\0\x01\x02" + told + kind.to_bytes(2, "big")
+        else:
+            head = (b"\x17" if strange else b"\x45" if number & 1 else b"\x60") + told
+        return head + self._block[start + len(head) : start + length]
+
+    def fault(self, packet: linkrx.Packet | bytes, last: int = -1) -> tuple[int, str]:
+        """The number that a packet claims, and what is wrong with it: nothing, if it is the frame of that number, and
+        that is beyond `last`.
+        """
+        got = bytes(packet)
+        at = 7 if self.control.ethernet else 1
+        number = int.from_bytes(got[at : at + 5], "big")
+        if number <= last:
+            return number, f"frame {number} came behind frame {last}"
+        if number >= self.control.next:
+            return number, f"frame {number} was never sent: {got[:20].hex()}"
+        return number, "" if got == self.frame(
+            number
+        ) else f"frame {number} is not what was sent: {got[:20].hex()}"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What became of the frames that send() took, as the kernel counts: handed over to who reads, or dropped."""
+
+    handed: int
+    no_room: int
+    no_link: int
+
+
+@dataclass
+class Road:
+    """A source, the traffic that goes to it, its links, and what the kernel counts on the way."""
+
+    name: str
+    source: HasFileno
+    traffic: Traffic
+    links: tuple[str, ...]
+    counted: Callable[[], Counted]
+    drops: Callable[[], int]  # what `Stats.kernel_drops` counts from
+
+
+def device_counters(name: str) -> dict[str, int]:
+    """Of a device in this network namespace, from /proc/self/net/dev."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        device, colon, numbers = line.partition(":")
+        if colon and device.strip() == name:
+            words = [int(word) for word in numbers.split()]
+            return {"rx": words[1], "rx_dropped": words[3], "tx": words[9], "tx_dropped": words[11]}
+    raise LookupError(f"no device {name!r} here")
+
+
+def set_link(name: str, up: bool) -> None:
+    """Take a link up or down. By ioctl: pyroute2 is not for threads."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = bytearray(struct.pack("16s24x", name.encode()))
+        fcntl.ioctl(any_socket, SIOCGIFFLAGS, request)
+        (flags,) = struct.unpack_from("H", request, 16)
+        struct.pack_into("H", request, 16, flags | IFF_UP if up else flags & ~IFF_UP)
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+
+
+@contextmanager
+def _queue(mode: str, seed: int, *, strange: bool) -> Iterator[Road]:
+    with ExitStack() as stack:
+        queue = stack.enter_context(linkrx.TunTap(mode=mode))
+        os.set_blocking(queue.fileno(), False)
+        index = socket.if_nametoindex(queue.name)
+        with IPRoute() as route:
+            route.link("set", index=index, state="up", mtu=MTU)
+            # The queueing discipline decides whether a flap can be accounted for. With the default, pfifo_fast, a frame
+            # that send() took just as the link goes down may lie in a queue that is then emptied without counting:
+            # up to eight in 150 flaps. pfifo takes a lock for each frame: what comes too late is refused with ENOBUFS
+            # and is in no counter, all else reaches the ring or is in tx_dropped. (noqueue is exact as well, but its
+            # send() fails with ENOBUFS for a full ring, and counts that in tx_dropped.)
+            route.tc("replace", "pfifo", index, limit=1000)
+        injector = stack.enter_context(injector_on(queue.name))
+        traffic = Traffic(injector, seed, mode, strange=strange)
+        stack.callback(traffic.finish)
+
+        def counted() -> Counted:
+            # tun counts as transmitted what was read from the ring, and keeps the ring while the link is down. A full
+            # ring and a link that went away meanwhile are the same counter.
+            now = device_counters(queue.name)
+            return Counted(handed=now["tx"], no_room=now["tx_dropped"], no_link=0)
+
+        def drops() -> int:
+            return device_counters(queue.name)["tx_dropped"]
+
+        yield Road(mode, queue, traffic, (queue.name,), counted, drops)
+
+
+def _socket(kind: str) -> socket.socket:
+    shows_header = socket.SOCK_RAW if kind == "packet" else socket.SOCK_DGRAM
+    return socket.socket(socket.AF_PACKET, shows_header | socket.SOCK_NONBLOCK, 0)
+
+
+@contextmanager
+def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+    with ExitStack() as stack:
+        near, far = stack.enter_context(veth())
+        with IPRoute() as route:
+            for name in (near, far):
+                route.link("set", index=socket.if_nametoindex(name), mtu=MTU)
+        borrowed = stack.enter_context(_socket(kind))
+        borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 * 1024 * 1024)
+        borrowed.bind((near, ETH_P_ALL))
+        injector = stack.enter_context(injector_on(far))
+        traffic = Traffic(injector, seed, kind, strange=strange)
+        stack.callback(traffic.finish)
+        told = dropped = 0
+
+        def counted() -> Counted:
+            nonlocal told, dropped
+            # tp_packets has what was queued on the socket and what found no room, tp_drops the latter; reading clears
+            # both. Where the link eats frames, by the time it takes to notice: the sender's carrier is off and its
+            # queueing discipline a noop (far end's tx_dropped, send() succeeds); the near end is no longer up (far
+            # end's tx_dropped and near end's rx_dropped, send() fails with ENOBUFS: so twice those that failed are
+            # not frames that send() took); the near end's frames are in the CPU's backlog, but the hook of the packet
+            # socket is gone (near end's rx_dropped, send() succeeded).
+            packets, drops = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+            told, dropped = told + packets - drops, dropped + drops
+            eaten = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
+            return Counted(handed=told, no_room=dropped, no_link=eaten - 2 * traffic.control.full)
+
+        def drops() -> int:
+            words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * (SK_MEMINFO_DROPS + 1))
+            return int(struct.unpack_from("I", words, 4 * SK_MEMINFO_DROPS)[0])
+
+        yield Road(kind, borrowed, traffic, (near, far), counted, drops)
+
+
+def road(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManager[Road]:
+    """Of a kind in KINDS: devices, source and traffic of its own. The traffic waits to be started."""
+    if kind in ("tap", "tun"):
+        return _queue(kind, seed, strange=strange)
+    return _packet(kind, seed, strange=strange)
+
+
+KINDS = {
+    "tap": ("readv", "os_readv"),
+    "tun": ("readv", "os_readv"),
+    "packet": ("recvmmsg", "readv", "os_readv"),
+    "cooked": ("recvmmsg", "readv", "os_readv"),
+}
