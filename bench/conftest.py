@@ -14,7 +14,7 @@ os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line per benchmark: nanoseconds per packet, the floor's, and the ratio."""
+    """One line per benchmark: nanoseconds per packet, the floor's, and the ratio; or milliseconds and the target."""
     session = getattr(config, "_benchmarksession", None)
     measured = [one for one in session.benchmarks if "ratio" in one.extra_info] if session else []
     if measured:
@@ -23,4 +23,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         facts = one.extra_info
         terminalreporter.write_line(
             f"{one.name:<58} {facts['ns']:>8} {facts['floor_ns']:>8} {facts['ratio']:>6}"
+        )
+    timed = [one for one in session.benchmarks if "max_ms" in one.extra_info] if session else []
+    if timed:
+        terminalreporter.write_line(f"{'milliseconds':<58} {'median':>8} {'max':>8} {'target':>6}")
+    for one in timed:
+        facts = one.extra_info
+        terminalreporter.write_line(
+            f"{one.name:<58} {facts['median_ms']:>8} {facts['max_ms']:>8} {facts['target_ms']:>6}"
         )
