@@ -12,6 +12,7 @@ import itertools
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,18 @@ class Usage:
     """What this process holds."""
 
     rss_kib: int
-    descriptors: int
+    descriptors: tuple[str, ...]  # what they refer to
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.rss_kib / 1024:.1f} MiB, {self.descriptors} descriptors, {self.threads} threads"
+        return f"{self.rss_kib / 1024:.1f} MiB, {len(self.descriptors)} descriptors, {self.threads} threads"
+
+    def leaked_since(self, before: Usage) -> str:
+        """What is open now and was not, or was and is not; and the threads."""
+        if (len(self.descriptors), self.threads) == (len(before.descriptors), before.threads):
+            return ""
+        more = set(self.descriptors) ^ set(before.descriptors)
+        return f"leaked: {self} after {before}: {', '.join(sorted(more))}"
 
 
 def usage() -> Usage:
@@ -46,8 +54,11 @@ def usage() -> Usage:
     gc.collect()
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
     rss = next(int(line.split()[1]) for line in rollup if line.startswith("Rss:"))
-    descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1  # the one that lists them
-    return Usage(rss, descriptors, sum(1 for _ in Path("/proc/self/task").iterdir()))
+    descriptors = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that lists them
+            descriptors.append(f"{link.name} {link.readlink()}")
+    return Usage(rss, tuple(descriptors), sum(1 for _ in Path("/proc/self/task").iterdir()))
 
 
 def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
@@ -67,8 +78,8 @@ def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
         settled = settled or after
         print_row(kind, backend, account, after)
         faults = account.faults
-        if (after.descriptors, after.threads) != (before.descriptors, before.threads):
-            faults.append(f"leaked: {after} after {before}")
+        if leaked := after.leaked_since(before):
+            faults.append(leaked)
         if after.rss_kib > settled.rss_kib + SETTLED_KIB:
             faults.append(f"memory grew: {after}; after the first source {settled}")
         wrong += [f"{kind} {backend} --seed {seed}: {fault}" for fault in faults]
@@ -149,8 +160,7 @@ class Steady:
         first, top = held[0], max(held, key=lambda one: one.rss_kib)
         if top.rss_kib > first.rss_kib + FLAT_KIB:
             self._faults.append(f"memory grew from {first} to {top}")
-        if {(one.descriptors, one.threads) for one in held} != {(first.descriptors, first.threads)}:
-            self._faults.append("leaked: " + "; ".join(map(str, held)))
+        self._faults += filter(None, [one.leaked_since(first) for one in held])
         print(
             f"{self._way.name:<7} {rx.backend:<9} {'deliver' if self._by_deliver else 'batches':<8} "
             f"{self._delivered:>10} of {traffic.control.accepted:>10} sent, dropped {kernel.no_room}; "
