@@ -1,0 +1,141 @@
+/* Fuzzes the classifier: whatever a backend reported, each packet stands in the table or in one counter. */
+#include "fuzz.h"
+
+#include <classify.c>
+
+#define PACKETS_MOST 12
+#define COUNTERS 6
+#define ADDRESSES_BYTES 14
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static const uint32_t vnet_header_sizes[] = {0, 10, 12, 24};
+    struct input in = {data, size};
+    uint32_t packet_info = take(&in, 1) * 4;
+    uint32_t prefix = packet_info + vnet_header_sizes[take(&in, 3)];
+    uint32_t link_header = take(&in, 1) * 14;
+    uint32_t count = take(&in, PACKETS_MOST);
+    uint32_t rows = count + take(&in, 2);
+    uint32_t bytes = take(&in, 400);
+    uint8_t *region = exactly(bytes);
+    uint8_t *table = exactly(ROW_BYTES * count);
+    uint8_t *expected = exactly(ROW_BYTES * count);
+    uint8_t *descriptors = exactly(LRX_HEADER_BYTES + ROW_BYTES * rows);
+    uint8_t *in_table = descriptors + LRX_HEADER_BYTES;
+    uint8_t *addresses = take(&in, 1) ? exactly(ADDRESSES_BYTES * rows) : NULL;
+    uint8_t expected_addresses[ADDRESSES_BYTES * (PACKETS_MOST + 2)];
+    uint64_t *counters = (uint64_t *)exactly(COUNTERS * sizeof *counters);
+    uint64_t expected_counters[COUNTERS];
+    uint32_t header[LRX_HEADER_BYTES / 4] = {count, 1, (bytes + 7) & ~7u, 0, 0, 0};
+    uint32_t n = 0;
+
+    memcpy(descriptors, header, sizeof header);
+    memset(expected_addresses, 0xA5, sizeof expected_addresses);
+    for (int k = 0; k < COUNTERS; k++)
+        expected_counters[k] = counters[k] = take(&in, 0xFFFFFFFF);
+    for (uint32_t k = 0; k < count; k++) {
+        /* A frame may lie anywhere, and often ends where the region does. */
+        uint32_t start = take(&in, bytes);
+        uint32_t edge = prefix + take(&in, 31), length = take(&in, bytes - start);
+        uint32_t wire = take(&in, 1) ? take(&in, 0xFFFFFFFF) : length + take(&in, 4) - 2;
+
+        if (edge < prefix + 16 && edge <= bytes - start)
+            length = edge; /* headers end here */
+        else if (edge < prefix + 24)
+            length = bytes - start;
+        put(in_table, rows, k, START, start);
+        put(in_table, rows, k, LENGTH, length);
+        put(in_table, rows, k, WIRE_LENGTH, wire);
+        put(in_table, rows, k, FLAGS, take(&in, 31));
+        put(in_table, rows, k, TIMESTAMP, (uint64_t)take(&in, 0xFFFF) << 48 | k);
+        put(in_table, rows, k, VLAN_TCI, take(&in, 0xFFFF));
+        put(in_table, rows, k, VLAN_TPID, take(&in, 0xFFFF));
+    }
+    for (uint32_t i = 0; i < bytes; i++)
+        region[i] = in.left ? (uint8_t)take(&in, 0xFF) : content(0, i);
+
+    for (uint32_t k = 0; k < count; k++) {
+        uint32_t start = (uint32_t)get(in_table, rows, k, START);
+        uint32_t length = (uint32_t)get(in_table, rows, k, LENGTH);
+        uint32_t wire = (uint32_t)get(in_table, rows, k, WIRE_LENGTH);
+        uint32_t flags = (uint32_t)get(in_table, rows, k, FLAGS);
+        const uint8_t *frame = region + start + prefix;
+        uint32_t protocol = 0;
+
+        if (length <= prefix) {
+            expected_counters[LRX_EMPTY]++;
+            continue;
+        }
+        /* struct tun_pi: flags first, in the order of the host. */
+        uint16_t strip = 0;
+        if (packet_info)
+            memcpy(&strip, region + start, 2);
+        if (wire > length || strip % 2)
+            flags |= LRX_TRUNCATED;
+        expected_counters[LRX_CUT] += flags % 2;
+        if (link_header && length - prefix < link_header) {
+            expected_counters[LRX_RUNTS]++;
+            continue;
+        }
+        if (link_header)
+            protocol = frame[12] * 256u + frame[13];
+        else if (frame[0] / 16 == 4)
+            protocol = 0x0800;
+        else if (frame[0] / 16 == 6)
+            protocol = 0x86DD;
+        if (!link_header && !protocol) {
+            expected_counters[LRX_UNKNOWN_PROTOCOL]++;
+            continue;
+        }
+        if (link_header && addresses) {
+            uint8_t *at = expected_addresses + ADDRESSES_BYTES * n;
+
+            for (int i = 0; i < 6; i++) {
+                at[i] = frame[6 + i];
+                at[6 + i] = frame[i];
+            }
+            put(at + 12, 1, 0, 0, 2, protocol);
+        }
+        put(expected, count, n, TIMESTAMP, get(in_table, rows, k, TIMESTAMP));
+        put(expected, count, n, START, start + prefix);
+        put(expected, count, n, LENGTH, length - prefix);
+        put(expected, count, n, WIRE_LENGTH, (wire > length ? wire : length) - prefix);
+        put(expected, count, n, PROTOCOL, protocol);
+        put(expected, count, n, FLAGS, flags);
+        put(expected, count, n, VLAN_TCI, get(in_table, rows, k, VLAN_TCI));
+        put(expected, count, n, VLAN_TPID, get(in_table, rows, k, VLAN_TPID));
+        expected_counters[LRX_PACKETS]++;
+        expected_counters[LRX_BYTES] += length - prefix;
+        n++;
+    }
+
+    uint8_t *untouched_region = exactly(bytes);
+    uint8_t *untouched_table = exactly(ROW_BYTES * rows);
+    if (bytes)
+        memcpy(untouched_region, region, bytes);
+    if (rows)
+        memcpy(untouched_table, in_table, ROW_BYTES * rows);
+    const struct lrx_classifier classifier = {(uintptr_t)descriptors, rows,        prefix,
+                                              packet_info,            link_header, (uintptr_t)addresses,
+                                              (uintptr_t)counters};
+    lrx_classify(&classifier, (uintptr_t)region, count, (uintptr_t)table);
+
+    header[LRX_COUNT] = 0;
+    header[LRX_CLASSIFIED] = n + 1;
+    header[LRX_ROWS] = count;
+    MUST(!memcmp(descriptors, header, sizeof header));
+    MUST(!count || !memcmp(table, expected, ROW_BYTES * count));
+    MUST(!bytes || !memcmp(region, untouched_region, bytes));
+    MUST(!rows || !memcmp(in_table, untouched_table, ROW_BYTES * rows));
+    MUST(!addresses || !rows || !memcmp(addresses, expected_addresses, ADDRESSES_BYTES * rows));
+    MUST(!memcmp(counters, expected_counters, sizeof expected_counters));
+    free(region);
+    free(table);
+    free(expected);
+    free(descriptors);
+    free(addresses);
+    free(counters);
+    free(untouched_region);
+    free(untouched_table);
+    return 0;
+}

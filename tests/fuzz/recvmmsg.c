@@ -1,0 +1,302 @@
+/* Fuzzes recvmmsg's fill: the kernel's queue is the input, with names and control messages as the kernel writes them
+ * and as it never would. */
+#define _GNU_SOURCE
+#include <linux/if_packet.h>
+#include <stddef.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+
+#include "fuzz.h"
+
+static void *fake_calloc(size_t count, size_t size);
+static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
+static int fake_munmap(void *memory, size_t size);
+static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int flags, struct timespec *timeout);
+
+#define calloc fake_calloc
+#define mmap fake_mmap
+#define munmap fake_munmap
+#define recvmmsg fake_recvmmsg
+#include <recvmmsg.c>
+#undef calloc
+
+#define FD 77
+#define MESSAGES_MOST 8
+
+/* What is to be told about a packet. */
+struct told {
+    uint32_t length, wire_length, flags, vlan_tci, vlan_tpid;
+    int64_t timestamp;
+};
+
+static struct {
+    struct input *in;
+    uint32_t capacity;
+    int metadata;
+    uint32_t calls, wanted;
+    int error;                 /* what the last call ended with */
+    int kept_error;            /* behind packets: for the next call, as the kernel's sk_err */
+    uint32_t handed, taken;    /* packets that it handed out, and of these those that rows showed */
+    struct told told[MESSAGES_MOST]; /* of packet `number`, at its remainder */
+    int allocations_left;
+    size_t mapped;
+} kernel;
+
+static void *fake_calloc(size_t count, size_t size)
+{
+    errno = ENOMEM;
+    return kernel.allocations_left-- > 0 ? calloc(count, size) : NULL;
+}
+
+static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
+{
+    MUST(!at && protection == (PROT_READ | PROT_WRITE) && fd == -1 && !offset);
+    MUST(flags == (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE));
+    if (kernel.allocations_left-- <= 0)
+        return MAP_FAILED;
+    kernel.mapped = size;
+    return exactly(size);
+}
+
+static int fake_munmap(void *memory, size_t size)
+{
+    MUST(size == kernel.mapped);
+    kernel.mapped = 0;
+    free(memory);
+    return 0;
+}
+
+/* As put_cmsg() does it; but the length that the header claims may be any. False when nothing can be found behind. */
+static int put_control(struct msghdr *message, size_t *used, int level, int type, const void *data, size_t size,
+                       size_t claimed)
+{
+    size_t room = message->msg_controllen - *used;
+    struct cmsghdr header = {claimed, level, type};
+
+    if (room < CMSG_SPACE(size)) {
+        message->msg_flags |= MSG_CTRUNC;
+        return 0;
+    }
+    memcpy((uint8_t *)message->msg_control + *used, &header, sizeof header);
+    memcpy((uint8_t *)message->msg_control + *used + sizeof header, data, size);
+    *used += CMSG_SPACE(size);
+    return 1;
+}
+
+/* A claim is mostly true; or too short for its data; or for a header; or beyond all that the kernel wrote. */
+static size_t claim(size_t size)
+{
+    switch (take(kernel.in, 7)) {
+    case 0:
+        return CMSG_LEN(take(kernel.in, (uint32_t)size - 1));
+    case 1:
+        return take(kernel.in, sizeof(struct cmsghdr) - 1);
+    case 2:
+        return CONTROL + (size_t)1 + take(kernel.in, 0xFFFFFFFF);
+    default:
+        return CMSG_LEN(size);
+    }
+}
+
+static void write_control(struct msghdr *message, struct told *told)
+{
+    struct input *in = kernel.in;
+    size_t used = 0;
+
+    for (uint32_t left = take(in, 12); left; left--) {
+        struct tpacket_auxdata aux = {0};
+        struct timespec when = {0};
+        uint32_t other = take(in, 0xFFFF), kind = take(in, 3);
+        size_t claimed, size;
+        int put;
+
+        if (kind == 0) {
+            aux.tp_status = take(in, 1) ? TP_STATUS_VLAN_VALID | TP_STATUS_VLAN_TPID_VALID : take(in, 0xFF);
+            aux.tp_len = take(in, 0xFFFF);
+            aux.tp_snaplen = take(in, 0xFFFF);
+            aux.tp_vlan_tci = (uint16_t)take(in, 0xFFFF);
+            aux.tp_vlan_tpid = (uint16_t)take(in, 0xFFFF);
+            claimed = claim(size = sizeof aux);
+            put = put_control(message, &used, SOL_PACKET, PACKET_AUXDATA, &aux, size, claimed);
+        } else if (kind == 1) {
+            when.tv_sec = take(in, 0xFFFFFFFF);
+            when.tv_nsec = take(in, 999999999);
+            claimed = claim(size = sizeof when);
+            put = put_control(message, &used, SOL_SOCKET, SO_TIMESTAMPNS, &when, size, claimed);
+        } else {
+            /* The right type on the wrong level, and one that nobody asked for. */
+            int level = kind == 2 ? SOL_SOCKET : SOL_PACKET;
+            int type = kind == 2 ? PACKET_AUXDATA : SO_TIMESTAMPNS;
+            uint8_t data[64];
+
+            memset(data, (int)other, sizeof data);
+            size = 1 + other % sizeof data;
+            claimed = claim(size);
+            put = put_control(message, &used, level, type, data, size, claimed);
+        }
+        if (!put || claimed < sizeof(struct cmsghdr) || claimed > CONTROL)
+            break;
+        if (claimed != CMSG_LEN(size)) {
+            /* Behind a header that lies within bounds the next one stands where the lie says. */
+            used += CMSG_ALIGN(claimed) - CMSG_SPACE(size);
+            continue;
+        }
+        if (kind == 0) {
+            told->wire_length += aux.tp_len > aux.tp_snaplen ? aux.tp_len - aux.tp_snaplen : 0;
+            if (aux.tp_status & TP_STATUS_CSUMNOTREADY)
+                told->flags |= LRX_CHECKSUM_UNFINISHED;
+            if (aux.tp_status & TP_STATUS_VLAN_VALID) {
+                told->flags |= LRX_VLAN;
+                told->vlan_tci = aux.tp_vlan_tci;
+                told->vlan_tpid = aux.tp_status & TP_STATUS_VLAN_TPID_VALID ? aux.tp_vlan_tpid : 0x8100;
+            }
+        } else if (kind == 1) {
+            told->flags |= LRX_TIMESTAMP;
+            told->timestamp = when.tv_sec * INT64_C(1000000000) + when.tv_nsec;
+        }
+    }
+    message->msg_controllen = used;
+}
+
+/* A packet socket tells 20 bytes, before Linux 5.1 only those that the address fills, 18 on Ethernet; and of a longer
+ * address its full length, although only what there is room for is written. */
+static void write_name(struct msghdr *message, struct told *told)
+{
+    static const socklen_t lengths[] = {20, 18, 32, 0};
+    struct sockaddr_ll name = {.sll_family = AF_PACKET, .sll_pkttype = (uint8_t)take(kernel.in, 6)};
+    socklen_t length = lengths[take(kernel.in, 3)];
+
+    memcpy(message->msg_name, &name, length < sizeof name ? length : sizeof name);
+    message->msg_namelen = length;
+    if (length && name.sll_pkttype == PACKET_OUTGOING)
+        told->flags |= LRX_OUTGOING;
+}
+
+static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int flags, struct timespec *timeout)
+{
+    unsigned n = 0;
+
+    MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count && count == kernel.wanted);
+    MUST(kernel.handed == kernel.taken && kernel.error != EAGAIN);
+    kernel.calls++;
+    kernel.error = kernel.kept_error;
+    for (kernel.kept_error = 0; n < count && !kernel.error; n++) {
+        struct msghdr *message = &headers[n].msg_hdr;
+        const struct event event = next_event(kernel.in, kernel.capacity);
+        const uint32_t number = kernel.handed;
+        struct told told = {event.length, event.length, 0, 0, 0, 0};
+        size_t room = 0;
+
+        if (event.kind != PACKET) {
+            kernel.error = event.error;
+            break;
+        }
+        for (uint32_t k = 0, at = 0; k < message->msg_iovlen; k++) {
+            room += message->msg_iov[k].iov_len;
+            for (size_t i = 0; i < message->msg_iov[k].iov_len && at < event.length; i++, at++)
+                ((uint8_t *)message->msg_iov[k].iov_base)[i] = content(number, at);
+        }
+        MUST(room == kernel.capacity);
+        message->msg_flags = event.length > room ? MSG_TRUNC : 0;
+        if (kernel.metadata) {
+            MUST(message->msg_namelen == sizeof(struct sockaddr_ll) && message->msg_controllen == CONTROL);
+            write_name(message, &told);
+            write_control(message, &told);
+        } else {
+            MUST(!message->msg_name && !message->msg_control);
+        }
+        headers[n].msg_len = event.length;
+        kernel.told[number % MESSAGES_MOST] = told;
+        kernel.handed++;
+    }
+    if (n && kernel.error) {
+        if (kernel.error != EAGAIN && kernel.error != EINTR)
+            kernel.kept_error = kernel.error;
+        kernel.error = 0;
+    }
+    errno = kernel.error;
+    return n ? (int)n : -1;
+}
+
+/* The rows show the packets that come next in the order of arrival. */
+static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, const uint8_t *region, uint32_t end)
+{
+    uint32_t free_from = 0;
+
+    for (uint32_t k = 0; k < count; k++, kernel.taken++) {
+        const struct told *told = &kernel.told[kernel.taken % MESSAGES_MOST];
+        uint32_t start = (uint32_t)get(table, rows, k, START), length = (uint32_t)get(table, rows, k, LENGTH);
+
+        MUST(start % 8 == 0 && start >= free_from && start + length <= end);
+        free_from = start + length;
+        MUST(length == (told->length < kernel.capacity ? told->length : kernel.capacity));
+        MUST(get(table, rows, k, WIRE_LENGTH) == told->wire_length);
+        MUST(get(table, rows, k, FLAGS) == told->flags);
+        MUST(get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
+        MUST(get(table, rows, k, VLAN_TCI) == told->vlan_tci);
+        MUST(get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
+        for (uint32_t i = 0; i < length; i++)
+            MUST(region[start + i] == content(kernel.taken, i));
+    }
+    MUST(end == ((free_from + 7) & ~7u));
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct input in = {data, size};
+    uint32_t messages = take(&in, MESSAGES_MOST), rows = 1 + take(&in, MESSAGES_MOST - 1);
+    uint32_t capacity = take(&in, 2000), slot = 1 + take(&in, 1000);
+    uint32_t table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
+
+    memset(&kernel, 0, sizeof kernel);
+    kernel.in = &in;
+    kernel.capacity = capacity;
+    kernel.metadata = (int)take(&in, 1);
+    kernel.wanted = rows < messages ? rows : messages;
+    kernel.allocations_left = take(&in, 7) ? 6 : (int)take(&in, 5);
+    int enough = messages && capacity && kernel.allocations_left == 6;
+    struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, slot, capacity, kernel.metadata);
+    MUST(!s == !enough && (s || !kernel.mapped));
+    MUST(s || errno == (messages && capacity ? ENOMEM : EINVAL));
+    if (!s)
+        return 0;
+
+    uint32_t *header = (uint32_t *)exactly(table_bytes);
+    memset(header, 0, table_bytes);
+    for (int fills = 0; fills < 16; fills++) {
+        uint32_t waited = kernel.handed - kernel.taken, calls = kernel.calls;
+        /* Room for a packet of any size, and sometimes not even that. */
+        uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 4000)) & ~7u : take(&in, capacity) & ~7u;
+        uint8_t *region = exactly(room);
+        int got = lrx_recvmmsg_fill(s, (uintptr_t)header, rows, (uintptr_t)region, room);
+        uint32_t waits = kernel.handed - kernel.taken;
+        const struct told *first = &kernel.told[kernel.taken % MESSAGES_MOST];
+
+        MUST(waited ? kernel.calls == calls : kernel.calls > calls);
+        if (!waits) {
+            MUST(got == (kernel.error == EAGAIN ? 0 : -kernel.error) && !header[LRX_COUNT]);
+        } else if ((first->length < capacity ? first->length : capacity) > room) {
+            MUST(got == -EMSGSIZE && !header[LRX_COUNT]);
+        } else {
+            MUST(got > 0 && header[LRX_COUNT] == (uint32_t)got && (uint32_t)got <= waits);
+            MUST(header[LRX_RECEIVES] == !waited && header[LRX_END] <= room);
+            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, (uint32_t)got, region, header[LRX_END]);
+            /* It stops for a reason only: what is left did not fit. */
+            waits = kernel.handed - kernel.taken;
+            first = &kernel.told[kernel.taken % MESSAGES_MOST];
+            MUST(!waits || (first->length < capacity ? first->length : capacity) > room - header[LRX_END]);
+        }
+        MUST(lrx_recvmmsg_waiting(s) == kernel.handed - kernel.taken);
+        MUST(!header[LRX_ERROR] && !header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        free(region);
+        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = 0; /* as classification does */
+        kernel.error = 0;
+        if (!in.left && !waits && !kernel.kept_error)
+            break;
+    }
+    lrx_recvmmsg_close(s);
+    MUST(!kernel.mapped);
+    free(header);
+    return 0;
+}
