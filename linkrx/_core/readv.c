@@ -46,8 +46,12 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at)
     case LRX_POLL:
         ready.fd = r->fd;
         ready.events = POLLIN;
-        if (poll(&ready, 1, 0) == 0) {
+        /* A signal interrupts poll() even when it is not to wait, and then it has not looked: read() could sleep. */
+        switch (poll(&ready, 1, 0)) {
+        case 0:
             errno = EAGAIN;
+            return -1;
+        case -1:
             return -1;
         }
         break;

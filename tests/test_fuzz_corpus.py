@@ -1,0 +1,94 @@
+"""The inputs that fuzzing kept, replayed without a fuzzer; and proof that a harness sees a defect."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fuzz import run
+
+# gcc's and clang's: a report of theirs ends the program with one of these, abort() with a signal.
+CLEAN = 0
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A C compiler that has the sanitizers."""
+    found = shutil.which("cc")
+    if found is None:
+        pytest.skip("needs a C compiler: there is no cc")
+    folder = tmp_path_factory.mktemp("sanitizers")
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    built = subprocess.run(
+        [found, f"-fsanitize={run.SANITIZERS}", str(folder / "empty.c"), "-o", str(folder / "empty")],
+        capture_output=True,
+        text=True,
+    )
+    if built.returncode:
+        pytest.skip(f"needs a C compiler with -fsanitize={run.SANITIZERS}: {built.stderr.strip()}")
+    return found
+
+
+def replayed(
+    compiler: str, name: str, folder: Path, core: Path = run.CORE
+) -> subprocess.CompletedProcess[str]:
+    """What the harness says about the whole corpus."""
+    program = run.compiled(compiler, name, folder, sanitizers=run.SANITIZERS, core=core)
+    seeds = run.write_seeds(name, folder / "seeds")
+    assert seeds
+    return subprocess.run([program, *seeds], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", run.NAMES)
+def test_corpus(compiler: str, tmp_path: Path, name: str) -> None:
+    """Every kept input passes the oracle and both sanitizers."""
+    result = replayed(compiler, name, tmp_path)
+    assert result.returncode == CLEAN, result.stderr[-3000:]
+    assert result.stdout == f"{len(run.lines_of(name))} inputs\n"
+
+
+@pytest.mark.parametrize("name", run.NAMES)
+def test_corpus_is_small(name: str) -> None:
+    """A corpus can be read in a sitting."""
+    lines = run.lines_of(name)
+    assert len(lines) <= run.LINES
+    assert sum(len(line) + 1 for line in lines) <= run.CHARACTERS
+
+
+# One change each to the text of the core. The first of readv's and the first four of recvmmsg's were there once.
+DEFECTS = {
+    "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
+    "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
+    "addresses in their order": ("classify", "frame + ETHER_ADDR, ETHER_ADDR", "frame, ETHER_ADDR"),
+    "interrupted poll reads": ("readv", "case -1:\n            return -1;", ""),
+    "room for all but the cut byte": ("readv", "cursor + r->capacity < size", "cursor + r->capacity <= size"),
+    "an error behind packets is lost": ("readv", "= (uint32_t)error;", "= 0;"),
+    "short names say nothing": (
+        "recvmmsg",
+        "msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype)",
+        "msg_namelen >= sizeof *s->names",
+    ),
+    "an old timestamp shows": ("recvmmsg", "    out->timestamps[n] = 0;\n", ""),
+    "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),
+    "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
+    "no further packet for want of a slot": ("recvmmsg", "n < rows; s->next++", "n + 1 < rows; s->next++"),
+    "the overflow starts too early": (
+        "recvmmsg",
+        "head = length < s->slot ?",
+        "head = length <= s->slot + 1 ?",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_harness_sees_defect(compiler: str, tmp_path: Path, defect: str) -> None:
+    """A core with this defect does not pass."""
+    name, right, wrong = DEFECTS[defect]
+    core = tmp_path / "core"
+    shutil.copytree(run.CORE, core, ignore=shutil.ignore_patterns("*.so", "*.py", "_native.c"))
+    text = (core / f"{name}.c").read_text()
+    assert text.count(right) == 1
+    (core / f"{name}.c").write_text(text.replace(right, wrong))
+    assert replayed(compiler, name, tmp_path, core).returncode != CLEAN
