@@ -139,7 +139,9 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
     struct msghdr *message = &s->headers[k].msg_hdr;
     uint16_t flags = 0;
 
-    if (message->msg_namelen >= sizeof *s->names && s->names[k].sll_pkttype == PACKET_OUTGOING)
+    /* Before Linux 5.1 the name ends with the address: 18 bytes on Ethernet. */
+    if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype) &&
+        s->names[k].sll_pkttype == PACKET_OUTGOING)
         flags |= LRX_OUTGOING;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
         if (c->cmsg_level == SOL_PACKET && c->cmsg_type == PACKET_AUXDATA &&
