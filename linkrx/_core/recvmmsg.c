@@ -139,6 +139,10 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
     struct msghdr *message = &s->headers[k].msg_hdr;
     uint16_t flags = 0;
 
+    /* What an earlier packet had and this one has not must not show. */
+    out->timestamps[n] = 0;
+    out->vlan_tcis[n] = 0;
+    out->vlan_tpids[n] = 0;
     /* Before Linux 5.1 the name ends with the address: 18 bytes on Ethernet. */
     if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype) &&
         s->names[k].sll_pkttype == PACKET_OUTGOING)
