@@ -133,6 +133,15 @@ static int receive(struct lrx_recvmmsg *s, uint32_t rows)
     return got < 0 ? -errno : got;
 }
 
+/* Whether a control message ends in what the kernel wrote, and is as long as its data. The C library does not look at
+ * the first one's length, and not every one looks at the others'. */
+static int holds(const struct msghdr *message, const struct cmsghdr *c, size_t size)
+{
+    size_t written = message->msg_controllen - (size_t)((const uint8_t *)c - (const uint8_t *)message->msg_control);
+
+    return c->cmsg_len >= CMSG_LEN(size) && c->cmsg_len <= written;
+}
+
 static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct lrx_columns *out, uint32_t n,
                           uint32_t *wire_length)
 {
@@ -149,7 +158,7 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
         flags |= LRX_OUTGOING;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
         if (c->cmsg_level == SOL_PACKET && c->cmsg_type == PACKET_AUXDATA &&
-            c->cmsg_len >= CMSG_LEN(sizeof(struct tpacket_auxdata))) {
+            holds(message, c, sizeof(struct tpacket_auxdata))) {
             struct tpacket_auxdata aux;
 
             memcpy(&aux, CMSG_DATA(c), sizeof aux);
@@ -166,7 +175,7 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
                     aux.tp_status & TP_STATUS_VLAN_TPID_VALID ? aux.tp_vlan_tpid : ETH_P_8021Q;
             }
         } else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMPNS &&
-                   c->cmsg_len >= CMSG_LEN(sizeof(struct timespec))) {
+                   holds(message, c, sizeof(struct timespec))) {
             struct timespec when;
 
             memcpy(&when, CMSG_DATA(c), sizeof when);
