@@ -71,13 +71,10 @@ static int fake_munmap(void *memory, size_t size)
 static int put_control(struct msghdr *message, size_t *used, int level, int type, const void *data, size_t size,
                        size_t claimed)
 {
-    size_t room = message->msg_controllen - *used;
     struct cmsghdr header = {claimed, level, type};
 
-    if (room < CMSG_SPACE(size)) {
-        message->msg_flags |= MSG_CTRUNC;
+    if (message->msg_controllen - *used < CMSG_SPACE(size))
         return 0;
-    }
     memcpy((uint8_t *)message->msg_control + *used, &header, sizeof header);
     memcpy((uint8_t *)message->msg_control + *used + sizeof header, data, size);
     *used += CMSG_SPACE(size);
@@ -112,7 +109,7 @@ static void write_control(struct msghdr *message, struct told *told)
         int put;
 
         if (kind == 0) {
-            aux.tp_status = take(in, 1) ? TP_STATUS_VLAN_VALID | TP_STATUS_VLAN_TPID_VALID : take(in, 0xFF);
+            aux.tp_status = take(in, 0xFF);
             aux.tp_len = take(in, 0xFFFF);
             aux.tp_snaplen = take(in, 0xFFFF);
             aux.tp_vlan_tci = (uint16_t)take(in, 0xFFFF);
@@ -210,11 +207,10 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
         kernel.told[number % MESSAGES_MOST] = told;
         kernel.handed++;
     }
-    if (n && kernel.error) {
-        if (kernel.error != EAGAIN && kernel.error != EINTR)
-            kernel.kept_error = kernel.error;
+    if (n && kernel.error != EAGAIN && kernel.error != EINTR)
+        kernel.kept_error = kernel.error;
+    if (n)
         kernel.error = 0;
-    }
     errno = kernel.error;
     return n ? (int)n : -1;
 }
@@ -273,7 +269,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint32_t waits = kernel.handed - kernel.taken;
         const struct told *first = &kernel.told[kernel.taken % MESSAGES_MOST];
 
-        MUST(waited ? kernel.calls == calls : kernel.calls > calls);
+        MUST((kernel.calls > calls) == !waited);
         if (!waits) {
             MUST(got == (kernel.error == EAGAIN ? 0 : -kernel.error) && !header[LRX_COUNT]);
         } else if ((first->length < capacity ? first->length : capacity) > room) {
