@@ -27,7 +27,8 @@ from pyroute2 import IPRoute
 
 import linkrx
 from linkrx.capabilities import SOL_PACKET, HasFileno
-from linkrx.rigs import injector_on, veth
+from linkrx.device import injector_on
+from linkrx.rigs import veth
 from linkrx.source import ETH_P_ALL, IFF_UP, SK_MEMINFO_DROPS, SO_MEMINFO, SO_RCVBUFFORCE
 
 HEAD, LEAST, LONGEST = 14, 60, 9014  # as in traffic.c

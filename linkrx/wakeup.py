@@ -44,6 +44,13 @@ class EventFd:
             os.close(self.fd)
 
 
+def _epoll() -> select.epoll:
+    try:
+        return select.epoll()
+    except OSError as error:
+        raise OSError(error.errno, f"epoll_create1(2), on which a wait sleeps: {error.strerror}") from error
+
+
 class Wakeup:
     """One epoll instance over all that may end a wait. Its descriptor can itself be polled."""
 
@@ -52,7 +59,7 @@ class Wakeup:
         self._source = source
         self._listening = True
         self._link_down = False
-        self._epoll = select.epoll()
+        self._epoll = _epoll()
         # Once: the exception of a signal handler would lose one that is made later.
         self._timer: int | None = libc.timerfd()
         try:

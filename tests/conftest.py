@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx import namespace
+from linkrx import arena, namespace
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
@@ -31,6 +31,21 @@ def _enter() -> str | None:
     except (linkrx.LinkrxError, OSError) as error:
         return str(error)
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The path of free-threaded builds and of PyPy, on this interpreter."""
+    parser.addoption(
+        "--distrust-counts",
+        action="store_true",
+        help="take reference counts for inexact: no arena is used twice",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is opened."""
+    if config.getoption("--distrust-counts"):
+        arena.REFERENCE_COUNTS_ARE_EXACT = False
 
 
 # When conftest is read, not in a fixture: entering a user namespace takes a process of one thread.

@@ -8,8 +8,26 @@ import struct
 
 # asm/unistd.h
 NUMBERS = {
-    "x86_64": {"recvmmsg": 299, "eventfd2": 290, "getsockname": 51, "recvfrom": 45},
-    "aarch64": {"recvmmsg": 243, "eventfd2": 19, "getsockname": 204, "recvfrom": 207},
+    "x86_64": {
+        "recvmmsg": 299,
+        "recvfrom": 45,
+        "readv": 19,
+        "preadv2": 327,
+        "eventfd2": 290,
+        "getsockname": 51,
+        "timerfd_create": 283,
+        "epoll_create1": 291,
+    },
+    "aarch64": {
+        "recvmmsg": 243,
+        "recvfrom": 207,
+        "readv": 65,
+        "preadv2": 286,
+        "eventfd2": 19,
+        "getsockname": 204,
+        "timerfd_create": 85,
+        "epoll_create1": 20,
+    },
 }
 
 # linux/prctl.h, linux/seccomp.h, linux/filter.h

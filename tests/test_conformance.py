@@ -90,7 +90,9 @@ def test_every_check_is_published() -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    """Each test that README.md links to is in the file that it links to."""
+    """Each test that README.md links to is in the file that it links to, and each file is there."""
+    for path in re.findall(r"\]\(([^)]+)\)", README.read_text()):
+        assert (README.parent / path).exists(), path
     links = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", README.read_text())
     for name, file in links:
         assert f"def {name}(" in (README.parent / file).read_text(), name

@@ -230,7 +230,7 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
                 for number in range(100):
                     sender.send(HEADER + bytes([number]))
                 armed = True
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 + 0.0000005 * turn)
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + 0.000002 * turn)
                 try:
                     for packet in rx:
                         got.append(packet.data[0])

@@ -125,6 +125,58 @@ with linkrx.open(receiver, backend="recvmmsg") as rx:
     ]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_the_last_backend_is_refused(code: int) -> None:
+    """Where even readv(2) is refused the error says what the kernel said, and that nothing else is left."""
+    lines = run(f"""
+os.environ["LINKRX_AVOID"] = "recvmmsg,readv"
+with linkrx.open(receiver) as rx:
+    send(1)
+    deny({code}, "readv", "preadv2")
+    try:
+        rx.recv(1)
+    except linkrx.BackendUnavailable as error:
+        print(error)
+    print(rx.end, receiver.recv(100)[-1])
+""")
+    assert lines == [
+        f"os_readv on the AF_UNIX datagram socket: the kernel answers {os.strerror(code)} ({errno.errorcode[code]}), "
+        "and there is no other backend to take over",
+        "None 1",
+    ]
+
+
+@needs_core
+def test_readv_stays_where_only_scattering_is_refused() -> None:
+    """A filter that forbids readv(2) and preadv2(2) does not disturb the C backend on a source that does not block."""
+    lines = run("""
+reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+with linkrx.open(reader) as rx:
+    deny(errno.EPERM, "readv", "preadv2")
+    os.write(writer, LOCAL + REMOTE + b"\\x08\\x00" + b"\\x07")
+    print(rx.recv(1).data[0], rx.backend, rx.stats().demotions)
+""")
+    assert lines == ["7 readv 0"]
+
+
+@needs_core
+def test_what_is_held_survives_a_demotion() -> None:
+    """Packets, batches and views from before a demotion show what was sent, when the next backend has received more."""
+    lines = run("""
+with linkrx.open(receiver) as rx:
+    send(1, 2, 3)
+    held = next(rx.batches(1))
+    packets, view = list(held), memoryview(held.memory)[held.starts[1]:][:15]
+    deny(errno.ENOSYS, "recvmmsg")
+    for turn in range(50):
+        send(*range(60))
+        for batch in rx.batches(0):
+            pass
+    print(numbers(held), numbers(packets), view[-1], rx.backend)
+""")
+    assert lines[-1] == "[1, 2, 3] [1, 2, 3] 2 readv"
+
+
 def test_probing_does_without_getsockname() -> None:
     """A filter that forbids getsockname(2) does not keep a socket from being received from."""
     lines = run("""
@@ -136,16 +188,48 @@ with linkrx.open(receiver) as rx:
     assert lines == ["unix_dgram 1"]
 
 
-def test_without_eventfd_open_says_so() -> None:
-    """A filter that forbids eventfd2(2) makes open fail with what it was for."""
-    lines = run("""
-deny(errno.EPERM, "eventfd2")
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("eventfd2", "[Errno 1] eventfd(2), with which stop() ends a wait: Operation not permitted"),
+        ("timerfd_create", "[Errno 1] timerfd_create: Operation not permitted"),
+        ("epoll_create1", "[Errno 1] epoll_create1(2), on which a wait sleeps: Operation not permitted"),
+    ],
+)
+def test_without_what_a_wait_needs_open_says_so(call: str, said: str) -> None:
+    """A filter that forbids what waiting takes makes open fail with the name of the call, and leaves nothing open."""
+    lines = run(f"""
+before = os.listdir("/proc/self/fd")
+deny(errno.EPERM, "{call}")
 try:
     linkrx.open(receiver)
 except OSError as error:
     print(error)
+print(os.listdir("/proc/self/fd") == before)
 """)
-    assert lines == ["[Errno 1] eventfd(2), with which stop() ends a wait: Operation not permitted"]
+    assert lines == [said, "True"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_without_the_tun_driver() -> None:
+    """Where /dev/net/tun does not exist, as in a container, the error says what to type; so does one that is closed."""
+    lines = run("""
+import ctypes
+from linkrx import libc
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # linux/sched.h, linux/mount.h
+libc.unshare(CLONE_NEWNS)
+mount = ctypes.CDLL(None, use_errno=True).mount
+assert mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+assert mount(b"none", b"/dev/net", b"tmpfs", 0, None) == 0
+try:
+    linkrx.TunTap()
+except linkrx.LinkrxError as error:
+    print(error)
+""")
+    assert lines == [
+        "/dev/net/tun does not exist: load the driver with `sudo modprobe tun`; in a container add "
+        "`--device /dev/net/tun`"
+    ]
 
 
 @needs_core

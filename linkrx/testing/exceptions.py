@@ -62,14 +62,15 @@ def check_raising(rig: Rig, backend: str) -> None:
 def check_interrupted_wait(rig: Rig, backend: str) -> None:
     """A signal handler that raises ends a wait with its exception, at once, and reception goes on behind it."""
 
-    def interrupt(_: FrameType | None) -> None:
-        raise Interrupted
+    def interrupt(frame: FrameType | None) -> None:
+        if _is_the_loop(frame, ignore.__code__):
+            raise Interrupted
 
     with rig.open(backend, ignore) as rx:
         for way in (rx.run, rx.recv, lambda: next(rx.batches()), lambda: next(iter(rx))):
             try:
                 # Again and again: the first may come just before the system call that waits, where Python runs no
-                # handlers any more, or upon a `__del__`.
+                # handlers any more, or upon something else.
                 with alarmed(interrupt, first=0.002, interval=0.01):
                     way()
             except Interrupted:
