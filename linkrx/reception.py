@@ -45,6 +45,9 @@ _PASSING = frozenset(
     }
 )
 
+# A source that gives nothing but errors must not keep the caller from looking at the clock.
+_ERRORS_IN_A_ROW = 8
+
 # A source that says it is readable this often in a row and yields nothing, as a datagram socket does that was shut
 # down for reading, is from then on asked every _REST seconds only, by waits here and by those who poll.
 _IDLE_WAKES = 8
@@ -167,11 +170,7 @@ class Reception:
         if not header[CLASSIFIED]:
             count = header[COUNT]
             if not count:
-                try:
-                    count = self._mechanism.fill(arena, self._arenas.room(arena))
-                except OSError as error:
-                    self._weigh(error)
-                    return False
+                count = self._fill(arena)
             if self._may_hang_up:
                 count = self._without_hangup(count)
             if not count:
@@ -179,6 +178,17 @@ class Reception:
             self._classify(arena, count)
         self._take(arena)
         return True
+
+    def _fill(self, arena: Arena) -> int:
+        """Ask the backend, and once more behind each error that is no end: packets may wait behind it."""
+        for _ in range(_ERRORS_IN_A_ROW):
+            try:
+                return self._mechanism.fill(arena, self._arenas.room(arena))
+            except OSError as error:
+                self._weigh(error)
+                if self.end is not None:
+                    break
+        return 0
 
     def _take(self, arena: Arena) -> None:
         """Make a batch of what was classified."""

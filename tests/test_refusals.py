@@ -95,6 +95,21 @@ with linkrx.open(receiver) as rx:
 
 
 @needs_core
+@pytest.mark.parametrize("take", ["rx.drain()", "got.append(rx.recv(0))", "got.extend(next(rx.batches(0)))"])
+def test_a_call_that_does_not_wait_gets_what_is_there(take: str) -> None:
+    """With no time to wait the packets come in the very call in which the mechanism is refused."""
+    lines = run(f"""
+got = []
+with linkrx.open(receiver, lambda remote, local, protocol, packet: got.append(packet)) as rx:
+    send(3, 4)
+    deny(errno.EPERM, "recvmmsg", "recvfrom")
+    {take}
+    print(rx.backend, numbers(got)[0])
+""")
+    assert lines[-1] == "os_readv 3"
+
+
+@needs_core
 def test_two_refusals_in_a_row() -> None:
     """When the next backend is refused as well, the one after it takes over, still without losing a packet."""
     lines = run("""
