@@ -156,18 +156,23 @@ class Dispatcher:
             if seconds_left(deadline) == 0:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
-    # In both iterations a packet is yielded right behind the call that took it, with no jump back in between: there
-    # CPython looks for signals, and the exception of a handler would lose it.
-
     def __iter__(self) -> Iterator[Packet]:
+        reception = self._reception
         while True:
-            packet = self._take_packet(claimed=False)
-            if packet is None:
-                packet = self._step(None, self._take_packet)
-                if packet is None:
-                    if self.end is not None:
-                        return
-                    continue
+            packet = Packet()
+            # From here to the yield nothing is called and nothing jumps back: CPython looks for signals there, and
+            # the exception of a handler would lose the packet. 3.10 does so behind calls of Python functions too.
+            batch, index = reception.pending, reception.next
+            if batch is None or self._owner or reception.stopping or self._closed:
+                if self._step(None, _ready) is None and self.end is not None:
+                    return
+                continue
+            packet._batch = batch
+            packet._index = index
+            if index + 1 == batch._count:
+                reception.pending = None
+            else:
+                reception.next = index + 1
             yield packet
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
@@ -376,6 +381,11 @@ class Dispatcher:
             batch = self._step(seconds_left(deadline), self._take_batch)
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
+
+
+def _ready() -> bool:
+    """For a step that only waits."""
+    return True
 
 
 def _is_live(claim: object) -> bool:
