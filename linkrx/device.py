@@ -5,6 +5,7 @@ Needs CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_priva
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -79,6 +80,19 @@ class Device:
         """It and the other end."""
         with _route() as route:
             route.link("del", index=self.index)
+
+
+def delete_if_there(name: str) -> None:
+    """Delete a device, unless there is none of that name any more: with a namespace its devices go, a little later."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    with _route() as route:
+        for index in route.link_lookup(ifname=name):
+            try:
+                route.link("del", index=index)
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:
+                    raise
 
 
 def raised_injector(name: str) -> socket.socket:

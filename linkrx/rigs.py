@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 from linkrx.capabilities import HasFileno
-from linkrx.device import Device, injector_on
+from linkrx.device import Device, delete_if_there, injector_on
 from linkrx.dispatcher import Dispatcher
 from linkrx.factory import open
 from linkrx.packet import ETH_HEADER_BYTES
@@ -211,10 +211,8 @@ def _pair(name: str | None = None) -> Iterator[tuple[Device, str]]:
         yield device, far
     finally:
         # What a test has moved or deleted goes with the other end.
-        with IPRoute() as route:
-            for name in (near, far):
-                for index in route.link_lookup(ifname=name):
-                    route.link("del", index=index)
+        for name in (near, far):
+            delete_if_there(name)
 
 
 @contextmanager
