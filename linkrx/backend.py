@@ -72,6 +72,18 @@ class Backend(ABC):
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
 
+    def drops(self) -> int:
+        """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""
+        return 0
+
+    def freezes(self) -> int | None:
+        """How often a ring was found full; None without a ring."""
+        return None
+
     def close(self) -> None:
         """Release what `__init__` took. Called once."""
         return
+
+    def abandon(self) -> None:
+        """In a forked child, in place of `close`: release what is the child's own, change nothing that is shared."""
+        self.close()

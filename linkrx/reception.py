@@ -25,6 +25,8 @@ logger = logging.getLogger("linkrx")
 
 # The kernel, or a seccomp filter, refuses the mechanism itself.
 _REFUSED = frozenset({errno.ENOSYS, errno.EPERM, errno.ENOTSOCK, errno.EOPNOTSUPP})
+# Also while it is set up: no memory for it, or a kernel that does not have it.
+_UNAVAILABLE = _REFUSED | {errno.ENOMEM, errno.EINVAL, errno.ENOPROTOOPT}
 # A TAP or TUN queue whose device was deleted: EFAULT from a read that was waiting, EBADFD from then on.
 _QUEUE_GONE = frozenset({errno.EBADFD, errno.EFAULT})
 _INTERFACE_GONE = frozenset({errno.ENODEV, errno.ENXIO})
@@ -105,6 +107,7 @@ class Reception:
             undo.callback(self._wakeup.close)
             self._mechanism = self._build()
             undo.callback(self._mechanism.close)
+            source.start()
             if source.link_state() is not LinkState.UP:
                 self._watch_link(down=True)
             undo.pop_all()
@@ -248,7 +251,7 @@ class Reception:
             try:
                 return self._backends[self.choice.backend](self._facts, self._descriptors)
             except OSError as error:
-                if error.errno not in _REFUSED:
+                if error.errno not in _UNAVAILABLE:
                     raise
                 self._step_down(error)
 
@@ -327,7 +330,10 @@ class Reception:
         """Release everything. In a forked child nothing is restored: the parent still uses it."""
         self.over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
         try:
-            self._mechanism.close()
+            if forked:
+                self._mechanism.abandon()
+            else:
+                self._mechanism.close()
         finally:
             self._wakeup.close()
             if forked:
@@ -370,6 +376,7 @@ class Reception:
     def stats(self) -> Stats:
         """Counters since `open`."""
         counters = self._counters
+        drops = self.source.kernel_drops()
         return Stats(
             packets=counters[PACKETS] - self._left_behind,
             bytes=counters[BYTES] - self._left_behind_bytes,
@@ -380,7 +387,8 @@ class Reception:
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
             truncated=counters[CUT],
-            kernel_drops=self.source.kernel_drops(),
+            kernel_drops=None if drops is None else drops + self._mechanism.drops(),
+            ring_freezes=self._mechanism.freezes(),
             link_downs=self._link_downs if self.source.watched else None,
             demotions=self._demotions,
             undelivered=self._left_behind + self._held_back,

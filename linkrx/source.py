@@ -70,6 +70,13 @@ class Source:
         self._queue_dropped: int | None = None
         self._drops_at_open = self._drops()
 
+    def start(self) -> None:
+        """Bind the packet socket of an interface, with everything set up that packets could need: from here on they
+        come. Nothing to do for a borrowed descriptor, from which they always did.
+        """
+        if isinstance(self._held, socket.socket) and self.capabilities.owned:
+            _bind(self._held, self.capabilities.interface)
+
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
         self._undo.close()
@@ -159,7 +166,7 @@ class Source:
 
 
 def open_source(source: int | str | HasFileno, options: Options) -> Source:
-    """Probe and prepare a source. On any failure what was done is undone."""
+    """Probe and prepare a source, for `start`. On any failure what was done is undone."""
     capabilities = probe(source)
     options.check_source(capabilities)
     undo = ExitStack()
@@ -167,7 +174,6 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
         if isinstance(source, str):
             opened = undo.enter_context(_packet_socket(source))
             _configure(opened.fileno(), capabilities, options, undo)
-            _bind(opened, source)
             return Source(opened.fileno(), capabilities, opened, undo)
         fd = descriptor(source)
         if capabilities.socket:
@@ -194,7 +200,7 @@ def _packet_socket(interface: str) -> socket.socket:
         ) from error
 
 
-def _bind(packet: socket.socket, interface: str) -> None:
+def _bind(packet: socket.socket, interface: str | None) -> None:
     try:
         packet.bind((interface, ETH_P_ALL))
     except OSError as error:

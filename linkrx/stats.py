@@ -29,8 +29,9 @@ class Stats:
 
     `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
     `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
-    received and are not packets; `truncated` counts among all of these. `kernel_drops` never reached linkrx.
-    `receives` are system calls that received, `waits` those that slept.
+    received and are not packets; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
+    `ring_freezes` is how often the kernel found a ring full. `receives` are system calls that received, or blocks
+    taken from a ring; `waits` are calls that slept.
     """
 
     packets: int
@@ -43,6 +44,7 @@ class Stats:
     unknown_protocol: int
     truncated: int
     kernel_drops: int | None
+    ring_freezes: int | None
     link_downs: int | None
     demotions: int
     undelivered: int

@@ -1,0 +1,343 @@
+/* Packets from a ring that the kernel fills: no system call while they flow. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/if_packet.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "packet.h"
+#include "columns.inc"
+#include "packet_mmap.h"
+
+/* linux/if_ether.h; its other contents clash with the C library's. */
+#define ETH_P_8021Q 0x8100
+
+/* tpacket_rcv() in net/packet/af_packet.c: struct virtio_net_hdr, without the num_buffers of larger headers, ends
+ * where the frame starts, whatever PACKET_VNET_HDR_SZ is. */
+#define VNET_WRITTEN 10
+#define VNET_MOST 12 /* what packet_setsockopt() takes for PACKET_VNET_HDR_SZ */
+
+/* What the kernel wrote is looked at once, so that what is checked is what is used. */
+#define ONCE(field) (*(const volatile __typeof__(field) *)&(field))
+
+struct lrx_packet_mmap {
+    int fd;
+    int version;     /* PACKET_VERSION before */
+    dev_t device;    /* with the inode: which socket the descriptor is */
+    ino_t inode;
+    uint8_t *ring;
+    size_t mapped;
+    uint32_t block_size;
+    uint32_t blocks;
+    uint32_t vnet;
+    uint32_t capacity;
+    uint32_t wanted;
+    uint32_t block;  /* the one that is read now, or next */
+    uint32_t left;   /* packets of it that wait; 0: it is not begun */
+    uint32_t offset; /* of the first of these in the block */
+    int error;       /* of the socket, to be told when the ring is empty */
+    uint64_t drops;
+    uint64_t freezes;
+};
+
+static int set_ring(const struct lrx_packet_mmap *s, uint32_t retire_ms)
+{
+    /* V3 packs packets as they come; one frame per block satisfies packet_set_ring(), which wants the numbers to
+     * agree, whatever PACKET_RESERVE is. */
+    struct tpacket_req3 request = {
+        .tp_block_size = s->block_size,
+        .tp_block_nr = s->blocks,
+        .tp_frame_size = s->blocks ? s->block_size : 0,
+        .tp_frame_nr = s->blocks,
+        .tp_retire_blk_tov = retire_ms,
+    };
+
+    return setsockopt(s->fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request);
+}
+
+/* PACKET_STATISTICS begins anew with each reading. */
+static void count(struct lrx_packet_mmap *s)
+{
+    struct tpacket_stats_v3 since;
+    socklen_t size = sizeof since;
+
+    if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) == 0 && size == sizeof since) {
+        s->drops += since.tp_drops;
+        s->freezes += since.tp_freeze_q_cnt;
+    }
+}
+
+/* The owner of a borrowed socket may have closed it, and another file got its number. */
+static bool is_same_socket(const struct lrx_packet_mmap *s)
+{
+    struct stat now;
+
+    return fstat(s->fd, &now) == 0 && now.st_dev == s->device && now.st_ino == s->inode;
+}
+
+static void take_off(struct lrx_packet_mmap *s)
+{
+    if (s->ring)
+        munmap(s->ring, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
+    if (is_same_socket(s)) {
+        s->blocks = s->block_size = 0;
+        set_ring(s, 0);
+        setsockopt(s->fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
+    }
+}
+
+struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms,
+                                             uint32_t vnet, uint32_t capacity, uint32_t wanted)
+{
+    struct lrx_packet_mmap *s = calloc(1, sizeof *s);
+    const int version = TPACKET_V3;
+    socklen_t size = sizeof s->version;
+    struct stat now;
+    int error;
+
+    if (!s)
+        return NULL;
+    if (vnet > VNET_MOST) {
+        errno = EINVAL;
+        goto refused;
+    }
+    s->fd = fd;
+    s->block_size = block_size;
+    s->blocks = blocks;
+    s->mapped = (size_t)block_size * blocks;
+    s->vnet = vnet;
+    s->capacity = capacity;
+    s->wanted = wanted;
+    if (fstat(fd, &now) < 0 || getsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, &size) < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version, sizeof version) < 0)
+        goto refused;
+    s->device = now.st_dev;
+    s->inode = now.st_ino;
+    if (set_ring(s, retire_ms) < 0) {
+        error = errno;
+        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
+        errno = error;
+        goto refused;
+    }
+    s->ring = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (s->ring == MAP_FAILED) {
+        error = errno;
+        s->ring = NULL;
+        take_off(s);
+        errno = error;
+        goto refused;
+    }
+    /* A child that had the ring mapped as well would keep the kernel from removing it. */
+    madvise(s->ring, s->mapped, MADV_DONTFORK);
+    count(s); /* what the socket dropped before is not the ring's */
+    s->drops = s->freezes = 0;
+    return s;
+
+refused:
+    error = errno;
+    free(s);
+    errno = error;
+    return NULL;
+}
+
+void lrx_packet_mmap_close(struct lrx_packet_mmap *s)
+{
+    if (!s)
+        return;
+    take_off(s);
+    free(s);
+}
+
+void lrx_packet_mmap_abandon(struct lrx_packet_mmap *s)
+{
+    free(s);
+}
+
+uint32_t lrx_packet_mmap_held(const struct lrx_packet_mmap *s)
+{
+    return s->left;
+}
+
+uint64_t lrx_packet_mmap_drops(struct lrx_packet_mmap *s)
+{
+    count(s);
+    return s->drops;
+}
+
+uint64_t lrx_packet_mmap_freezes(struct lrx_packet_mmap *s)
+{
+    count(s);
+    return s->freezes;
+}
+
+static struct tpacket_hdr_v1 *block_header(const struct lrx_packet_mmap *s)
+{
+    return &((struct tpacket_block_desc *)(s->ring + (size_t)s->block * s->block_size))->hdr.bh1;
+}
+
+/* Begin the next block if the kernel has closed it. Blocks are filled in order, so no other can be. */
+static bool begin_block(struct lrx_packet_mmap *s)
+{
+    struct tpacket_hdr_v1 *header = block_header(s);
+    /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
+     * TP_STATUS_USER tell why it was closed. */
+    uint32_t status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
+
+    if (!(status & TP_STATUS_USER))
+        return false;
+    if (status & TP_STATUS_LOSING)
+        count(s); /* while packets are lost, often enough that the kernel's 32 bits never wrap */
+    s->left = ONCE(header->num_pkts);
+    s->offset = ONCE(header->offset_to_first_pkt);
+    return true;
+}
+
+static void give_back(struct lrx_packet_mmap *s)
+{
+    struct tpacket_hdr_v1 *header = block_header(s);
+
+    /* The kernel does this when it opens the block, which may be later; see pending_error(). */
+    header->num_pkts = 0;
+    /* Before this store everything that was read of the block has been read. */
+    __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
+    s->left = 0;
+    if (++s->block == s->blocks)
+        s->block = 0;
+}
+
+/* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
+ * that came before are still in the open block, until the timer closes it. They are waited for: the kernel then
+ * says that the socket is readable. */
+static int pending_error(struct lrx_packet_mmap *s)
+{
+    socklen_t size = sizeof s->error;
+    int error;
+
+    if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
+        return errno;
+    if (!s->error || ONCE(block_header(s)->num_pkts))
+        return 0;
+    error = s->error;
+    s->error = 0;
+    return error;
+}
+
+/* Where the packet at `offset` of the block lies: its first byte, or NULL for numbers that point out of the block,
+ * which no kernel writes. */
+static const uint8_t *frame_of(const struct lrx_packet_mmap *s, const uint8_t *block, uint32_t *snaplen)
+{
+    const struct tpacket3_hdr *header = (const struct tpacket3_hdr *)(block + s->offset);
+    uint32_t mac;
+
+    if ((uint64_t)s->offset + TPACKET3_HDRLEN > s->block_size || s->offset % _Alignof(struct tpacket3_hdr))
+        return NULL;
+    mac = ONCE(header->tp_mac);
+    *snaplen = ONCE(header->tp_snaplen);
+    if (mac < TPACKET3_HDRLEN + (s->vnet ? VNET_WRITTEN : 0) ||
+        (uint64_t)s->offset + mac + *snaplen > s->block_size)
+        return NULL;
+    return block + s->offset + mac;
+}
+
+static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *frame, uint32_t length)
+{
+    if (s->vnet) {
+        uint8_t header[VNET_MOST] = {0};
+        uint32_t head = length < s->vnet ? length : s->vnet;
+
+        memcpy(header, frame - VNET_WRITTEN, VNET_WRITTEN);
+        memcpy(to, header, head);
+        to += head;
+        length -= head;
+    }
+    memcpy(to, frame, length);
+}
+
+static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpacket3_hdr *header,
+                              const struct lrx_columns *out, uint32_t n)
+{
+    uint32_t status = header->tp_status;
+    uint16_t flags = 0;
+
+    if (status & TP_STATUS_CSUMNOTREADY)
+        flags |= LRX_CHECKSUM_UNFINISHED;
+    /* A tag of 0 is legal: the flag tells, not the value. */
+    if (status & TP_STATUS_VLAN_VALID) {
+        flags |= LRX_VLAN;
+        out->vlan_tcis[n] = (uint16_t)header->hv1.tp_vlan_tci;
+        out->vlan_tpids[n] = status & TP_STATUS_VLAN_TPID_VALID ? header->hv1.tp_vlan_tpid : ETH_P_8021Q;
+    }
+    if (s->wanted & LRX_TIMESTAMP) {
+        flags |= LRX_TIMESTAMP;
+        out->timestamps[n] = (int64_t)header->tp_sec * 1000000000 + header->tp_nsec;
+    }
+    if (s->wanted & LRX_OUTGOING) {
+        const struct sockaddr_ll *from =
+            (const struct sockaddr_ll *)((const uint8_t *)header + TPACKET_ALIGN(sizeof *header));
+
+        if (from->sll_pkttype == PACKET_OUTGOING)
+            flags |= LRX_OUTGOING;
+    }
+    return flags;
+}
+
+int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+                         uint32_t size)
+{
+    uint32_t *words = lrx_header_at(descriptors);
+    const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
+    uint8_t *memory = (uint8_t *)region;
+    uint32_t cursor = 0, n = 0, begun = 0;
+
+    while (n < rows) {
+        const uint8_t *block = s->ring + (size_t)s->block * s->block_size;
+        const struct tpacket3_hdr *header;
+        const uint8_t *frame;
+        uint32_t snaplen, length, next;
+
+        if (!s->left) {
+            if (begun == s->blocks || !begin_block(s))
+                break;
+            begun++;
+            if (!s->left) { /* Linux before 3.19 hands empty blocks over */
+                give_back(s);
+                continue;
+            }
+        }
+        header = (const struct tpacket3_hdr *)(block + s->offset);
+        frame = frame_of(s, block, &snaplen);
+        if (!frame) {
+            give_back(s);
+            s->error = EIO;
+            break;
+        }
+        length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
+        if ((uint64_t)cursor + length > size)
+            break;
+        copy(s, memory + cursor, frame, length);
+        out.starts[n] = cursor;
+        out.lengths[n] = length;
+        out.wire_lengths[n] = s->vnet + header->tp_len;
+        out.flags[n] = read_metadata(s, header, &out, n);
+        n++;
+        cursor = lrx_align(cursor + length);
+        next = ONCE(header->tp_next_offset);
+        if (--s->left == 0)
+            give_back(s);
+        else if (next < TPACKET3_HDRLEN || next > s->block_size)
+            s->offset = s->block_size; /* out of the block: found above */
+        else
+            s->offset += next;
+    }
+    if (n == 0)
+        return -pending_error(s);
+    /* The count is kept here as well: a signal handler that raises takes the return value from Python. */
+    words[LRX_COUNT] = n;
+    words[LRX_RECEIVES] = begun;
+    words[LRX_END] = cursor;
+    return (int)n;
+}

@@ -1,0 +1,29 @@
+/* A ring that the kernel fills and this process empties: TPACKET_V3. */
+struct lrx_packet_mmap;
+
+/* Put a ring of `blocks` blocks of `block_size` bytes on an AF_PACKET socket; the kernel hands a block over
+ * when it is full, or when `retire_ms` milliseconds are up and something is in it. `vnet` is the size of the
+ * virtio-net header that the socket puts in front of frames, `capacity` what is kept of a packet, that header
+ * included, and `wanted` the LRX_TIMESTAMP and LRX_OUTGOING that are asked for. NULL and errno, and the socket
+ * as it was, when the kernel refuses. */
+struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms,
+                                             uint32_t vnet, uint32_t capacity, uint32_t wanted);
+
+/* Take the ring off the socket, which gets back the PACKET_VERSION it had. */
+void lrx_packet_mmap_close(struct lrx_packet_mmap *s);
+
+/* In a forked child: the ring is the parent's. */
+void lrx_packet_mmap_abandon(struct lrx_packet_mmap *s);
+
+/* Copy at most `rows` packets into `size` bytes at `region`, and give each block back to the kernel with its last
+ * packet. What does not fit stays in its block for the next call. Returns the number copied, or -errno: the
+ * socket's error, told only when everything that came before it has been copied. */
+int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+                         uint32_t size);
+
+/* Packets in the block that was begun and not yet given back. */
+uint32_t lrx_packet_mmap_held(const struct lrx_packet_mmap *s);
+
+/* Since the ring was made: packets that found no room in it, and how often it was found full. */
+uint64_t lrx_packet_mmap_drops(struct lrx_packet_mmap *s);
+uint64_t lrx_packet_mmap_freezes(struct lrx_packet_mmap *s);

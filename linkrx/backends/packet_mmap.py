@@ -1,0 +1,147 @@
+"""C: packets from a ring that the kernel fills (TPACKET_V3), with no system call while they flow."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Any
+
+from linkrx import _core
+from linkrx.arena import Arena
+from linkrx.backend import Backend, Receive
+from linkrx.capabilities import Capabilities
+from linkrx.columns import Descriptors
+from linkrx.errors import BackendUnavailable, UnsupportedOption
+from linkrx.packet import OUTGOING, TIMESTAMP
+
+logger = logging.getLogger("linkrx")
+
+# A burst of 100 ms at a million packets per second. The kernel closes a block when it is full, and also when the
+# retire time is up and something is in it: at the default latency of 1 ms that burst takes 100 blocks, each with 1000
+# packets. In the ring a 64-byte frame takes 152 bytes, so 152,000 of a block's 262,144.
+RING_BYTES = 32 * 1024 * 1024
+RING_BLOCKS = 128
+
+# Frames do not cross blocks, and what is longer than a block is cut. The least holds a super-packet of 64 KiB, that of
+# RING_BYTES the 198,586 bytes that IPv6 BIG TCP is set up for in practice, and the most any that Linux makes:
+# capabilities.LARGEST_MESSAGE. The kernel takes what is no power of two as the next that is.
+BLOCK_LEAST = 128 * 1024
+BLOCK_MOST = 1024 * 1024
+BLOCKS_LEAST = 2  # one to read while the other is filled
+
+LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as the kernel likes
+RETIRE_MOST = 2**31 - 1
+
+
+class PacketMmap(Backend):
+    """The recommended choice for an interface by name."""
+
+    name = "packet_mmap"
+    rank = 40
+    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "latency"})
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The core may not have been built."""
+        return _core.reason
+
+    @classmethod
+    def refuses(cls, capabilities: Capabilities) -> str | None:
+        """All but packet sockets: the kernel knows no ring for others."""
+        if capabilities.kind in ("packet", "packet_cooked"):
+            return None
+        return f"packet_mmap puts a ring on AF_PACKET sockets only, and the source is {capabilities.a_title}"
+
+    @classmethod
+    def discouraged(cls, capabilities: Capabilities) -> str | None:
+        """A socket that somebody else uses as well."""
+        if capabilities.owned:
+            return None
+        return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
+
+    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+        self._descriptors = descriptors.address()
+        self._rows = descriptors.rows
+        self._state = _ring(receive)
+        self._fill = _core.lib.lrx_packet_mmap_fill
+
+    def fill(self, arena: Arena, room: int) -> int:
+        """One crossing: until no closed block is left, the descriptors are full, or the next packet does not fit."""
+        count: int = self._fill(
+            self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
+        )
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        return count
+
+    @property
+    def held(self) -> int:
+        """Packets of a block that was begun. The kernel says nothing of them once a later block was given back."""
+        waiting: int = _core.lib.lrx_packet_mmap_held(self._state)
+        return waiting
+
+    def drops(self) -> int:
+        """Those that found no room in the ring: tp_drops, which SO_MEMINFO does not have."""
+        dropped: int = _core.lib.lrx_packet_mmap_drops(self._state)
+        return dropped
+
+    def freezes(self) -> int:
+        """tp_freeze_q_cnt."""
+        frozen: int = _core.lib.lrx_packet_mmap_freezes(self._state)
+        return frozen
+
+    def close(self) -> None:
+        """Take the ring off the socket."""
+        _core.lib.lrx_packet_mmap_close(self._state)
+        self._state = None
+
+    def abandon(self) -> None:
+        """The ring is the parent's: it is not mapped in the child."""
+        _core.lib.lrx_packet_mmap_abandon(self._state)
+        self._state = None
+
+
+def shape(size: int) -> tuple[int, int]:
+    """Block size and number of blocks for a ring of `size` bytes: RING_BLOCKS of them, as far as the sizes allow."""
+    block = BLOCK_LEAST
+    while block < BLOCK_MOST and 2 * block * RING_BLOCKS <= size:
+        block *= 2
+    return block, max(BLOCKS_LEAST, size // block)
+
+
+def _ring(receive: Receive) -> Any:
+    """A ring as large as was asked for, or as the kernel has memory for."""
+    options, found = receive.options, receive.capabilities
+    if options.latency < LATENCY_LEAST:
+        raise UnsupportedOption(
+            f"latency={options.latency} on the {found.title}: packet_mmap can promise {LATENCY_LEAST} at the least, "
+            "for the kernel counts milliseconds; backend='recvmmsg' holds nothing back"
+        )
+    retire = int(min(options.latency * 1000, RETIRE_MOST))
+    wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
+    block, asked = shape(options.receive_buffer or RING_BYTES)
+    blocks = asked
+    while True:
+        state = _core.lib.lrx_packet_mmap_open(
+            receive.fd, block, blocks, retire, found.vnet_header_size, receive.layout.capacity, wanted
+        )
+        if state:
+            break
+        code = _core.last_error()
+        if code == errno.EBUSY:
+            raise BackendUnavailable(
+                f"packet_mmap on the {found.title}: {os.strerror(code)}: it has a ring already. Give linkrx a socket "
+                "without one, or the name of the interface"
+            )
+        if code != errno.ENOMEM or blocks == BLOCKS_LEAST:
+            raise OSError(code, os.strerror(code))
+        blocks = max(BLOCKS_LEAST, blocks // 2)
+    if blocks < asked:
+        logger.warning(
+            "packet_mmap on the %s: no memory for a ring of %d bytes; it has %d. receive_buffer= asks for less",
+            found.title,
+            asked * block,
+            blocks * block,
+        )
+    return state
