@@ -11,6 +11,7 @@ import pytest
 
 import linkrx
 from linkrx import arena, namespace
+from linkrx.capabilities import Capabilities
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
@@ -50,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # When conftest is read, not in a fixture: entering a user namespace takes a process of one thread.
 NO_DEVICES = _enter()
+
+
+def that_take(kind: str) -> list[str]:
+    """The backends of this host that take sources of a kind. That the others refuse them is for conformance cells."""
+    source = Capabilities(kind, socket=kind not in ("tap", "tun", "pipe"), largest_frame=65_536)
+    return [
+        info.name for info in linkrx.backends() if info.supported and info.backend.refuses(source) is None
+    ]
 
 
 @pytest.fixture

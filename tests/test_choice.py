@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import that_take
 
 import linkrx
 from linkrx.backend import Backend
 from linkrx.backends.os_readv import OsReadv
+from linkrx.backends.packet_mmap import PacketMmap
 from linkrx.backends.readv import Readv
 from linkrx.backends.recvmmsg import Recvmmsg
 from linkrx.capabilities import Capabilities
@@ -21,6 +23,7 @@ from linkrx.options import Options
 TAP = Capabilities("tap", socket=False, largest_frame=65_664, ethernet=True, interface="tap0")
 DATAGRAM = Capabilities("unix_dgram", socket=True, largest_frame=262_144)
 PACKET = Capabilities("packet", socket=True, largest_frame=262_144, interface="eth0", owned=True)
+BORROWED = replace(PACKET, owned=False)
 
 
 def info(backend: type[Backend], reason: str | None = None) -> linkrx.BackendInfo:
@@ -28,8 +31,8 @@ def info(backend: type[Backend], reason: str | None = None) -> linkrx.BackendInf
     return linkrx.BackendInfo(backend.name, reason is None, reason, backend.rank, backend.honours, backend)
 
 
-ALL = [info(Recvmmsg), info(Readv), info(OsReadv)]
-NO_CORE = [info(Recvmmsg, "no core"), info(Readv, "no core"), info(OsReadv)]
+ALL = [info(PacketMmap), info(Recvmmsg), info(Readv), info(OsReadv)]
+NO_CORE = [*(info(backend, "no core") for backend in (PacketMmap, Recvmmsg, Readv)), info(OsReadv)]
 
 
 class OnlyWhenNamed(OsReadv):
@@ -49,10 +52,15 @@ class OnlyWhenNamed(OsReadv):
     [
         (TAP, ALL, ("readv", "os_readv")),
         (DATAGRAM, ALL, ("recvmmsg", "readv", "os_readv")),
-        (PACKET, ALL, ("recvmmsg", "readv", "os_readv")),
+        (PACKET, ALL, ("packet_mmap", "recvmmsg", "readv", "os_readv")),
+        (BORROWED, ALL, ("recvmmsg", "readv", "os_readv")),
         (TAP, NO_CORE, ("os_readv",)),
         (DATAGRAM, NO_CORE, ("os_readv",)),
-        (PACKET, [info(OnlyWhenNamed), *ALL], ("only_when_named", "recvmmsg", "readv", "os_readv")),
+        (
+            PACKET,
+            [info(OnlyWhenNamed), *ALL],
+            ("only_when_named", "packet_mmap", "recvmmsg", "readv", "os_readv"),
+        ),
         (DATAGRAM, [info(OnlyWhenNamed), *ALL], ("recvmmsg", "readv", "os_readv")),
     ],
 )
@@ -67,12 +75,14 @@ def test_auto(capabilities: Capabilities, infos: list[linkrx.BackendInfo], ladde
 def test_it_explains_itself() -> None:
     """There is one line per backend: chosen, accepted but not best, or refused and why."""
     assert linkrx.choose(TAP, ALL, Options()).explain().splitlines() == [
-        "recvmmsg  refused   recvmmsg reads sockets only, and the source is a TAP queue on tap0",
-        "readv     chosen    the best that takes the source",
-        "os_readv  accepted  would do, but readv is better",
+        "packet_mmap  refused   packet_mmap puts a ring on AF_PACKET sockets only, and the source is a TAP queue on tap0",
+        "recvmmsg     refused   recvmmsg reads sockets only, and the source is a TAP queue on tap0",
+        "readv        chosen    the best that takes the source",
+        "os_readv     accepted  would do, but readv is better",
     ]
     assert linkrx.choose(DATAGRAM, [info(OnlyWhenNamed), *NO_CORE], Options()).explain() == (
         "only_when_named  accepted  only when named: it changes the socket\n"
+        "packet_mmap      refused   no core\n"
         "recvmmsg         refused   no core\n"
         "readv            refused   no core\n"
         "os_readv         chosen    the best that takes the source"
@@ -84,11 +94,12 @@ def test_a_named_backend_is_that_one() -> None:
     choice = linkrx.choose(DATAGRAM, ALL, Options(), "os_readv")
     assert choice.ladder == ("os_readv",)
     assert [(v.backend, v.outcome) for v in choice.verdicts] == [
+        ("packet_mmap", "refused"),
         ("recvmmsg", "accepted"),
         ("readv", "accepted"),
         ("os_readv", "chosen"),
     ]
-    assert "os_readv was named" in choice.verdicts[0].reason
+    assert "os_readv was named" in choice.verdicts[1].reason
     assert (
         linkrx.choose(DATAGRAM, [info(OnlyWhenNamed)], Options(), "only_when_named").backend
         == "only_when_named"
@@ -111,7 +122,7 @@ def test_a_named_backend_is_that_one() -> None:
             ALL,
             "nonesuch",
             linkrx.BackendUnavailable,
-            "no backend 'nonesuch': there are recvmmsg, readv, os_readv",
+            "no backend 'nonesuch': there are packet_mmap, recvmmsg, readv, os_readv",
         ),
     ],
 )
@@ -139,7 +150,7 @@ def test_options_nobody_honours(option: str) -> None:
 def test_auto_passes_over_what_cannot_honour_an_option() -> None:
     """With an option set, only backends that honour it are on the ladder."""
     choice = linkrx.choose(PACKET, ALL, Options(timestamps=True))
-    assert choice.ladder == ("recvmmsg",)
+    assert choice.ladder == ("packet_mmap", "recvmmsg")
     assert "readv cannot honour timestamps=True" in choice.explain()
 
 
@@ -147,7 +158,7 @@ def test_avoid() -> None:
     """Avoided names are refused under auto; one that does not exist is avoided already."""
     choice = linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg"])
     assert choice.ladder == ("readv", "os_readv")
-    assert choice.verdicts[0].reason == "LINKRX_AVOID names it"
+    assert choice.verdicts[1].reason == "LINKRX_AVOID names it"
     with pytest.raises(linkrx.UnsupportedSource, match="no backend receives"):
         linkrx.choose(DATAGRAM, ALL, Options(), avoid=["recvmmsg", "readv", "os_readv"])
     assert linkrx.choose(DATAGRAM, ALL, Options(), avoid=["typo"]).backend == "recvmmsg"
@@ -158,11 +169,12 @@ def test_demotion() -> None:
     choice = linkrx.choose(DATAGRAM, ALL, Options()).demoted("the kernel said no")
     assert choice.ladder == ("readv", "os_readv")
     assert [(v.backend, v.outcome) for v in choice.verdicts] == [
+        ("packet_mmap", "refused"),
         ("recvmmsg", "refused"),
         ("readv", "chosen"),
         ("os_readv", "accepted"),
     ]
-    assert choice.verdicts[0].reason == "the kernel said no"
+    assert choice.verdicts[1].reason == "the kernel said no"
 
 
 @pytest.fixture
@@ -177,7 +189,7 @@ def test_the_environment(
     datagram: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """LINKRX_BACKEND replaces "auto" but no name; LINKRX_AVOID narrows "auto", and warns of what does not exist."""
-    supported = [found.name for found in linkrx.backends() if found.supported]
+    supported = that_take("unix_dgram")
     monkeypatch.setenv("LINKRX_BACKEND", "os_readv")
     with linkrx.open(datagram) as rx:
         assert rx.backend == "os_readv"

@@ -303,8 +303,11 @@ def test_doctor_in_a_terminal() -> None:
     ("environment", "line"),
     [
         ({"LINKRX_BACKEND": "os_readv"}, "os_readv  chosen    it was named"),
-        ({"LINKRX_AVOID": "recvmmsg, readv"}, "recvmmsg  refused   LINKRX_AVOID names it"),
-        ({"LINKRX_AVOID": "recvmmsg, readv"}, "os_readv  chosen    the best that takes the source"),
+        ({"LINKRX_AVOID": "packet_mmap, recvmmsg, readv"}, "recvmmsg  refused   LINKRX_AVOID names it"),
+        (
+            {"LINKRX_AVOID": "packet_mmap, recvmmsg, readv"},
+            "os_readv  chosen    the best that takes the source",
+        ),
     ],
 )
 def test_doctor_honours_the_environment(environment: dict[str, str], line: str) -> None:
@@ -334,11 +337,11 @@ def test_doctor_on_an_unknown_interface() -> None:
 
 
 def test_doctor_without_the_core() -> None:
-    """Without the C core the doctor gives the reason for readv and recvmmsg, and os_readv keeps the exit code 0."""
+    """Without the C core the doctor gives the reason for the three that need it, and os_readv keeps the exit code 0."""
     done = run("-c", WITHOUT_CORE, "doctor")
     assert done.returncode == 0
     assert re.search(r"^C core +no: the C core was not built", done.stdout, re.MULTILINE)
-    for name in ("readv", "recvmmsg"):
+    for name in ("packet_mmap", "readv", "recvmmsg"):
         assert re.search(rf"^{name} +unavailable  the C core was not built", done.stdout, re.MULTILINE)
     assert re.search(r"^os_readv +supported", done.stdout, re.MULTILINE)
 

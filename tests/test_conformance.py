@@ -75,7 +75,7 @@ def test_device_cell(cell: testing.Cell) -> None:
 
 def test_every_backend_is_here() -> None:
     """The backends of the folder are listed, best first, and the matrix has a row for each."""
-    assert NAMES == ["recvmmsg", "readv", "os_readv"]
+    assert NAMES == ["packet_mmap", "recvmmsg", "readv", "os_readv"]
     assert list(published("backend")) == NAMES
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from conftest import that_take
 
 import linkrx
 from linkrx.rigs import LOCAL, REMOTE
@@ -19,7 +20,7 @@ from linkrx.testing.stops import ignore
 from linkrx.testing.waiting import asleep, running, until
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
-BACKENDS = [info.name for info in linkrx.backends() if info.supported]
+BACKENDS = that_take("unix_dgram")
 
 Pair = tuple[socket.socket, socket.socket]
 
