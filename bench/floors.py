@@ -20,6 +20,7 @@ from linkrx import _core
 
 MEMORY = 512 * 1024
 ROUNDS = 200
+RING_BLOCK, RING_BLOCKS = 256 * 1024, 128
 
 
 @cache
@@ -60,6 +61,28 @@ def recvmmsg_floor(fd: int, *, metadata: bool) -> Floor:
     return Floor("drain_recvmmsg", fd, int(metadata))
 
 
+class RingFloor:
+    """A bare walk of a TPACKET_V3 ring. Each call empties it and returns (packets, bytes)."""
+
+    def __init__(self, fd: int) -> None:
+        library = _library()
+        library.make_ring.restype = ctypes.c_void_p
+        library.walk_ring.restype = ctypes.c_long
+        self._shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
+        self._ring = ctypes.c_void_p(library.make_ring(fd, *self._shape))
+        assert self._ring.value, "no ring"
+        self._walk = library.walk_ring
+
+    def __call__(self) -> tuple[int, int]:
+        walked = ctypes.c_uint64(0)
+        packets = self._walk(self._ring, *self._shape, ctypes.byref(walked))
+        return packets, walked.value
+
+    def close(self) -> None:
+        """Unmap it: the kernel removes a ring with its socket."""
+        _library().free_ring(self._ring, *self._shape)
+
+
 def processor() -> str:
     """The CPU's name, as the kernel gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -71,19 +94,28 @@ def processor() -> str:
 Drain = Callable[[], int]
 
 
-def against(benchmark: Any, floor: Floor, subject: Drain, fill: Drain, size: int, **facts: object) -> int:
+def against(
+    benchmark: Any,
+    floor: Callable[[], tuple[int, int]],
+    subject: Drain,
+    fill: Drain,
+    size: int,
+    fill_floor: Drain | None = None,
+    **facts: object,
+) -> int:
     """Measure `subject` draining what `fill` put into a queue, round by round beside `floor` doing the same.
 
     `fill` and `subject` return packets, and what is drained must be what was put in; so must the bytes that the
     floor counts, packets of `size` each. Filling is not timed. The figure is `ratio`: the subject's median round over
-    the floor's. Returns how many packets the subject drained in all, for a last check.
+    the floor's. `fill_floor` is for a floor with a queue of its own. Returns how many packets the subject drained in
+    all, for a last check.
     """
     floor_rounds: list[int] = []
     sent = drained = 0
 
     def interleave() -> None:
         nonlocal sent
-        sent = fill()
+        sent = (fill_floor or fill)()
         start = time.perf_counter_ns()
         got = floor()
         floor_rounds.append(time.perf_counter_ns() - start)
