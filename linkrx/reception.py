@@ -126,10 +126,11 @@ class Reception:
         deadline = deadline_after(timeout)
         self._wakeup.listen()
         while not self.over():
+            known_down = self._link_down
             if self._receive():
                 self._vain = 0
                 return self.pending is not None
-            if self._link_down:
+            if known_down:  # not when it was told just now: that comes before what was queued
                 self._look_at_link()
             if timeout == 0 and self._polled:
                 self._vain += 1

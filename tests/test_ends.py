@@ -183,6 +183,18 @@ def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> N
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", PACKET_BACKENDS)
+def test_packets_queued_when_the_interface_is_deleted_are_delivered(backend: str) -> None:
+    """An interface that is gone is the end behind the packets that were queued, not before them."""
+    with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
+        for _ in range(5):
+            injector.send(HEADER)
+        delete(near)
+        assert sum(1 for _ in rx) == 5
+        assert rx.end is linkrx.End.LINK_GONE
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", PACKET_BACKENDS)
 def test_a_link_that_is_down_at_open(backend: str) -> None:
     """open on an interface that is down waits for it to come up, counts no link down, and sees its deletion."""
     with veth() as (near, far):
