@@ -58,6 +58,10 @@ class Backend(ABC):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
 
+    def start(self) -> None:
+        """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
+        return
+
     @abstractmethod
     def fill(self, arena: Arena, room: int) -> int:
         """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.

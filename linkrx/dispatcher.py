@@ -90,6 +90,11 @@ class Dispatcher:
         return self._reception.source.capabilities
 
     @property
+    def fanout(self) -> int | None:
+        """The number of the fanout group, for others to join; None without `fanout=`."""
+        return self._reception.source.fanout
+
+    @property
     def end(self) -> End | None:
         """Why it is over, or None while it is not."""
         reception = self._reception

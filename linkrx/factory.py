@@ -189,8 +189,10 @@ def open(  # noqa: A001
 
     `batch_size=64` packets per receive at most; `ethernet`, `vnet_header`, `packet_info` say what the probe cannot
     know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
-    `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer; `segment`, `fanout`, `latency`,
-    `zero_copy` for backends that have them.
+    `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or ring; `fanout`, the number of a group
+    of dispatchers that share an interface, or "auto" for a new one, or a pair of that and "hash", "lb", "cpu",
+    "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `segment`, `zero_copy` for backends that
+    have them.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.

@@ -9,6 +9,7 @@ from typing import TypedDict
 from linkrx.buffers import checked_sizes
 from linkrx.capabilities import Capabilities
 from linkrx.errors import UnsupportedOption
+from linkrx.fanout import Fanout
 from linkrx.framing import VNET_HEADER_BYTES, Framing
 
 BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
@@ -32,7 +33,7 @@ class Keywords(TypedDict, total=False):
     promiscuous: bool
     outgoing: bool
     timestamps: bool
-    fanout: object
+    fanout: int | str | tuple[int | str, str] | None
     receive_buffer: int | None
     latency: float
     zero_copy: bool
@@ -51,7 +52,7 @@ class Options:
     promiscuous: bool = False
     outgoing: bool = False
     timestamps: bool = False
-    fanout: object = None
+    fanout: int | str | tuple[int | str, str] | None = None
     receive_buffer: int | None = None
     latency: float = 0.001
     zero_copy: bool = False
@@ -70,6 +71,8 @@ class Options:
             raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
         if self.buffer_sizes is not None:
             checked_sizes(self.buffer_sizes)
+        if self.fanout is not None:
+            Fanout.of(self.fanout)
 
     def needed(self) -> tuple[str, ...]:
         """The options set that not every backend honours."""
@@ -83,6 +86,11 @@ class Options:
                     raise UnsupportedOption(
                         f"{name}={getattr(self, name)!r} needs an AF_PACKET socket; the source is {capabilities.a_title}"
                     )
+        if self.fanout is not None and not capabilities.owned:
+            raise UnsupportedOption(
+                f"fanout={self.fanout!r} on a borrowed socket could not be undone: a group is left only by closing the "
+                "socket. Give the name of the interface"
+            )
         if self.receive_buffer is not None and not capabilities.socket:
             advice = (
                 f": the queue of {capabilities.interface} is as long as its txqueuelen; "

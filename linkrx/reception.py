@@ -108,6 +108,7 @@ class Reception:
             self._mechanism = self._build()
             undo.callback(self._mechanism.close)
             source.start()
+            self._mechanism.start()
             if source.link_state() is not LinkState.UP:
                 self._watch_link(down=True)
             undo.pop_all()

@@ -24,6 +24,7 @@ from linkrx.capabilities import (
     route_socket_for,
 )
 from linkrx.errors import BECOME_ROOT, MissingPrivilege, UnsupportedOption
+from linkrx.fanout import Fanout
 from linkrx.options import Options
 
 logger = logging.getLogger("linkrx")
@@ -62,8 +63,18 @@ class LinkState(Enum):
 class Source:
     """Where packets come from, with everything that `close` has to undo."""
 
-    def __init__(self, fd: int, capabilities: Capabilities, held: object, undo: ExitStack) -> None:
+    def __init__(
+        self,
+        fd: int,
+        capabilities: Capabilities,
+        held: object,
+        undo: ExitStack,
+        fanout: Fanout | None = None,
+    ) -> None:
+        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `fanout`."""
         self.fd = fd
+        self.fanout: int | None = None  # the group, once it is joined
+        self._joins = fanout
         self.capabilities = capabilities
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
@@ -76,6 +87,8 @@ class Source:
         """
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
             _bind(self._held, self.capabilities.interface)
+            if self._joins is not None:  # the kernel wants a member bound
+                self.fanout = self._joins.join(self._held)
 
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
@@ -174,7 +187,8 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
         if isinstance(source, str):
             opened = undo.enter_context(_packet_socket(source))
             _configure(opened.fileno(), capabilities, options, undo)
-            return Source(opened.fileno(), capabilities, opened, undo)
+            fanout = None if options.fanout is None else Fanout.of(options.fanout)
+            return Source(opened.fileno(), capabilities, opened, undo, fanout)
         fd = descriptor(source)
         if capabilities.socket:
             _configure(fd, capabilities, options, undo)

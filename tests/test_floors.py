@@ -20,6 +20,7 @@ FLOORS = (
         "capabilities",
         "choice",
         "columns",
+        "fanout",
         "framing",
         "namespace",
         "options",

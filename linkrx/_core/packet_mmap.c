@@ -185,9 +185,34 @@ uint64_t lrx_packet_mmap_freezes(struct lrx_packet_mmap *s)
     return s->freezes;
 }
 
+static struct tpacket_hdr_v1 *header_at(const struct lrx_packet_mmap *s, uint32_t block)
+{
+    return &((struct tpacket_block_desc *)(s->ring + (size_t)block * s->block_size))->hdr.bh1;
+}
+
 static struct tpacket_hdr_v1 *block_header(const struct lrx_packet_mmap *s)
 {
-    return &((struct tpacket_block_desc *)(s->ring + (size_t)s->block * s->block_size))->hdr.bh1;
+    return header_at(s, s->block);
+}
+
+/* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and
+ * for rollover one a quarter of the ring further on. */
+static void set_all(struct lrx_packet_mmap *s, uint32_t status)
+{
+    for (uint32_t block = s->blocks; block-- > 0;) /* the open one last */
+        __atomic_store_n(&header_at(s, block)->block_status, status, __ATOMIC_RELEASE);
+}
+
+void lrx_packet_mmap_shut(struct lrx_packet_mmap *s)
+{
+    set_all(s, TP_STATUS_USER);
+}
+
+void lrx_packet_mmap_start(struct lrx_packet_mmap *s)
+{
+    count(s);
+    s->drops = s->freezes = 0; /* dropped here, and received by another member */
+    set_all(s, TP_STATUS_KERNEL);
 }
 
 /* Begin the next block if the kernel has closed it. Blocks are filled in order, so no other can be. */

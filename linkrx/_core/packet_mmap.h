@@ -9,6 +9,11 @@ struct lrx_packet_mmap;
 struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms,
                                              uint32_t vnet, uint32_t capacity, uint32_t wanted);
 
+/* Leave the kernel no room in a ring that is new, and give it room: a member of a fanout group that has none
+ * passes packets on, and one that is not yet a member drops what the group receives too. */
+void lrx_packet_mmap_shut(struct lrx_packet_mmap *s);
+void lrx_packet_mmap_start(struct lrx_packet_mmap *s);
+
 /* Take the ring off the socket, which gets back the PACKET_VERSION it had. */
 void lrx_packet_mmap_close(struct lrx_packet_mmap *s);
 

@@ -39,7 +39,7 @@ class PacketMmap(Backend):
 
     name = "packet_mmap"
     rank = 40
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "latency"})
+    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency"})
 
     @classmethod
     def missing(cls) -> str | None:
@@ -65,6 +65,14 @@ class PacketMmap(Backend):
         self._rows = descriptors.rows
         self._state = _ring(receive)
         self._fill = _core.lib.lrx_packet_mmap_fill
+        self._joins = receive.options.fanout is not None
+        if self._joins:
+            _core.lib.lrx_packet_mmap_shut(self._state)
+
+    def start(self) -> None:
+        """From now on this member of a fanout group takes its share."""
+        if self._joins:
+            _core.lib.lrx_packet_mmap_start(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
         """One crossing: until no closed block is left, the descriptors are full, or the next packet does not fit."""

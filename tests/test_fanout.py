@@ -1,0 +1,155 @@
+"""Fanout: several dispatchers share one interface, and every packet comes to one of them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import linkrx
+from linkrx import _core
+from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+
+pytestmark = [
+    pytest.mark.usefixtures("devices"),
+    pytest.mark.skipif(_core.lib is None, reason="the C core was not built"),
+]
+
+# IPv4 and UDP, so that there are flows to hash; the last two bytes of the source address tell them apart.
+HEADER = LOCAL + REMOTE + b"\x08\x00" + bytes.fromhex("4500002c000000004011000a0a00")
+Wire = tuple[str, str, socket.socket]
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """Near end, far end, and a socket that sends from the far one."""
+    with veth() as (near, far), injector_on(far) as injector:
+        yield near, far, injector
+
+
+def frame(number: int) -> bytes:
+    """A frame that tells its number, of one of 256 flows."""
+    flow = (number % 256).to_bytes(2, "big")
+    return HEADER + flow + bytes.fromhex("0a0000020009000900180000") + number.to_bytes(4, "big") + bytes(12)
+
+
+def numbers(rx: linkrx.Dispatcher, timeout: float = 0.2) -> list[int]:
+    """What `frame` put in, of all that comes until nothing does."""
+    return [int.from_bytes(packet.data[28:32], "big") for batch in rx.batches(timeout) for packet in batch]
+
+
+@pytest.mark.parametrize("mode", ["hash", "lb", "cpu", "rollover", "qm"])
+def test_members_share(wire: Wire, mode: str) -> None:
+    """Every packet comes to exactly one of three members, in order, by the way the mode says."""
+    near, _, injector = wire
+    with ExitStack() as stack:
+        first = stack.enter_context(linkrx.open(near, fanout=("auto", mode)))
+        group = first.fanout
+        assert group is not None
+        members = [first] + [stack.enter_context(linkrx.open(near, fanout=(group, mode))) for _ in range(2)]
+        assert {member.fanout for member in members} == {group}
+        for number in range(900):
+            injector.send(frame(number))
+        shares = [numbers(member) for member in members]
+        assert sorted(number for share in shares for number in share) == list(range(900))
+        assert all(share == sorted(share) for share in shares)
+        if mode == "lb":
+            assert [len(share) for share in shares] == [300, 300, 300]
+        if mode == "hash":
+            assert all(shares)
+            flows = [{number % 256 for number in share} for share in shares]
+            assert sum(map(len, flows)) == 256
+        assert [member.stats().kernel_drops for member in members] == [0, 0, 0]
+
+
+SENDER = """
+import sys, time
+from linkrx.rigs import injector_on
+from test_fanout import frame
+with injector_on(sys.argv[1]) as injector:
+    frames = [frame(number) for number in range(int(sys.argv[2]))]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    send = injector.send
+    for one in frames:
+        send(one)
+"""
+
+
+@pytest.mark.parametrize("mode", ["hash", "lb"])
+def test_joining_under_load(wire: Wire, mode: str) -> None:
+    """While members join, no packet is lost and none comes twice."""
+    near, far, _ = wire
+    # In a ring of 32 MiB each takes 152 bytes, and the first member may get them all.
+    total = 100_000
+    options: dict[str, Any] = {"latency": 0.05}
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", SENDER, far, str(total)],
+            cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as sender,
+        ExitStack() as stack,
+    ):
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "ready\n"
+        members = [stack.enter_context(linkrx.open(near, fanout=("auto", mode), **options))]
+        group = members[0].fanout
+        assert group is not None
+        sender.stdin.write("go\n")
+        sender.stdin.flush()
+        while sender.poll() is None and len(members) < 12:
+            members.append(stack.enter_context(linkrx.open(near, fanout=(group, mode), **options)))
+        assert sender.wait(60) == 0
+        shares = [numbers(member) for member in members]
+        counted = [member.stats().kernel_drops for member in members]
+    got = sorted(number for share in shares for number in share)
+    assert counted == [0] * len(members)
+    assert got == list(range(total)), "lost or twice"
+    assert len([share for share in shares if share]) > 1
+
+
+def test_a_group_that_does_not_agree(wire: Wire) -> None:
+    """Another mode or another interface under the same number is an error that says what the group wants."""
+    with veth() as (other, _), linkrx.open(wire[0], fanout=4711) as rx:
+        assert rx.fanout == 4711
+        for source, option in ((wire[0], (4711, "cpu")), (other, 4711)):
+            with pytest.raises(OSError, match="fanout group 4711: Invalid argument; all its members have"):
+                linkrx.open(source, fanout=option)
+
+
+def test_fanout_is_for_what_linkrx_opens(wire: Wire) -> None:
+    """A borrowed socket could never leave the group, and is refused; so is a backend that cannot join."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
+        borrowed.bind((wire[0], 3))
+        with pytest.raises(linkrx.UnsupportedOption, match="left only by closing the socket"):
+            linkrx.open(borrowed, backend="packet_mmap", fanout=1)
+    with pytest.raises(linkrx.UnsupportedOption, match="recvmmsg cannot honour fanout=1"):
+        linkrx.open(wire[0], backend="recvmmsg", fanout=1)
+    with linkrx.open(wire[0]) as rx:
+        assert rx.fanout is None
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "hash", ("auto", 3), ("auto",), (None, "hash"), [1, "hash"]])
+def test_what_is_no_group(wire: Wire, value: Any) -> None:
+    """What is neither a number nor "auto", nor a pair of that and a mode, is a TypeError."""
+    with pytest.raises(TypeError, match="give the number of a group or 'auto'"):
+        linkrx.open(wire[0], fanout=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(-1, "0 to 65535"), (65_536, "0 to 65535"), ((1, "rnd"), "a mode is one of")]
+)
+def test_groups_that_cannot_be(wire: Wire, value: Any, said: str) -> None:
+    """A number out of range and an unknown mode are a ValueError that says what there is."""
+    with pytest.raises(ValueError, match=said):
+        linkrx.open(wire[0], fanout=value)
