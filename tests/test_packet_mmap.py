@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import inspect
 import os
 import re
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -37,8 +42,8 @@ pytestmark = [
 
 # linux/if_packet.h
 PACKET_RX_RING = 5
-PACKET_STATISTICS = 6
 PACKET_VERSION = 10
+PACKET_RESERVE = 12
 TPACKET_V1, TPACKET_V3 = 0, 2
 TP_STATUS_USER = 1
 # struct tpacket_block_desc: block_status, num_pkts and offset_to_first_pkt, behind version and offset_to_priv
@@ -156,14 +161,27 @@ def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
                 assert (bytes(packet), packet.truncated) == (sent, False)
 
 
-def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire) -> None:
+def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into a block is flagged, and wire_length is the true length."""
+    monkeypatch.setattr(packet_mmap, "BLOCK_LEAST", 8192)
+    with ring(wire[0], receive_buffer=4 * 8192) as rx:
+        wire[2].send(frame(1, 9000))
+        wire[2].send(frame(2, 8000))
+        cut, whole = rx.recv(10), rx.recv(10)
+        assert (cut.truncated, cut.wire_length) == (True, 9000)
+        assert 8000 < len(cut) < 8192
+        assert bytes(cut) == frame(1, 9000)[: len(cut)]
+        assert bytes(whole) == frame(2, 8000)
+        assert rx.stats().truncated == 1
+
+
+def test_a_ring_with_headroom_of_its_owner(wire: Wire) -> None:
+    """PACKET_RESERVE on a borrowed socket moves the frames in the ring, and nothing of what is received."""
     with packet_socket(wire[0]) as borrowed:
-        borrowed.setsockopt(SOL_PACKET, 12, 40_000)  # PACKET_RESERVE: takes from the block for every frame
-        with ring(borrowed, receive_buffer=1, buffer_sizes=[1000]) as rx:
+        borrowed.setsockopt(SOL_PACKET, PACKET_RESERVE, 40_000)
+        with ring(borrowed, receive_buffer=1) as rx:
             wire[2].send(frame(1, 65_000))
-            packet = rx.recv(10)
-            assert (len(packet), packet.truncated, packet.wire_length) == (1000, True, 65_000)
+            assert bytes(rx.recv(10)) == frame(1, 65_000)
 
 
 def test_memory_that_is_refused_makes_a_smaller_ring() -> None:
@@ -290,6 +308,50 @@ def test_a_stop_counts_what_was_left_in_the_block(wire: Wire) -> None:
         assert rx.run() is linkrx.End.STOPPED
         counted = rx.stats()
         assert (counted.packets, counted.undelivered) == (1, 9)
+
+
+def test_interrupts_lose_nothing(wire: Wire) -> None:
+    """Exceptions raised by a signal handler at any point of the loop neither lose a packet of the ring nor repeat one."""
+
+    class Interrupt(Exception):
+        pass
+
+    package = str(Path(linkrx.__file__).parent)
+    total = 20_000
+    got: list[int] = []
+    interrupts: Counter[str] = Counter()
+
+    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+
+    def interrupt(_signal: int, interrupted: FrameType | None) -> None:
+        # As in test_loop: where the loop itself is at work.
+        assert interrupted is not None
+        stack = [entry.f_code for entry, _ in traceback.walk_stack(interrupted)]
+        at = stack[0]
+        if (
+            at.co_filename.startswith(package)
+            and not at.co_flags & inspect.CO_GENERATOR
+            and deliver.__code__ not in stack
+        ):
+            interrupts[at.co_name] += 1
+            raise Interrupt
+
+    with ring(wire[0], deliver, batch_size=7, latency=0.05) as rx:
+        for number in range(total):
+            wire[2].send(frame(number))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        try:
+            while len(got) < total:
+                with suppress(Interrupt):
+                    rx.dispatch(10)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert got == list(range(total))
+        assert rx.stats().packets == total
+    assert interrupts["fill"]
 
 
 # What the kernel tells.

@@ -339,7 +339,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
             if (begun == s->blocks || !begin_block(s))
                 break;
             begun++;
-            if (!s->left) { /* Linux before 3.19 hands empty blocks over */
+            if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
                 give_back(s);
                 continue;
             }
