@@ -67,8 +67,9 @@ class Backend(ABC):
         """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.
 
         `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
-        descriptors it was made with, and returns how many packets they describe. Raises the kernel's OSError
-        only when there are none.
+        descriptors it was made with, and returns how many packets they describe. The kernel's errno goes into
+        `header[ERROR]`, also when it came behind packets; without packets it may be raised as OSError instead.
+        While an errno is there, `fill` is called for what is `held` only.
         """
 
     @property

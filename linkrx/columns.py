@@ -79,8 +79,8 @@ class Descriptors:
     `header[COUNT]` packets were received with `header[RECEIVES]` system calls; the free part of the arena
     starts `header[END]` bytes behind the place where the fill began. `columns.starts` count from that place
     too. A backend writes `starts` and `lengths`; the other columns stay zero unless it has something to say
-    (a wire length of zero means: as long as the length). An errno that came behind these packets waits in
-    `header[ERROR]` for the next fill, which raises it. The other words of the header are the classifier's: what is
+    (a wire length of zero means: as long as the length). An errno that came behind these packets, or
+    without any, is in `header[ERROR]` until it has been acted upon. The other words of the header are the classifier's: what is
     known about a receive is kept here, not in return values, which an exception raised by a signal handler would lose.
     """
 

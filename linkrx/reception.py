@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -127,11 +128,11 @@ class Reception:
         deadline = deadline_after(timeout)
         self._wakeup.listen()
         while not self.over():
-            known_down = self._link_down
+            known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
                 return self.pending is not None
-            if known_down:  # not when it was told just now: that comes before what was queued
+            if known_down:  # not when it is told only now: that comes before what was queued
                 self._look_at_link()
             if timeout == 0 and self._polled:
                 self._vain += 1
@@ -186,13 +187,20 @@ class Reception:
 
     def _fill(self, arena: Arena) -> int:
         """Ask the backend, and once more behind each error that is no end: packets may wait behind it."""
+        header = self._header
         for _ in range(_ERRORS_IN_A_ROW):
-            try:
-                return self._mechanism.fill(arena, self._arenas.room(arena))
-            except OSError as error:
-                self._weigh(error)
-                if self.end is not None:
-                    break
+            count, told = 0, None
+            if not header[ERROR] or self._mechanism.held:
+                try:
+                    count = self._mechanism.fill(arena, self._arenas.room(arena))
+                except OSError as error:
+                    header[ERROR] = error.errno or errno.EIO
+                    told = error
+            if count or not header[ERROR]:
+                return count
+            self._weigh(told)
+            if self.end is not None:
+                break
         return 0
 
     def _take(self, arena: Arena) -> None:
@@ -230,22 +238,30 @@ class Reception:
 
     # What the kernel says instead of packets.
 
-    def _weigh(self, error: OSError) -> None:
-        """Decide what an error means: an end, a link down, a refused mechanism, nothing, or a failure to raise."""
-        code, kind = error.errno, self.source.capabilities.kind
+    def _weigh(self, told: OSError | None) -> None:
+        """Decide what an error means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
+
+        It stays in the header until that is done, however often an exception comes in between.
+        """
+        header, kind = self._header, self.source.capabilities.kind
+        code = header[ERROR]
+        error = told or OSError(code, os.strerror(code))
         gone = _QUEUE_GONE if kind in ("tap", "tun") else _INTERFACE_GONE
         if code in gone:
             self._finish(End.LINK_GONE)
         elif code == errno.ENETDOWN:
-            self._link_downs += 1
             self._watch_link(down=True)
+            self._link_downs += 1
         elif code in _REFUSED:
             self._demote(error)
         elif code not in _PASSING:
-            raise OSError(
+            failure = OSError(
                 code,
                 f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {error.strerror}",
-            ) from error
+            )
+            header[ERROR] = 0
+            raise failure from told
+        header[ERROR] = 0
 
     def _build(self) -> Backend:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
@@ -259,8 +275,9 @@ class Reception:
 
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. No packet is lost: a refused call has taken none."""
-        self._step_down(error)
         refused = self._mechanism
+        if type(refused) is self._backends[self.choice.backend]:  # else an exception came behind this step
+            self._step_down(error)
         self._descriptors.clear()  # backends rely on columns that they never write
         self._mechanism = self._build()
         refused.close()

@@ -188,7 +188,7 @@ def test_packets_queued_when_the_interface_is_deleted_are_delivered(backend: str
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
         for _ in range(5):
             injector.send(HEADER)
-        delete(near)
+        Device(near).delete()
         assert sum(1 for _ in rx) == 5
         assert rx.end is linkrx.End.LINK_GONE
 

@@ -14,7 +14,8 @@ import pytest
 
 import linkrx
 from linkrx import _core
-from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+from linkrx.device import injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 
 pytestmark = [
     pytest.mark.usefixtures("devices"),
@@ -70,7 +71,7 @@ def test_members_share(wire: Wire, mode: str) -> None:
 
 SENDER = """
 import sys, time
-from linkrx.rigs import injector_on
+from linkrx.device import injector_on
 from test_fanout import frame
 with injector_on(sys.argv[1]) as injector:
     frames = [frame(number) for number in range(int(sys.argv[2]))]

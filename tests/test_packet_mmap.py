@@ -23,8 +23,6 @@ from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
-from test_ends import delete, set_down, set_up
-from test_loop import until
 from test_reentry import child
 
 import linkrx
@@ -32,8 +30,10 @@ from linkrx import _core
 from linkrx.backend import Receive
 from linkrx.backends import packet_mmap
 from linkrx.capabilities import LARGEST_MESSAGE, PACKET_VNET_HDR, SOL_PACKET
-from linkrx.rigs import LOCAL, REMOTE, injector_on, veth
+from linkrx.device import Device, injector_on
+from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import ETH_P_ALL
+from linkrx.testing.waiting import until
 
 pytestmark = [
     pytest.mark.usefixtures("devices"),
@@ -421,13 +421,13 @@ def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None
     with ring(near, latency=0.2) as rx:
         for number in range(5):
             injector.send(frame(number))
-        set_down(near)
+        Device(near).set_down()
         assert [number_of(rx.recv(10)) for _ in range(5)] == list(range(5))
         assert rx.stats().link_downs == 0
         with pytest.raises(TimeoutError):
             rx.recv(0.01)
         assert rx.stats().link_downs == 1
-        set_up(near, far)
+        Device(near, far).set_up()
         injector.send(frame(5))
         assert number_of(rx.recv(10)) == 5
 
@@ -438,7 +438,7 @@ def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> N
     with ring(near, latency=0.2) as rx:
         for number in range(5):
             injector.send(frame(number))
-        delete(near)
+        Device(near).delete()
         assert [number_of(packet) for packet in rx] == list(range(5))
         assert rx.end is linkrx.End.LINK_GONE
 
@@ -449,7 +449,7 @@ def test_a_full_ring_and_a_link_that_goes(wire: Wire) -> None:
     with ring(near, receive_buffer=1) as rx:
         for number in range(6_000):
             injector.send(frame(number))
-        delete(near)
+        Device(near).delete()
         got = [number_of(packet) for packet in rx]
         assert got == list(range(len(got)))
         assert rx.end is linkrx.End.LINK_GONE
@@ -552,7 +552,7 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
 
     def make_and_delete(receive: Receive) -> object:
         state = make(receive)
-        delete(wire[0])
+        Device(wire[0]).delete()
         return state
 
     monkeypatch.setattr(packet_mmap, "_ring", make_and_delete)

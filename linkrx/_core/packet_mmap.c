@@ -328,6 +328,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0, begun = 0;
+    int error = 0;
 
     while (n < rows) {
         const uint8_t *block = s->ring + (size_t)s->block * s->block_size;
@@ -369,9 +370,14 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
         else
             s->offset += next;
     }
+    /* Behind packets it is told as well, for nothing else may wake who polls. */
+    if (n == 0 || (s->error && !s->left))
+        error = pending_error(s);
+    if (error)
+        words[LRX_ERROR] = (uint32_t)error;
     if (n == 0)
-        return -pending_error(s);
-    /* The count is kept here as well: a signal handler that raises takes the return value from Python. */
+        return -error;
+    /* All is kept here as well: a signal handler that raises takes the return value from Python. */
     words[LRX_COUNT] = n;
     words[LRX_RECEIVES] = begun;
     words[LRX_END] = cursor;

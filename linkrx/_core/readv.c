@@ -68,11 +68,8 @@ int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
     const struct lrx_columns out = lrx_descriptors_at(r->descriptors, r->rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0;
-    int error = (int)header[LRX_ERROR];
+    int error = 0;
 
-    header[LRX_ERROR] = 0;
-    if (error)
-        return -error;
     if (r->sizes_count > LRX_SIZES_MAX)
         return -EINVAL;
     while (n < r->rows && (uint64_t)cursor + r->capacity < size) {
@@ -94,12 +91,15 @@ int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
         n++;
         cursor = lrx_align(cursor + length);
     }
+    /* No error of the source: the caller takes another method, and if it does not come to that, is told again. */
+    if (error == EOPNOTSUPP && n == 0 && r->method == LRX_NOWAIT)
+        return -error;
+    /* All is kept here as well: a signal handler that raises takes the return value from Python. */
+    header[LRX_ERROR] = (uint32_t)error;
     if (error && n == 0)
         return -error;
-    /* The count is kept here as well: a signal handler that raises takes the return value from Python. */
     header[LRX_COUNT] = n;
     header[LRX_RECEIVES] = n;
     header[LRX_END] = cursor;
-    header[LRX_ERROR] = (uint32_t)error;
     return (int)n;
 }

@@ -17,6 +17,6 @@ struct lrx_readv {
 };
 
 /* Receive packets into `size` bytes at `region` until the queue is empty, the descriptors are full or
- * no further packet is sure to fit. Returns their number, or -errno when there is none. An error behind
- * received packets is kept in the header and returned by the next call. */
+ * no further packet is sure to fit. Returns their number, or -errno when there is none. The header keeps
+ * the errno, also one that came behind received packets. */
 int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size);

@@ -199,8 +199,11 @@ int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t ro
 
         if (got == -EAGAIN)
             return 0;
-        if (got < 0)
+        if (got < 0) {
+            /* Here as well: a signal handler that raises takes the return value from Python. */
+            header[LRX_ERROR] = (uint32_t)-got;
             return got;
+        }
         receives = 1;
     }
     for (; s->next < s->ready && n < rows; s->next++, n++) {

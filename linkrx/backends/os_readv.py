@@ -56,11 +56,6 @@ class OsReadv(Backend):
 
     def fill(self, arena: Arena, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
-        header = self._descriptors.header
-        error = header[ERROR]
-        if error:
-            header[ERROR] = 0
-            raise OSError(error, os.strerror(error))
         if not self._lengths:
             self._receive(arena, room)
         count = len(self._lengths)

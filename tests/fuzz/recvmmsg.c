@@ -272,6 +272,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         MUST((kernel.calls > calls) == !waited);
         if (!waits) {
             MUST(got == (kernel.error == EAGAIN ? 0 : -kernel.error) && !header[LRX_COUNT]);
+            MUST(header[LRX_ERROR] == (uint32_t)-got);
         } else if ((first->length < capacity ? first->length : capacity) > room) {
             MUST(got == -EMSGSIZE && !header[LRX_COUNT]);
         } else {
@@ -284,9 +285,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             MUST(!waits || (first->length < capacity ? first->length : capacity) > room - header[LRX_END]);
         }
         MUST(lrx_recvmmsg_waiting(s) == kernel.handed - kernel.taken);
-        MUST(!header[LRX_ERROR] && !header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        MUST((got <= 0 || !header[LRX_ERROR]) && !header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
         free(region);
-        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = 0; /* as classification does */
+        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
         kernel.error = 0;
         if (!in.left && !waits && !kernel.kept_error)
             break;
