@@ -6,7 +6,6 @@ import ctypes
 import errno
 import inspect
 import os
-import re
 import select
 import signal
 import socket
@@ -22,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import ring
 from pyroute2 import IPRoute
 from test_reentry import child
 
@@ -45,9 +45,6 @@ PACKET_RX_RING = 5
 PACKET_VERSION = 10
 PACKET_RESERVE = 12
 TPACKET_V1, TPACKET_V3 = 0, 2
-TP_STATUS_USER = 1
-# struct tpacket_block_desc: block_status, num_pkts and offset_to_first_pkt, behind version and offset_to_priv
-STATUS, PACKETS, FIRST = 8, 12, 16
 # struct tpacket3_hdr
 NEXT, SNAPLEN, MAC = 0, 12, 24
 
@@ -76,7 +73,7 @@ def number_of(packet: linkrx.Packet) -> int:
     return int.from_bytes(packet.data[:4], "big")
 
 
-def ring(source: Any, *deliver: Any, **options: Any) -> linkrx.Dispatcher:
+def ring_on(source: Any, *deliver: Any, **options: Any) -> linkrx.Dispatcher:
     """A dispatcher on the backend under test."""
     return linkrx.open(source, *deliver, backend="packet_mmap", **options)
 
@@ -99,7 +96,7 @@ def test_it_is_what_auto_takes_for_an_interface(wire: Wire) -> None:
         with linkrx.open(borrowed) as rx:
             assert rx.backend == "recvmmsg"
             assert "packet_mmap  accepted  only when named: a ring takes the place" in rx.choice.explain()
-        with ring(borrowed) as rx:
+        with ring_on(borrowed) as rx:
             assert rx.backend == "packet_mmap"
 
 
@@ -122,7 +119,7 @@ def test_a_ring_that_is_refused(
         f"packet_mmap on the AF_PACKET socket on {wire[0]}: the kernel answers {said}; going on with recvmmsg"
     ]
     with pytest.raises(linkrx.BackendUnavailable, match=said):
-        ring(wire[0])
+        ring_on(wire[0])
 
 
 # Sizes.
@@ -153,7 +150,7 @@ def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
     """Frames of up to 64 KiB are not cut, in a ring of any size."""
     sizes = [14, 60, 1514, 9014, 32_768, 65_000, 65_014]
     for receive_buffer in (1, None):
-        with ring(wire[0], receive_buffer=receive_buffer) as rx:
+        with ring_on(wire[0], receive_buffer=receive_buffer) as rx:
             for size in sizes:
                 sent = frame(size, size)[:size]
                 wire[2].send(sent)
@@ -164,7 +161,7 @@ def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
 def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into a block is flagged, and wire_length is the true length."""
     monkeypatch.setattr(packet_mmap, "BLOCK_LEAST", 8192)
-    with ring(wire[0], receive_buffer=4 * 8192) as rx:
+    with ring_on(wire[0], receive_buffer=4 * 8192) as rx:
         wire[2].send(frame(1, 9000))
         wire[2].send(frame(2, 8000))
         cut, whole = rx.recv(10), rx.recv(10)
@@ -179,7 +176,7 @@ def test_a_ring_with_headroom_of_its_owner(wire: Wire) -> None:
     """PACKET_RESERVE on a borrowed socket moves the frames in the ring, and nothing of what is received."""
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RESERVE, 40_000)
-        with ring(borrowed, receive_buffer=1) as rx:
+        with ring_on(borrowed, receive_buffer=1) as rx:
             wire[2].send(frame(1, 65_000))
             assert bytes(rx.recv(10)) == frame(1, 65_000)
 
@@ -215,16 +212,16 @@ with interface() as rig:
 
 def test_the_latency_is_the_retire_time(wire: Wire) -> None:
     """A packet waits in the open block until the latency is up; less than the kernel can do is refused."""
-    with ring(wire[0], latency=60.0) as rx:
+    with ring_on(wire[0], latency=60.0) as rx:
         wire[2].send(frame(1))
         assert not list(rx.batches(0.05))
     for latency in (0.05, 10**300):
-        with ring(wire[0], latency=latency) as rx:
+        with ring_on(wire[0], latency=latency) as rx:
             if latency < 1:
                 wire[2].send(frame(2))
                 assert number_of(rx.recv(10)) == 2
     with pytest.raises(linkrx.UnsupportedOption, match=r"latency=0.0005 .* packet_mmap can promise 0.001"):
-        ring(wire[0], latency=0.0005)
+        ring_on(wire[0], latency=0.0005)
 
 
 # Accounting.
@@ -235,7 +232,7 @@ def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) 
     """A block holds more than a batch: it is gone on with where the batch ended, across as many laps as it takes."""
     total = 6_000
     got: list[int] = []
-    with ring(wire[0], batch_size=batch_size, **SEVERAL_LAPS) as rx:
+    with ring_on(wire[0], batch_size=batch_size, **SEVERAL_LAPS) as rx:
         for start in range(0, total, 500):
             for number in range(start, start + 500):
                 wire[2].send(frame(number, 60 + number % 1400))
@@ -249,7 +246,7 @@ def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) 
 def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
     """Sent is delivered plus kernel_drops, with statistics read at any time, and the ring goes on afterwards."""
     sent = delivered = 0
-    with ring(wire[0], receive_buffer=1) as rx:
+    with ring_on(wire[0], receive_buffer=1) as rx:
         for turn in range(3):
             for _ in range(8_000):
                 wire[2].send(frame(sent))
@@ -272,7 +269,7 @@ def test_what_a_socket_dropped_before_is_not_counted(wire: Wire) -> None:
         borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
         for number in range(100):
             wire[2].send(frame(number))
-        with ring(borrowed) as rx:
+        with ring_on(borrowed) as rx:
             wire[2].send(frame(7))
             assert number_of(rx.recv(10)) == 7
             assert rx.stats().kernel_drops == 0
@@ -282,7 +279,7 @@ def test_what_is_held_never_keeps_the_ring_full(wire: Wire) -> None:
     """Every packet of many laps is kept: none is lost, and each still shows what was sent."""
     kept: list[linkrx.Packet] = []
     total = 6_000
-    with ring(wire[0], **SEVERAL_LAPS) as rx:
+    with ring_on(wire[0], **SEVERAL_LAPS) as rx:
         while len(kept) < total:
             for number in range(len(kept), len(kept) + 500):
                 wire[2].send(frame(number, 60 + number % 1400))
@@ -301,7 +298,7 @@ def test_a_stop_counts_what_was_left_in_the_block(wire: Wire) -> None:
     def stop(*_: object) -> None:
         rx.stop()
 
-    rx = ring(wire[0], stop, batch_size=4, latency=0.2)
+    rx = ring_on(wire[0], stop, batch_size=4, latency=0.2)
     with rx:
         for number in range(10):
             wire[2].send(frame(number))
@@ -337,7 +334,7 @@ def test_interrupts_lose_nothing(wire: Wire) -> None:
             interrupts[at.co_name] += 1
             raise Interrupt
 
-    with ring(wire[0], deliver, batch_size=7, latency=0.05) as rx:
+    with ring_on(wire[0], deliver, batch_size=7, latency=0.05) as rx:
         for number in range(total):
             wire[2].send(frame(number))
         before = signal.signal(signal.SIGALRM, interrupt)
@@ -400,7 +397,7 @@ def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
             if size != 10:
                 pytest.skip("this kernel knows no size for PACKET_VNET_HDR")
             borrowed.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        with ring(borrowed) as rx:
+        with ring_on(borrowed) as rx:
             assert rx.capabilities.vnet_header_size == size
             sender.sendto(b"x" * 100, ("10.79.0.2", 9))
             packet = next(packet for packet in rx if packet.protocol == 0x0800)
@@ -418,7 +415,7 @@ def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
 def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None:
     """Packets in a block that is still open when the link goes down are delivered, then the link is down."""
     near, far, injector = wire
-    with ring(near, latency=0.2) as rx:
+    with ring_on(near, latency=0.2) as rx:
         for number in range(5):
             injector.send(frame(number))
         Device(near).set_down()
@@ -435,7 +432,7 @@ def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None
 def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> None:
     """Packets in a block that is still open when the interface is deleted are delivered, then it is the end."""
     near, _, injector = wire
-    with ring(near, latency=0.2) as rx:
+    with ring_on(near, latency=0.2) as rx:
         for number in range(5):
             injector.send(frame(number))
         Device(near).delete()
@@ -446,7 +443,7 @@ def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> N
 def test_a_full_ring_and_a_link_that_goes(wire: Wire) -> None:
     """A ring that stood still for want of room when its interface was deleted is emptied, and comes to its end."""
     near, _, injector = wire
-    with ring(near, receive_buffer=1) as rx:
+    with ring_on(near, receive_buffer=1) as rx:
         for number in range(6_000):
             injector.send(frame(number))
         Device(near).delete()
@@ -464,7 +461,7 @@ def test_a_borrowed_socket_gets_its_queue_back(wire: Wire) -> None:
     near, _, injector = wire
     with packet_socket(near) as borrowed:
         for _ in range(2):
-            with ring(borrowed) as rx:
+            with ring_on(borrowed) as rx:
                 assert borrowed.getsockopt(SOL_PACKET, PACKET_VERSION) == TPACKET_V3
                 injector.send(frame(1))
                 assert number_of(rx.recv(10)) == 1
@@ -481,7 +478,7 @@ def test_a_socket_that_has_a_ring_already(wire: Wire) -> None:
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
         with pytest.raises(linkrx.BackendUnavailable, match=r"has a ring already. Give linkrx a socket"):
-            ring(borrowed)
+            ring_on(borrowed)
         assert borrowed.getsockopt(SOL_PACKET, PACKET_VERSION) == TPACKET_V1
         with pytest.raises(OSError, match="busy"):
             borrowed.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
@@ -493,7 +490,7 @@ def test_a_stranger_that_got_the_number_keeps_its_ring(wire: Wire) -> None:
     number = borrowed.fileno()
     with packet_socket(wire[0]) as other:
         other.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
-        rx = ring(borrowed)
+        rx = ring_on(borrowed)
         borrowed.close()
         os.dup2(other.fileno(), number)
         rx.close()
@@ -501,21 +498,16 @@ def test_a_stranger_that_got_the_number_keeps_its_ring(wire: Wire) -> None:
         stranger.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
 
 
-def mapped() -> int:
-    """How many rings this process has mapped."""
-    return Path("/proc/self/maps").read_text().count("socket:[")
-
-
 def test_a_forked_child_leaves_the_ring_alone(wire: Wire) -> None:
     """A child that closes, or only ends, takes no packet from its parent, and the ring is not even mapped there."""
     near, _, injector = wire
     with packet_socket(near) as borrowed:
-        with ring(borrowed, latency=0.05) as rx:
+        with ring_on(borrowed, latency=0.05) as rx:
             for turn in range(4):
                 injector.send(frame(turn))
                 with child() as forked:
                     if forked:
-                        assert mapped() == 0
+                        assert len(ring.mapped()) == 0
                         if turn % 2:
                             rx.close()
                 assert number_of(rx.recv(10)) == turn
@@ -531,19 +523,19 @@ def test_a_forked_child_leaves_the_ring_alone(wire: Wire) -> None:
                 borrowed.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V1)  # EBUSY if the ring were left
                 os.close(writer)
                 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert mapped() == 0
+        assert len(ring.mapped()) == 0
 
 
 def test_nothing_is_mapped_after_close(wire: Wire) -> None:
     """However open and close go, no ring stays mapped."""
     for _ in range(3):
-        with ring(wire[0]):
-            assert mapped() == 1
-        assert mapped() == 0
+        with ring_on(wire[0]):
+            assert len(ring.mapped()) == 1
+        assert len(ring.mapped()) == 0
     with IPRoute() as route:
         route.link("set", index=socket.if_nametoindex(wire[0]), state="down")
-    ring(wire[0]).close()
-    assert mapped() == 0
+    ring_on(wire[0]).close()
+    assert len(ring.mapped()) == 0
 
 
 def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,26 +549,20 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(packet_mmap, "_ring", make_and_delete)
     with pytest.raises(OSError, match=f"binding a packet socket to '{wire[0]}'"):
-        ring(wire[0])
-    assert mapped() == 0
+        ring_on(wire[0])
+    assert len(ring.mapped()) == 0
 
 
 # Numbers that no kernel writes.
 
 
-def first_block() -> int:
-    """The address of the only ring that is mapped."""
-    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if "socket:[" in line]
-    return int(re.split("[- ]", line)[0], 16)
-
-
 @pytest.mark.parametrize(
     ("what", "at", "form", "value"),
     [
-        ("offset_to_first_pkt behind the block", FIRST, "I", 1 << 17),
-        ("offset_to_first_pkt that wraps", FIRST, "I", 2**32 - 8),
-        ("offset_to_first_pkt that is odd", FIRST, "I", 49),
-        ("num_pkts without number", PACKETS, "I", 2**32 - 1),
+        ("offset_to_first_pkt behind the block", ring.FIRST, "I", 1 << 17),
+        ("offset_to_first_pkt that wraps", ring.FIRST, "I", 2**32 - 8),
+        ("offset_to_first_pkt that is odd", ring.FIRST, "I", 49),
+        ("num_pkts without number", ring.PACKETS, "I", 2**32 - 1),
         ("tp_next_offset behind the block", 48 + NEXT, "I", 2**32 - 16),
         ("tp_next_offset of 0", 48 + NEXT, "I", 0),
         ("tp_snaplen behind the block", 48 + SNAPLEN, "I", 2**31),
@@ -586,16 +572,16 @@ def first_block() -> int:
 def test_a_damaged_block(wire: Wire, what: str, at: int, form: str, value: int) -> None:
     """Every offset and length is checked: the rest of the block is given up with an error, and the next is read."""
     near, _, injector = wire
-    with ring(near, receive_buffer=1) as rx:
+    with ring_on(near, receive_buffer=1) as rx:
         source = select.poll()
         source.register(rx._reception.source.fd, select.POLLIN)
         for number in range(3):
             injector.send(frame(number, 40_000))
         until(lambda: bool(source.poll(0)))
-        block = first_block()
-        status = ctypes.c_uint32.from_address(block + STATUS)
-        assert status.value & TP_STATUS_USER
-        count = ctypes.c_uint32.from_address(block + PACKETS).value
+        block = ring.block()
+        status = ctypes.c_uint32.from_address(block + ring.STATUS)
+        assert status.value & ring.TP_STATUS_USER
+        count = ctypes.c_uint32.from_address(block + ring.PACKETS).value
         ctypes.memmove(block + at, struct.pack(f"={form}", value), struct.calcsize(form))
         got = []
         with pytest.raises(OSError, match="Input/output error"):

@@ -87,9 +87,11 @@ with linkrx.open(receiver) as rx:
         "recvmmsg 1 2",
         f"WARNING linkrx recvmmsg on the AF_UNIX datagram socket: the kernel answers {said}; going on with readv",
         "readv 3 4 5",
-        f"recvmmsg  refused   refused at run time: {said}",
-        "readv     chosen    took over from recvmmsg",
-        "os_readv  accepted  would do, but recvmmsg is better",
+        "packet_mmap  refused   packet_mmap puts a ring on AF_PACKET sockets only, and the source is an AF_UNIX "
+        "datagram socket",
+        f"recvmmsg     refused   refused at run time: {said}",
+        "readv        chosen    took over from recvmmsg",
+        "os_readv     accepted  would do, but recvmmsg is better",
         "1 readv",
     ]
 

@@ -1,0 +1,38 @@
+"""What is in a TPACKET_V3 ring that this process has mapped, read past linkrx."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from linkrx.backends.packet_mmap import BLOCK_LEAST
+
+TP_STATUS_USER = 1  # linux/if_packet.h
+# struct tpacket_block_desc: block_status, num_pkts and offset_to_first_pkt, behind version and offset_to_priv
+STATUS, PACKETS, FIRST = 8, 12, 16
+
+
+def mapped() -> list[tuple[int, int]]:
+    """First address and size of every ring of this process."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "socket:[" in line:
+            first, last = (int(address, 16) for address in line.split(" ", 1)[0].split("-"))
+            found.append((first, last - first))
+    return found
+
+
+def block(number: int = 0, size: int = BLOCK_LEAST) -> int:
+    """The address of a block of the only ring."""
+    ((first, _),) = mapped()
+    return first + number * size
+
+
+def waiting(size: int = BLOCK_LEAST) -> list[int]:
+    """How many packets each block of the only ring holds that the kernel has handed over, in the ring's order."""
+    ((first, length),) = mapped()
+    found = []
+    for at in range(first, first + length, size):
+        if ctypes.c_uint32.from_address(at + STATUS).value & TP_STATUS_USER:
+            found.append(ctypes.c_uint32.from_address(at + PACKETS).value)
+    return found
