@@ -86,7 +86,7 @@ class Backend(ABC):
         return None
 
     def close(self) -> None:
-        """Release what `__init__` took. Called once."""
+        """Release what `__init__` took. Called again where an exception came in between: do nothing then."""
         return
 
     def abandon(self) -> None:

@@ -233,11 +233,11 @@ class Dispatcher:
                 del self._owner["claim"]
 
     def _release(self) -> None:
-        self._released = True
-        _alive.discard(self)
         if self._waiter is not None:
             self._waiter.settle(False)  # its task goes on, and finds the dispatcher closed
         self._reception.close(forked=self._forked)
+        _alive.discard(self)
+        self._released = True  # last: where an exception cut it short, close() can be called again
 
     def __enter__(self) -> Dispatcher:
         self._check_open()

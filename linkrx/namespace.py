@@ -1,4 +1,4 @@
-"""Network namespaces: one of one's own for the demo, tests and benches, and work inside another."""
+"""Network namespaces: a private one for the demo, tests and benches, and work inside others."""
 
 from __future__ import annotations
 

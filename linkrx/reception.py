@@ -96,7 +96,8 @@ class Reception:
         self.end: End | None = None
         self._end_behind: End | None = None  # the end that follows the pending batch
         self._filling: Arena | None = None
-        self._batches = self._receives = self._waits = self._link_downs = self._demotions = 0
+        self._batches = self._receives = self._waits = self._link_downs = 0
+        self._rungs = len(choice.ladder)  # of which each demotion takes one
         self._left_behind = self._left_behind_bytes = self._held_back = 0
         self._link_down = False
         self._polled = False
@@ -106,7 +107,7 @@ class Reception:
         with ExitStack() as undo:
             self._wakeup = Wakeup(source.fd)
             undo.callback(self._wakeup.close)
-            self._mechanism = self._build()
+            self._mechanism, self.choice = self._build(choice)
             undo.callback(self._mechanism.close)
             source.start()
             self._mechanism.start()
@@ -263,45 +264,44 @@ class Reception:
             raise failure from told
         header[ERROR] = 0
 
-    def _build(self) -> Backend:
+    def _build(self, choice: Choice) -> tuple[Backend, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
         while True:
             try:
-                return self._backends[self.choice.backend](self._facts, self._descriptors)
+                return self._backends[choice.backend](self._facts, self._descriptors), choice
             except OSError as error:
                 if error.errno not in _UNAVAILABLE:
                     raise
-                self._step_down(error)
+                choice = self._next_choice(choice, error)
 
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. No packet is lost: a refused call has taken none."""
         refused = self._mechanism
-        if type(refused) is self._backends[self.choice.backend]:  # else an exception came behind this step
-            self._step_down(error)
+        mechanism, choice = self._build(self._next_choice(self.choice, error))
         self._descriptors.clear()  # backends rely on columns that they never write
-        self._mechanism = self._build()
+        # Both at once: an exception in between would have the next backend refused for what this one was.
+        self._mechanism, self.choice = mechanism, choice
         refused.close()
 
-    def _step_down(self, error: OSError) -> None:
-        refused = self.choice.backend
-        if len(self.choice.ladder) == 1:
+    def _next_choice(self, choice: Choice, error: OSError) -> Choice:
+        if len(choice.ladder) == 1:
             raise BackendUnavailable(
-                f"{refused} on the {self.source.capabilities.title}: the kernel answers {error.strerror} "
+                f"{choice.backend} on the {self.source.capabilities.title}: the kernel answers {error.strerror} "
                 f"({errno.errorcode.get(error.errno or 0, error.errno)}), and there is no other backend to take over"
             ) from error
-        self.choice = self.choice.demoted(f"refused at run time: {error.strerror}")
-        self._demotions += 1
+        following = choice.demoted(f"refused at run time: {error.strerror}")
         logger.warning(
             "%s on the %s: the kernel answers %s; going on with %s",
-            refused,
+            choice.backend,
             self.source.capabilities.title,
             error.strerror,
-            self.choice.backend,
+            following.backend,
         )
+        return following
 
     def _watch_link(self, *, down: bool) -> None:
-        self._link_down = down
         self._wakeup.watch_link(down)
+        self._link_down = down
 
     def _look_at_link(self) -> None:
         """While a link is down: the kernel announces its end on a packet socket like any other down."""
@@ -346,7 +346,10 @@ class Reception:
         self._wakeup.event = None
 
     def close(self, *, forked: bool) -> None:
-        """Release everything. In a forked child nothing is restored: the parent still uses it."""
+        """Release everything. In a forked child nothing is restored: the parent still uses it.
+
+        Where an exception cuts it short, the next call goes on.
+        """
         self.over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
         try:
             if forked:
@@ -409,7 +412,7 @@ class Reception:
             kernel_drops=None if drops is None else drops + self._mechanism.drops(),
             ring_freezes=self._mechanism.freezes(),
             link_downs=self._link_downs if self.source.watched else None,
-            demotions=self._demotions,
+            demotions=self._rungs - len(self.choice.ladder),
             undelivered=self._left_behind + self._held_back,
         )
 

@@ -9,8 +9,10 @@ import select
 import socket
 import struct
 import termios
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
+from functools import partial
 
 from linkrx.capabilities import (
     IFNAMSIZ,
@@ -60,6 +62,27 @@ class LinkState(Enum):
     GONE = "gone"
 
 
+class Undo:
+    """What `close` has to undo, the last first. Steps can be done again: where an exception cuts one short, it is."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[[], object]) -> None:
+        """Note what undoes something."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Undo everything. Again does nothing."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def forget(self) -> None:
+        """Let everything be."""
+        self._steps.clear()
+
+
 class Source:
     """Where packets come from, with everything that `close` has to undo."""
 
@@ -68,7 +91,7 @@ class Source:
         fd: int,
         capabilities: Capabilities,
         held: object,
-        undo: ExitStack,
+        undo: Undo,
         fanout: Fanout | None = None,
     ) -> None:
         """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `fanout`."""
@@ -92,12 +115,12 @@ class Source:
 
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
-        self._undo.close()
+        self._undo.run()
         self._held = None
 
     def abandon(self) -> None:
         """In a forked child: let go without changing what the parent still uses."""
-        self._undo.pop_all()
+        self._undo.forget()
         if self.capabilities.owned:
             os.close(self.fd)
             if isinstance(self._held, socket.socket):
@@ -182,10 +205,11 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
     """Probe and prepare a source, for `start`. On any failure what was done is undone."""
     capabilities = probe(source)
     options.check_source(capabilities)
-    undo = ExitStack()
+    undo = Undo()
     try:
         if isinstance(source, str):
-            opened = undo.enter_context(_packet_socket(source))
+            opened = _packet_socket(source)
+            undo.add(opened.close)
             _configure(opened.fileno(), capabilities, options, undo)
             fanout = None if options.fanout is None else Fanout.of(options.fanout)
             return Source(opened.fileno(), capabilities, opened, undo, fanout)
@@ -194,7 +218,7 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
             _configure(fd, capabilities, options, undo)
         return Source(fd, capabilities, source, undo)
     except BaseException:
-        undo.close()
+        undo.run()
         raise
 
 
@@ -223,7 +247,7 @@ def _bind(packet: socket.socket, interface: str | None) -> None:
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-def _configure(fd: int, capabilities: Capabilities, options: Options, undo: ExitStack) -> None:
+def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> None:
     """Set socket options, and note in `undo` how to set them back."""
     file = _file_of(fd)
     with borrowed_socket(fd) as sock:
@@ -231,13 +255,13 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
         def change(level: int, name: int, value: int) -> None:
             before = sock.getsockopt(level, name)
             if before != value:
-                undo.callback(_restore, fd, file, level, name, before)
+                undo.add(partial(_restore, fd, file, level, name, before))
                 sock.setsockopt(level, name, value)
 
         wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
         if wanted is not None:
             before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-            undo.callback(_restore_receive_buffer, fd, file, before)
+            undo.add(partial(_restore_receive_buffer, fd, file, before))
             _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
         if capabilities.kind not in ("packet", "packet_cooked"):
             return
@@ -252,8 +276,8 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Exit
                 )
             # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
             request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
-            undo.callback(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request)
             sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+            undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
 
 
 def _file_of(fd: int) -> tuple[int, int]:

@@ -44,6 +44,32 @@ class EventFd:
             os.close(self.fd)
 
 
+class Timer:
+    """A timerfd, closed with the last reference to it at the latest."""
+
+    def __init__(self) -> None:
+        self.fd = libc.timerfd()
+
+    def set(self, interval: float | None) -> None:
+        """Make it readable every `interval` seconds, or unreadable."""
+        libc.set_timerfd(self.fd, interval or 0)
+
+    def clear(self) -> None:
+        """Make it unreadable until it fires again."""
+        with suppress(BlockingIOError):  # it had not fired
+            os.read(self.fd, 8)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()
+
+
 def _epoll() -> select.epoll:
     try:
         return select.epoll()
@@ -60,15 +86,14 @@ class Wakeup:
         self._listening = True
         self._link_down = False
         self._epoll = _epoll()
-        # Once: the exception of a signal handler would lose one that is made later.
-        self._timer: int | None = libc.timerfd()
+        self._timer = Timer()
         try:
             self._epoll.register(self.event.fd, select.EPOLLIN)
             self._epoll.register(source, select.EPOLLIN)
-            self._epoll.register(self._timer, select.EPOLLIN)
+            self._epoll.register(self._timer.fd, select.EPOLLIN)
         except BaseException:
+            self._timer.close()
             self._epoll.close()
-            os.close(self._timer)
             raise
 
     def fileno(self) -> int:
@@ -89,36 +114,29 @@ class Wakeup:
 
     def look_away(self, timeout: float) -> None:
         """For those who poll: be silent about such a source for `timeout` seconds."""
+        self._listening = False  # first: `listen` takes it in again, also where it was not out yet
         self._epoll.unregister(self._source)
-        self._listening = False
-        self._set_timer(timeout)
+        self._timer.set(timeout)
 
     def listen(self) -> None:
         """Take the source in again after `look_away`."""
         if not self._listening:
-            self._epoll.register(self._source, select.EPOLLIN)
+            with suppress(FileExistsError):  # an exception came in between, there or here
+                self._epoll.register(self._source, select.EPOLLIN)
+            self._timer.set(RECHECK_SECONDS if self._link_down else None)
             self._listening = True
-            self._set_timer(RECHECK_SECONDS if self._link_down else None)
 
     def watch_link(self, down: bool) -> None:
         """While a link is down, wake up regularly to see whether it still exists."""
         self._link_down = down
-        self._set_timer(RECHECK_SECONDS if down else None)
+        self._timer.set(RECHECK_SECONDS if down else None)
 
     def clear_timer(self) -> None:
         """Make the timer unreadable until it fires again."""
-        if self._timer is not None:
-            with suppress(BlockingIOError):
-                os.read(self._timer, 8)
-
-    def _set_timer(self, interval: float | None) -> None:
-        if self._timer is not None:
-            libc.set_timerfd(self._timer, interval or 0)
+        self._timer.clear()
 
     def close(self) -> None:
         """Idempotent. Takes nothing out of the epoll instance: after a fork the parent still uses it."""
-        if self._timer is not None:
-            os.close(self._timer)
-            self._timer = None
+        self._timer.close()
         self._epoll.close()
         self.event = None

@@ -16,7 +16,7 @@ from linkrx.capabilities import Capabilities
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 
-# Outcomes of conformance cells: supported or refused.
+# Outcomes of conformance cells: supported, refused, inapplicable or unavailable.
 cell_outcomes: Counter[str] = Counter()
 
 

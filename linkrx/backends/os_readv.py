@@ -82,9 +82,10 @@ class OsReadv(Backend):
             elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
                 # The driver knows no RWF_NOWAIT: ask before each read. Another reader of the same queue could
                 # still take the packet between the two, and make the read wait.
+                ready = select.poll()
+                ready.register(self._fd, select.POLLIN)
+                self._ready = ready  # first: without it the read below would wait
                 self._read, self._arguments = os.readv, ()
-                self._ready = select.poll()
-                self._ready.register(self._fd, select.POLLIN)
                 self._receive(arena, room)
             else:
                 raise

@@ -86,7 +86,7 @@ class PacketMmap(Backend):
     @property
     def held(self) -> int:
         """Packets of a block that was begun. The kernel says nothing of them once a later block was given back."""
-        waiting: int = _core.lib.lrx_packet_mmap_held(self._state)
+        waiting: int = _core.lib.lrx_packet_mmap_held(self._state) if self._state is not None else 0
         return waiting
 
     def drops(self) -> int:
@@ -101,13 +101,15 @@ class PacketMmap(Backend):
 
     def close(self) -> None:
         """Take the ring off the socket."""
-        _core.lib.lrx_packet_mmap_close(self._state)
-        self._state = None
+        state, self._state = self._state, None
+        if state is not None:
+            _core.lib.lrx_packet_mmap_close(state)
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
-        _core.lib.lrx_packet_mmap_abandon(self._state)
-        self._state = None
+        state, self._state = self._state, None
+        if state is not None:
+            _core.lib.lrx_packet_mmap_abandon(state)
 
 
 def shape(size: int) -> tuple[int, int]:

@@ -61,10 +61,11 @@ class Recvmmsg(Backend):
     @property
     def held(self) -> int:
         """Packets that did not fit into the last arena."""
-        waiting: int = _core.lib.lrx_recvmmsg_waiting(self._state)
+        waiting: int = _core.lib.lrx_recvmmsg_waiting(self._state) if self._state is not None else 0
         return waiting
 
     def close(self) -> None:
         """Give the slots back."""
-        _core.lib.lrx_recvmmsg_close(self._state)
-        self._state = None
+        state, self._state = self._state, None
+        if state is not None:
+            _core.lib.lrx_recvmmsg_close(state)

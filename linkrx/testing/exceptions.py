@@ -17,7 +17,7 @@ from linkrx.rigs import Rig
 from linkrx.testing.packets import sample
 from linkrx.testing.resources import descriptors
 from linkrx.testing.stops import alarmed, ignore
-from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, running, until
+from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, patiently, running, until
 
 TESTING = Path(__file__).parent
 PACKAGE = TESTING.parent
@@ -49,7 +49,7 @@ def check_raising(rig: Rig, backend: str) -> None:
         with rig.open(backend, deliver) as rx:
             for frame in sent:
                 rig.send(frame)
-            while len(got) < len(sent):
+            for _ in patiently(lambda got=got: len(got) >= len(sent)):  # type: ignore[misc]
                 try:
                     rx.dispatch(PATIENCE)
                 except Interrupted:
@@ -98,7 +98,7 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
 
     with flooded(rig), rig.open(backend, deliver) as rx:
         with alarmed(interrupt, first=0.0005, interval=0.0005):
-            while raised < 30 or len(got) < 100:
+            for _ in patiently(lambda: raised >= 30 and len(got) >= 100):
                 try:
                     rx.dispatch(PATIENCE)
                 except Interrupted as error:
@@ -131,15 +131,21 @@ def _is_the_loop(frame: FrameType | None, deliver: CodeType) -> bool:
 def check_signals(rig: Rig, backend: str) -> None:
     """Signals whose handlers return end no wait and cost no packet, however many come."""
     hits: list[int] = []
+
+    def send_later() -> None:
+        until(lambda: len(hits) > 10)
+        rig.send(rig.frame(100))
+
     with rig.open(backend, ignore) as rx, alarmed(lambda _: hits.append(1), first=0.0005, interval=0.0005):
-        assert rx.dispatch(0.02) is True
+        with running(send_later):
+            assert rx.dispatch(PATIENCE) is True
+        assert (rx.stats().packets, rx.stats().waits) == (1, 1)
         sent = sample(rig, 16)
         for _ in range(20):
             for frame in sent:
                 rig.send(frame)
             assert [bytes(packet) for packet in collect(rx, len(sent))] == sent
         assert rx.end is None
-    assert hits
 
 
 def check_second_thread(rig: Rig, backend: str) -> None:

@@ -177,15 +177,26 @@ WAYS: tuple[Callable[[Dispatcher], None], ...] = (
 )
 
 
-def _deletion(way: Callable[[Dispatcher], None], *, busy: bool) -> Check:
-    """The device is deleted while a thread receives in one way, waiting or in a flood: that way ends with LINK_GONE."""
+def _deletion(way: Callable[[Dispatcher], None], *, when: str) -> Check:
+    """The device is deleted while a thread receives, waiting, in a flood or with its link down: LINK_GONE ends that."""
 
     def check(rig: Rig, backend: str) -> None:
         device = device_of(rig)
         with rig.open(backend, ignore) as rx:
-            if busy:
+            if when == "busy":
                 with flooded(rig), running(lambda: way(rx)):
                     until(lambda: rx.stats().packets > 100)
+                    device.delete()
+            elif when == "down":
+                with running(lambda: way(rx)):
+                    device.set_down()
+                    # A queue is not told. Of a socket's link, not the news that it is down must be taken for its end:
+                    # behind it come waits.
+                    until(lambda: rx.stats().link_downs in (1, None))
+                    waits = rx.stats().waits
+                    if rx.capabilities.socket and way not in (_asynchronously, _foreign_loop):
+                        until(lambda: rx.stats().waits > waits + 2)
+                    assert rx.end is None
                     device.delete()
             else:
                 rig.send(rig.frame(100))
@@ -202,12 +213,12 @@ def _deletion(way: Callable[[Dispatcher], None], *, busy: bool) -> Check:
             assert rx.dispatch() is False
             assert rx.stats().undelivered == 0
 
-    check.__name__ = f"check_deleted_while_{'busy' if busy else 'waiting'}__{way.__name__.strip('_')}"
+    check.__name__ = f"check_deleted_while_{when}__{way.__name__.strip('_')}"
     check.__doc__ = _deletion.__doc__
     return check
 
 
-DELETIONS = tuple(_deletion(way, busy=busy) for busy in (False, True) for way in WAYS)
+DELETIONS = tuple(_deletion(way, when=when) for when in ("waiting", "busy", "down") for way in WAYS)
 
 
 def check_made_again(rig: Rig, backend: str) -> None:

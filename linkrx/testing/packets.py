@@ -10,7 +10,7 @@ from linkrx.factory import backends
 from linkrx.packet import ETH_HEADER_BYTES, Packet
 from linkrx.rigs import LOCAL, PROTOCOL, REMOTE, Rig
 from linkrx.testing.cells import Inapplicable
-from linkrx.testing.waiting import PATIENCE, collect
+from linkrx.testing.waiting import PATIENCE, collect, patiently
 
 # The source text's ladder, step by step, and what hardware and the kernel cut at: 1514, 2048.
 STEPS = (128, 384, 640, 1152, 1514, 2048, 2176, 4096, 4224, 8320, 16512, 32896, 65535, 65664)
@@ -38,8 +38,8 @@ def check_delivery(rig: Rig, backend: str) -> None:
     with rig.open(backend, lambda *call: calls.append(call)) as rx:
         for frame in sent:
             rig.send(frame)
-        while len(calls) < len(sent) and rx.dispatch(PATIENCE):
-            pass
+        for _ in patiently(lambda: len(calls) >= len(sent)):
+            rx.dispatch(PATIENCE)
         assert [bytes(call[3]) for call in calls] == sent
         for remote, local, protocol, got in calls:
             assert (remote, local) == ((REMOTE, LOCAL) if rig.ethernet else (None, None))

@@ -42,7 +42,9 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=guarded)
+    thread = threading.Thread(
+        target=guarded, daemon=True
+    )  # one that hangs must not keep the program from ending
     thread.start()
     try:
         yield thread
@@ -53,11 +55,17 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
         raise failures[0]
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Give other threads the processor until something they do is seen."""
+def patiently(condition: Callable[[], object]) -> Iterator[None]:
+    """One turn after the other until the condition holds; fails when it does not in PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "never happened"
+        yield
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Give other threads the processor until something they do is seen."""
+    for _ in patiently(condition):
         os.sched_yield()
 
 
