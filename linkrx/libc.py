@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 # linux/sched.h
 CLONE_NEWUSER = 0x10000000
@@ -42,6 +43,33 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int) -> None:
     """Move this thread into the namespace that `fd` refers to. See man 2 setns."""
     _checked(_libc.setns(fd, kind), "setns")
+
+
+class SocketOptions:
+    """getsockopt(2) and setsockopt(2) on a descriptor that is somebody else's.
+
+    A `socket.socket` closes its descriptor with itself; and of a duplicate, an exception that a signal handler raises
+    in the wrong moment would leave one open.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def get(self, level: int, name: int, size: int = 4) -> bytes:
+        """At most `size` bytes."""
+        value = ctypes.create_string_buffer(size)
+        length = ctypes.c_uint32(size)
+        _checked(_libc.getsockopt(self._fd, level, name, value, ctypes.byref(length)), "getsockopt")
+        return value.raw[: length.value]
+
+    def get_int(self, level: int, name: int) -> int:
+        """An int."""
+        return int.from_bytes(self.get(level, name), sys.byteorder, signed=True)
+
+    def set(self, level: int, name: int, value: int | bytes) -> None:
+        """An int, or a structure."""
+        data = value if isinstance(value, bytes) else value.to_bytes(4, sys.byteorder, signed=True)
+        _checked(_libc.setsockopt(self._fd, level, name, data, len(data)), "setsockopt")
 
 
 def timerfd() -> int:

@@ -20,13 +20,13 @@ from linkrx.capabilities import (
     SOL_PACKET,
     Capabilities,
     HasFileno,
-    borrowed_socket,
     descriptor,
     probe,
     route_socket_for,
 )
 from linkrx.errors import BECOME_ROOT, MissingPrivilege, UnsupportedOption
 from linkrx.fanout import Fanout
+from linkrx.libc import SocketOptions
 from linkrx.options import Options
 
 logger = logging.getLogger("linkrx")
@@ -145,8 +145,7 @@ class Source:
 
     def _socket_drops(self) -> int | None:
         try:
-            with borrowed_socket(self.fd) as borrowed:
-                words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * 16)
+            words = SocketOptions(self.fd).get(socket.SOL_SOCKET, SO_MEMINFO, 4 * 16)
         except OSError:
             return None
         return (
@@ -250,34 +249,34 @@ def _bind(packet: socket.socket, interface: str | None) -> None:
 def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> None:
     """Set socket options, and note in `undo` how to set them back."""
     file = _file_of(fd)
-    with borrowed_socket(fd) as sock:
+    sock = SocketOptions(fd)
 
-        def change(level: int, name: int, value: int) -> None:
-            before = sock.getsockopt(level, name)
-            if before != value:
-                undo.add(partial(_restore, fd, file, level, name, before))
-                sock.setsockopt(level, name, value)
+    def change(level: int, name: int, value: int) -> None:
+        before = sock.get_int(level, name)
+        if before != value:
+            undo.add(partial(_restore, fd, file, level, name, before))
+            sock.set(level, name, value)
 
-        wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
-        if wanted is not None:
-            before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-            undo.add(partial(_restore_receive_buffer, fd, file, before))
-            _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
-        if capabilities.kind not in ("packet", "packet_cooked"):
-            return
-        change(SOL_PACKET, PACKET_AUXDATA, 1)
-        change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
-        if options.timestamps:
-            change(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        if options.promiscuous:
-            if capabilities.ifindex is None:
-                raise UnsupportedOption(
-                    f"promiscuous=True on {capabilities.a_title} that is bound to no interface: bind it first"
-                )
-            # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
-            request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
-            sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
-            undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
+    wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
+    if wanted is not None:
+        before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        undo.add(partial(_restore_receive_buffer, fd, file, before))
+        _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
+    if capabilities.kind not in ("packet", "packet_cooked"):
+        return
+    change(SOL_PACKET, PACKET_AUXDATA, 1)
+    change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
+    if options.timestamps:
+        change(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    if options.promiscuous:
+        if capabilities.ifindex is None:
+            raise UnsupportedOption(
+                f"promiscuous=True on {capabilities.a_title} that is bound to no interface: bind it first"
+            )
+        # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
+        request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
+        sock.set(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+        undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
 
 
 def _file_of(fd: int) -> tuple[int, int]:
@@ -288,18 +287,18 @@ def _file_of(fd: int) -> tuple[int, int]:
 
 def _restore(fd: int, file: tuple[int, int], level: int, name: int, value: int | bytes) -> None:
     """Set a socket option back, unless its owner has closed the socket: then there is nothing to restore."""
-    with suppress(OSError), borrowed_socket(fd) as sock:
+    with suppress(OSError):
         if _file_of(fd) == file:
-            sock.setsockopt(level, name, value)
+            SocketOptions(fd).set(level, name, value)
 
 
-def _set_receive_buffer(sock: socket.socket, size: int, *, asked: bool) -> None:
+def _set_receive_buffer(sock: SocketOptions, size: int, *, asked: bool) -> None:
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+        sock.set(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
     except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        sock.set(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         got = (
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+            sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         )  # the kernel doubles it for its own needs
         if got < size:
             logger.log(
@@ -313,6 +312,6 @@ def _set_receive_buffer(sock: socket.socket, size: int, *, asked: bool) -> None:
 
 
 def _restore_receive_buffer(fd: int, file: tuple[int, int], size: int) -> None:
-    with suppress(OSError), borrowed_socket(fd) as sock:
+    with suppress(OSError):
         if _file_of(fd) == file:
-            _set_receive_buffer(sock, size, asked=False)
+            _set_receive_buffer(SocketOptions(fd), size, asked=False)
