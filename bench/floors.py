@@ -20,7 +20,7 @@ from linkrx import _core
 
 MEMORY = 512 * 1024
 ROUNDS = 200
-RING_BLOCK, RING_BLOCKS = 256 * 1024, 128
+RING_BLOCK, RING_BLOCKS = 128 * 1024, 512
 
 
 @cache

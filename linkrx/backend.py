@@ -33,11 +33,16 @@ class Backend(ABC):
     `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
     common ones that it can fulfil: `buffer_sizes`, `segment`, `outgoing`, `timestamps`, `fanout`, `latency`,
     `zero_copy`.
+
+    `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
+    in memory of the backend's own, so the buffer of a socket need not be large.
     """
 
     name: ClassVar[str]
     rank: ClassVar[int]
     honours: ClassVar[frozenset[str]] = frozenset()
+    batch_size: ClassVar[int] = 64
+    has_queue: ClassVar[bool] = False
 
     @classmethod
     def missing(cls) -> str | None:

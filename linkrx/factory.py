@@ -187,7 +187,7 @@ def open(  # noqa: A001
     that backend or an error. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b takes
     names from it. The options are the fields of `Options`:
 
-    `batch_size=64` packets per receive at most; `ethernet`, `vnet_header`, `packet_info` say what the probe cannot
+    `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`, `packet_info` say what the probe cannot
     know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
     `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or ring; `fanout`, the number of a group
     of dispatchers that share an interface, or "auto" for a new one, or a pair of that and "hash", "lb", "cpu",

@@ -24,7 +24,7 @@ _BACKEND_OPTIONS = ("buffer_sizes", "segment", "outgoing", "timestamps", "fanout
 class Keywords(TypedDict, total=False):
     """The options as keywords of `open`, for type checkers. A test holds them to the fields of Options."""
 
-    batch_size: int
+    batch_size: int | None
     ethernet: bool | None
     vnet_header: bool | int | None
     packet_info: bool | None
@@ -43,7 +43,7 @@ class Keywords(TypedDict, total=False):
 class Options:
     """What the caller asked for. `None` and the defaults ask for nothing."""
 
-    batch_size: int = 64
+    batch_size: int | None = None
     ethernet: bool | None = None
     vnet_header: bool | int | None = None
     packet_info: bool | None = None
@@ -63,7 +63,7 @@ class Options:
             value = getattr(self, name)
             if value is not _DEFAULTS[name] and type(value) not in kinds:
                 raise TypeError(f"{name}={value!r}: give {' or '.join(kind.__name__ for kind in kinds)}")
-        if not 1 <= self.batch_size <= BATCH_SIZE_MAX:
+        if self.batch_size is not None and not 1 <= self.batch_size <= BATCH_SIZE_MAX:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
         if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
             raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")

@@ -82,10 +82,11 @@ class Reception:
         self.framing = framing = options.framing(source.capabilities)
         layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
         self._facts = Receive(source.fd, source.capabilities, layout, options)
-        self._descriptors = Descriptors(options.batch_size)
+        rows = options.batch_size or backends[choice.backend].batch_size
+        self._descriptors = Descriptors(rows)
         self._header = self._descriptors.header
-        self._arenas = Arenas(layout.capacity, options.batch_size)
-        self.addresses = bytearray(ADDRESSES.size * options.batch_size if deliver and framing.ethernet else 0)
+        self._arenas = Arenas(layout.capacity, rows)
+        self.addresses = bytearray(ADDRESSES.size * rows if deliver and framing.ethernet else 0)
         self._counters = new_counters()
         self._classify = classifier(self._descriptors, framing, self._counters, self.addresses)
         self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
@@ -267,8 +268,11 @@ class Reception:
     def _build(self, choice: Choice) -> tuple[Backend, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
         while True:
+            chosen = self._backends[choice.backend]
             try:
-                return self._backends[choice.backend](self._facts, self._descriptors), choice
+                if not chosen.has_queue:
+                    self.source.enlarge_queue()
+                return chosen(self._facts, self._descriptors), choice
             except OSError as error:
                 if error.errno not in _UNAVAILABLE:
                     raise

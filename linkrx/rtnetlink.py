@@ -26,6 +26,8 @@ IFLA_IFNAME = 3
 IFLA_MTU = 4
 IFLA_LINKINFO = 18
 IFLA_STATS64 = 23
+# IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, and the same for IPv4, which Linux 6.3 tells apart.
+SUPER_PACKETS = (41, 58, 63, 64)
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_TUN_PI = 4
@@ -40,7 +42,10 @@ _TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
 
 @dataclass(frozen=True)
 class Link:
-    """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only."""
+    """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
+
+    `super_packet` is the most that a packet has before it is split, or behind merging.
+    """
 
     index: int
     name: str
@@ -51,6 +56,7 @@ class Link:
     packet_info: bool | None
     queues: int
     tx_dropped: int | None
+    super_packet: int
 
 
 class RouteSocket:
@@ -126,6 +132,9 @@ def _parse(message: bytes) -> Link:
         queues=struct.unpack("=I", data[IFLA_TUN_NUM_QUEUES])[0] if IFLA_TUN_NUM_QUEUES in data else 1,
         tx_dropped=(
             struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
+        ),
+        super_packet=max(
+            struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
         ),
     )
 

@@ -92,12 +92,14 @@ class Source:
         capabilities: Capabilities,
         held: object,
         undo: Undo,
-        fanout: Fanout | None = None,
+        options: Options,
     ) -> None:
-        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `fanout`."""
+        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `options.fanout`."""
         self.fd = fd
         self.fanout: int | None = None  # the group, once it is joined
-        self._joins = fanout
+        self._joins = None if options.fanout is None else Fanout.of(options.fanout)
+        self._receive_buffer = options.receive_buffer
+        self._enlarged = False
         self.capabilities = capabilities
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
@@ -112,6 +114,17 @@ class Source:
             _bind(self._held, self.capabilities.interface)
             if self._joins is not None:  # the kernel wants a member bound
                 self.fanout = self._joins.join(self._held)
+
+    def enlarge_queue(self) -> None:
+        """Of a socket, to `receive_buffer`; for a backend whose packets wait there."""
+        wanted = self._receive_buffer or (RECEIVE_BUFFER if self.capabilities.owned else None)
+        if wanted is None or not self.capabilities.socket or self._enlarged:
+            return
+        sock = SocketOptions(self.fd)
+        before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        self._undo.add(partial(_restore_receive_buffer, self.fd, _file_of(self.fd), before))
+        _set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
+        self._enlarged = True
 
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
@@ -210,12 +223,11 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
             opened = _packet_socket(source)
             undo.add(opened.close)
             _configure(opened.fileno(), capabilities, options, undo)
-            fanout = None if options.fanout is None else Fanout.of(options.fanout)
-            return Source(opened.fileno(), capabilities, opened, undo, fanout)
+            return Source(opened.fileno(), capabilities, opened, undo, options)
         fd = descriptor(source)
         if capabilities.socket:
             _configure(fd, capabilities, options, undo)
-        return Source(fd, capabilities, source, undo)
+        return Source(fd, capabilities, source, undo, options)
     except BaseException:
         undo.run()
         raise
@@ -257,11 +269,6 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
             undo.add(partial(_restore, fd, file, level, name, before))
             sock.set(level, name, value)
 
-    wanted = options.receive_buffer or (RECEIVE_BUFFER if capabilities.owned else None)
-    if wanted is not None:
-        before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        undo.add(partial(_restore_receive_buffer, fd, file, before))
-        _set_receive_buffer(sock, wanted, asked=options.receive_buffer is not None)
     if capabilities.kind not in ("packet", "packet_cooked"):
         return
     change(SOL_PACKET, PACKET_AUXDATA, 1)

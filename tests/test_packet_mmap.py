@@ -126,18 +126,20 @@ def test_a_ring_that_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("size", "block", "blocks"),
+    ("size", "largest", "block", "blocks"),
     [
-        (1, 128 * 1024, 2),
-        (2**20, 128 * 1024, 8),
-        (packet_mmap.RING_BYTES, 256 * 1024, 128),
-        (2**27, 2**20, 128),
-        (2**31 - 1, 2**20, 2047),
+        (1, 65_536, 128 * 1024, 2),
+        (2**20, 65_536, 128 * 1024, 8),
+        (packet_mmap.RING_BYTES, 0, 128 * 1024, 512),
+        (packet_mmap.RING_BYTES, 65_536, 128 * 1024, 512),
+        (packet_mmap.RING_BYTES, 200_000, 256 * 1024, 256),
+        (packet_mmap.RING_BYTES, 524_280, 2**20, 64),
+        (2**31 - 1, 65_536, 512 * 1024, 4095),
     ],
 )
-def test_shape(size: int, block: int, blocks: int) -> None:
-    """A ring has 128 blocks where these can have 128 KiB to 1 MiB, and is no larger than asked for above the least."""
-    assert packet_mmap.shape(size) == (block, blocks)
+def test_shape(size: int, largest: int, block: int, blocks: int) -> None:
+    """Blocks are as small as the interface's super-packets allow, and the ring is no larger than asked for."""
+    assert packet_mmap.shape(size, largest) == (block, blocks)
     assert blocks == packet_mmap.BLOCKS_LEAST or block * blocks <= size
 
 
@@ -161,6 +163,7 @@ def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
 def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into a block is flagged, and wire_length is the true length."""
     monkeypatch.setattr(packet_mmap, "BLOCK_LEAST", 8192)
+    monkeypatch.setattr(packet_mmap, "_largest", lambda _: 0)
     with ring_on(wire[0], receive_buffer=4 * 8192) as rx:
         wire[2].send(frame(1, 9000))
         wire[2].send(frame(2, 8000))
@@ -205,7 +208,7 @@ with interface() as rig:
     size, interface = received.split()
     assert size == "100"
     assert warned == (
-        f"WARNING packet_mmap on the AF_PACKET socket on {interface}: no memory for a ring of 33554432 bytes; it has "
+        f"WARNING packet_mmap on the AF_PACKET socket on {interface}: no memory for a ring of 67108864 bytes; it has "
         "16777216. receive_buffer= asks for less"
     )
 
@@ -222,6 +225,32 @@ def test_the_latency_is_the_retire_time(wire: Wire) -> None:
                 assert number_of(rx.recv(10)) == 2
     with pytest.raises(linkrx.UnsupportedOption, match=r"latency=0.0005 .* packet_mmap can promise 0.001"):
         ring_on(wire[0], latency=0.0005)
+
+
+def test_the_buffer_of_the_socket_stays_as_it_is(wire: Wire) -> None:
+    """Packets wait in the ring: receive_buffer= is its size, and is not set on the socket."""
+    with packet_socket(wire[0]) as borrowed:
+        before = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        with ring_on(borrowed, receive_buffer=3 * 2**20):
+            assert [size for _, size in ring.mapped()] == [3 * 2**20]
+            assert borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before
+
+
+def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
+    """By default a batch takes all packets of a block, and with batch_size= that many at most."""
+    for batch_size, sizes in ((None, [300]), (128, [128, 128, 44])):
+        with ring_on(wire[0], batch_size=batch_size, latency=0.1) as rx:
+            for number in range(300):
+                wire[2].send(frame(number))
+            until(lambda: sum(ring.waiting()) == 300)
+            assert [len(batch) for batch in rx.batches(0)] == sizes
+
+
+def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
+    """An interface with a larger limit for super-packets than usual gets larger blocks."""
+    Device(wire[0]).set(gso_max_size=200_000)
+    with ring_on(wire[0]) as rx:
+        assert packet_mmap._largest(rx._reception._facts) == 200_000
 
 
 # Accounting.

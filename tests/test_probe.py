@@ -758,7 +758,6 @@ def test_a_message_larger_than_any_default() -> None:
     [
         ("batch_size", "64"),
         ("batch_size", 2.5),
-        ("batch_size", None),
         ("ethernet", 0),
         ("ethernet", "no"),
         ("vnet_header", "x"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import closing
 from typing import Any
 
 from linkrx import _core
@@ -14,20 +15,25 @@ from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
 from linkrx.packet import OUTGOING, TIMESTAMP
+from linkrx.rtnetlink import RouteSocket
 
 logger = logging.getLogger("linkrx")
 
-# A burst of 100 ms at a million packets per second. The kernel closes a block when it is full, and also when the
-# retire time is up and something is in it: at the default latency of 1 ms that burst takes 100 blocks, each with 1000
-# packets. In the ring a 64-byte frame takes 152 bytes, so 152,000 of a block's 262,144.
-RING_BYTES = 32 * 1024 * 1024
-RING_BLOCKS = 128
+# The kernel closes a block when it is full, and when the retire time is up and something is in it. So at the default
+# latency of 1 ms each block is 1 ms that the reader may be away, be there ever so few packets: many small blocks last
+# longer than a few large ones. 64 MiB are 512 of the least size, half a second. A million packets of 64 bytes per
+# second, which take 152 bytes each in the ring, fill 1.2 blocks per millisecond: 0.44 s. Memory is taken at once, and
+# kept.
+RING_BYTES = 64 * 1024 * 1024
 
-# Frames do not cross blocks, and what is longer than a block is cut. The least holds a super-packet of 64 KiB, that of
-# RING_BYTES the 198,586 bytes that IPv6 BIG TCP is set up for in practice, and the most any that Linux makes:
-# capabilities.LARGEST_MESSAGE. The kernel takes what is no power of two as the next that is.
+# Frames do not cross blocks, and what is longer than a block is cut. The least holds a super-packet of 64 KiB; that is
+# what a block has, unless the interface is set up for more (BIG TCP), or the ring is so large that the number of blocks
+# is not what limits it. The most holds any frame that Linux makes: capabilities.LARGEST_MESSAGE. The kernel takes what
+# is no power of two as the next that is.
 BLOCK_LEAST = 128 * 1024
 BLOCK_MOST = 1024 * 1024
+HEADROOM = 4096  # far more than the kernel puts in front of a frame
+BLOCKS_MOST = 4096  # more are not made smaller for
 BLOCKS_LEAST = 2  # one to read while the other is filled
 
 LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as the kernel likes
@@ -40,6 +46,8 @@ class PacketMmap(Backend):
     name = "packet_mmap"
     rank = 40
     honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency"})
+    batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
+    has_queue = True
 
     @classmethod
     def missing(cls) -> str | None:
@@ -112,12 +120,22 @@ class PacketMmap(Backend):
             _core.lib.lrx_packet_mmap_abandon(state)
 
 
-def shape(size: int) -> tuple[int, int]:
-    """Block size and number of blocks for a ring of `size` bytes: RING_BLOCKS of them, as far as the sizes allow."""
+def shape(size: int, largest: int = 0) -> tuple[int, int]:
+    """Block size and number of blocks for a ring of `size` bytes and frames of `largest` bytes."""
     block = BLOCK_LEAST
-    while block < BLOCK_MOST and 2 * block * RING_BLOCKS <= size:
+    while block < BLOCK_MOST and (block < largest + HEADROOM or size > block * BLOCKS_MOST):
         block *= 2
     return block, max(BLOCKS_LEAST, size // block)
+
+
+def _largest(receive: Receive) -> int:
+    """The most that the interface is set up for; 0 where that is not known, as of one in another namespace."""
+    found = receive.capabilities
+    if found.ifindex is None:
+        return 0
+    with closing(RouteSocket()) as route:
+        link = route.link(index=found.ifindex)
+    return link.super_packet if link and link.name == found.interface else 0
 
 
 def _ring(receive: Receive) -> Any:
@@ -130,7 +148,7 @@ def _ring(receive: Receive) -> Any:
         )
     retire = int(min(options.latency * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
-    block, asked = shape(options.receive_buffer or RING_BYTES)
+    block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked
     while True:
         state = _core.lib.lrx_packet_mmap_open(
