@@ -19,6 +19,7 @@ from linkrx.errors import (
     UnsupportedSource,
 )
 from linkrx.factory import BackendInfo, backends, choose, open
+from linkrx.lent import LentBatch
 from linkrx.packet import Flags, Packet, Vlan, VnetHeader
 from linkrx.stats import End, Stats
 from linkrx.tuntap import TunTap
@@ -38,6 +39,7 @@ __all__ = [
     "End",
     "Flags",
     "IovecBuffer",
+    "LentBatch",
     "LinkrxError",
     "MissingPrivilege",
     "Packet",

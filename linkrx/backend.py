@@ -14,6 +14,7 @@ from linkrx.arena import Arena
 from linkrx.buffers import Layout
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
+from linkrx.lent import Lease
 from linkrx.options import Options
 
 
@@ -81,6 +82,19 @@ class Backend(ABC):
     def held(self) -> int:
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
+
+    def lease(self) -> Lease | None:
+        """The memory that the last `fill` described, starts counted from its first byte; None: the arena."""
+        return None
+
+    def let_go(self) -> None:
+        """What `lease` told is in a batch now: it is over when the batch is."""
+        return
+
+    @property
+    def lent(self) -> bool:
+        """Whether any such memory is not given back yet. Then a source that is polled says nothing of use."""
+        return False
 
     def drops(self) -> int:
         """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""

@@ -35,13 +35,13 @@ class Batch:
 
     def __init__(
         self,
-        buffer: mmap.mmap | bytes,
+        buffer: mmap.mmap | memoryview | bytes,
         begin: int,
         table: int,
         rows: int,
         count: int,
         framing: Framing,
-        table_buffer: bytes | None = None,
+        table_buffer: mmap.mmap | bytes | None = None,
     ) -> None:
         """Frames lie in `buffer` from `begin` on, and behind them, `table` bytes into it, a table of `rows` rows, of
         which the first `count` are used. With a `table_buffer` the table lies there instead.

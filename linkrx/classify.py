@@ -23,9 +23,9 @@ _ETHERNET = struct.Struct("!6s6sH")
 _TUN_PKT_STRIP = 0x0001  # linux/if_tun.h
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
-# Takes the arena and the number of descriptors, writes the batch's table behind the frames, and marks the
+# Takes the arena, the number of descriptors, and the address of the frames if they are not in the arena; writes the batch's table behind the frames, and marks the
 # descriptors as classified.
-Classify = Callable[[Arena, int], None]
+Classify = Callable[..., None]
 
 
 def classifier(
@@ -51,9 +51,9 @@ def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], addre
     header = descriptors.header
     lrx_classify = _core.lib.lrx_classify
 
-    def classify(arena: Arena, count: int) -> None:
+    def classify(arena: Arena, count: int, frames: int | None = None) -> None:
         region = arena.address + arena.cursor
-        lrx_classify(described, region, count, region + header[END])
+        lrx_classify(described, frames or region, count, region + header[END])
 
     return classify
 
@@ -65,7 +65,8 @@ def in_python(
     reported, header = descriptors.columns, descriptors.header
     prefix, link_header = framing.prefix, framing.link_header
 
-    def classify(arena: Arena, count: int) -> None:
+    def classify(arena: Arena, count: int, frames: int | None = None) -> None:
+        assert frames is None, "memory is lent by the core only"
         region = arena.view[arena.cursor :]
         end = header[END]
         table = Columns(region[end : end + ROW_BYTES * count], count)

@@ -17,6 +17,7 @@ from linkrx.capabilities import Capabilities, HasFileno
 from linkrx.choice import Choice, Verdict
 from linkrx.dispatcher import Deliver, Dispatcher
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
+from linkrx.lending import LendingDispatcher
 from linkrx.options import Keywords, Options
 from linkrx.source import open_source
 
@@ -187,12 +188,12 @@ def open(  # noqa: A001
     that backend or an error. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b takes
     names from it. The options are the fields of `Options`:
 
-    `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`, `packet_info` say what the probe cannot
-    know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
+    `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
+    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
     `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or ring; `fanout`, the number of a group
     of dispatchers that share an interface, or "auto" for a new one, or a pair of that and "hash", "lb", "cpu",
-    "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `segment`, `zero_copy` for backends that
-    have them.
+    "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `zero_copy`, for `batches()` to lend the
+    blocks of a ring, see `LentBatch`; `segment` for backends that have it.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
@@ -205,6 +206,10 @@ def open(  # noqa: A001
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
     wanted = Options(**options)
+    if wanted.zero_copy and deliver is not None:
+        raise UnsupportedOption(
+            "zero_copy=True lends whole batches, from batches(): it goes without deliver="
+        )
     infos = backends()
     backend, avoid = from_environment(backend)
     for name in set(avoid) - {info.name for info in infos}:
@@ -212,7 +217,8 @@ def open(  # noqa: A001
     opened = open_source(source, wanted)
     try:
         choice = choose(opened.capabilities, infos, wanted, backend, avoid)
-        return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
+        kind = LendingDispatcher if wanted.zero_copy else Dispatcher
+        return kind(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
     except BaseException:
         opened.close()
         raise

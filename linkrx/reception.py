@@ -17,6 +17,7 @@ from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES, classifier
 from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors, align
 from linkrx.errors import BackendUnavailable
+from linkrx.lent import LentBatch
 from linkrx.options import Options
 from linkrx.source import LinkState, Source
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, new_counters
@@ -147,7 +148,7 @@ class Reception:
                 break
             self.show_pending()  # nothing waits here now: the event must not end this wait at once
             self._waits += 1
-            if idle < _IDLE_WAKES:
+            if idle < _IDLE_WAKES and not self._mechanism.lent:
                 idle += self._wakeup.wait(left)
             else:
                 self._wakeup.rest(_REST if left is None else min(_REST, left))
@@ -183,7 +184,8 @@ class Reception:
                 count = self._without_hangup(count)
             if not count:
                 return False
-            self._classify(arena, count)
+            lease = self._mechanism.lease()
+            self._classify(arena, count, lease.address if lease else None)
         self._take(arena)
         return True
 
@@ -212,7 +214,12 @@ class Reception:
         count = classified - 1
         begin = arena.cursor
         table = begin + end
-        batch = Batch(arena.memory, begin, table, rows, count, self.framing)
+        lease = self._mechanism.lease()
+        if lease is None:
+            batch = Batch(arena.memory, begin, table, rows, count, self.framing)
+        else:
+            batch = LentBatch(lease.memory, 0, table, rows, count, self.framing, arena.memory)
+            batch._lease = lease
         following = align(table + ROW_BYTES * rows)
         # From here to the end of the function nothing is called, so no signal handler can run.
         if count:
@@ -223,6 +230,8 @@ class Reception:
         self._receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
+        # Until here.
+        self._mechanism.let_go()
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -373,6 +382,10 @@ class Reception:
         """What to poll. From the first call on, it is kept readable while packets wait here."""
         self._polled = True
         self.show_pending()
+        if self._mechanism.lent:
+            self._wakeup.look_away(_REST)
+        else:
+            self._wakeup.listen()
         return self._wakeup.fileno()
 
     def show_pending(self) -> None:

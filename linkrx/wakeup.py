@@ -114,8 +114,9 @@ class Wakeup:
 
     def look_away(self, timeout: float) -> None:
         """For those who poll: be silent about such a source for `timeout` seconds."""
-        self._listening = False  # first: `listen` takes it in again, also where it was not out yet
-        self._epoll.unregister(self._source)
+        if self._listening:
+            self._listening = False  # first: `listen` takes it in again, also where it was not out yet
+            self._epoll.unregister(self._source)
         self._timer.set(timeout)
 
     def listen(self) -> None:

@@ -6,6 +6,7 @@ that says why and what to type.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +33,20 @@ def new(declaration: str, **fields: object) -> Any:
 def address(buffer: object) -> int:
     """The address of a writable buffer, as C's uintptr_t. Whoever takes it keeps the buffer alive."""
     return int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(buffer, require_writable=True)))
+
+
+def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
+    """Memory at an address as a view; `free` is called when nothing refers to it any more."""
+    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())
+    return memoryview(_native.ffi.buffer(pointer, size))
+
+
+def returning(memory: memoryview, give_back: Any) -> Any:
+    """Keeps memory, and calls a function of `lib` with its address when nothing refers to what this returns any more.
+
+    From C to C: the exception of a signal handler cannot come in between.
+    """
+    return _native.ffi.gc(_native.ffi.from_buffer(memory), give_back)
 
 
 def last_error() -> int:

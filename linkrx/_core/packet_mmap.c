@@ -23,6 +23,9 @@
 
 #define PAGE_LEAST 4096 /* of all Linux architectures */
 
+/* A bit of block_status that the kernel neither sets nor looks at: prb_curr_blk_in_use() asks for TP_STATUS_USER alone. */
+#define LENT (1u << 16)
+
 /* What the kernel wrote is looked at once, so that what is checked is what is used. */
 #define ONCE(field) (*(const volatile __typeof__(field) *)&(field))
 
@@ -38,6 +41,8 @@ struct lrx_packet_mmap {
     uint32_t vnet;
     uint32_t capacity;
     uint32_t wanted;
+    uint32_t lends;
+    const uint8_t *described; /* the block that the last lend was about */
     uint32_t block;  /* the one that is read now, or next */
     uint32_t left;   /* packets of it that wait; 0: it is not begun */
     uint32_t offset; /* of the first of these in the block */
@@ -83,7 +88,7 @@ static bool is_same_socket(const struct lrx_packet_mmap *s)
 
 static void take_off(struct lrx_packet_mmap *s)
 {
-    if (s->ring)
+    if (s->ring && !s->lends)
         munmap(s->ring, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
     if (is_same_socket(s)) {
         s->blocks = s->block_size = 0;
@@ -101,7 +106,8 @@ static void touch(const struct lrx_packet_mmap *s)
 }
 
 struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms,
-                                             uint32_t vnet, uint32_t capacity, uint32_t wanted)
+                                             uint32_t vnet, uint32_t capacity, uint32_t wanted,
+                                             uint32_t lends)
 {
     struct lrx_packet_mmap *s = calloc(1, sizeof *s);
     const int version = TPACKET_V3;
@@ -122,6 +128,7 @@ struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32
     s->vnet = vnet;
     s->capacity = capacity;
     s->wanted = wanted;
+    s->lends = lends;
     if (fstat(fd, &now) < 0 || getsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, &size) < 0 ||
         setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version, sizeof version) < 0)
         goto refused;
@@ -141,8 +148,10 @@ struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32
         errno = error;
         goto refused;
     }
-    /* A child that had the ring mapped as well would keep the kernel from removing it. */
-    madvise(s->ring, s->mapped, MADV_DONTFORK);
+    /* A child that had the ring mapped as well would keep the kernel from removing it. But what is lent must be
+     * readable in the child too. */
+    if (!lends)
+        madvise(s->ring, s->mapped, MADV_DONTFORK);
     touch(s);
     count(s); /* what the socket dropped before is not the ring's */
     s->drops = s->freezes = 0;
@@ -223,13 +232,20 @@ static bool begin_block(struct lrx_packet_mmap *s)
      * TP_STATUS_USER tell why it was closed. */
     uint32_t status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
 
-    if (!(status & TP_STATUS_USER))
+    if (!(status & TP_STATUS_USER) || status & LENT)
         return false;
     if (status & TP_STATUS_LOSING)
         count(s); /* while packets are lost, often enough that the kernel's 32 bits never wrap */
     s->left = ONCE(header->num_pkts);
     s->offset = ONCE(header->offset_to_first_pkt);
     return true;
+}
+
+static void next_block(struct lrx_packet_mmap *s)
+{
+    s->left = 0;
+    if (++s->block == s->blocks)
+        s->block = 0;
 }
 
 static void give_back(struct lrx_packet_mmap *s)
@@ -240,9 +256,7 @@ static void give_back(struct lrx_packet_mmap *s)
     header->num_pkts = 0;
     /* Before this store everything that was read of the block has been read. */
     __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
-    s->left = 0;
-    if (++s->block == s->blocks)
-        s->block = 0;
+    next_block(s);
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
@@ -255,7 +269,7 @@ static int pending_error(struct lrx_packet_mmap *s)
 
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
         return errno;
-    if (!s->error || ONCE(block_header(s)->num_pkts))
+    if (!s->error || (ONCE(block_header(s)->num_pkts) && !(ONCE(block_header(s)->block_status) & LENT)))
         return 0;
     error = s->error;
     s->error = 0;
@@ -337,7 +351,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
         uint32_t snaplen, length, next;
 
         if (!s->left) {
-            if (begun == s->blocks || !begin_block(s))
+            if (begun == s->blocks || (s->lends && n) || !begin_block(s))
                 break;
             begun++;
             if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
@@ -353,17 +367,26 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
             break;
         }
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
-        if ((uint64_t)cursor + length > size)
-            break;
-        copy(s, memory + cursor, frame, length);
-        out.starts[n] = cursor;
+        if (s->lends) {
+            /* Before it is shown: from here on only who has the block lent gives it back. */
+            __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
+            s->described = block;
+            out.starts[n] = (uint32_t)(frame - block);
+        } else {
+            if ((uint64_t)cursor + length > size)
+                break;
+            copy(s, memory + cursor, frame, length);
+            out.starts[n] = cursor;
+            cursor = lrx_align(cursor + length);
+        }
         out.lengths[n] = length;
         out.wire_lengths[n] = s->vnet + header->tp_len;
         out.flags[n] = read_metadata(s, header, &out, n);
         n++;
-        cursor = lrx_align(cursor + length);
         next = ONCE(header->tp_next_offset);
-        if (--s->left == 0)
+        if (--s->left == 0 && s->lends)
+            next_block(s);
+        else if (s->left == 0)
             give_back(s);
         else if (next < TPACKET3_HDRLEN || next > s->block_size)
             s->offset = s->block_size; /* out of the block: found above */
@@ -382,4 +405,45 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
     words[LRX_RECEIVES] = begun;
     words[LRX_END] = cursor;
     return (int)n;
+}
+
+uintptr_t lrx_packet_mmap_block(const struct lrx_packet_mmap *s)
+{
+    return (uintptr_t)s->described;
+}
+
+void lrx_packet_mmap_return(void *block)
+{
+    struct tpacket_hdr_v1 *header = &((struct tpacket_block_desc *)block)->hdr.bh1;
+
+    header->num_pkts = 0;
+    __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
+}
+
+int lrx_packet_mmap_lent(const struct lrx_packet_mmap *s)
+{
+    for (uint32_t block = 0; s->lends && block < s->blocks; block++)
+        if (__atomic_load_n(&header_at(s, block)->block_status, __ATOMIC_RELAXED) & LENT)
+            return 1;
+    return 0;
+}
+
+uintptr_t lrx_packet_mmap_ring(const struct lrx_packet_mmap *s)
+{
+    return (uintptr_t)s->ring;
+}
+
+size_t lrx_packet_mmap_size(const struct lrx_packet_mmap *s)
+{
+    return s->mapped;
+}
+
+uint32_t lrx_packet_mmap_block_size(const struct lrx_packet_mmap *s)
+{
+    return s->block_size;
+}
+
+void lrx_packet_mmap_unmap(uintptr_t ring, size_t size)
+{
+    munmap((void *)ring, size);
 }

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from linkrx import _core
@@ -14,6 +15,7 @@ from linkrx.backend import Backend, Receive
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
+from linkrx.lent import Lease
 from linkrx.packet import OUTGOING, TIMESTAMP
 from linkrx.rtnetlink import RouteSocket
 
@@ -45,7 +47,7 @@ class PacketMmap(Backend):
 
     name = "packet_mmap"
     rank = 40
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency"})
+    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency", "zero_copy"})
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True
 
@@ -71,8 +73,20 @@ class PacketMmap(Backend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         self._descriptors = descriptors.address()
         self._rows = descriptors.rows
+        if receive.options.zero_copy and not receive.capabilities.owned:
+            raise UnsupportedOption(
+                f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
+                "anything of it is held. Give the name of the interface"
+            )
         self._state = _ring(receive)
         self._fill = _core.lib.lrx_packet_mmap_fill
+        self._memory: memoryview | None = None
+        self._lease: Lease | None = None
+        if receive.options.zero_copy:
+            lib, start = _core.lib, _core.lib.lrx_packet_mmap_ring(self._state)
+            size = lib.lrx_packet_mmap_size(self._state)
+            self._memory = _core.lent(start, size, partial(lib.lrx_packet_mmap_unmap, start, size))
+            self._start, self._block = start, lib.lrx_packet_mmap_block_size(self._state)
         self._joins = receive.options.fanout is not None
         if self._joins:
             _core.lib.lrx_packet_mmap_shut(self._state)
@@ -84,12 +98,38 @@ class PacketMmap(Backend):
 
     def fill(self, arena: Arena, room: int) -> int:
         """One crossing: until no closed block is left, the descriptors are full, or the next packet does not fit."""
+        self.let_go()
         count: int = self._fill(
             self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
         )
         if count < 0:
             return 0  # the header has the errno
         return count
+
+    def lease(self) -> Lease | None:
+        """The block that the last fill was about, if blocks are lent."""
+        memory = self._memory
+        if memory is None:
+            return None
+        lease, address = self._lease, _core.lib.lrx_packet_mmap_block(self._state)
+        if lease is None or lease.address != address:
+            start = address - self._start
+            block = memory[start : start + self._block]
+            lease = Lease(
+                block.toreadonly(), address, _core.returning(block, _core.lib.lrx_packet_mmap_return)
+            )
+        self._lease = lease
+        return lease
+
+    def let_go(self) -> None:
+        """Keep the block for as long only as more of its packets are to come."""
+        if not self.held:
+            self._lease = None
+
+    @property
+    def lent(self) -> bool:
+        """Poll looks at the most recently closed block only: ready for ever if that is lent, silent if an older is."""
+        return self._memory is not None and bool(_core.lib.lrx_packet_mmap_lent(self._state))
 
     @property
     def held(self) -> int:
@@ -112,12 +152,14 @@ class PacketMmap(Backend):
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_packet_mmap_close(state)
+        self._memory = self._lease = None  # what is lent stays mapped until nobody holds it
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_packet_mmap_abandon(state)
+        self._memory = self._lease = None
 
 
 def shape(size: int, largest: int = 0) -> tuple[int, int]:
@@ -152,7 +194,14 @@ def _ring(receive: Receive) -> Any:
     blocks = asked
     while True:
         state = _core.lib.lrx_packet_mmap_open(
-            receive.fd, block, blocks, retire, found.vnet_header_size, receive.layout.capacity, wanted
+            receive.fd,
+            block,
+            blocks,
+            retire,
+            found.vnet_header_size,
+            receive.layout.capacity,
+            wanted,
+            options.zero_copy,
         )
         if state:
             break
