@@ -24,8 +24,9 @@ from linkrx import namespace
 if __name__ == "__main__":
     namespace.enter_private_network()
 
-import linkrx
 from floors import RingFloor
+
+import linkrx
 from linkrx.device import injector_on
 from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
@@ -169,10 +170,9 @@ def socket_reader(near: str, stack: ExitStack) -> dict[str, Drain]:
     source.bind((near, ETH_P_ALL))
 
     def drain() -> int:
-        packets = 0
-        for packets in range(1, PACKETS + 1):
+        for _ in range(PACKETS):
             source.recv(65_536)
-        return packets
+        return PACKETS
 
     return {"socket.recv": drain}
 
@@ -220,7 +220,11 @@ def processor_time(rounds: int) -> None:
     spent: dict[str, list[float]] = {"recvmmsg": [], "packet_mmap": []}
     for _ in range(5):
         for backend, took in spent.items():
-            with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
+            with (
+                veth() as (near, far),
+                injector_on(far) as injector,
+                linkrx.open(near, backend=backend) as rx,
+            ):
                 sent = frame(64)
                 start = time.process_time_ns()
                 for _ in range(rounds):
@@ -252,7 +256,9 @@ def latency() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=100)
     asked = parser.parse_args()
     drained(asked.rounds)

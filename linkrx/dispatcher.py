@@ -19,10 +19,11 @@ from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES
+from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
 from linkrx.options import Options
 from linkrx.packet import Packet
-from linkrx.reception import Reception, deadline_after, seconds_left
+from linkrx.reception import Reception
 from linkrx.source import Source
 from linkrx.stats import End, Stats
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -16,6 +15,8 @@ from linkrx.buffers import Layout
 from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES, classifier
 from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors, align
+from linkrx.deadline import deadline_after, seconds_left
+from linkrx.dropwatch import DropWatch
 from linkrx.errors import BackendUnavailable
 from linkrx.lent import LentBatch
 from linkrx.options import Options
@@ -90,6 +91,7 @@ class Reception:
         self.addresses = bytearray(ADDRESSES.size * rows if deliver and framing.ethernet else 0)
         self._counters = new_counters()
         self._classify = classifier(self._descriptors, framing, self._counters, self.addresses)
+        self._drop_watch = DropWatch(source.capabilities, self._drops)
         self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
 
         self.pending: Batch | None = None
@@ -134,6 +136,7 @@ class Reception:
             known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
+                self._drop_watch.look()
                 return self.pending is not None
             if known_down:  # not when it is told only now: that comes before what was queued
                 self._look_at_link()
@@ -221,7 +224,7 @@ class Reception:
             batch = LentBatch(lease.memory, 0, table, rows, count, self.framing, arena.memory)
             batch._lease = lease
         following = align(table + ROW_BYTES * rows)
-        # From here to the end of the function nothing is called, so no signal handler can run.
+        # From here to the end nothing is called but let_go(), so no signal handler can run.
         if count:
             self.pending = batch
             arena.cursor = following
@@ -230,7 +233,6 @@ class Reception:
         self._receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
-        # Until here.
         self._mechanism.let_go()
 
     def _without_hangup(self, count: int) -> int:
@@ -412,10 +414,13 @@ class Reception:
                 event.set()  # stop() came while it was cleared
         self._shown = waiting
 
+    def _drops(self) -> int | None:
+        drops = self.source.kernel_drops()
+        return None if drops is None else drops + self._mechanism.drops()
+
     def stats(self) -> Stats:
         """Counters since `open`."""
         counters = self._counters
-        drops = self.source.kernel_drops()
         return Stats(
             packets=counters[PACKETS] - self._left_behind,
             bytes=counters[BYTES] - self._left_behind_bytes,
@@ -426,25 +431,9 @@ class Reception:
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
             truncated=counters[CUT],
-            kernel_drops=None if drops is None else drops + self._mechanism.drops(),
+            kernel_drops=self._drops(),
             ring_freezes=self._mechanism.freezes(),
             link_downs=self._link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
             undelivered=self._left_behind + self._held_back,
         )
-
-
-def deadline_after(timeout: float | None) -> float | None:
-    """When a timeout ends, on the monotonic clock; None for never. Raises TypeError and ValueError for no timeout."""
-    if timeout is None:
-        return None
-    if not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
-    if timeout < 0:
-        raise ValueError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
-    return time.monotonic() + timeout
-
-
-def seconds_left(deadline: float | None) -> float | None:
-    """The time until a deadline, 0 behind it; None for ever."""
-    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -20,6 +20,8 @@ FLOORS = (
         "capabilities",
         "choice",
         "columns",
+        "deadline",
+        "dropwatch",
         "fanout",
         "framing",
         "lent",

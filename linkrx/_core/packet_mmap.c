@@ -293,6 +293,16 @@ static const uint8_t *frame_of(const struct lrx_packet_mmap *s, const uint8_t *b
     return block + s->offset + mac;
 }
 
+/* What was written by another processor, or long ago, is in no cache near. The frames that follow are likely like this
+ * one: ask for as much memory as it has taken, 2 KiB ahead. Behind the ring's end that asks for nothing. */
+static void prefetch(const struct lrx_packet_mmap *s, const uint8_t *at, uint32_t length)
+{
+    uint32_t lines = s->lends ? 3 : 3 + (length < 2048 ? length : 2048) / 64;
+
+    for (uint32_t line = 0; line < lines; line++)
+        __builtin_prefetch(at + 2048 + 64 * line);
+}
+
 static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *frame, uint32_t length)
 {
     if (s->vnet) {
@@ -366,6 +376,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
             s->error = EIO;
             break;
         }
+        prefetch(s, (const uint8_t *)header, snaplen);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
         if (s->lends) {
             /* Before it is shown: from here on only who has the block lent gives it back. */
@@ -431,16 +442,6 @@ int lrx_packet_mmap_lent(const struct lrx_packet_mmap *s)
 uintptr_t lrx_packet_mmap_ring(const struct lrx_packet_mmap *s)
 {
     return (uintptr_t)s->ring;
-}
-
-size_t lrx_packet_mmap_size(const struct lrx_packet_mmap *s)
-{
-    return s->mapped;
-}
-
-uint32_t lrx_packet_mmap_block_size(const struct lrx_packet_mmap *s)
-{
-    return s->block_size;
 }
 
 void lrx_packet_mmap_unmap(uintptr_t ring, size_t size)

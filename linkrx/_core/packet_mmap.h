@@ -38,8 +38,6 @@ int lrx_packet_mmap_lent(const struct lrx_packet_mmap *s);
 
 /* Such a ring stays mapped when it is closed, until its user unmaps it. */
 uintptr_t lrx_packet_mmap_ring(const struct lrx_packet_mmap *s);
-size_t lrx_packet_mmap_size(const struct lrx_packet_mmap *s);
-uint32_t lrx_packet_mmap_block_size(const struct lrx_packet_mmap *s);
 void lrx_packet_mmap_unmap(uintptr_t ring, size_t size);
 
 /* Packets in the block that was begun and not yet given back. */

@@ -78,15 +78,14 @@ class PacketMmap(Backend):
                 f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
                 "anything of it is held. Give the name of the interface"
             )
-        self._state = _ring(receive)
+        self._state, self._block, size = _ring(receive)
         self._fill = _core.lib.lrx_packet_mmap_fill
         self._memory: memoryview | None = None
         self._lease: Lease | None = None
         if receive.options.zero_copy:
             lib, start = _core.lib, _core.lib.lrx_packet_mmap_ring(self._state)
-            size = lib.lrx_packet_mmap_size(self._state)
             self._memory = _core.lent(start, size, partial(lib.lrx_packet_mmap_unmap, start, size))
-            self._start, self._block = start, lib.lrx_packet_mmap_block_size(self._state)
+            self._start = start
         self._joins = receive.options.fanout is not None
         if self._joins:
             _core.lib.lrx_packet_mmap_shut(self._state)
@@ -180,8 +179,8 @@ def _largest(receive: Receive) -> int:
     return link.super_packet if link and link.name == found.interface else 0
 
 
-def _ring(receive: Receive) -> Any:
-    """A ring as large as was asked for, or as the kernel has memory for."""
+def _ring(receive: Receive) -> tuple[Any, int, int]:
+    """A ring as large as was asked for, or as the kernel has memory for; with the sizes of a block and of all."""
     options, found = receive.options, receive.capabilities
     if options.latency < LATENCY_LEAST:
         raise UnsupportedOption(
@@ -221,4 +220,4 @@ def _ring(receive: Receive) -> Any:
             asked * block,
             blocks * block,
         )
-    return state
+    return state, block, block * blocks

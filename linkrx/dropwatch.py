@@ -1,0 +1,45 @@
+"""Says that packets are being lost, while they are: nobody looks at a counter that nobody knows of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from linkrx.capabilities import Capabilities
+
+logger = logging.getLogger("linkrx")
+
+INTERVAL = 10.0  # seconds from one look to the next: asking costs a system call or more
+
+
+class DropWatch:
+    """One WARNING per INTERVAL in which the kernel dropped packets of a source."""
+
+    def __init__(self, source: Capabilities, drops: Callable[[], int | None]) -> None:
+        self._title = source.title
+        self._drops = drops
+        self._advice = (
+            "receive_buffer= makes the queue longer"
+            if source.socket
+            else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
+        )
+        self._known = 0
+        self._due = time.monotonic() + INTERVAL
+
+    def look(self) -> None:
+        """To be called often, for it does nothing most of the time."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + INTERVAL
+        drops = self._drops() or 0
+        if drops > self._known:
+            lost, self._known = drops - self._known, drops
+            logger.warning(
+                "the kernel dropped %d packets of the %s, %d since open: they come faster than they are taken. %s",
+                lost,
+                self._title,
+                drops,
+                self._advice,
+            )
