@@ -82,13 +82,19 @@ class PacketMmap(Backend):
         self._fill = _core.lib.lrx_packet_mmap_fill
         self._memory: memoryview | None = None
         self._lease: Lease | None = None
-        if receive.options.zero_copy:
-            lib, start = _core.lib, _core.lib.lrx_packet_mmap_ring(self._state)
-            self._memory = _core.lent(start, size, partial(lib.lrx_packet_mmap_unmap, start, size))
-            self._start = start
         self._joins = receive.options.fanout is not None
-        if self._joins:
-            _core.lib.lrx_packet_mmap_shut(self._state)
+        try:
+            if receive.options.zero_copy:
+                self._start = _core.lib.lrx_packet_mmap_ring(self._state)
+                unmap = partial(_core.lib.lrx_packet_mmap_unmap, self._start, size)
+                self._memory = _core.lent(self._start, size, unmap)
+            if self._joins:
+                _core.lib.lrx_packet_mmap_shut(self._state)
+        except BaseException:
+            if receive.options.zero_copy and self._memory is None:
+                _core.lib.lrx_packet_mmap_unmap(_core.lib.lrx_packet_mmap_ring(self._state), size)
+            self.close()
+            raise
 
     def start(self) -> None:
         """From now on this member of a fanout group takes its share."""
