@@ -189,11 +189,11 @@ def open(  # noqa: A001
     names from it. The options are the fields of `Options`:
 
     `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
-    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`, `outgoing` (own transmissions too),
-    `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or ring; `fanout`, the number of a group
-    of dispatchers that share an interface, or "auto" for a new one, or a pair of that and "hash", "lb", "cpu",
-    "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `zero_copy`, for `batches()` to lend the
-    blocks of a ring, see `LentBatch`; `segment` for backends that have it.
+    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`,
+    `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
+    ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of
+    that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `zero_copy`,
+    for `batches()` to lend the blocks of a ring, see `LentBatch`; `segment` for backends that have it.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
