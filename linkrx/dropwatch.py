@@ -16,9 +16,8 @@ INTERVAL = 10.0  # seconds from one look to the next: asking costs a system call
 class DropWatch:
     """One WARNING per INTERVAL in which the kernel dropped packets of a source."""
 
-    def __init__(self, source: Capabilities, drops: Callable[[], int | None]) -> None:
+    def __init__(self, source: Capabilities) -> None:
         self._title = source.title
-        self._drops = drops
         self._advice = (
             "receive_buffer= makes the queue longer"
             if source.socket
@@ -27,13 +26,16 @@ class DropWatch:
         self._known = 0
         self._due = time.monotonic() + INTERVAL
 
-    def look(self) -> None:
-        """To be called often, for it does nothing most of the time."""
+    def look(self, count: Callable[[], int | None]) -> None:
+        """To be called often, for it asks for the count of drops but once per INTERVAL.
+
+        Not kept: a dispatcher that refers to itself would stay, with its arenas, until it is collected.
+        """
         now = time.monotonic()
         if now < self._due:
             return
         self._due = now + INTERVAL
-        drops = self._drops() or 0
+        drops = count() or 0
         if drops > self._known:
             lost, self._known = drops - self._known, drops
             logger.warning(

@@ -91,7 +91,7 @@ class Reception:
         self.addresses = bytearray(ADDRESSES.size * rows if deliver and framing.ethernet else 0)
         self._counters = new_counters()
         self._classify = classifier(self._descriptors, framing, self._counters, self.addresses)
-        self._drop_watch = DropWatch(source.capabilities, self._drops)
+        self._drop_watch = DropWatch(source.capabilities)
         self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
 
         self.pending: Batch | None = None
@@ -136,7 +136,7 @@ class Reception:
             known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
-                self._drop_watch.look()
+                self._drop_watch.look(self._drops)
                 return self.pending is not None
             if known_down:  # not when it is told only now: that comes before what was queued
                 self._look_at_link()

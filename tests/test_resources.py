@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,26 @@ def test_thousands_of_dispatchers(backend: str) -> None:
         assert threading.active_count() == threads
         # A descriptor's worth of memory each would be 8 MB, an arena's 1.5 GB.
         assert resident() - memory < 2_000_000
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        (backend, kind)
+        for kind in KINDS
+        for backend in that_take(kind.__name__.replace("interface", "packet"))
+    ],
+)
+def test_a_dispatcher_refers_to_nothing_that_refers_to_it(backend: str, kind: rigs.MakeRig) -> None:
+    """A closed dispatcher that nobody holds any more is gone at once, with its arenas, without a collection."""
+    with kind() as rig, collected():
+        with rig.open(backend) as rx:
+            rig.send(rig.frame(100))
+            assert len(rx.recv(10)) == 100
+        alive = weakref.ref(rx._reception), weakref.ref(rx)
+        del rx
+        assert [one() for one in alive] == [None, None]
 
 
 @pytest.mark.usefixtures("devices")
