@@ -13,8 +13,9 @@ from linkrx import _core
 from linkrx.arena import Arena
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Columns, Descriptors
 from linkrx.framing import Framing
-from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TRUNCATED
+from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
+from linkrx.stats import MALFORMED as COUNT_MALFORMED
 
 # Per packet, for delivery: remote and local address, protocol.
 ADDRESSES = struct.Struct("=6s6sH")
@@ -70,13 +71,17 @@ def in_python(
         region = arena.view[arena.cursor :]
         end = header[END]
         table = Columns(region[end : end + ROW_BYTES * count], count)
-        row = total = empty = runts = unknown = cut = 0
+        row = total = empty = runts = unknown = cut = malformed = 0
         for index in range(count):
             start, length = reported.starts[index], reported.lengths[index]
+            flags = reported.flags[index]
+            if flags & MALFORMED:
+                malformed += 1
+                cut += flags & TRUNCATED
+                continue
             if length <= prefix:
                 empty += 1
                 continue
-            flags = reported.flags[index]
             if framing.packet_info and struct.unpack_from("=H", region, start)[0] & _TUN_PKT_STRIP:
                 flags |= TRUNCATED
             wire_length = max(reported.wire_lengths[index], length)
@@ -113,6 +118,7 @@ def in_python(
         counters[EMPTY] += empty
         counters[UNKNOWN_PROTOCOL] += unknown
         counters[CUT] += cut
+        counters[COUNT_MALFORMED] += malformed
         header[ROWS] = count
         header[CLASSIFIED] = row + 1
         header[COUNT] = 0

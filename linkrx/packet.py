@@ -28,6 +28,9 @@ class Flags(IntFlag):
 # Plain numbers for the code that runs once per packet: an IntFlag operation costs a microsecond.
 TRUNCATED, OUTGOING, VLAN, TIMESTAMP, CHECKSUM_UNFINISHED = (int(flag) for flag in Flags)
 
+# Between splitter and classifier only: a row that describes no frame. No packet has it, so Flags has not.
+MALFORMED = 0x8000
+
 
 class Vlan(NamedTuple):
     """The outer VLAN tag that the kernel took out of the frame (IEEE 802.1Q)."""

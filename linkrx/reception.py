@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from linkrx import stats
 from linkrx.arena import Arena, Arenas
 from linkrx.backend import Backend, Receive
 from linkrx.batch import Batch
@@ -430,6 +431,7 @@ class Reception:
             runts=counters[RUNTS],
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
+            malformed=counters[stats.MALFORMED],
             truncated=counters[CUT],
             kernel_drops=self._drops(),
             ring_freezes=self._mechanism.freezes(),

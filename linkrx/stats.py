@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 # Slots of the counters that classification adds to, in C as in Python.
-PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT = range(6)
+PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT, MALFORMED = range(7)
 
 
 def new_counters() -> array[int]:
-    """Six zeroes of 64 bits."""
-    return array("Q", bytes(6 * 8))
+    """Seven zeroes of 64 bits."""
+    return array("Q", bytes(7 * 8))
 
 
 class End(Enum):
@@ -29,7 +29,8 @@ class Stats:
 
     `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
     `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
-    received and are not packets; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
+    received and are not packets, and `malformed` are super-packets that cannot be split and frames whose checksum cannot
+    be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
     `ring_freezes` is how often the kernel found a ring full. `receives` are system calls that received, or blocks
     taken from a ring; `waits` are calls that slept.
     """
@@ -42,6 +43,7 @@ class Stats:
     runts: int
     empty: int
     unknown_protocol: int
+    malformed: int = field(default=0, kw_only=True)
     truncated: int
     kernel_drops: int | None
     ring_freezes: int | None

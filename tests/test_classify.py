@@ -17,8 +17,9 @@ from linkrx.arena import Arena
 from linkrx.classify import ADDRESSES, Classify
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Columns, Descriptors, align
 from linkrx.framing import Framing
-from linkrx.packet import Flags
+from linkrx.packet import MALFORMED, Flags
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.stats import MALFORMED as COUNT_MALFORMED
 
 Make = Callable[[Descriptors, Framing, "array[int]", bytearray], Classify]
 
@@ -252,6 +253,18 @@ def test_metadata_goes_with_its_packet(make: Make) -> None:
 
 
 @both
+@pytest.mark.parametrize("framing", [ETHERNET, BARE, Framing(True, 10, True)])
+def test_malformed_rows_are_counted_and_not_read(make: Make, framing: Framing) -> None:
+    """A row with MALFORMED is one malformed packet whatever its length, and cut if it says so; it never flags a packet."""
+    whole = Received(bytes(framing.prefix) + (frame() if framing.ethernet else b"\x45"))
+    bad = [Received(b"", 0, MALFORMED), Received(STRIPPED, 9000, MALFORMED)]
+    got = run(make, framing, [whole, *bad, Received(b"", 0, MALFORMED | Flags.TRUNCATED), whole])
+    size = len(whole.data) - framing.prefix
+    assert got.counted() == {PACKETS: 2, BYTES: 2 * size, COUNT_MALFORMED: 3, CUT: 1}
+    assert list(got.table.flags) == [0, 0]
+
+
+@both
 def test_nothing_but_bad_packets(make: Make) -> None:
     """A receive that held no packet leaves an empty table and says so."""
     got = run(make, ETHERNET, [Received(b""), Received(b"runt")])
@@ -379,7 +392,7 @@ def test_c_and_python_agree(
                 arena.view[at + framing.prefix] = packet.first_byte
         descriptors.header[COUNT] = len(packets)
         descriptors.header[END] = MEMORY
-        counters = array("Q", [counted] * 6)
+        counters = array("Q", [counted] * 7)
         room = bytearray(b"\xa5" * (ADDRESSES.size * descriptors.rows if addresses else 0))
         make(descriptors, framing, counters, room)(arena, len(packets))
         left.append((bytes(arena.view), bytes(room), list(counters), list(descriptors.header)))
@@ -387,5 +400,5 @@ def test_c_and_python_agree(
     assert in_python == in_c
     # Every packet was counted exactly once, as one thing or another.
     slots = in_c[2]
-    kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL)
+    kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED)
     assert sum(slots[slot] - counted for slot in kinds) == len(packets)

@@ -34,7 +34,7 @@ FLOORS = (
         "tuntap",
         "wakeup",
     },
-    {"backend", "classify", "dispatcher", "lending", "reception"},
+    {"backend", "classify", "dispatcher", "lending", "reception", "segment"},
     {"backends"},
     {"factory"},
     {"__main__", "cli", "demo", "device", "doctor", "responder", "rigs", "terminal", "testing"},

@@ -23,12 +23,14 @@ SHARED: dict[str, int] = {
     "LRX_VLAN": packet.Flags.VLAN,
     "LRX_TIMESTAMP": packet.Flags.TIMESTAMP,
     "LRX_CHECKSUM_UNFINISHED": packet.Flags.CHECKSUM_UNFINISHED,
+    "LRX_MALFORMED": packet.MALFORMED,
     "LRX_PACKETS": stats.PACKETS,
     "LRX_BYTES": stats.BYTES,
     "LRX_RUNTS": stats.RUNTS,
     "LRX_EMPTY": stats.EMPTY,
     "LRX_UNKNOWN_PROTOCOL": stats.UNKNOWN_PROTOCOL,
     "LRX_CUT": stats.CUT,
+    "LRX_COUNT_MALFORMED": stats.MALFORMED,
     "LRX_SIZES_MAX": buffers.SIZES_MAX,
     "LRX_MESSAGES_MAX": options.BATCH_SIZE_MAX,
 }
@@ -57,6 +59,7 @@ def test_plain_flags_are_the_enum() -> None:
     plain = (packet.TRUNCATED, packet.OUTGOING, packet.VLAN, packet.TIMESTAMP, packet.CHECKSUM_UNFINISHED)
     assert plain == tuple(packet.Flags)
     assert all(type(number) is int for number in plain)
+    assert not packet.MALFORMED & sum(packet.Flags)
 
 
 def test_counters_have_a_slot_for_each() -> None:
@@ -68,6 +71,7 @@ def test_counters_have_a_slot_for_each() -> None:
         stats.EMPTY,
         stats.UNKNOWN_PROTOCOL,
         stats.CUT,
+        stats.MALFORMED,
     }
     counters = stats.new_counters()
     assert slots == set(range(len(counters)))

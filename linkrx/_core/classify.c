@@ -29,6 +29,11 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         uint16_t protocol;
         const uint8_t *frame = memory + in.starts[k] + c->prefix;
 
+        if (flags & LRX_MALFORMED) {
+            counters[LRX_COUNT_MALFORMED]++;
+            counters[LRX_CUT] += flags & LRX_TRUNCATED;
+            continue;
+        }
         if (length <= c->prefix) {
             counters[LRX_EMPTY]++;
             continue;

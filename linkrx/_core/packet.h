@@ -15,6 +15,8 @@
 #define LRX_VLAN 4
 #define LRX_TIMESTAMP 8
 #define LRX_CHECKSUM_UNFINISHED 16
+/* Between splitter and classifier only: no frame, and nothing of it may be read. No packet has it. */
+#define LRX_MALFORMED 0x8000
 
 /* Slots of the counters that classification adds to. */
 #define LRX_PACKETS 0
@@ -23,3 +25,4 @@
 #define LRX_EMPTY 3
 #define LRX_UNKNOWN_PROTOCOL 4
 #define LRX_CUT 5
+#define LRX_COUNT_MALFORMED 6

@@ -4,7 +4,7 @@
 #include <classify.c>
 
 #define PACKETS_MOST 12
-#define COUNTERS 6
+#define COUNTERS 7
 #define ADDRESSES_BYTES 14
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -46,7 +46,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(in_table, rows, k, START, start);
         put(in_table, rows, k, LENGTH, length);
         put(in_table, rows, k, WIRE_LENGTH, wire);
-        put(in_table, rows, k, FLAGS, take(&in, 31));
+        uint32_t flags = take(&in, 255);
+        put(in_table, rows, k, FLAGS, flags < 248 ? flags % 32 : LRX_MALFORMED | flags % 32);
         put(in_table, rows, k, TIMESTAMP, (uint64_t)take(&in, 0xFFFF) << 48 | k);
         put(in_table, rows, k, VLAN_TCI, take(&in, 0xFFFF));
         put(in_table, rows, k, VLAN_TPID, take(&in, 0xFFFF));
@@ -62,6 +63,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         const uint8_t *frame = region + start + prefix;
         uint32_t protocol = 0;
 
+        if (flags & LRX_MALFORMED) {
+            expected_counters[LRX_COUNT_MALFORMED]++;
+            expected_counters[LRX_CUT] += flags % 2;
+            continue;
+        }
         if (length <= prefix) {
             expected_counters[LRX_EMPTY]++;
             continue;
