@@ -18,6 +18,8 @@ DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 
 # Outcomes of conformance cells: supported, refused, inapplicable or unavailable.
 cell_outcomes: Counter[str] = Counter()
+# What was compared with the kernel's own segmentation.
+segmented: Counter[str] = Counter()
 
 
 def _enter() -> str | None:
@@ -96,3 +98,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"{number} {outcome}" for outcome, number in sorted(cell_outcomes.items(), reverse=True)
         )
         terminalreporter.write_line(f"conformance cells: {counts}")
+    if segmented:
+        counts = ", ".join(f"{number} {what}" for what, number in segmented.items())
+        terminalreporter.write_line(f"the same as the kernel's: {counts}")

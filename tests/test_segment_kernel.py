@@ -1,0 +1,278 @@
+"""The kernel segments the same super-packets, and every frame of its and of ours is the same, byte for byte."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import conftest
+import pytest
+from super_packets import ACK, CWR, ECE, FIN, LOCAL, PSH, REMOTE, SOURCES, TCP, UDP, URG, Bench, Row, Super
+
+from linkrx import _core, segment
+from linkrx.device import Device
+from linkrx.framing import VNET_HEADER_BYTES, Framing
+from linkrx.packet import MALFORMED
+from linkrx.tuntap import TunTap
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
+PATIENCE_MS = 5000
+LONGEST = 70_000
+QUEUE = 20_000  # packets: more than the smallest segments of the largest super-packet
+
+MAKES = [segment.in_python] + ([segment.in_c] if _core.lib else [])
+
+# What marks the end of what one injection led to.
+MARKS = {"tap": LOCAL + REMOTE + b"\x88\xb5" + bytes(50), "tun": b"\x45" + bytes(8) + b"\xfd" + bytes(10)}
+
+
+class Queue:
+    """A queue of a device of its own, and a socket that injects what leaves through it."""
+
+    def __init__(self, mode: str, *, offload: bool) -> None:
+        self.tap = TunTap(mode=mode, vnet_header=offload, offload=offload)
+        self.prefix = VNET_HEADER_BYTES if offload else 0
+        self.mark = MARKS[mode]
+        self.mode = mode
+        Device(self.tap.name).set(txqlen=QUEUE)
+        Device(self.tap.name).set_up()
+        self.sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self.sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        self.sender.bind((self.tap.name, 0))
+
+    def close(self) -> None:
+        self.sender.close()
+        self.tap.close()
+
+    def leaving(self, vnet: bytes, frame: bytes) -> list[bytes]:
+        """What the reader of the queue finds, prefix included, when this is sent through the device."""
+        self.sender.send(vnet + frame)
+        self.sender.send(bytes(VNET_HEADER_BYTES) + self.mark)
+        return list(self.until_mark())
+
+    def until_mark(self) -> Iterator[bytes]:
+        poll = select.poll()
+        poll.register(self.tap.fileno(), select.POLLIN)
+        while True:
+            try:
+                data = os.read(self.tap.fileno(), LONGEST)
+            except BlockingIOError:
+                assert poll.poll(PATIENCE_MS), "the mark did not arrive"
+                continue
+            if data[self.prefix :] == self.mark:
+                return
+            if self.ours(data[self.prefix :]):
+                yield data
+
+    def ours(self, frame: bytes) -> bool:
+        """The kernel sends packets of its own, to find neighbours."""
+        if self.mode == "tap":
+            return frame[6:12] == REMOTE
+        return frame[12:16] == SOURCES[4] or frame[8:24] == SOURCES[6]
+
+
+@contextmanager
+def two_queues(mode: str) -> Iterator[tuple[Queue, Queue]]:
+    """Of a device whose reader takes super-packets, and of one for whose reader the kernel segments."""
+    queues: list[Queue] = []
+    try:
+        for offload in (True, False):
+            queues.append(Queue(mode, offload=offload))
+        yield queues[0], queues[1]
+    finally:
+        for queue in queues:
+            queue.close()
+
+
+def check(mode: str, cases: list[Super]) -> None:
+    """Three ways to the same frames: the kernel's, ours of what was injected, and ours of what arrived whole."""
+    framing = Framing(mode == "tap", VNET_HEADER_BYTES)
+    benches = [Bench(make, framing, 256) for make in MAKES]
+    with two_queues(mode) as (whole, segmented):
+        for case in cases:
+            vnet, frame = case.vnet(), case.frame()
+            expected = segmented.leaving(vnet, frame)
+            arrived = whole.leaving(vnet, frame)
+            assert expected, case
+            conftest.segmented["frames"] += len(expected)
+            conftest.segmented["packets injected"] += 1
+            conftest.segmented["of them read whole"] += len(arrived) == 1 < len(expected)
+            assert case.frames() == expected, case
+            for bench in benches:
+                for rows in ([Row(vnet + frame)], [Row(data) for data in arrived]):
+                    given: list[Row] = []
+                    for n in range(0, len(rows), 64):
+                        given += bench.all(rows[n : n + 64])
+                    assert not any(row.flags & MALFORMED for row in given), case
+                    assert [row.data[VNET_HEADER_BYTES:] for row in given] == expected, case
+
+
+NOPS = b"\x01"
+TIMESTAMP = b"\x01\x01\x08\x0a" + bytes(range(8))
+PADDING = b"\x01\x04" + bytes(4)  # PadN: six bytes of an extension header
+HOP_BY_HOP, ROUTING, DESTINATION = 0, 43, 60
+ROUTE = b"\x04\x00" + bytes(4)  # of type 4, no segments left
+EXTENSIONS = (
+    (),
+    ((HOP_BY_HOP, PADDING),),
+    ((DESTINATION, PADDING + bytes(8)),),
+    ((HOP_BY_HOP, PADDING), (ROUTING, ROUTE), (DESTINATION, PADDING)),
+)
+
+
+def size_for(mtu: int, case: Super) -> int:
+    """The payload of one segment on a link with that MTU."""
+    return mtu - (case.headers - len(case.link))
+
+
+def most_of(case: Super) -> int:
+    """The most payload that IP's 65,535 bytes allow."""
+    return 65_535 - (case.headers - len(case.link)) + (40 if case.version == 6 else 0)
+
+
+def sizes_of(case: Super) -> Iterator[Super]:
+    """A case with every MTU, and with payloads about the edges."""
+    for mtu in (576, 1280, 1500, 9000):
+        size = size_for(mtu, case)
+        most = min(most_of(case), 128 * size if case.protocol == UDP else LONGEST)
+        for payload in (size + 1, 2 * size - 1, 2 * size, 2 * size + 1, 20_001, most):
+            if size < payload <= most:
+                yield replace(case, payload=payload, size=size)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_sizes(mode: str, protocol: int, version: int) -> None:
+    """For MTUs from 576 to 9,000 and payloads from one byte more than a segment to the most."""
+    options = TIMESTAMP if protocol == TCP else b""
+    base = Super(version, protocol, ethernet=mode == "tap", tcp_options=options)
+    check(mode, list(sizes_of(base)))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_tiny_segments(version: int) -> None:
+    """Hundreds and thousands of segments of a few bytes."""
+    cases = [Super(version, TCP, payload, size) for size in (8, 9, 88) for payload in (size + 1, 999, 20_000)]
+    cases += [Super(version, UDP, payload, size) for size in (1, 8, 9) for payload in (size + 1, 128 * size)]
+    check("tap", [*cases, Super(version, TCP, 65_000, 8)])
+
+
+@pytest.mark.parametrize("ecn", [False, True])
+@pytest.mark.parametrize("version", [4, 6])
+def test_tcp_flags(version: int, ecn: bool) -> None:
+    """FIN and PSH, CWR with and without the ECN bit, and the flags that every segment keeps."""
+    flags = (0, ACK, ACK | PSH, ACK | FIN, ACK | FIN | PSH, ACK | URG, ACK | CWR, ACK | CWR | ECE, 0xFF)
+    sequences = (0, 0xFFFFFFFF - 1448, 0xFFFFF800)
+    cases = [
+        Super(version, TCP, 4000, 1448, flags=flag, ecn=ecn, sequence=sequence)
+        for flag, sequence in itertools.product(flags, sequences)
+    ]
+    check("tap", cases)
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_ipv4_headers(protocol: int) -> None:
+    """Options of IPv4, the identification with its wrap, with and without DF."""
+    cases = [
+        Super(4, protocol, 9000, 1400, ip_options=NOPS * n, identification=number, dont_fragment=df)
+        for n, number, df in itertools.product((0, 4, 40), (0, 0xFFFD, 0xFFFF), (False, True))
+    ]
+    check("tap", cases)
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_ipv6_extension_headers(protocol: int) -> None:
+    """Hop-by-hop, routing and destination headers in front of the transport's."""
+    cases = [
+        Super(6, protocol, payload, 1200, extensions=headers)
+        for headers, payload in itertools.product(EXTENSIONS, (1201, 5000, 60_000))
+    ]
+    check("tap", cases)
+    check("tun", [Super(6, protocol, 5000, 1200, ethernet=False, extensions=head) for head in EXTENSIONS])
+
+
+@pytest.mark.parametrize("tags", [(0x8100,), (0x88A8,), (0x88A8, 0x8100), (0x8100, 0x8100)])
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_vlan_tags(protocol: int, version: int, tags: tuple[int, ...]) -> None:
+    """One tag or two in the frame, of 802.1Q and 802.1ad."""
+    base = Super(version, protocol, 9000, 1400, tags=tags)
+    check("tap", [base, Super(version, protocol, 300, 0, tags=tags), *list(sizes_of(base))[::5]])
+
+
+@pytest.mark.parametrize("n", range(0, 44, 4))
+def test_tcp_options(n: int) -> None:
+    """TCP headers of every length."""
+    cases = [Super(version, TCP, 5000, 1400, tcp_options=NOPS * n) for version in (4, 6)]
+    check("tap", cases)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_plain_packets(mode: str, protocol: int, version: int) -> None:
+    """Packets that only want their checksum, also of 64 bytes, and with a checksum of zero."""
+    cases = [
+        Super(version, protocol, payload, 0, ethernet=mode == "tap")
+        for payload in (0, 1, 2, 3, 10, 22, 100, 101, 1000, 1400)
+    ]
+    check(mode, cases + [with_checksum_zero(case) for case in cases[4:]])
+
+
+def with_checksum_zero(case: Super) -> Super:
+    """The same with a first word of payload that makes the last frame's sum zero."""
+    at = (case.payload - 1) // case.size * case.size if case.is_super else 0
+    zeroed = replace(case, data=case.data[:at] + bytes(2) + case.data[at + 2 :])
+    last = zeroed.frames()[-1]
+    place = case.transport + case.checksum_offset
+    word = last[place : place + 2]
+    return replace(case, data=case.data[:at] + word + case.data[at + 2 :])
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_checksum_of_zero_in_a_segment(version: int) -> None:
+    """A segment's sum of zero is 0xffff in UDP, and zero in TCP."""
+    cases = [with_checksum_zero(Super(version, protocol, 4000, 1400)) for protocol in (TCP, UDP)]
+    for case, checksum in zip(cases, (b"\x00\x00", b"\xff\xff"), strict=True):
+        place = case.transport + case.checksum_offset
+        assert case.frames()[-1][place : place + 2] == checksum
+    check("tap", cases)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_anything(seed: int) -> None:
+    """Any mixture of all of these."""
+    dice = random.Random(seed)
+    cases = []
+    for _ in range(40):
+        version, protocol = dice.choice((4, 6)), dice.choice((TCP, UDP))
+        size = dice.choice((0, dice.randint(1, 200), dice.randint(400, 1460), dice.randint(1460, 9000)))
+        most = 128 * size if protocol == UDP else 60_000
+        cases.append(
+            Super(
+                version,
+                protocol,
+                min(most, 60_000, int(size * dice.uniform(1, 60)) + 1) if size else dice.randint(0, 1400),
+                size,
+                tags=dice.choice(((), (), (0x8100,), (0x88A8, 0x8100))),
+                ip_options=NOPS * dice.choice((0, 0, 4, 12, 40)),
+                extensions=dice.choice(EXTENSIONS) if version == 6 else (),
+                tcp_options=NOPS * dice.choice((0, 12, 40)) if protocol == TCP else b"",
+                flags=dice.randrange(256),
+                ecn=protocol == TCP and dice.choice((True, False)),
+                identification=dice.randrange(1 << 16),
+                dont_fragment=dice.choice((True, False)),
+                sequence=dice.randrange(1 << 32),
+                data=dice.randbytes(60_000),
+            )
+        )
+    check("tap", cases)
