@@ -20,7 +20,7 @@ from linkrx.errors import (
 )
 from linkrx.factory import BackendInfo, backends, choose, open
 from linkrx.lent import LentBatch
-from linkrx.packet import Flags, Packet, Vlan, VnetHeader
+from linkrx.packet import Flags, Gso, Packet, Vlan, VnetHeader
 from linkrx.stats import End, Stats
 from linkrx.tuntap import TunTap
 
@@ -38,6 +38,7 @@ __all__ = [
     "Dispatcher",
     "End",
     "Flags",
+    "Gso",
     "IovecBuffer",
     "LentBatch",
     "LinkrxError",

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import mmap
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from linkrx.columns import COLUMNS, ROW_BYTES, Columns
 from linkrx.framing import Framing
 from linkrx.packet import Packet
 
 
-class Batch:
+class Batch(Columns):
     """Packets received together. Indexing and iteration give packets, the columns one element for each.
 
     `memory` (bytes) and all columns are read-only memoryviews with native formats: `starts`, `lengths` and
-    `wire_lengths` uint32, `protocols` and `flags` uint16 (see `Flags`), `timestamps` int64 in nanoseconds since
-    1970, 0 where there is none. `memory[starts[i] : starts[i] + lengths[i]]` is frame i. Nothing of a batch ever
-    changes, however long it is kept.
+    `wire_lengths` uint32; `protocols`, `flags` (see `Flags`), `vlan_tcis` and `vlan_tpids` uint16; `timestamps` int64 in
+    nanoseconds since 1970, 0 where there is none. `memory[starts[i] : starts[i] + lengths[i]]` is frame i. Nothing of a
+    batch ever changes, however long it is kept.
     """
 
-    __slots__ = (
-        "_begin",
-        "_buffer",
-        "_columns",
-        "_count",
-        "_first",
-        "_memory",
-        "_rows",
-        "_table",
-        "_table_buffer",
-        "framing",
-    )
+    __slots__: Mapping[str, str] = {
+        "_begin": "",
+        "_buffer": "",
+        "_count": "",
+        "_link_header": "",
+        "_table_at": "",
+        "_table_buffer": "",
+        "framing": "What stands in front of the data of each frame.",
+        "memory": "The frames, and nothing of any other batch.",
+    }
+
+    memory: memoryview
+    _table: memoryview
 
     def __init__(
         self,
@@ -50,62 +51,24 @@ class Batch:
         """
         self._buffer = buffer
         self._begin = begin
-        self._table = table
+        self._table_at = table
         self._table_buffer = table_buffer
         self._rows = rows
         self._first = 0
-        self._count = count
+        self._last = self._count = count
         self.framing = framing
-        self._memory: memoryview | None = None
-        self._columns: Columns | None = None
+        self._link_header = framing.link_header
 
-    @property
-    def memory(self) -> memoryview:
-        """The frames, and nothing of any other batch."""
-        memory = self._memory
-        if memory is None:
-            end = self._table if self._table_buffer is None else len(self._buffer)
-            memory = self._memory = memoryview(self._buffer)[self._begin : end].toreadonly()
-        return memory
-
-    @property
-    def columns(self) -> Columns:
-        """All columns, VLAN tags included."""
-        columns = self._columns
-        if columns is None:
-            table = memoryview(self._table_buffer or self._buffer).toreadonly()[self._table :]
-            columns = self._columns = Columns(table, self._rows, self._first, self._first + self._count)
-        return columns
-
-    @property
-    def starts(self) -> memoryview:
-        """Where each frame starts in `memory`."""
-        return self.columns.starts
-
-    @property
-    def lengths(self) -> memoryview:
-        """Bytes of each frame, link header included."""
-        return self.columns.lengths
-
-    @property
-    def wire_lengths(self) -> memoryview:
-        """The length of each frame before anything cut it, where the kernel tells it."""
-        return self.columns.wire_lengths
-
-    @property
-    def protocols(self) -> memoryview:
-        """Each packet's EtherType."""
-        return self.columns.protocols
-
-    @property
-    def timestamps(self) -> memoryview:
-        """Each packet's time of receipt."""
-        return self.columns.timestamps
-
-    @property
-    def flags(self) -> memoryview:
-        """Each packet's `Flags`."""
-        return self.columns.flags
+    def __getattr__(self, name: str) -> memoryview:
+        """As for columns."""
+        if name == "memory":
+            end = self._table_at if self._table_buffer is None else len(self._buffer)
+            self.memory = memoryview(self._buffer)[self._begin : end].toreadonly()
+            return self.memory
+        if name == "_table":
+            self._table = memoryview(self._table_buffer or self._buffer).toreadonly()[self._table_at :]
+            return self._table
+        return super().__getattr__(name)
 
     def __len__(self) -> int:
         return self._count
@@ -134,13 +97,14 @@ class Batch:
         rest = Batch(
             self._buffer,
             self._begin,
-            self._table,
+            self._table_at,
             self._rows,
             self._count - first,
             self.framing,
             self._table_buffer,
         )
         rest._first = self._first + first
+        rest._last = self._last
         return rest
 
     def copy(self) -> Batch:
@@ -149,17 +113,17 @@ class Batch:
 
     def pick(self, first: int, last: int) -> Batch:
         """A copy of packets `first` to `last`, each with its virtio-net header in front."""
-        old, vnet = self.columns, self.framing.vnet_header_size
+        vnet = self.framing.vnet_header_size
         memory = bytearray()
         rows = last - first
         new = Columns(memoryview(table := bytearray(ROW_BYTES * rows)), rows)
         for row, index in enumerate(range(first, last)):
-            start, length = old.starts[index], old.lengths[index]
+            start, length = self.starts[index], self.lengths[index]
             new.starts[row] = len(memory) + vnet
             memory += self.memory[start - vnet : start + length]
         for name in COLUMNS:
             if name != "starts":
-                getattr(new, name)[:] = getattr(old, name)[first:last]
+                getattr(new, name)[:] = getattr(self, name)[first:last]
         return Batch(bytes(memory), 0, 0, rows, rows, self.framing, bytes(table))
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ table is. `_core/columns.inc` lays them out the same way.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Literal
 
 from linkrx import _core
@@ -43,7 +44,20 @@ COLUMNS = tuple(_LAYOUT)
 class Columns:
     """The eight columns of a table, as memoryviews with native formats, each made when it is first asked for."""
 
-    __slots__ = ("_first", "_last", "_rows", "_table", *_LAYOUT)
+    __slots__: Mapping[str, str] = {
+        "_first": "",
+        "_last": "",
+        "_rows": "",
+        "_table": "",
+        "flags": "Each packet's `Flags`.",
+        "lengths": "Bytes of each frame, link header included.",
+        "protocols": "Each packet's EtherType.",
+        "starts": "Where each frame starts in `memory`.",
+        "timestamps": "Each packet's time of receipt.",
+        "vlan_tcis": "The tag that the kernel took out of each frame with `Flags.VLAN`.",
+        "vlan_tpids": "That tag's EtherType.",
+        "wire_lengths": "The length of each frame before anything cut it, where the kernel tells it.",
+    }
 
     timestamps: memoryview
     starts: memoryview
@@ -54,19 +68,21 @@ class Columns:
     vlan_tcis: memoryview
     vlan_tpids: memoryview
 
-    def __init__(self, table: memoryview, rows: int, first: int = 0, last: int | None = None) -> None:
-        """Show rows `first` to `last` of a table of `rows` rows that starts where `table` (bytes) does."""
+    def __init__(self, table: memoryview, rows: int) -> None:
+        """Show a table of `rows` rows that starts where `table` (bytes) does."""
         self._table = table
         self._rows = rows
-        self._first = first
-        self._last = rows if last is None else last
+        self._first = 0
+        self._last = rows
 
     def __getattr__(self, name: str) -> memoryview:
-        """Make a column: reached only while its slot is empty."""
+        """Make a column: reached only while its slot is empty. Where one asks again and again, a property would cost
+        more than what it shows.
+        """
         try:
             offset, width, form = _LAYOUT[name]
         except KeyError:
-            raise AttributeError(f"a table has no column {name!r}") from None
+            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self) from None
         begin = self._rows * offset
         column = self._table[begin + self._first * width : begin + self._last * width].cast(form)
         setattr(self, name, column)

@@ -48,7 +48,7 @@ class LentBatch(Batch):
         """What leaving the context does. Idempotent."""
         view = self.memory if self._lease else None
         # A view of nothing, released too, takes its place: what is asked of it raises ValueError.
-        self._memory = self._buffer = released = memoryview(b"")
+        self.memory = self._buffer = released = memoryview(b"")
         released.release()
         self._lease = None
         if view is not None:

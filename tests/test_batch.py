@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linkrx import Batch, Flags, Packet, Vlan, VnetHeader
+from linkrx import Batch, Flags, Gso, Packet, Vlan, VnetHeader
 from linkrx.columns import ROW_BYTES, Columns, align
 from linkrx.framing import Framing
-from linkrx.packet import mac
+from linkrx.packet import header_bytes, mac
 
 LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")
@@ -298,6 +298,48 @@ def test_vnet_super_packet(gso_type: int, is_super: bool) -> None:
     assert VnetHeader(0, gso_type, 0, 0, 0, 0).super_packet is is_super
 
 
+@pytest.mark.parametrize(
+    ("gso_type", "gso", "ecn"),
+    [
+        (0, Gso.NONE, False),
+        (0x81, Gso.TCPV4, True),
+        (4, Gso.TCPV6, False),
+        (5, Gso.UDP_L4, False),
+        (0x60, 0x60, False),
+    ],
+)
+def test_vnet_gso(gso_type: int, gso: Gso | int, ecn: bool) -> None:
+    """The type of a super-packet has a name, without the bit for ECN; one that linkrx does not know is a number."""
+    told = VnetHeader(0, gso_type, 0, 0, 0, 0)
+    assert (told.gso, told.ecn) == (gso, ecn)
+
+
+@pytest.mark.parametrize(("flags", "valid"), [(0, False), (1, False), (2, True), (3, True)])
+def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
+    """Bit 1 of the flags says that the checksum was looked at."""
+    assert VnetHeader(flags, 0, 0, 0, 0, 0).checksum_valid is valid
+
+
+@pytest.mark.parametrize(
+    ("told", "header_bytes"),
+    [
+        (VnetHeader(1, 1, 999, 1448, 34, 16), 34 + 32),
+        (VnetHeader(1, 0x84, 999, 1448, 34, 16), 34 + 32),
+        (VnetHeader(1, 5, 999, 1448, 34, 6), 34 + 8),
+        (VnetHeader(0, 1, 999, 1448, 34, 16), 999),
+        (VnetHeader(1, 3, 999, 1448, 34, 6), 999),
+        (VnetHeader(1, 1, 999, 1448, 100, 16), 999),
+        (VnetHeader(1, 1, 999, 1448, 90, 16), 999),
+        (VnetHeader(1, 0, 999, 0, 34, 16), 999),
+    ],
+)
+def test_header_length_of_a_super_packet(told: VnetHeader, header_bytes: int) -> None:
+    """How long the headers are is found where the checksum starts; without one the kernel's hint stands."""
+    tcp = bytes(12) + b"\x80" + bytes(19)
+    packet = one(Row((bytes(34) + tcp).ljust(100), struct.pack("=BBHHHH", *told)), Framing(True, 10))
+    assert packet.vnet == told._replace(hdr_len=header_bytes)
+
+
 def test_packet_repr() -> None:
     """A packet shows its protocol, its route where there is one, its length, and whether it was cut."""
     assert repr(one(Row(frame(b"abc"), protocol=0x88B5))) == (
@@ -394,6 +436,12 @@ def tables(draw: st.DrawFn) -> tuple[list[Row], Framing]:
     return draw(st.lists(row, max_size=8)), framing
 
 
+def vnet_of(words: tuple[int, ...], frame: bytes) -> VnetHeader:
+    """The header with the length of a super-packet's headers, which test_header_length_of_a_super_packet looks at."""
+    told = VnetHeader(*words)
+    return told._replace(hdr_len=header_bytes(told, memoryview(frame))) if told.super_packet else told
+
+
 def expected(row: Row, framing: Framing) -> dict[str, Any]:
     """What a packet of this row has to tell."""
     header = framing.link_header
@@ -412,7 +460,7 @@ def expected(row: Row, framing: Framing) -> dict[str, Any]:
         "checksum_unfinished": bool(row.flags & 16),
         "timestamp_ns": row.timestamp if row.flags & 8 else None,
         "vlan": (row.vlan_tci, row.vlan_tpid) if row.flags & 4 else None,
-        "vnet": struct.unpack(f"{order}BBHHHH", vnet) if vnet else None,
+        "vnet": vnet_of(struct.unpack(f"{order}BBHHHH", vnet), row.frame) if vnet else None,
     }
 
 

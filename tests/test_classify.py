@@ -94,7 +94,8 @@ def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
     assert descriptors.header[ROWS] == len(packets)
     count = descriptors.header[CLASSIFIED] - 1
     region = memoryview(bytes(arena.view[arena.cursor :]))
-    table = Columns(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets), 0, count)
+    table = Columns(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets))
+    table._last = count
     outcome = Outcome(count, table, counters)
     outcome.frames = [
         bytes(region[start : start + length])
