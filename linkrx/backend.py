@@ -28,41 +28,8 @@ class Receive:
     options: Options
 
 
-class Backend(ABC):
-    """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
-
-    `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
-    common ones that it can fulfil: `buffer_sizes`, `segment`, `outgoing`, `timestamps`, `fanout`, `latency`,
-    `zero_copy`.
-
-    `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
-    in memory of the backend's own, so the buffer of a socket need not be large.
-    """
-
-    name: ClassVar[str]
-    rank: ClassVar[int]
-    honours: ClassVar[frozenset[str]] = frozenset()
-    batch_size: ClassVar[int] = 64
-    has_queue: ClassVar[bool] = False
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Why this host cannot run it, as a sentence; None when it can."""
-        return None
-
-    @classmethod
-    @abstractmethod
-    def refuses(cls, capabilities: Capabilities) -> str | None:
-        """Why it cannot receive from such a source, as a sentence; None when it can."""
-
-    @classmethod
-    def discouraged(cls, capabilities: Capabilities) -> str | None:
-        """Why "auto" should not choose it for a source that it accepts; None when it may."""
-        return None
-
-    @abstractmethod
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
-        """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
+class Mechanism(ABC):
+    """What fills an arena: a backend, or a stage behind one."""
 
     def start(self) -> None:
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
@@ -111,3 +78,39 @@ class Backend(ABC):
     def abandon(self) -> None:
         """In a forked child, in place of `close`: release what is the child's own, change nothing that is shared."""
         self.close()
+
+
+class Backend(Mechanism):
+    """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
+
+    `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
+    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`, `latency`, `zero_copy`.
+
+    `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
+    in memory of the backend's own, so the buffer of a socket need not be large.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    honours: ClassVar[frozenset[str]] = frozenset()
+    batch_size: ClassVar[int] = 64
+    has_queue: ClassVar[bool] = False
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this host cannot run it, as a sentence; None when it can."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, capabilities: Capabilities) -> str | None:
+        """Why it cannot receive from such a source, as a sentence; None when it can."""
+
+    @classmethod
+    def discouraged(cls, capabilities: Capabilities) -> str | None:
+        """Why "auto" should not choose it for a source that it accepts; None when it may."""
+        return None
+
+    @abstractmethod
+    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+        """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from linkrx.errors import UnsupportedSource
+from linkrx.ethtool import takes_super_packets
 from linkrx.framing import VNET_HEADER_BYTES
 from linkrx.rtnetlink import Link, RouteSocket, same_namespace
 
@@ -79,7 +80,8 @@ class Capabilities:
     `kind` is one of `tap`, `tun`, `packet` (AF_PACKET with link headers), `packet_cooked` (without),
     `unix_dgram`, `unix_seqpacket`, `udp`, `pipe` (in packet mode). `ethernet` tells whether frames start with an
     Ethernet header. `vnet_header_size` is the size in bytes of the virtio-net header in front of every frame, 0
-    for none; with one, super-packets may come (`hardware_gso`). `interface`, `ifindex` and `mtu` describe the
+    for none. `hardware_gso`: super-packets may come; without a virtio-net header nothing tells them from other frames, and
+    their checksums are unfinished. `interface`, `ifindex` and `mtu` describe the
     device, also when it lives in another network namespace (`local` is then False). `owned`: linkrx opened the
     source itself, by interface name. `nonblocking`: O_NONBLOCK is set.
     """
@@ -365,7 +367,7 @@ def _probe_queue(fd: int) -> Capabilities:
         # TUNGETIFF says IFF_NO_PI also when only IFF_NOFILTER, the same bit, is meant: a clear bit proves that
         # packet information is on, a set one proves nothing.
         packet_info=True if not flags & IFF_NO_PI else link.packet_info if link else None,
-        hardware_gso=size > 0,
+        hardware_gso=size > 0 or (local is True and takes_super_packets(name)),
         interface=name,
         ifindex=link.index if link else None,
         hardware_type=link.hardware_type if link else None,

@@ -15,10 +15,11 @@ from linkrx.framing import VNET_HEADER_BYTES, Framing
 BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
 
 VNET_HEADER_MOST = 4096  # far more than any that a kernel writes
+PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_HDR_SZ
 
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps", "zero_copy")
-_BACKEND_OPTIONS = ("buffer_sizes", "segment", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
+_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
 
 
 class Keywords(TypedDict, total=False):
@@ -91,6 +92,8 @@ class Options:
                 f"fanout={self.fanout!r} on a borrowed socket could not be undone: a group is left only by closing the "
                 "socket. Give the name of the interface"
             )
+        if self.segment:
+            self._check_segment(capabilities)
         if self.receive_buffer is not None and not capabilities.socket:
             advice = (
                 f": the queue of {capabilities.interface} is as long as its txqueuelen; "
@@ -101,6 +104,39 @@ class Options:
             raise UnsupportedOption(
                 f"receive_buffer={self.receive_buffer} needs a socket; the source is {capabilities.a_title}{advice}"
             )
+
+    def _check_segment(self, found: Capabilities) -> None:
+        """Super-packets are told from others by the virtio-net header."""
+        for name in ("zero_copy", "buffer_sizes"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise UnsupportedOption(
+                    f"segment=True and {name}={getattr(self, name)!r} exclude each other: frames are made anew of whole "
+                    "super-packets"
+                )
+        if self.vnet_header or (
+            self.vnet_header is None and (found.vnet_header_size or found.kind == "packet")
+        ):
+            return
+        advice = "pass vnet_header=True if its peer sends one"
+        if found.kind in ("tap", "tun"):
+            advice = f"open it with linkrx.TunTap({found.interface!r}, {found.kind!r}, vnet_header=True, offload=True)"
+        elif found.kind in ("packet", "packet_cooked"):
+            advice = (
+                "leave out vnet_header=False"
+                if found.kind == "packet"
+                else "a socket of type SOCK_RAW has one"
+            )
+        raise UnsupportedOption(
+            f"segment=True needs a virtio-net header in front of frames, and the {found.title} has none: {advice}"
+        )
+
+    def vnet_header_to_set(self, found: Capabilities) -> int:
+        """The bytes of virtio-net header that a packet socket is to put in front of frames from now on; 0: as it is."""
+        if found.kind != "packet" or found.vnet_header_size:
+            return 0
+        if self.vnet_header is True or (self.vnet_header is None and self.segment):
+            return VNET_HEADER_BYTES
+        return self.vnet_header if self.vnet_header in PACKET_VNET_SIZES else 0
 
     def framing(self, capabilities: Capabilities) -> Framing:
         """What stands in front of the data: what the caller says where the probe does not know, never against it."""

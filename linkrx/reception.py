@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from linkrx import stats
 from linkrx.arena import Arena, Arenas
-from linkrx.backend import Backend, Receive
+from linkrx.backend import Backend, Mechanism, Receive
 from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
@@ -21,6 +21,7 @@ from linkrx.dropwatch import DropWatch
 from linkrx.errors import BackendUnavailable
 from linkrx.lent import LentBatch
 from linkrx.options import Options
+from linkrx.segmenting import SEGMENT_ROWS, Segmenting
 from linkrx.source import LinkState, Source
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, new_counters
 from linkrx.wakeup import Wakeup
@@ -85,7 +86,8 @@ class Reception:
         self.framing = framing = options.framing(source.capabilities)
         layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
         self._facts = Receive(source.fd, source.capabilities, layout, options)
-        rows = options.batch_size or backends[choice.backend].batch_size
+        usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
+        rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
         self._header = self._descriptors.header
         self._arenas = Arenas(layout.capacity, rows)
@@ -103,7 +105,7 @@ class Reception:
         self._filling: Arena | None = None
         self._batches = self._receives = self._waits = self._link_downs = 0
         self._rungs = len(choice.ladder)  # of which each demotion takes one
-        self._left_behind = self._left_behind_bytes = self._held_back = 0
+        self._left_behind = self._left_behind_bytes = self._held_back = self._indescribable = 0
         self._link_down = False
         self._polled = False
         self._shown: bool | None = False  # whether `show_pending` made the polled descriptor readable
@@ -268,6 +270,9 @@ class Reception:
             self._link_downs += 1
         elif code in _REFUSED:
             self._demote(error)
+        elif code == errno.EINVAL and self.framing.vnet_header_size:
+            # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
+            self._indescribable += 1
         elif code not in _PASSING:
             failure = OSError(
                 code,
@@ -277,13 +282,15 @@ class Reception:
             raise failure from told
         header[ERROR] = 0
 
-    def _build(self, choice: Choice) -> tuple[Backend, Choice]:
+    def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
         while True:
             chosen = self._backends[choice.backend]
             try:
                 if not chosen.has_queue:
                     self.source.enlarge_queue()
+                if self._facts.options.segment:
+                    return Segmenting(chosen, self._facts, self._descriptors, self.framing), choice
                 return chosen(self._facts, self._descriptors), choice
             except OSError as error:
                 if error.errno not in _UNAVAILABLE:
@@ -431,7 +438,7 @@ class Reception:
             runts=counters[RUNTS],
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
-            malformed=counters[stats.MALFORMED],
+            malformed=counters[stats.MALFORMED] + self._indescribable,
             truncated=counters[CUT],
             kernel_drops=self._drops(),
             ring_freezes=self._mechanism.freezes(),

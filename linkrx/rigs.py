@@ -146,7 +146,14 @@ def pipe_nonblocking() -> Iterator[Rig]:
     yield from _pipe(os.O_NONBLOCK)
 
 
-def _queue(mode: str, name: str | None = None, *, blocking: bool = False, **settings: Any) -> Iterator[Rig]:
+def _queue(
+    mode: str,
+    name: str | None = None,
+    *,
+    blocking: bool = False,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[Rig]:
     with TunTap(name or f"lrx{next(_numbers)}", mode, **settings) as queue:
         os.set_blocking(queue.fileno(), blocking)
         device = Device(queue.name)
@@ -159,6 +166,7 @@ def _queue(mode: str, name: str | None = None, *, blocking: bool = False, **sett
                 ethernet=mode == "tap",
                 shortest=ETH_HEADER_BYTES if mode == "tap" else 1,
                 longest=65_535,
+                options=options or {},
                 takes_hostile=mode == "tun",
                 device=device,
             )
@@ -180,6 +188,12 @@ def tap_blocking() -> Iterator[Rig]:
 def tap_vnet() -> Iterator[Rig]:
     """A TAP queue with a virtio-net header."""
     yield from _queue("tap", vnet_header=True)
+
+
+@contextmanager
+def tap_segment() -> Iterator[Rig]:
+    """A TAP queue that hands over super-packets, to be split."""
+    yield from _queue("tap", options={"segment": True}, vnet_header=True, offload=True)
 
 
 @contextmanager
@@ -230,7 +244,7 @@ def interface(name: str | None = None) -> Iterator[Rig]:
         )
 
 
-def _packet_socket(kind: socket.SocketKind) -> Iterator[Rig]:
+def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
     with (
         _pair() as (device, far),
         injector_on(far) as injector,
@@ -246,6 +260,7 @@ def _packet_socket(kind: socket.SocketKind) -> Iterator[Rig]:
             ethernet=raw,
             shortest=ETH_HEADER_BYTES if raw else 1,
             longest=VETH_MTU + ETH_HEADER_BYTES * raw,
+            options=options,
             takes_hostile=not raw,
             device=device,
         )
@@ -255,6 +270,12 @@ def _packet_socket(kind: socket.SocketKind) -> Iterator[Rig]:
 def packet() -> Iterator[Rig]:
     """A borrowed AF_PACKET socket with link headers."""
     yield from _packet_socket(socket.SOCK_RAW)
+
+
+@contextmanager
+def packet_segment() -> Iterator[Rig]:
+    """A borrowed AF_PACKET socket that is to hand over super-packets, to be split."""
+    yield from _packet_socket(socket.SOCK_RAW, segment=True)
 
 
 @contextmanager
@@ -275,4 +296,14 @@ PLAIN_RIGS: tuple[MakeRig, ...] = (
     pipe,
     pipe_nonblocking,
 )
-DEVICE_RIGS: tuple[MakeRig, ...] = (tap, tap_blocking, tap_vnet, tun, interface, packet, packet_cooked)
+DEVICE_RIGS: tuple[MakeRig, ...] = (
+    tap,
+    tap_blocking,
+    tap_vnet,
+    tap_segment,
+    tun,
+    interface,
+    packet,
+    packet_segment,
+    packet_cooked,
+)

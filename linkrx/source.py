@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -11,12 +12,15 @@ import struct
 import termios
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 
 from linkrx.capabilities import (
     IFNAMSIZ,
     IFREQ_BYTES,
+    PACKET_VNET_HDR,
+    PACKET_VNET_HDR_SZ,
     SOL_PACKET,
     Capabilities,
     HasFileno,
@@ -26,6 +30,7 @@ from linkrx.capabilities import (
 )
 from linkrx.errors import BECOME_ROOT, MissingPrivilege, UnsupportedOption
 from linkrx.fanout import Fanout
+from linkrx.framing import VNET_HEADER_BYTES
 from linkrx.libc import SocketOptions
 from linkrx.options import Options
 
@@ -217,16 +222,22 @@ def open_source(source: int | str | HasFileno, options: Options) -> Source:
     """Probe and prepare a source, for `start`. On any failure what was done is undone."""
     capabilities = probe(source)
     options.check_source(capabilities)
+    if capabilities.hardware_gso and not capabilities.vnet_header_size:
+        logger.warning(
+            "the %s hands over super-packets, and no virtio-net header tells which they are: an earlier owner of the "
+            "device left offloads on. Open it with linkrx.TunTap, which resets them, or call TUNSETOFFLOAD with 0",
+            capabilities.title,
+        )
     undo = Undo()
     try:
         if isinstance(source, str):
             opened = _packet_socket(source)
             undo.add(opened.close)
-            _configure(opened.fileno(), capabilities, options, undo)
+            capabilities = _configure(opened.fileno(), capabilities, options, undo)
             return Source(opened.fileno(), capabilities, opened, undo, options)
         fd = descriptor(source)
         if capabilities.socket:
-            _configure(fd, capabilities, options, undo)
+            capabilities = _configure(fd, capabilities, options, undo)
         return Source(fd, capabilities, source, undo, options)
     except BaseException:
         undo.run()
@@ -258,8 +269,8 @@ def _bind(packet: socket.socket, interface: str | None) -> None:
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> None:
-    """Set socket options, and note in `undo` how to set them back."""
+def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> Capabilities:
+    """Set socket options, and note in `undo` how to set them back. Returns what the source is then."""
     file = _file_of(fd)
     sock = SocketOptions(fd)
 
@@ -270,7 +281,7 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
             sock.set(level, name, value)
 
     if capabilities.kind not in ("packet", "packet_cooked"):
-        return
+        return capabilities
     change(SOL_PACKET, PACKET_AUXDATA, 1)
     change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
     if options.timestamps:
@@ -284,6 +295,20 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
         request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
         sock.set(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
         undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
+    size = options.vnet_header_to_set(capabilities)
+    if size:
+        # The older option knows one size only. Either takes effect when a packet is read: also for those that wait.
+        usual = size == VNET_HEADER_BYTES
+        try:
+            change(SOL_PACKET, PACKET_VNET_HDR if usual else PACKET_VNET_HDR_SZ, int(usual) or size)
+        except OSError as error:
+            raise UnsupportedOption(
+                f"{'segment=True' if options.segment else f'vnet_header={options.vnet_header}'} on the "
+                f"{capabilities.title}: it takes no virtio-net header (PACKET_VNET_HDR): {error.strerror}"
+                + ("; it has a ring already" if error.errno == errno.EBUSY else "")
+            ) from error
+        capabilities = replace(capabilities, vnet_header_size=size, hardware_gso=True)
+    return capabilities
 
 
 def _file_of(fd: int) -> tuple[int, int]:

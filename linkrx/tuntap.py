@@ -7,6 +7,7 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
+from enum import IntFlag
 from types import TracebackType
 
 from linkrx.capabilities import (
@@ -30,12 +31,21 @@ TUNSETOFFLOAD = 0x400454D0
 TUNSETTXFILTER = 0x400454D1
 TUNSETVNETHDRSZ = 0x400454D8
 TUNSETFILTEREBPF = 0x800454E1
-TUN_F_CSUM = 0x01
-TUN_F_TSO4 = 0x02
-TUN_F_TSO6 = 0x04
-TUN_F_TSO_ECN = 0x08
-TUN_F_USO4 = 0x20
-TUN_F_USO6 = 0x40
+
+
+class Offload(IntFlag):
+    """What a device leaves to who reads it: TUN_F_* in linux/if_tun.h."""
+
+    CSUM = 0x01
+    TSO4 = 0x02
+    TSO6 = 0x04
+    TSO_ECN = 0x08
+    USO4 = 0x20
+    USO6 = 0x40
+
+
+_TSO = Offload.CSUM | Offload.TSO4 | Offload.TSO6 | Offload.TSO_ECN
+_USO = Offload.USO4 | Offload.USO6  # Linux 6.2; to be had together only
 
 
 class TunTap:
@@ -43,8 +53,8 @@ class TunTap:
 
     An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
     is closed, unless it was made persistent. Attaching to a device that nobody has open resets what an earlier
-    owner left on it: offloads, the size of the virtio-net header, and filters. `offload` is the TUN_F_* mask that the
-    kernel agreed to, 0 without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
+    owner left on it: offloads, the size of the virtio-net header, and filters. `offload` tells what the kernel
+    agreed to, an `Offload`; nothing without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
     """
 
     def __init__(
@@ -67,15 +77,15 @@ class TunTap:
         flags |= IFF_MULTI_QUEUE if multi_queue else 0
         flags |= IFF_VNET_HDR if vnet_header else 0
         self.mode = mode
-        self.offload = 0
+        self.offload = Offload(0)
         self._fd = _open_device()
         try:
             self.name = _attach(self._fd, wanted, flags)
             # What follows belongs to the device, not to this queue: with other queues open it is theirs as well.
-            if not multi_queue or _queues(self.name) == 1:
+            alone = not multi_queue or _queues(self.name) == 1
+            if alone:
                 _reset(self._fd, mode)
-                self.offload = _set_offload(self._fd, offload)
-            elif offload:
+            if alone or offload:
                 self.offload = _set_offload(self._fd, offload)
         except BaseException:
             self.close()
@@ -163,14 +173,13 @@ def _reset(fd: int, mode: str) -> None:
         fcntl.ioctl(fd, TUNSETFILTEREBPF, struct.pack("i", -1))
 
 
-def _set_offload(fd: int, wanted: bool) -> int:
-    """Set the offloads anew, falling back to what the kernel has; USO came with Linux 6.2."""
-    tso = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
-    for mask in (tso | TUN_F_USO4 | TUN_F_USO6, tso, TUN_F_CSUM, 0) if wanted else (0,):
+def _set_offload(fd: int, wanted: bool) -> Offload:
+    """Set the offloads anew, falling back to what the kernel has."""
+    for mask in (_TSO | _USO, _TSO, Offload.CSUM, Offload(0)) if wanted else (Offload(0),):
         try:
-            fcntl.ioctl(fd, TUNSETOFFLOAD, mask)
+            fcntl.ioctl(fd, TUNSETOFFLOAD, int(mask))
         except OSError as error:
-            if error.errno != errno.EINVAL or mask == 0:
+            if error.errno != errno.EINVAL or not mask:
                 raise
         else:
             return mask

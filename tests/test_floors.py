@@ -11,7 +11,7 @@ PACKAGE = Path(linkrx.__file__).parent
 
 # Floor by floor, lowest first. A module may import from lower floors and from its own.
 FLOORS = (
-    {"errors", "libc", "_core"},
+    {"errors", "ethtool", "libc", "_core"},
     {
         "aio",
         "arena",
@@ -34,7 +34,7 @@ FLOORS = (
         "tuntap",
         "wakeup",
     },
-    {"backend", "classify", "dispatcher", "lending", "reception", "segment"},
+    {"backend", "classify", "dispatcher", "lending", "reception", "segment", "segmenting"},
     {"backends"},
     {"factory"},
     {"__main__", "cli", "demo", "device", "doctor", "responder", "rigs", "terminal", "testing"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import gc
@@ -21,13 +20,12 @@ import linkrx
 from linkrx import tuntap
 from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
 from linkrx.device import injector_on
+from linkrx.ethtool import takes_super_packets
 
 pytestmark = pytest.mark.usefixtures("devices")
 
 TUNSETPERSIST = 0x400454CB  # linux/if_tun.h
-SIOCETHTOOL = 0x8946  # linux/sockios.h
-ETHTOOL_GTSO = 0x1E  # linux/ethtool.h
-TSO = tuntap.TUN_F_CSUM | tuntap.TUN_F_TSO4 | tuntap.TUN_F_TSO6
+TSO = tuntap.Offload.CSUM | tuntap.Offload.TSO4 | tuntap.Offload.TSO6
 
 
 def exists(name: str) -> bool:
@@ -44,15 +42,6 @@ def attach(name: str, flags: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def segments(name: str) -> bool:
-    """Whether the device takes TCP super-packets, as `ethtool -k` tells."""
-    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0), 8)
-    request = struct.pack("16sP16x", name.encode(), ctypes.addressof(value))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        fcntl.ioctl(asked, SIOCETHTOOL, request)
-    return bool(struct.unpack("II", value.raw)[1])
 
 
 @contextmanager
@@ -298,15 +287,15 @@ def test_vnet_header(mode: str) -> None:
     with linkrx.TunTap("lrxo0", mode, vnet_header=True) as queue:
         assert linkrx.probe(queue).vnet_header_size == 10
         assert queue.offload == 0
-        assert not segments("lrxo0")
+        assert not takes_super_packets("lrxo0")
 
 
 def test_offload_is_told() -> None:
     """With offload=True the mask holds checksums and TCP, and the device has them on."""
     with linkrx.TunTap("lrxo1", vnet_header=True, offload=True) as queue:
         assert queue.offload & TSO == TSO
-        assert segments("lrxo1")
-        usos = tuntap.TUN_F_USO4 | tuntap.TUN_F_USO6
+        assert takes_super_packets("lrxo1")
+        usos = tuntap.Offload.USO4 | tuntap.Offload.USO6
         assert queue.offload & usos in (0, usos)
 
 
@@ -315,14 +304,14 @@ def test_state_of_a_previous_owner(mode: str) -> None:
     """Offloads and header size that an earlier owner left on a persistent device are reset on attaching."""
     flags = IFF_NO_PI | IFF_VNET_HDR | (IFF_TAP if mode == "tap" else IFF_TUN)
     with persistent("lrxo2", flags, header=12, offload=TSO):
-        assert segments("lrxo2")
+        assert takes_super_packets("lrxo2")
         by_hand = attach("lrxo2", flags)
         assert linkrx.probe(by_hand).vnet_header_size == 12  # what would be left
         os.close(by_hand)
         with linkrx.TunTap("lrxo2", mode, vnet_header=True) as queue:
             assert linkrx.probe(queue).vnet_header_size == 10
             assert queue.offload == 0
-            assert not segments("lrxo2")
+            assert not takes_super_packets("lrxo2")
         assert exists("lrxo2")
 
 
@@ -331,7 +320,27 @@ def test_no_super_packets_without_a_header() -> None:
     flags = IFF_NO_PI | IFF_VNET_HDR | IFF_TAP
     with persistent("lrxo3", flags, header=12, offload=TSO), linkrx.TunTap("lrxo3") as queue:
         assert linkrx.probe(queue).vnet_header_size == 0
-        assert not segments("lrxo3")
+        assert not takes_super_packets("lrxo3")
+
+
+@pytest.mark.parametrize("mode", ["tap", "tun"])
+def test_super_packets_without_a_header_are_reported(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A borrowed queue without a header, of a device that was left with offloads, says so when probed and when opened."""
+    flags = IFF_NO_PI | (IFF_TAP if mode == "tap" else IFF_TUN)
+    with persistent("lrxo5", flags | IFF_VNET_HDR, offload=TSO):
+        fd = attach("lrxo5", flags)
+        try:
+            found = linkrx.probe(fd)
+            assert (found.vnet_header_size, found.hardware_gso) == (0, True)
+            linkrx.open(fd).close()
+            assert "hands over super-packets, and no virtio-net header tells which they are" in caplog.text
+            caplog.clear()
+            fcntl.ioctl(fd, tuntap.TUNSETOFFLOAD, 0)
+            assert not linkrx.probe(fd).hardware_gso
+            linkrx.open(fd).close()
+            assert not caplog.text
+        finally:
+            os.close(fd)
 
 
 def test_persistent_device_of_several_queues() -> None:
@@ -340,7 +349,7 @@ def test_persistent_device_of_several_queues() -> None:
     with persistent("lrxo4", flags, header=24, offload=TSO):
         with linkrx.TunTap("lrxo4", multi_queue=True, vnet_header=True) as queue:
             assert linkrx.probe(queue).vnet_header_size == 10
-            assert not segments("lrxo4")
+            assert not takes_super_packets("lrxo4")
         assert exists("lrxo4")
 
 
@@ -416,5 +425,5 @@ def test_a_second_queue_leaves_the_first_its_offloads() -> None:
         linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True, offload=True) as first,
         linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True),
     ):
-        assert first.offload & tuntap.TUN_F_TSO4
-        assert segments("lrxmq")
+        assert first.offload & tuntap.Offload.TSO4
+        assert takes_super_packets("lrxmq")

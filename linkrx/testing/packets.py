@@ -181,7 +181,7 @@ def check_lengths(rig: Rig, backend: str) -> None:
 
 def check_ladder(rig: Rig, backend: str) -> None:
     """Over the ladder of sizes every length is whole up to its sum; past it the packet says that it was cut."""
-    _need_ladder(backend)
+    _need_ladder(rig, backend)
     sum_of = sum(BUFFER_SIZES)
     with rig.open(backend, buffer_sizes=BUFFER_SIZES) as rx:
         for size in around((*STEPS, sum_of), rig):
@@ -194,7 +194,7 @@ def check_ladder(rig: Rig, backend: str) -> None:
 
 def check_truncation(rig: Rig, backend: str) -> None:
     """A caller's own layout cuts what does not fit, flags it, and cuts nothing that just fits."""
-    _need_ladder(backend)
+    _need_ladder(rig, backend)
     sizes = (20, 40, 60)
     with rig.open(backend, buffer_sizes=sizes) as rx:
         frames = [rig.frame(size, size) for size in (119, 120, 121, 500, 90)]
@@ -210,7 +210,9 @@ def check_truncation(rig: Rig, backend: str) -> None:
         assert rx.stats().truncated == 2
 
 
-def _need_ladder(backend: str) -> None:
+def _need_ladder(rig: Rig, backend: str) -> None:
+    if rig.options.get("segment"):
+        raise Inapplicable("what is split is taken whole")
     if not any("buffer_sizes" in info.honours for info in backends() if info.name == backend):
         raise Inapplicable("the backend takes no layout of the caller's")
 

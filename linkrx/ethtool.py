@@ -1,0 +1,28 @@
+"""What ethtool(8) tells of a device, as far as linkrx asks."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+
+SIOCETHTOOL = 0x8946  # linux/sockios.h
+ETHTOOL_GTSO = 0x1E  # linux/ethtool.h: struct ethtool_value, a command and an answer
+IFNAMSIZ = 16
+
+
+def takes_super_packets(interface: str) -> bool:
+    """Whether the kernel leaves the segmentation of TCP to a device of this namespace: `ethtool -k`.
+
+    A TAP or TUN device hands such super-packets on to who reads it. False where the kernel does not answer.
+    """
+    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0), 8)
+    request = struct.pack(f"{IFNAMSIZ}sP16x", os.fsencode(interface), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            fcntl.ioctl(asked, SIOCETHTOOL, request)
+        except OSError:
+            return False
+    return bool(struct.unpack("II", value.raw)[1])

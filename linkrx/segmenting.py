@@ -1,0 +1,59 @@
+"""Super-packets on their way from a backend into a batch."""
+
+from __future__ import annotations
+
+from linkrx.arena import ARENA_BYTES, Arena
+from linkrx.backend import Backend, Mechanism, Receive
+from linkrx.columns import Descriptors, align
+from linkrx.framing import Framing
+from linkrx.segment import segmenter
+
+# As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
+# costs would be paid for every 45 frames.
+SEGMENT_ROWS = 1024
+
+
+class Segmenting(Mechanism):
+    """A stage behind any backend, which receives into memory that is used again for every batch: from there frames of
+    the network's size, with complete checksums, go into the arena. What finds no room waits for the next `fill`.
+    """
+
+    def __init__(
+        self, backend: type[Backend], receive: Receive, descriptors: Descriptors, framing: Framing
+    ) -> None:
+        self._taken = Descriptors(receive.options.batch_size or backend.batch_size)
+        self._segmenter = segmenter(self._taken, descriptors, framing)
+        # A backend wants room for one packet of any size behind all others, and one byte more.
+        self._staging = Arena(ARENA_BYTES + align(receive.layout.capacity + 1))
+        self._backend = backend(receive, self._taken)
+
+    def start(self) -> None:
+        """As the backend does."""
+        self._backend.start()
+
+    def fill(self, arena: Arena, room: int) -> int:
+        """Frames of what was received before, or of what is there now."""
+        if not self._segmenter.waiting:
+            self._backend.fill(self._staging, self._staging.size)
+        return self._segmenter.segment(self._staging, arena, room)
+
+    @property
+    def held(self) -> int:
+        """What the backend holds, and what was received and is not all split yet: super-packets count as one."""
+        return self._backend.held + self._segmenter.waiting
+
+    def drops(self) -> int:
+        """The backend's."""
+        return self._backend.drops()
+
+    def freezes(self) -> int | None:
+        """The backend's."""
+        return self._backend.freezes()
+
+    def close(self) -> None:
+        """Close the backend."""
+        self._backend.close()
+
+    def abandon(self) -> None:
+        """As the backend does."""
+        self._backend.abandon()
