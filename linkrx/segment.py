@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,7 +120,9 @@ class in_python:  # noqa: N801
         rows = cursor = 0
         full = False
         while row < count and not full:
-            for data, wire_length, flags in self._frames(received, row, done):
+            outcome = self._outcome_of(received, row)
+            while done < outcome.frames:
+                data = outcome.frame(done)
                 end = align(cursor + len(data))
                 full = rows == self._given.rows or end > room
                 if full:
@@ -129,8 +130,8 @@ class in_python:  # noqa: N801
                 region[cursor : cursor + len(data)] = data
                 columns.starts[rows] = cursor
                 columns.lengths[rows] = len(data)
-                columns.wire_lengths[rows] = wire_length
-                columns.flags[rows] = flags
+                columns.wire_lengths[rows] = outcome.wire_length
+                columns.flags[rows] = outcome.flags
                 columns.timestamps[rows] = self._taken.columns.timestamps[row]
                 columns.vlan_tcis[rows] = self._taken.columns.vlan_tcis[row]
                 columns.vlan_tpids[rows] = self._taken.columns.vlan_tpids[row]
@@ -157,38 +158,49 @@ class in_python:  # noqa: N801
     def waiting(self) -> int:
         return self._taken.header[COUNT] - self._next
 
-    def _frames(self, received: memoryview, row: int, done: int) -> Iterator[tuple[bytes, int, int]]:
-        """What comes of a row, from frame `done` on: bytes with prefix, wire length, flags."""
+    def _outcome_of(self, received: memoryview, row: int) -> _Outcome:
         framing, columns = self._framing, self._taken.columns
         start, length, flags = columns.starts[row], columns.lengths[row], columns.flags[row]
         wire_length = columns.wire_lengths[row]
         data = bytes(received[start : start + length])
         if length <= framing.prefix:
-            yield data, wire_length, flags
-            return
+            return _Outcome(data, None, wire_length, flags)
         information = data[: framing.packet_info_size]
         stripped = information and struct.unpack_from("=H", information)[0] & _TUN_PKT_STRIP
         truncated = bool(flags & TRUNCATED or wire_length > length or stripped)
         vnet = VnetHeader(*struct.unpack_from(framing.vnet_format, data, framing.packet_info_size))
         frame = data[framing.prefix :]
         try:
-            headers = _split(frame, vnet, framing.link_header, truncated)
-            if headers:
-                blank = information + bytes(framing.vnet_header_size)
-                for k in range(done, headers.segments):
-                    yield blank + headers.segment(k), 0, flags & ~CHECKSUM_UNFINISHED
-                return
+            whole = _split(frame, vnet, framing.link_header, truncated)
+            if whole:
+                prefix = information + bytes(framing.vnet_header_size)
+                return _Outcome(prefix, whole, 0, flags & ~CHECKSUM_UNFINISHED)
             if vnet.needs_checksum and not truncated:
                 frame = _finished(frame, vnet)
                 flags &= ~CHECKSUM_UNFINISHED
             elif vnet.gso_type == _GSO_NONE:
-                yield data, wire_length, flags
-                return
+                return _Outcome(data, None, wire_length, flags)
         except _MalformedError:
-            yield b"", 0, flags | MALFORMED | (TRUNCATED if truncated else 0)
-            return
+            return _Outcome(b"", None, 0, flags | MALFORMED | (TRUNCATED if truncated else 0))
         behind = data[framing.packet_info_size + VNET_HEADER_BYTES : framing.prefix]
-        yield information + bytes(VNET_HEADER_BYTES) + behind + frame, wire_length, flags
+        return _Outcome(information + bytes(VNET_HEADER_BYTES) + behind + frame, None, wire_length, flags)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What comes of one row: `data` as it is, or a super-packet's segments, each with `data` in front."""
+
+    data: bytes
+    whole: _SuperPacket | None
+    wire_length: int
+    flags: int
+
+    @property
+    def frames(self) -> int:
+        return self.whole.segments if self.whole else 1
+
+    def frame(self, k: int) -> bytes:
+        return self.data + self.whole.segment(k) if self.whole else self.data
 
 
 class _MalformedError(Exception):

@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 from linkrx.arena import Arena
 from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
@@ -80,7 +81,7 @@ class Super:
         """More than one segment."""
         return 0 < self.size < self.payload
 
-    def vnet(self, order: str = "<", **changes: int) -> bytes:
+    def vnet(self, order: str = "<", /, **changes: int) -> bytes:
         """struct virtio_net_hdr, 10 bytes."""
         gso_type = (5 if self.protocol == UDP else 1 if self.version == 4 else 4) | (0x80 if self.ecn else 0)
         fields = {
@@ -168,12 +169,18 @@ STAGING_AT, ARENA_AT = 64, 128
 GUARD = 64
 
 
+@cache
+def _arenas(_: int) -> tuple[Arena, Arena]:
+    return Arena(1 << 20), Arena(1 << 20)
+
+
 class Bench:
     """A segmenter between two arenas, with guard bytes around what it may write."""
 
-    def __init__(self, make: Make, framing: Framing, given_rows: int = 64, size: int = 1 << 20) -> None:
+    def __init__(self, make: Make, framing: Framing, given_rows: int = 64, arenas: int = 0) -> None:
+        """Benches with another number for their arenas work side by side."""
         self.taken, self.given = Descriptors(64), Descriptors(given_rows)
-        self.staging, self.arena = Arena(size), Arena(size)
+        self.staging, self.arena = _arenas(arenas)
         self.staging.cursor, self.arena.cursor = STAGING_AT, ARENA_AT
         self.segmenter = make(self.taken, self.given, framing)
 
@@ -197,21 +204,29 @@ class Bench:
 
     def give(self, room: int) -> list[Row]:
         """One call, and what it described; what it may not touch it has not touched."""
-        arena, header, columns = self.arena, self.given.header, self.given.columns
+        arena, header = self.arena, self.given.header
         first, last = arena.cursor, arena.cursor + room
         arena.view[first - GUARD : last + GUARD] = b"\xa5" * (room + 2 * GUARD)
         rows = self.segmenter.segment(self.staging, arena, room)
         assert rows == header[COUNT] <= self.given.rows
         end = header[END]
         assert end <= room
+        assert bytes(arena.view[first - GUARD : first]) == b"\xa5" * GUARD
+        assert bytes(arena.view[first + end : last + GUARD]) == b"\xa5" * (room - end + GUARD)
+        return self.described()
+
+    def described(self) -> list[Row]:
+        """What was given, one behind the other and each aligned."""
+        header, columns = self.given.header, self.given.columns
         given, before = [], 0
-        for index in range(rows):
+        for index in range(header[COUNT]):
             start, length = columns.starts[index], columns.lengths[index]
             assert start == before
             before = align(start + length)
+            place = self.arena.cursor + start
             given.append(
                 Row(
-                    bytes(arena.view[first + start : first + start + length]),
+                    bytes(self.arena.view[place : place + length]),
                     columns.flags[index],
                     columns.wire_lengths[index],
                     columns.timestamps[index],
@@ -219,9 +234,7 @@ class Bench:
                     columns.vlan_tpids[index],
                 )
             )
-        assert end == before
-        assert bytes(arena.view[first - GUARD : first]) == b"\xa5" * GUARD
-        assert bytes(arena.view[first + end : last + GUARD]) == b"\xa5" * (room - end + GUARD)
+        assert header[END] == before
         return given
 
     def all(self, rows: Iterable[Row], room: int = 200_000) -> list[Row]:

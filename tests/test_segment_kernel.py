@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import conftest
 import pytest
+from conftest import segmented
 from super_packets import ACK, CWR, ECE, FIN, LOCAL, PSH, REMOTE, SOURCES, TCP, UDP, URG, Bench, Row, Super
 
 from linkrx import _core, segment
@@ -96,15 +96,15 @@ def check(mode: str, cases: list[Super]) -> None:
     """Three ways to the same frames: the kernel's, ours of what was injected, and ours of what arrived whole."""
     framing = Framing(mode == "tap", VNET_HEADER_BYTES)
     benches = [Bench(make, framing, 256) for make in MAKES]
-    with two_queues(mode) as (whole, segmented):
+    with two_queues(mode) as (whole, cut):
         for case in cases:
             vnet, frame = case.vnet(), case.frame()
-            expected = segmented.leaving(vnet, frame)
+            expected = cut.leaving(vnet, frame)
             arrived = whole.leaving(vnet, frame)
             assert expected, case
-            conftest.segmented["frames"] += len(expected)
-            conftest.segmented["packets injected"] += 1
-            conftest.segmented["of them read whole"] += len(arrived) == 1 < len(expected)
+            segmented["frames"] += len(expected)
+            segmented["packets injected"] += 1
+            segmented["of them read whole"] += len(arrived) == 1 < len(expected)
             assert case.frames() == expected, case
             for bench in benches:
                 for rows in ([Row(vnet + frame)], [Row(data) for data in arrived]):
