@@ -28,6 +28,14 @@ def block(number: int = 0, size: int = BLOCK_LEAST) -> int:
     return first + number * size
 
 
+def filling(packets: int) -> int:
+    """The length of frames of which so many, up to 30, fill a block: one more has the kernel close it.
+
+    Its timer goes by the clock alone, and may come upon the first of several frames that are sent in a row.
+    """
+    return BLOCK_LEAST // (packets + 1)
+
+
 def waiting(size: int = BLOCK_LEAST) -> list[int]:
     """How many packets each block of the only ring holds that the kernel has handed over, in the ring's order."""
     ((first, length),) = mapped()

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import inspect
 import os
-import select
 import signal
 import socket
 import struct
@@ -33,7 +32,6 @@ from linkrx.capabilities import LARGEST_MESSAGE, PACKET_VNET_HDR, SOL_PACKET
 from linkrx.device import Device, injector_on
 from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import ETH_P_ALL
-from linkrx.testing.waiting import until
 
 pytestmark = [
     pytest.mark.usefixtures("devices"),
@@ -49,8 +47,12 @@ TPACKET_V1, TPACKET_V3 = 0, 2
 NEXT, SNAPLEN, MAC = 0, 12, 24
 
 # 16 blocks, which 6000 frames of 60 to 1460 bytes fill twice over. The kernel closes one every 20 ms, so that a
-# sender may be kept off its processor for 300 ms before there is none left.
+# sender may take 250 ms for TURN frames before there is none left.
 SEVERAL_LAPS: dict[str, Any] = {"receive_buffer": 2 * 2**20, "latency": 0.02}
+TURN = 250
+
+# Longer than any test: blocks are closed by what is sent, not by the timer.
+NO_TIMER = 600.0
 
 HEADER = LOCAL + REMOTE + b"\x88\xb5"
 Wire = tuple[str, str, socket.socket]
@@ -238,12 +240,14 @@ def test_the_buffer_of_the_socket_stays_as_it_is(wire: Wire) -> None:
 
 def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
     """By default a batch takes all packets of a block, and with batch_size= that many at most."""
-    for batch_size, sizes in ((None, [300]), (128, [128, 128, 44])):
-        with ring_on(wire[0], batch_size=batch_size, latency=0.1) as rx:
-            for number in range(300):
+    for batch_size in (None, 128):
+        with ring_on(wire[0], batch_size=batch_size, latency=NO_TIMER) as rx:
+            for number in range(1000):
                 wire[2].send(frame(number))
-            until(lambda: sum(ring.waiting()) == 300)
-            assert [len(batch) for batch in rx.batches(0)] == sizes
+            (inside,) = ring.waiting()
+            most = batch_size or inside
+            full, rest = divmod(inside, most)
+            assert [len(batch) for batch in rx.batches(0)] == [most] * full + [rest] * (rest > 0)
 
 
 def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
@@ -262,10 +266,10 @@ def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) 
     total = 6_000
     got: list[int] = []
     with ring_on(wire[0], batch_size=batch_size, **SEVERAL_LAPS) as rx:
-        for start in range(0, total, 500):
-            for number in range(start, start + 500):
+        for start in range(0, total, TURN):
+            for number in range(start, start + TURN):
                 wire[2].send(frame(number, 60 + number % 1400))
-            while len(got) < start + 500:
+            while len(got) < start + TURN:
                 got += [number_of(packet) for packet in next(rx.batches(10))]
         counted = rx.stats()
     assert got == list(range(total))
@@ -282,7 +286,9 @@ def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
                 sent += 1
             for _ in range(turn):
                 rx.stats()
-            delivered += sum(map(len, rx.batches(0.05)))
+            while sent > delivered + (rx.stats().kernel_drops or 0):
+                delivered += len(next(rx.batches(10)))
+            assert list(rx.batches(0.01)) == []
             counted = rx.stats()
             assert counted.kernel_drops is not None
             assert sent == delivered + counted.kernel_drops
@@ -310,9 +316,9 @@ def test_what_is_held_never_keeps_the_ring_full(wire: Wire) -> None:
     total = 6_000
     with ring_on(wire[0], **SEVERAL_LAPS) as rx:
         while len(kept) < total:
-            for number in range(len(kept), len(kept) + 500):
+            for number in range(len(kept), len(kept) + TURN):
                 wire[2].send(frame(number, 60 + number % 1400))
-            want = len(kept) + 500
+            want = len(kept) + TURN
             while len(kept) < want:
                 kept += next(rx.batches(10))
         assert rx.stats().kernel_drops == 0
@@ -327,10 +333,10 @@ def test_a_stop_counts_what_was_left_in_the_block(wire: Wire) -> None:
     def stop(*_: object) -> None:
         rx.stop()
 
-    rx = ring_on(wire[0], stop, batch_size=4, latency=0.2)
+    rx = ring_on(wire[0], stop, batch_size=4, latency=NO_TIMER)
     with rx:
-        for number in range(10):
-            wire[2].send(frame(number))
+        for number in range(11):
+            wire[2].send(frame(number, ring.filling(10)))
         assert rx.run() is linkrx.End.STOPPED
         counted = rx.stats()
         assert (counted.packets, counted.undelivered) == (1, 9)
@@ -601,24 +607,19 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
 def test_a_damaged_block(wire: Wire, what: str, at: int, form: str, value: int) -> None:
     """Every offset and length is checked: the rest of the block is given up with an error, and the next is read."""
     near, _, injector = wire
-    # Three of these frames fill a block, and the fourth has it closed: with such a latency the timer does not.
-    with ring_on(near, receive_buffer=1, latency=0.5) as rx:
-        source = select.poll()
-        source.register(rx._reception.source.fd, select.POLLIN)
-        for number in range(4):
-            injector.send(frame(number, 40_000))
-        until(lambda: bool(source.poll(0)))
-        block = ring.block()
-        status = ctypes.c_uint32.from_address(block + ring.STATUS)
-        assert status.value & ring.TP_STATUS_USER
-        assert ctypes.c_uint32.from_address(block + ring.PACKETS).value == 3
-        ctypes.memmove(block + at, struct.pack(f"={form}", value), struct.calcsize(form))
+    # Two blocks of three. The seventh frame finds no room, and has the second block closed.
+    with ring_on(near, receive_buffer=1, latency=NO_TIMER) as rx:
+        for number in range(7):
+            injector.send(frame(number, ring.filling(3)))
+        assert ring.waiting() == [3, 3]
+        ctypes.memmove(ring.block() + at, struct.pack(f"={form}", value), struct.calcsize(form))
         got = []
         with pytest.raises(OSError, match="Input/output error"):
             while True:
                 got.append(number_of(rx.recv(10)))
         assert got == sorted(set(got)), what
-        assert len(got) <= 4
-        assert got[-1] == 3, "the next block comes before the error"
-        injector.send(frame(9))
+        assert len(got) <= 6
+        assert got[-3:] == [3, 4, 5], "the next block comes before the error"
+        for number in range(9, 13):
+            injector.send(frame(number, ring.filling(3)))
         assert number_of(rx.recv(10)) == 9
