@@ -19,7 +19,7 @@ from linkrx.source import IFF_UP, SIOCGIFFLAGS
 SIOCSIFFLAGS = 0x8914  # linux/sockios.h
 
 # The kernel looks at changes of carrier once a second: net/core/link_watch.c.
-CARRIER_PATIENCE = 10.0
+CARRIER_PATIENCE = 30.0
 
 
 def injector_on(name: str) -> socket.socket:

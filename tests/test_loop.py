@@ -174,8 +174,8 @@ import os, signal, socket, threading, linkrx
 receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 with linkrx.open(receiver) as rx:
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
         rx.recv()
     except KeyboardInterrupt:
         print("interrupted", rx.end)

@@ -133,7 +133,9 @@ def check_signals(rig: Rig, backend: str) -> None:
     hits: list[int] = []
 
     def send_later() -> None:
-        until(lambda: len(hits) > 10)
+        until(lambda: asleep(rx))
+        before = len(hits)
+        until(lambda: len(hits) > before + 10)
         rig.send(rig.frame(100))
 
     with rig.open(backend, ignore) as rx, alarmed(lambda _: hits.append(1), first=0.0005, interval=0.0005):

@@ -13,7 +13,7 @@ from linkrx.dispatcher import Dispatcher
 from linkrx.packet import Packet
 from linkrx.rigs import Rig
 
-PATIENCE = 10.0  # seconds until what should have happened never will
+PATIENCE = 30.0  # seconds until what should have happened never will
 FLOOD_MOST = 5_000_000  # frames of one flood
 
 # What a sender is told while a queue is full or the link is down.
