@@ -23,6 +23,7 @@ from traffic import road
 import linkrx
 from linkrx.rigs import veth
 from linkrx.source import ETH_P_ALL
+from linkrx.testing.waiting import until
 
 ROUNDS = 20
 STOP_MS = 10.0  # at most, from the call of stop() to the return of who receives
@@ -146,6 +147,7 @@ def test_stop_under_a_flood(benchmark: Any, kind: str, backend: str) -> None:
     with road(kind, 1, strange=False) as way:
         way.traffic.start()
         way.traffic.pace(64, 100)
+        until(lambda: way.traffic.control.accepted > 64)  # the first receive has more than one packet
 
         def once() -> float:
             stopped.clear()
