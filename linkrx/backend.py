@@ -93,7 +93,7 @@ class Backend(Mechanism):
     name: ClassVar[str]
     rank: ClassVar[int]
     honours: ClassVar[frozenset[str]] = frozenset()
-    batch_size: ClassVar[int] = 64
+    batch_size: ClassVar[int] = 256
     has_queue: ClassVar[bool] = False
 
     @classmethod

@@ -193,7 +193,8 @@ def open(  # noqa: A001
     `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
     ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of
     that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `zero_copy`,
-    for `batches()` to lend the blocks of a ring, see `LentBatch`; `segment` for backends that have it.
+    for `batches()` to lend the blocks of a ring, see `LentBatch`; `segment`, to have super-packets split into the frames that
+    they stand for, with complete checksums: for sources with a virtio-net header, which packet sockets are given for it.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.

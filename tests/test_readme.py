@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from super_packets import Super
 
 import linkrx
-from linkrx.device import injector_on
+from linkrx.capabilities import PACKET_VNET_HDR, SOL_PACKET
+from linkrx.device import Device, injector_on
 from linkrx.rigs import LOCAL, REMOTE, veth
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -144,3 +146,24 @@ def test_fanout() -> None:
     received = [int(packets) for _, _, packets in told]
     assert sum(received) == 200
     assert all(received)
+
+
+@pytest.mark.usefixtures("devices")
+def test_super_packets() -> None:
+    """It prints what was agreed to, and the frames that a super-packet stands for."""
+    (program,) = [program for program in programs() if program.startswith('"""Super-packets."""')]
+    case = Super(payload=4000, size=1448)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "TSO4" in process.stdout.readline()
+        Device("lrx0").set_up()
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+            sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+            sender.bind(("lrx0", 0))
+            sender.send(case.vnet() + case.frame())
+        lines = process.stdout.read().splitlines()
+        assert process.wait(30) == 0
+    # The kernel may send packets of its own, to find neighbours: shorter ones.
+    words = [line.split() for line in lines]
+    assert sum(int(line[0]) for line in words) >= 3
+    assert max(int(line[3]) for line in words) == len(case.frames()[0]) == 1502
