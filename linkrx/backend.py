@@ -29,7 +29,12 @@ class Receive:
 
 
 class Mechanism(ABC):
-    """What fills an arena: a backend, or a stage behind one."""
+    """What fills an arena: a backend, or a stage behind one.
+
+    `lends`: packets lie in memory of its own, see `lease`.
+    """
+
+    lends = False
 
     def start(self) -> None:
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
@@ -51,7 +56,7 @@ class Mechanism(ABC):
         return 0
 
     def lease(self) -> Lease | None:
-        """The memory that the last `fill` described, starts counted from its first byte; None: the arena."""
+        """The memory that the last `fill` described, starts counted from its first byte, if this lends; else the arena."""
         return None
 
     def let_go(self) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 from linkrx import _core
 from linkrx.arena import Arena
@@ -27,6 +28,17 @@ _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 # Takes the arena, the number of descriptors, and the address of the frames if they are not in the arena; writes the batch's table behind the frames, and marks the
 # descriptors as classified.
 Classify = Callable[..., None]
+
+
+def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
+    """Remote, local and protocol of packets `first` to `count`.
+
+    Most batches come from one neighbour by one protocol: then all share the three objects made for the first.
+    """
+    known = bytes(addresses[first * ADDRESSES.size : count * ADDRESSES.size])
+    if known == known[: ADDRESSES.size] * (count - first):
+        return repeat(ADDRESSES.unpack_from(known), count - first)
+    return ADDRESSES.iter_unpack(known)
 
 
 def classifier(

@@ -18,7 +18,7 @@ from linkrx.backend import Backend
 from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.choice import Choice
-from linkrx.classify import ADDRESSES
+from linkrx.classify import addresses_of
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
 from linkrx.options import Options
@@ -274,7 +274,8 @@ class Dispatcher:
         """
         claim = object()
         try:
-            self._check_open()
+            if self._closed or self._forked:
+                self._check_open()
             owner = self._owner.setdefault("claim", claim)
             if owner is not claim:
                 if self._thread != threading.get_ident() or _is_live(owner):
@@ -282,11 +283,13 @@ class Dispatcher:
                 self._owner["claim"] = claim
                 self._delivering = False
             self._thread = threading.get_ident()
-            self._check_open()  # it may have been closed in between
+            if self._closed:
+                self._check_open()  # it was closed in between
             try:
                 ready = self._reception.await_batch(timeout)
             finally:
-                self._reception.show_pending()  # before, for there must be no call behind what `take` does
+                if self._reception.polled:
+                    self._reception.show_pending()  # before, for there must be no call behind what `take` does
             return take() if ready else None
         finally:
             if self._owner == {"claim": claim}:
@@ -354,7 +357,8 @@ class Dispatcher:
             else:
                 reception.next = reached
             self._delivering = False
-            reception.show_pending()
+            if reception.polled:
+                reception.show_pending()
         return reached - first
 
     def _take_packet(self, claimed: bool = True) -> Packet | None:
@@ -376,15 +380,16 @@ class Dispatcher:
     def _take_batch(self) -> Batch | None:
         reception = self._reception
         assert reception.pending is not None
-        rest = reception.pending.behind(reception.next)
+        rest = reception.pending.behind(reception.next) if reception.next else reception.pending
         reception.pending = None
         return rest
 
     def _next_batch(self, timeout: float | None) -> Batch | None:
         """The rest of the pending batch or the next one; None when it is over or no packet came in time."""
-        deadline = deadline_after(timeout)
+        deadline = None if timeout is None else deadline_after(timeout)
         while True:
-            batch = self._step(seconds_left(deadline), self._take_batch)
+            left = None if deadline is None else seconds_left(deadline)
+            batch = self._step(left, self._take_batch)
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
 
@@ -405,17 +410,6 @@ def _is_live(claim: object) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
-    """Remote, local and protocol of packets `first` to `count`.
-
-    Most batches come from one neighbour by one protocol: then all share the three objects made for the first.
-    """
-    known = bytes(addresses[first * ADDRESSES.size : count * ADDRESSES.size])
-    if known == known[: ADDRESSES.size] * (count - first):
-        return repeat(ADDRESSES.unpack_from(known), count - first)
-    return ADDRESSES.iter_unpack(known)
 
 
 class Batches:

@@ -24,17 +24,14 @@ class DropWatch:
             else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
         )
         self._known = 0
-        self._due = time.monotonic() + INTERVAL
+        self.due = time.monotonic() + INTERVAL  # when to look
 
     def look(self, count: Callable[[], int | None]) -> None:
-        """To be called often, for it asks for the count of drops but once per INTERVAL.
+        """Ask for the count of drops.
 
         Not kept: a dispatcher that refers to itself would stay, with its arenas, until it is collected.
         """
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._due = now + INTERVAL
+        self.due = time.monotonic() + INTERVAL
         drops = count() or 0
         if drops > self._known:
             lost, self._known = drops - self._known, drops

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from time import monotonic
 
 from linkrx import stats
 from linkrx.arena import Arena, Arenas
@@ -18,6 +19,7 @@ from linkrx.classify import ADDRESSES, classifier
 from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors, align
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.dropwatch import DropWatch
+from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
 from linkrx.errors import BackendUnavailable
 from linkrx.lent import LentBatch
 from linkrx.options import Options
@@ -27,30 +29,6 @@ from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, En
 from linkrx.wakeup import Wakeup
 
 logger = logging.getLogger("linkrx")
-
-# The kernel, or a seccomp filter, refuses the mechanism itself.
-_REFUSED = frozenset({errno.ENOSYS, errno.EPERM, errno.ENOTSOCK, errno.EOPNOTSUPP})
-# Also while it is set up: no memory for it, or a kernel that does not have it.
-_UNAVAILABLE = _REFUSED | {errno.ENOMEM, errno.EINVAL, errno.ENOPROTOOPT}
-# A TAP or TUN queue whose device was deleted: EFAULT from a read that was waiting, EBADFD from then on.
-_QUEUE_GONE = frozenset({errno.EBADFD, errno.EFAULT})
-_INTERFACE_GONE = frozenset({errno.ENODEV, errno.ENXIO})
-# Reported once, then reception goes on: memory pressure, and what came back for packets that the same socket sent
-# (ICMP errors on UDP; ECONNRESET on a seqpacket socket whose peer closed with our data unread).
-_PASSING = frozenset(
-    {
-        errno.ENOBUFS,
-        errno.ENOMEM,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.EHOSTDOWN,
-        errno.ENOPROTOOPT,
-        errno.EPROTO,
-        errno.EMSGSIZE,
-    }
-)
 
 # A source that gives nothing but errors must not keep the caller from looking at the clock.
 _ERRORS_IN_A_ROW = 8
@@ -107,7 +85,7 @@ class Reception:
         self._rungs = len(choice.ladder)  # of which each demotion takes one
         self._left_behind = self._left_behind_bytes = self._held_back = self._indescribable = 0
         self._link_down = False
-        self._polled = False
+        self.polled = False
         self._shown: bool | None = False  # whether `show_pending` made the polled descriptor readable
         self._vain = 0  # drains in a row that an event loop made for nothing
 
@@ -133,17 +111,20 @@ class Reception:
         if self.pending is not None:
             return not self.over()
         idle = 0
-        deadline = deadline_after(timeout)
-        self._wakeup.listen()
+        # What need not be called is not: whoever receives has the kernel's work in its caches, and not this.
+        deadline = None if timeout is None else deadline_after(timeout)
+        if not self._wakeup.listening:
+            self._wakeup.listen()
         while not self.over():
             known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
-                self._drop_watch.look(self._drops)
+                if monotonic() >= self._drop_watch.due:
+                    self._drop_watch.look(self._drops)
                 return self.pending is not None
             if known_down:  # not when it is told only now: that comes before what was queued
                 self._look_at_link()
-            if timeout == 0 and self._polled:
+            if timeout == 0 and self.polled:
                 self._vain += 1
                 if self._vain > _IDLE_WAKES and self._wakeup.wait(0):
                     self._wakeup.look_away(_REST)
@@ -190,7 +171,7 @@ class Reception:
                 count = self._without_hangup(count)
             if not count:
                 return False
-            lease = self._mechanism.lease()
+            lease = self._mechanism.lease() if self._mechanism.lends else None
             self._classify(arena, count, lease.address if lease else None)
         self._take(arena)
         return True
@@ -220,7 +201,7 @@ class Reception:
         count = classified - 1
         begin = arena.cursor
         table = begin + end
-        lease = self._mechanism.lease()
+        lease = self._mechanism.lease() if self._mechanism.lends else None
         if lease is None:
             batch = Batch(arena.memory, begin, table, rows, count, self.framing)
         else:
@@ -236,7 +217,8 @@ class Reception:
         self._receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
-        self._mechanism.let_go()
+        if lease is not None:
+            self._mechanism.let_go()
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -262,18 +244,18 @@ class Reception:
         header, kind = self._header, self.source.capabilities.kind
         code = header[ERROR]
         error = told or OSError(code, os.strerror(code))
-        gone = _QUEUE_GONE if kind in ("tap", "tun") else _INTERFACE_GONE
+        gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
         if code in gone:
             self._finish(End.LINK_GONE)
         elif code == errno.ENETDOWN:
             self._watch_link(down=True)
             self._link_downs += 1
-        elif code in _REFUSED:
+        elif code in REFUSED:
             self._demote(error)
         elif code == errno.EINVAL and self.framing.vnet_header_size:
             # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
             self._indescribable += 1
-        elif code not in _PASSING:
+        elif code not in PASSING:
             failure = OSError(
                 code,
                 f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {error.strerror}",
@@ -293,7 +275,7 @@ class Reception:
                     return Segmenting(chosen, self._facts, self._descriptors, self.framing), choice
                 return chosen(self._facts, self._descriptors), choice
             except OSError as error:
-                if error.errno not in _UNAVAILABLE:
+                if error.errno not in UNAVAILABLE:
                     raise
                 choice = self._next_choice(choice, error)
 
@@ -390,7 +372,7 @@ class Reception:
 
     def fileno(self) -> int:
         """What to poll. From the first call on, it is kept readable while packets wait here."""
-        self._polled = True
+        self.polled = True
         self.show_pending()
         if self._mechanism.lent:
             self._wakeup.look_away(_REST)
@@ -401,7 +383,7 @@ class Reception:
     def show_pending(self) -> None:
         """Make the polled descriptor readable while there is something that does not need the source."""
         event = self._wakeup.event
-        if not self._polled or event is None:
+        if not self.polled or event is None:
             return
         waiting = (
             self.pending is not None

@@ -83,7 +83,7 @@ class Wakeup:
     def __init__(self, source: int) -> None:
         self.event: EventFd | None = EventFd()
         self._source = source
-        self._listening = True
+        self.listening = True
         self._link_down = False
         self._epoll = _epoll()
         self._timer = Timer()
@@ -114,18 +114,18 @@ class Wakeup:
 
     def look_away(self, timeout: float) -> None:
         """For those who poll: be silent about such a source for `timeout` seconds."""
-        if self._listening:
-            self._listening = False  # first: `listen` takes it in again, also where it was not out yet
+        if self.listening:
+            self.listening = False  # first: `listen` takes it in again, also where it was not out yet
             self._epoll.unregister(self._source)
         self._timer.set(timeout)
 
     def listen(self) -> None:
         """Take the source in again after `look_away`."""
-        if not self._listening:
+        if not self.listening:
             with suppress(FileExistsError):  # an exception came in between, there or here
                 self._epoll.register(self._source, select.EPOLLIN)
             self._timer.set(RECHECK_SECONDS if self._link_down else None)
-            self._listening = True
+            self.listening = True
 
     def watch_link(self, down: bool) -> None:
         """While a link is down, wake up regularly to see whether it still exists."""

@@ -9,16 +9,17 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import pytest
 import ring
 from conftest import that_take
+from super_packets import UDP, Super
 
 import linkrx
-from linkrx import dispatcher, rigs
+from linkrx import dispatcher, rigs, segment, segmenting
 from linkrx.rigs import LOCAL, REMOTE
 from linkrx.testing.resources import descriptors, settings_of
 from linkrx.testing.waiting import until
@@ -69,6 +70,44 @@ class After:
         gc.enable()
 
 
+def number_of(packet: linkrx.Packet) -> int:
+    """The number of a packet: behind the link header, or where the payload of a UDP super-packet's frames starts."""
+    return packet.data[0] if packet.data[0] != 0x45 else packet.data[28]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kind of socket, how it is opened, and what is in front of each frame."""
+
+    name: str
+    kind: socket.SocketKind = socket.SOCK_DGRAM
+    options: dict[str, Any] = field(default_factory=dict)
+    prefix: bytes = b""
+    split: bool = False
+
+    def send_numbers(self, sender: socket.socket) -> None:
+        """A frame for each, or a super-packet that stands for them."""
+        if self.split:
+            size = 8
+            data = b"".join(bytes([number] * size) for number in NUMBERS)
+            case = Super(protocol=UDP, payload=len(data), size=size, data=data)
+            sender.send(case.vnet() + case.frame())
+        else:
+            for number in NUMBERS:
+                sender.send(self.prefix + HEADER + bytes([number]))
+
+
+DGRAM, SEQPACKET = Way("dgram"), Way("seqpacket", socket.SOCK_SEQPACKET)
+SEGMENT: dict[str, Any] = {"vnet_header": True, "segment": True, "batch_size": 2}
+WAYS = [
+    DGRAM,
+    SEQPACKET,
+    Way("segment", options=SEGMENT, prefix=bytes(10)),
+    Way("split", options=SEGMENT, prefix=bytes(10), split=True),
+    Way("split_seqpacket", socket.SOCK_SEQPACKET, SEGMENT, bytes(10), split=True),
+]
+
+
 Pull = Callable[[linkrx.Dispatcher, list[linkrx.Packet]], None]
 
 
@@ -103,7 +142,7 @@ class Cut:
     @property
     def got(self) -> list[int]:
         """The numbers of what was delivered."""
-        return [packet.data[0] for packet in self.packets]
+        return [number_of(packet) for packet in self.packets]
 
     def readable(self) -> bool:
         """Whether an event loop would call."""
@@ -123,10 +162,10 @@ class Cut:
         raise AssertionError("more was queued than sent")
 
 
-def each_point(kind: socket.SocketKind, backend: str, pull: Pull) -> Iterator[Cut]:
+def each_point(way: Way, backend: str, pull: Pull) -> Iterator[Cut]:
     """One that was interrupted at its first event, one at its second, and so on."""
-    for point in range(2000):
-        receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
+    for point in range(5000):
+        receiver, sender = socket.socketpair(socket.AF_UNIX, way.kind)
         got: list[linkrx.Packet] = []
 
         def deliver(
@@ -134,13 +173,12 @@ def each_point(kind: socket.SocketKind, backend: str, pull: Pull) -> Iterator[Cu
         ) -> None:
             into.append(packet)
 
-        with receiver, sender, linkrx.open(receiver, deliver, backend=backend) as rx:
+        with receiver, sender, linkrx.open(receiver, deliver, backend=backend, **way.options) as rx:
             rx.fileno()
-            for number in NUMBERS:
-                sender.send(HEADER + bytes([number]))
+            way.send_numbers(sender)
             for _ in range(RUNTS):
-                sender.send(b"runt")
-            if kind == socket.SOCK_SEQPACKET:
+                sender.send(way.prefix + b"runt")
+            if way.kind == socket.SOCK_SEQPACKET:
                 sender.close()
             try:
                 with After(point):
@@ -166,27 +204,30 @@ MAY_LOSE: dict[Pull, int] = {drain: 0, dispatch: 0, recv: 1, batches: len(NUMBER
 
 @pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET], ids=["dgram", "seqpacket"])
-def test_an_event_loop_goes_on(kind: socket.SocketKind, backend: str, pull: Pull) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
     """After an interruption fileno() is readable until all is delivered, each packet once, and silent from then on."""
-    for cut in each_point(kind, backend, pull):
+    for cut in each_point(way, backend, pull):
         turns = 0
         while cut.readable() and cut.rx.end is None:
             cut.rx.drain()
             turns += 1
-            assert turns < 10, "readable for ever"
+            assert turns < 20, "readable for ever"
         assert cut.got == sorted(set(cut.got))
         told = cut.rx.stats()
         assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
         assert 0 <= told.packets - len(cut.got) <= MAY_LOSE[pull]
-        assert cut.queued() == 0 if kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
+        assert cut.queued() == 0 if way.kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
 
 
 @pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stop_counts_what_is_left(backend: str, pull: Pull) -> None:
+@pytest.mark.parametrize(
+    "way", [way for way in WAYS if way.name in ("dgram", "segment")], ids=lambda way: way.name
+)
+def test_a_stop_counts_what_is_left(way: Way, backend: str, pull: Pull) -> None:
     """After an interruption and stop() every packet was delivered, is counted, or is still in the source."""
-    for cut in each_point(socket.SOCK_DGRAM, backend, pull):
+    for cut in each_point(way, backend, pull):
         cut.rx.stop()
         assert cut.rx.dispatch(0) is False
         told = cut.rx.stats()
@@ -458,3 +499,10 @@ def test_looking_away_can_be_interrupted() -> None:
             else:
                 break
     assert point > 20
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.split], ids=lambda way: way.name)
+def test_splitting_in_python(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever an exception comes while a super-packet is split without the core, each frame is delivered once."""
+    monkeypatch.setattr(segmenting, "segmenter", segment.in_python)
+    test_an_event_loop_goes_on(way, "os_readv", drain)

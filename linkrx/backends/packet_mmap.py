@@ -80,6 +80,7 @@ class PacketMmap(Backend):
             )
         self._state, self._block, size = _ring(receive)
         self._fill = _core.lib.lrx_packet_mmap_fill
+        self.lends = receive.options.zero_copy
         self._memory: memoryview | None = None
         self._lease: Lease | None = None
         self._joins = receive.options.fanout is not None
