@@ -55,10 +55,14 @@ class Queue:
     def leaving(self, vnet: bytes, frame: bytes) -> list[bytes]:
         """What the reader of the queue finds, prefix included, when this is sent through the device."""
         self.sender.send(vnet + frame)
-        self.sender.send(bytes(VNET_HEADER_BYTES) + self.mark)
-        return list(self.until_mark())
+        return self.until_mark()
 
-    def until_mark(self) -> Iterator[bytes]:
+    def until_mark(self) -> list[bytes]:
+        """What has left so far."""
+        self.sender.send(bytes(VNET_HEADER_BYTES) + self.mark)
+        return list(self._read())
+
+    def _read(self) -> Iterator[bytes]:
         poll = select.poll()
         poll.register(self.tap.fileno(), select.POLLIN)
         while True:
