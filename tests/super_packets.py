@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from linkrx.arena import Arena
@@ -20,6 +20,7 @@ FIN, PSH, ACK, URG, ECE, CWR = 0x01, 0x08, 0x10, 0x20, 0x40, 0x80
 SOURCES = {4: bytes([198, 51, 100, 1]), 6: bytes.fromhex("20010db8") + bytes(11) + b"\x01"}
 TARGETS = {4: bytes([198, 51, 100, 2]), 6: bytes.fromhex("20010db8") + bytes(11) + b"\x02"}
 ETHERTYPES = {4: 0x0800, 6: 0x86DD}
+JUMBO_LEAST = 65_536
 NOISE = random.Random(20).randbytes(70_000)
 
 
@@ -50,6 +51,7 @@ class Super:
     identification: int = 0x1234
     dont_fragment: bool = True
     sequence: int = 0x01020304
+    jumbo: bool = False
     data: bytes = field(default=NOISE, repr=False)
 
     @property
@@ -63,8 +65,13 @@ class Super:
     @property
     def transport(self) -> int:
         """Where the TCP or UDP header starts."""
-        extensions = sum(len(content) + 2 for _, content in self.extensions)
+        extensions = sum(len(content) + 2 for _, content in self._extensions)
         return len(self.link) + (20 + len(self.ip_options) if self.version == 4 else 40 + extensions)
+
+    @property
+    def _extensions(self) -> tuple[tuple[int, bytes], ...]:
+        """With the jumbo option of RFC 2675 in front, whose four bytes of length nobody reads."""
+        return (((0, b"\xc2\x04" + bytes(4)),) if self.jumbo else ()) + self.extensions
 
     @property
     def headers(self) -> int:
@@ -103,6 +110,8 @@ class Super:
         """What it stands for."""
         if not self.is_super:
             return [self._built(0, self.payload, 0, self.flags, finished=True)]
+        if self.jumbo and len(self.frame()) - len(self.link) > JUMBO_LEAST:
+            return replace(self, jumbo=False).frames()
         made = []
         for k, at in enumerate(range(0, self.payload, self.size)):
             flags = self.flags & ~(0 if at + self.size >= self.payload else FIN | PSH)
@@ -136,18 +145,19 @@ class Super:
             size = 20 + len(self.ip_options)
             identification = (self.identification + k) & 0xFFFF
             fragment = 0x4000 if self.dont_fragment else 0
-            total = (size + length) & 0xFFFF
+            total = size + length if size + length <= 0xFFFF else 0
             head = struct.pack(
                 "!BBHHHBBH", 0x40 | size // 4, 2, total, identification, fragment, 64, self.protocol, 0
             )
             ip = head + source + target + self.ip_options
             return ip[:10] + (0xFFFF ^ ones_complement(ip)).to_bytes(2, "big") + ip[12:]
-        numbers = [number for number, _ in self.extensions] + [self.protocol]
+        numbers = [number for number, _ in self._extensions] + [self.protocol]
         chain = b"".join(
             bytes([following, (len(content) + 2) // 8 - 1]) + content
-            for following, (_, content) in zip(numbers[1:], self.extensions, strict=True)
+            for following, (_, content) in zip(numbers[1:], self._extensions, strict=True)
         )
-        head = struct.pack("!IHBB", 0x60200000 | 5, (len(chain) + length) & 0xFFFF, numbers[0], 64)
+        total = len(chain) + length if len(chain) + length <= 0xFFFF else 0
+        head = struct.pack("!IHBB", 0x60200000 | 5, total, numbers[0], 64)
         return head + source + target + chain
 
 
