@@ -1,30 +1,46 @@
-"""The bare C loops, compiled on the spot, and the way to measure against them."""
+"""The bare C loops, compiled on the spot, and the frames that go into their queues."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import os
-import platform
-import statistics
+import random
+import socket
+import struct
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from linkrx import _core
+from race import Check, Drain, Queue, Reader
+
+from linkrx.rigs import LOCAL, REMOTE
+from linkrx.source import ETH_P_ALL
 
 MEMORY = 512 * 1024
-ROUNDS = 200
-RING_BLOCK, RING_BLOCKS = 128 * 1024, 512
+MESSAGES = 64  # of one recvmmsg()
+STAMP = 42  # as in floors.c
+RING_BLOCK, RING_BLOCKS = 128 * 1024, 512  # linkrx's default
+
+
+class Account(ctypes.Structure):
+    """struct account in floors.c."""
+
+    _fields_ = [
+        ("packets", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("check", ctypes.c_uint32),
+        ("checked", ctypes.c_uint32),
+    ]
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """floors.c, compiled for this processor."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "floors.so")
         source = Path(__file__).with_name("floors.c")
@@ -34,113 +50,115 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
 
 
-class Floor:
-    """One bare loop on one descriptor. Each call drains it and returns (packets, bytes)."""
-
-    def __init__(self, function: str, fd: int, argument: int) -> None:
-        self._memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-        self._call = getattr(_library(), function)
-        self._call.restype = ctypes.c_long
-        self._fd = fd
-        self._argument = argument
-        self._at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
-
-    def __call__(self) -> tuple[int, int]:
-        drained = ctypes.c_uint64(0)
-        packets = self._call(self._fd, self._at, ctypes.c_long(self._argument), ctypes.byref(drained))
-        return packets, drained.value
+def _memory(size: int) -> tuple[mmap.mmap, ctypes.c_void_p]:
+    """Bytes that are there before they are measured, and their address, which holds while they are kept."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    return memory, ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
 
 
-def read_floor(fd: int) -> Floor:
-    """read() into a packed arena, for TAP and TUN."""
-    return Floor("drain_read", fd, MEMORY)
+class Frames:
+    """Frames of one size to fill a queue with: Ethernet, IPv4, UDP, random bytes, and each its number in the fill."""
 
-
-def recvmmsg_floor(fd: int, *, metadata: bool) -> Floor:
-    """recvmmsg() in batches of 64."""
-    return Floor("drain_recvmmsg", fd, int(metadata))
-
-
-class RingFloor:
-    """A bare walk of a TPACKET_V3 ring. Each call empties it and returns (packets, bytes)."""
-
-    def __init__(self, fd: int) -> None:
-        library = _library()
-        library.make_ring.restype = ctypes.c_void_p
-        library.walk_ring.restype = ctypes.c_long
-        self._shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
-        self._ring = ctypes.c_void_p(library.make_ring(fd, *self._shape))
-        assert self._ring.value, "no ring"
-        self._walk = library.walk_ring
-
-    def __call__(self) -> tuple[int, int]:
-        walked = ctypes.c_uint64(0)
-        packets = self._walk(self._ring, *self._shape, ctypes.byref(walked))
-        return packets, walked.value
-
-    def close(self) -> None:
-        """Unmap it: the kernel removes a ring with its socket."""
-        _library().free_ring(self._ring, *self._shape)
-
-
-def processor() -> str:
-    """The CPU's name, as the kernel gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-Drain = Callable[[], int]
-
-
-def against(
-    benchmark: Any,
-    floor: Callable[[], tuple[int, int]],
-    subject: Drain,
-    fill: Drain,
-    size: int,
-    fill_floor: Drain | None = None,
-    **facts: object,
-) -> int:
-    """Measure `subject` draining what `fill` put into a queue, round by round beside `floor` doing the same.
-
-    `fill` and `subject` return packets, and what is drained must be what was put in; so must the bytes that the
-    floor counts, packets of `size` each. Filling is not timed. The figure is `ratio`: the subject's median round over
-    the floor's. `fill_floor` is for a floor with a queue of its own. Returns how many packets the subject drained in
-    all, for a last check.
-    """
-    floor_rounds: list[int] = []
-    sent = drained = 0
-
-    def interleave() -> None:
-        nonlocal sent
-        sent = (fill_floor or fill)()
-        start = time.perf_counter_ns()
-        got = floor()
-        floor_rounds.append(time.perf_counter_ns() - start)
-        assert got == (sent, sent * size), f"the floor drained {got} of {sent}"
-        sent = fill()
-
-    def drain() -> None:
-        nonlocal drained
-        got = subject()
-        assert got == sent, f"{got} drained of {sent}"
-        drained += got
-
-    gc.collect()
-    gc.freeze()
-    try:
-        benchmark.pedantic(drain, setup=interleave, rounds=ROUNDS, warmup_rounds=5)
-    finally:
-        gc.unfreeze()
-    benchmark.extra_info.update(
-        kernel=platform.release(), cpu=processor(), core=_core.reason is None, **facts
-    )
-    if benchmark.enabled:
-        ns = statistics.median(benchmark.stats.stats.data) * 1e9 / sent
-        floor_ns = statistics.median(floor_rounds) / sent
-        benchmark.extra_info.update(
-            ns=round(ns, 1), floor_ns=round(floor_ns, 1), ratio=round(ns / floor_ns, 3)
+    def __init__(self, size: int, neighbours: int = 1) -> None:
+        """From so many senders in turn."""
+        self.size = size
+        self.distinct = max(1, min(64, 1024 * 1024 // size))
+        chance = random.Random(size)
+        frames = b"".join(
+            udp_frame(size, REMOTE[:-1] + bytes([2 + number % neighbours]), chance.randbytes(size))
+            for number in range(self.distinct)
         )
-    return drained
+        self._memory, self._address = _memory(len(frames))
+        self._memory[:] = frames
+
+    def send(self, injector: socket.socket, packets: int) -> int:
+        """Send so many; returns those that the kernel took."""
+        call = library().fill
+        call.restype = ctypes.c_long
+        return int(
+            call(
+                injector.fileno(),
+                self._address,
+                ctypes.c_long(self.size),
+                ctypes.c_long(self.distinct),
+                ctypes.c_long(packets),
+            )
+        )
+
+    def check(self, packets: int) -> int:
+        """The checksum of that many, in order."""
+        check = 1
+        for number in range(packets):
+            at = number % self.distinct * self.size
+            frame = bytearray(self._memory[at : at + self.size])
+            struct.pack_into("!I", frame, STAMP, number)
+            check = zlib.adler32(frame, check)
+        return check
+
+
+def udp_frame(size: int, remote: bytes, content: bytes) -> bytes:
+    """A frame of `size` bytes with all its headers, such as a dissector takes apart to the end."""
+    udp = struct.pack("!HHHH", 4000, 4001, size - 34, 0)
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, size - 14, 0, 0, 64, 17, 0, b"\x0a\0\0\2", b"\x0a\0\0\1")
+    total = sum(struct.unpack("!10H", ip))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    ip = ip[:10] + struct.pack("!H", total ^ 0xFFFF) + ip[12:]
+    return (LOCAL + remote + b"\x08\x00" + ip + udp + content)[:size]
+
+
+def _account(check: Check | None) -> Account:
+    return Account(check=1, checked=check is not None)
+
+
+def _tell(check: Check | None, account: Account) -> int:
+    if check is not None:
+        check.set(account.packets, account.bytes, account.check)
+    return int(account.packets)
+
+
+def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
+    """A loop in floors.c that drains a descriptor: `drain_read`, `drain_recvmmsg` or `drain_recvmmsg_metadata`."""
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        slot = (queue.frames.size + 127) & ~63
+        room = MEMORY if function == "drain_read" else slot * MESSAGES
+        _kept, address = _memory(room)
+        call, wanted = getattr(library(), function), ctypes.c_long(queue.packets)
+        argument = ctypes.c_long(room if function == "drain_read" else slot)
+
+        def drain() -> int:
+            account = _account(check)
+            call(fd, address, argument, wanted, ctypes.byref(account))
+            return _tell(check, account)
+
+        yield drain
+
+    return Reader(queue, opened)
+
+
+def ring_floor(queue: Queue, near: str) -> Reader:
+    """A bare walk of a TPACKET_V3 ring of its own on an interface."""
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
+        make, walk, free = library().make_ring, library().walk_ring, library().free_ring
+        make.restype = ctypes.c_void_p
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as source:
+            ring, block = ctypes.c_void_p(make(source.fileno(), *shape)), ctypes.c_uint32(0)
+            assert ring.value, "no ring"
+            source.bind((near, ETH_P_ALL))
+
+            def drain() -> int:
+                account = _account(check)
+                walk(ring, *shape, ctypes.byref(block), ctypes.byref(account))
+                return _tell(check, account)
+
+            try:
+                yield drain
+            finally:
+                free(ring, *shape)
+
+    return Reader(queue, opened)

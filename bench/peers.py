@@ -1,266 +1,357 @@
-"""linkrx on an interface beside a bare walk of a ring, pcapy-ng and a bare socket, all filled by the same frames.
-
-    python bench/peers.py [--rounds 100]
-
-Every reader has a socket of its own on one interface, so a fill reaches all; then each drains what it has, in an order
-that changes with every round. What is printed are medians. Then the processor time of sender and receiver together,
-and how long a single packet takes.
-"""
+"""What people use today, each as a reader that drains a queue beside linkrx. Where one is not installed: Missing."""
 
 from __future__ import annotations
 
-import argparse
-import random
+import atexit
+import os
+import shutil
 import socket
-import statistics
 import struct
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from linkrx import namespace
+from queues import BUFFER
+from race import Buffer, Check, Drain, OwnClock, Queue, Reader
 
-if __name__ == "__main__":
-    namespace.enter_private_network()
+from linkrx.source import SO_RCVBUFFORCE
 
-from floors import RingFloor
-
-import linkrx
-from linkrx.device import injector_on
-from linkrx.rigs import LOCAL, REMOTE, veth
-from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
-
-PACKETS = 4096
-SIZES = (64, 1514)
-CLOSED = 0.004  # seconds behind which every ring has closed the block that the last frames are in
-RING_BYTES = 64 * 1024 * 1024  # linkrx's default, for all
-
-Drain = Callable[[], int]
+ROOM = 65_600
+GO_PATH = Path(os.environ.get("LINKRX_GOPATH", "/usr/share/gocode"))  # where Debian puts Go packages
+GVISOR_FRAMES = 32  # that its ring holds
+BUILD_SECONDS = 600
 
 
-def frame(size: int) -> bytes:
-    """A frame of IPv4, by its header."""
-    return (LOCAL + REMOTE + b"\x08\x00").ljust(size, b"\0")
+class Missing(Exception):
+    """Why a peer cannot be measured here."""
 
 
-def linkrx_readers(near: str, stack: ExitStack) -> dict[str, Drain]:
-    """Each way to receive, with default options but for zero_copy."""
-
-    def opened(*deliver: Any, **options: Any) -> linkrx.Dispatcher:
-        return stack.enter_context(linkrx.open(near, *deliver, **options))
-
-    def columns(**options: Any) -> Drain:
-        source = opened(**options).batches()
-
-        def drain() -> int:
-            packets = 0
-            while packets < PACKETS:
-                packets += len(next(source))
-            return packets
-
-        return drain
-
-    def iteration(each: Callable[[linkrx.Packet], object] | None) -> Drain:
-        source = opened().batches()
-
-        def drain() -> int:
-            packets = 0
-            while packets < PACKETS:
-                batch = next(source)
-                packets += len(batch)
-                if each is None:
-                    for _ in batch:
-                        pass
-                else:
-                    for packet in batch:
-                        each(packet)
-            return packets
-
-        return drain
-
-    rx = opened(lambda remote, local, protocol, packet: None)
-
-    def deliver() -> int:
-        packets = 0
-        while packets < PACKETS:
-            packets += rx.drain()
-        return packets
-
-    return {
-        "linkrx columns": columns(),
-        "linkrx columns, zero_copy": columns(zero_copy=True),
-        "linkrx columns, recvmmsg": columns(backend="recvmmsg"),
-        "linkrx iteration": iteration(None),
-        "linkrx iteration, bytes(packet)": iteration(bytes),
-        "linkrx deliver": deliver,
-    }
-
-
-def pcapy_readers(near: str, stack: ExitStack) -> dict[str, Drain]:
-    """The calls of pcapy-ng that take many packets, without waiting, on rings as large as linkrx's."""
+def package(name: str, install: str) -> Any:
+    """A module that need not be there."""
     try:
-        import pcapy
-    except ImportError:
-        print("pcapy-ng is not installed: pip install pcapy-ng")
-        return {}
+        return import_module(name)
+    except ImportError as error:
+        raise Missing(f"{error}: pip install {install}") from error
 
-    def opened() -> Any:
+
+def loop(queue: Queue, bare: Drain, one: Callable[[], Buffer]) -> Reader:
+    """A loop over a source that is open already: `bare` drains it once, `one` receives one packet."""
+
+    def opened(check: Check | None) -> AbstractContextManager[Drain]:
+        def checked(check: Check) -> int:
+            for _ in range(queue.packets):
+                check(one())
+            return queue.packets
+
+        return nullcontext(bare if check is None else lambda: checked(check))
+
+    return Reader(queue, opened)
+
+
+def os_read(queue: Queue, fd: int) -> Reader:
+    """os.read and nothing else."""
+
+    def bare() -> int:
+        for _ in range(queue.packets):
+            os.read(fd, ROOM)
+        return queue.packets
+
+    return loop(queue, bare, lambda: os.read(fd, ROOM))
+
+
+def os_read_parsed(queue: Queue, fd: int) -> Reader:
+    """os.read, the Ethernet header taken apart, and a call."""
+    unpack = struct.Struct("!6s6sH").unpack_from
+
+    def handle(remote: bytes, local: bytes, protocol: int, frame: bytes) -> None:
+        pass
+
+    def bare() -> int:
+        for _ in range(queue.packets):
+            frame = os.read(fd, ROOM)
+            local, remote, protocol = unpack(frame)
+            handle(remote, local, protocol, frame)
+        return queue.packets
+
+    return loop(queue, bare, lambda: os.read(fd, ROOM))
+
+
+def socket_recv(queue: Queue, source: socket.socket) -> Reader:
+    """socket.recv: one `bytes` each."""
+
+    def bare() -> int:
+        for _ in range(queue.packets):
+            source.recv(ROOM)
+        return queue.packets
+
+    return loop(queue, bare, lambda: source.recv(ROOM))
+
+
+def socket_recv_into(queue: Queue, source: socket.socket) -> Reader:
+    """socket.recv_into one buffer, over and over."""
+    memory = bytearray(ROOM)
+
+    def bare() -> int:
+        for _ in range(queue.packets):
+            source.recv_into(memory)
+        return queue.packets
+
+    return loop(queue, bare, lambda: memory[: source.recv_into(memory)])
+
+
+@contextmanager
+def pytun_device() -> Iterator[Any]:
+    """A TAP device of python-pytun's."""
+    pytun = package("pytun", "python-pytun")
+    device = pytun.TunTapDevice(flags=pytun.IFF_TAP | pytun.IFF_NO_PI)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def pytun_read(queue: Queue, device: Any) -> Reader:
+    """TunTapDevice.read."""
+
+    def bare() -> int:
+        for _ in range(queue.packets):
+            device.read(ROOM)
+        return queue.packets
+
+    return loop(queue, bare, lambda: device.read(ROOM))
+
+
+def scapy_reader(queue: Queue, near: str, *, dissect: bool) -> Reader:
+    """scapy's listening socket: the bytes, or the packet taken apart."""
+    package("scapy", "scapy")
+    linux: Any = import_module("scapy.arch.linux")
+    import_module("scapy.layers.inet")
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        listener = linux.L2ListenSocket(iface=near)
+        listener.ins.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+
+        def raw() -> int:
+            for _ in range(queue.packets):
+                listener.recv_raw()
+            return queue.packets
+
+        def dissected() -> int:
+            for _ in range(queue.packets):
+                listener.recv()
+            return queue.packets
+
+        def checked(check: Check) -> int:
+            for _ in range(queue.packets):
+                check(bytes(listener.recv()) if dissect else listener.recv_raw()[1])
+            return queue.packets
+
+        try:
+            yield (dissected if dissect else raw) if check is None else lambda: checked(check)
+        finally:
+            listener.close()
+
+    return Reader(queue, opened)
+
+
+def _pcapy_records(data: bytes, meta: bytes) -> Iterator[bytes]:
+    for _, _, start, length in struct.iter_unpack("=4I", meta):
+        yield data[start : start + length]
+
+
+def _buffer_records(memory: Buffer, packets: int) -> Iterator[Buffer]:
+    at = 0
+    for _ in range(packets):
+        (length,) = struct.unpack_from("<I", memory, at)
+        yield memory[at + 5 : at + 5 + length]
+        at += 5 + length
+
+
+def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
+    """A call of pcapy-ng that takes many packets without waiting, on a ring as large as linkrx's.
+
+    `next_batch` (metadata only), `next_batch_bytes` (and one `bytes` each), `dispatch` (a callback with header and
+    `bytes`), `loop_to_buffer` (all into one buffer: no object per packet).
+    """
+    pcapy, wanted = package("pcapy", "pcapy-ng"), queue.packets
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
         reader = pcapy.create(near)
         reader.set_snaplen(65_536)
         reader.set_promisc(0)
         reader.set_timeout(1)
-        reader.set_buffer_size(RING_BYTES)
+        reader.set_buffer_size(BUFFER)
         reader.activate()
         reader.setnonblock(1)
-        stack.callback(reader.close)
-        return reader
+        memory = bytearray(wanted * (queue.frames.size + 64))
+        show = check or (lambda frame: None)
+        size = struct.calcsize("=4I")
 
-    records = struct.Struct("=4I")
-
-    def batches(each: bool) -> Drain:
-        reader = opened()
-
-        def drain() -> int:
+        def next_batch() -> int:
             packets = 0
-            while packets < PACKETS:
-                data, meta = reader.next_batch(1024)
-                packets += len(meta) // records.size
-                if each:
-                    for _, _, start, length in records.iter_unpack(meta):
-                        data[start : start + length]
+            while packets < wanted:
+                packets += len(reader.next_batch(1024)[1]) // size
             return packets
 
-        return drain
+        def next_batch_bytes() -> int:
+            packets = 0
+            while packets < wanted:
+                data, meta = reader.next_batch(1024)
+                packets += len(meta) // size
+                for _, _, start, length in struct.iter_unpack("=4I", meta):
+                    data[start : start + length]
+            return packets
 
-    reader = opened()
+        def next_batch_checked() -> int:
+            packets = 0
+            while packets < wanted:
+                for frame in _pcapy_records(*reader.next_batch(1024)):
+                    show(frame)
+                    packets += 1
+            return packets
 
-    def dispatch() -> int:
-        packets = 0
+        def dispatch() -> int:
+            packets = 0
 
-        def take(header: object, data: bytes) -> None:
-            nonlocal packets
-            packets += 1
+            def take(header: object, data: bytes) -> None:
+                nonlocal packets
+                packets += 1
 
-        while packets < PACKETS:
-            reader.dispatch(-1, take)
-        return packets
+            def take_checked(header: object, data: bytes) -> None:
+                nonlocal packets
+                packets += 1
+                show(data)
 
-    buffered = opened()
-    memory = bytearray(8 * 1024 * 1024)
+            taker = take if check is None else take_checked
+            while packets < wanted:
+                reader.dispatch(-1, taker)
+            return packets
 
-    def to_buffer() -> int:
-        packets = 0
-        while packets < PACKETS:
-            packets += buffered.loop_to_buffer(PACKETS - packets, memory)[0]
-        return packets
+        def loop_to_buffer() -> int:
+            packets = 0
+            while packets < wanted:
+                got = reader.loop_to_buffer(wanted - packets, memory)[0]
+                if check is not None:
+                    for frame in _buffer_records(memory, got):
+                        show(frame)
+                packets += got
+            return packets
 
-    return {
-        "pcapy next_batch": batches(False),
-        "pcapy loop_to_buffer": to_buffer,
-        "pcapy next_batch, bytes each": batches(True),
-        "pcapy dispatch": dispatch,
-    }
+        calls = {
+            "next_batch": next_batch if check is None else next_batch_checked,
+            "next_batch_bytes": next_batch_bytes if check is None else next_batch_checked,
+            "dispatch": dispatch,
+            "loop_to_buffer": loop_to_buffer,
+        }
+        try:
+            yield calls[call]
+        finally:
+            reader.close()
 
-
-def socket_reader(near: str, stack: ExitStack) -> dict[str, Drain]:
-    """socket.recv in a loop."""
-    source = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0))
-    source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RING_BYTES)
-    source.bind((near, ETH_P_ALL))
-
-    def drain() -> int:
-        for _ in range(PACKETS):
-            source.recv(65_536)
-        return PACKETS
-
-    return {"socket.recv": drain}
-
-
-def floor_reader(near: str, stack: ExitStack) -> dict[str, Drain]:
-    """The bare walk in C."""
-    source = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
-    floor = RingFloor(source.fileno())
-    source.bind((near, ETH_P_ALL))
-    stack.callback(floor.close)
-    return {"bare walk in C": lambda: floor()[0]}
-
-
-def drained(rounds: int) -> None:
-    """Nanoseconds per packet of every reader."""
-    for size in SIZES:
-        with ExitStack() as stack:
-            near, far = stack.enter_context(veth())
-            injector = stack.enter_context(injector_on(far))
-            readers: dict[str, Drain] = {}
-            for make in (floor_reader, linkrx_readers, pcapy_readers, socket_reader):
-                readers |= make(near, stack)
-            spent: dict[str, list[float]] = {name: [] for name in readers}
-            sent, names = frame(size), list(readers)
-            for turn in range(rounds + 3):
-                for _ in range(PACKETS):
-                    injector.send(sent)
-                time.sleep(CLOSED)
-                random.shuffle(names)
-                for name in names:
-                    start = time.perf_counter_ns()
-                    got = readers[name]()
-                    took = time.perf_counter_ns() - start
-                    assert got == PACKETS, (name, got)
-                    if turn >= 3:
-                        spent[name].append(took / PACKETS)
-            print(f"\n{size} bytes: median of {rounds} rounds of {PACKETS} packets, ns per packet")
-            for name, took_each in spent.items():
-                print(f"  {name:34}{statistics.median(took_each):8.1f}")
+    return Reader(queue, opened)
 
 
-def processor_time(rounds: int) -> None:
-    """Sender and receiver in one thread, with all that the kernel does for both."""
-    print("\nprocessor time of sender and receiver together, ns per packet of 64 bytes")
-    spent: dict[str, list[float]] = {"recvmmsg": [], "packet_mmap": []}
-    for _ in range(5):
-        for backend, took in spent.items():
-            with (
-                veth() as (near, far),
-                injector_on(far) as injector,
-                linkrx.open(near, backend=backend) as rx,
-            ):
-                sent = frame(64)
-                start = time.process_time_ns()
-                for _ in range(rounds):
-                    for _ in range(PACKETS):
-                        injector.send(sent)
-                    packets = 0
-                    for batch in rx.batches():
-                        packets += len(batch)
-                        if packets == PACKETS:
-                            break
-                took.append((time.process_time_ns() - start) / rounds / PACKETS)
-    for backend, took in spent.items():
-        print(f"  {backend:34}{statistics.median(took):8.1f}")
+@cache
+def gvisor_program() -> Path:
+    """gvisor.go, compiled with the gVisor that the system has. Missing where it has none, or no Go."""
+    go = shutil.which("go")
+    packages = GO_PATH / "src/gvisor.dev/gvisor/pkg/tcpip/link/fdbased"
+    if go is None or not packages.is_dir():
+        raise Missing("no Go or no gVisor: apt install golang-go golang-gvisor-gvisor-dev")
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    try:
+        subprocess.run(
+            [go, "build", "-o", f"{folder}/gvisor", Path(__file__).with_name("gvisor.go")],
+            env={**os.environ, "GO111MODULE": "off", "GOPATH": str(GO_PATH), "GOFLAGS": ""},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+            preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1)),
+        )
+    except subprocess.CalledProcessError as error:
+        raise Missing(f"gvisor.go does not compile: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Missing(f"gvisor.go did not compile within {BUILD_SECONDS} s") from error
+    return Path(folder, "gvisor")
 
 
-def latency() -> None:
-    """From send() to the return of recv(), asleep in between, with default options."""
-    with veth() as (near, far), injector_on(far) as injector, linkrx.open(near) as rx:
-        took = []
-        for _ in range(500):
-            time.sleep(random.random() / 200)
-            start = time.perf_counter_ns()
-            injector.send(frame(64))
-            rx.recv(10)
-            took.append((time.perf_counter_ns() - start) / 1e6)
-        took.sort()
-        print(f"\na single packet with default options ({rx.backend}), ms")
-        print(f"  median {statistics.median(took):.2f}, 99 % {took[-6]:.2f}, most {took[-1]:.2f}")
+class Gvisor(OwnClock):
+    """A process in which gVisor's dispatchers receive from a descriptor: see gvisor.go."""
+
+    def __init__(self, fd: int, mode: str, packets: int) -> None:
+        """With 0 packets it counts, and never pauses."""
+        self._packets = packets
+        self._check: Check | None = None
+        self._process = subprocess.Popen(
+            [gvisor_program(), str(fd), mode, str(packets)],
+            pass_fds=[fd],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said = self._line()
+        if said != "attached":
+            self.close()
+            raise Missing(f"gVisor says: {said}")
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def ask(self, line: str) -> list[int]:
+        """Send a line, and return the numbers of the answer."""
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        return [int(word) for word in self._line().split()]
+
+    def warm(self) -> None:
+        """Wait for the first delivery of all packets, behind which it pauses."""
+        assert self._line() == "warm"
+
+    def watch(self, check: Check | None) -> None:
+        """From now on show what is received to `check`, or to nobody."""
+        self._check = check
+
+    def __call__(self) -> int:
+        """Let it drain a filled queue."""
+        self.took_ns, size, check = self.ask("drain" if self._check is None else "check")
+        if self._check is not None:
+            self._check.set(self._packets, size, check)
+        return self._packets
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=100)
-    asked = parser.parse_args()
-    drained(asked.rounds)
-    processor_time(asked.rounds // 4 + 1)
-    latency()
+def gvisor_reader(queue: Queue, fd: int, mode: str) -> Reader:
+    """gVisor's dispatcher of that mode (`readv`, `recvmmsg`, `mmap`) on a descriptor."""
+    gvisor_program()
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        # What gVisor has done to a descriptor (fanout, a ring) it cannot do again: one process, first watched, then timed.
+        if not running:
+            running.append(Gvisor(fd, mode, queue.packets))
+            queue.fill()
+            running[0].warm()
+        running[0].watch(check)
+        yield running[0]
+        if check is None:
+            running.pop().close()
+
+    running: list[Gvisor] = []
+    return Reader(queue, opened)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import random
 import selectors
 import socket
@@ -16,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from floors import processor
 from pyroute2 import IPRoute
+from race import note
 from traffic import road
 
 import linkrx
@@ -105,9 +104,8 @@ def repeat(benchmark: Any, once: Callable[[], float], most: float) -> None:
     """
     rounds: list[float] = []
     benchmark.pedantic(lambda: rounds.append(once()), rounds=ROUNDS)
-    benchmark.extra_info.update(
-        kernel=platform.release(),
-        cpu=processor(),
+    note(
+        benchmark,
         rounds=len(rounds),
         median_ms=round(statistics.median(rounds), 3),
         max_ms=round(max(rounds), 3),

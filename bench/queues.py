@@ -1,0 +1,200 @@
+"""The queues that are drained, of every kind of source, and linkrx draining them in every way."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from floors import Frames, loop_floor, ring_floor
+from race import Check, Drain, Queue, Reader
+
+import linkrx
+from linkrx.capabilities import HasFileno
+from linkrx.device import Device, injector_on
+from linkrx.rigs import TAP_MTU, veth
+from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
+
+SIZES = (64, 576, 1514, 9014, 65535)
+BUFFER = 64 * 1024 * 1024  # bytes of socket buffer, of which every queued frame takes more than its size
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+# A TAP queue holds 1000 frames by default. A ring takes frames in some 20 ns each: enough of them that the first misses
+# of a cold cache do not count. Of large frames fewer, so that a fill stays below 16 MiB.
+PACKETS, RING_PACKETS, FILL_BYTES = 512, 4096, 16 * 1024 * 1024
+RING_SETTLE = 0.004  # four times the default latency
+
+
+def packets_of(size: int, most: int = PACKETS) -> int:
+    """Frames in a fill: a multiple of 64, so that batches are full."""
+    return min(most, max(64, FILL_BYTES // size // 64 * 64))
+
+
+Opened = tuple[Queue, "int | str | HasFileno", Reader]
+
+
+@contextmanager
+def tap(frames: Frames) -> Iterator[Opened]:
+    """A TAP queue; its floor is read() into a packed arena."""
+    with linkrx.TunTap() as source:
+        os.set_blocking(source.fileno(), False)
+        device = Device(source.name)
+        device.set_mtu(TAP_MTU)
+        device.set_up()
+        with injector_on(source.name) as injector:
+            queue = Queue(frames, injector, packets_of(frames.size))
+            yield queue, source, loop_floor(queue, source.fileno(), "drain_read")
+
+
+@contextmanager
+def packet_socket(frames: Frames) -> Iterator[Opened]:
+    """An AF_PACKET socket on a veth; its floor is recvmmsg() with the metadata that linkrx asks for."""
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as source,
+    ):
+        source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        source.bind((near, ETH_P_ALL))
+        queue = Queue(frames, injector, packets_of(frames.size))
+        yield queue, source, loop_floor(queue, source.fileno(), "drain_recvmmsg_metadata")
+
+
+@contextmanager
+def ring(frames: Frames) -> Iterator[Opened]:
+    """An interface on which everyone has a ring of his own; the floor is a bare walk of one."""
+    with veth() as (near, far), injector_on(far) as injector:
+        queue = Queue(
+            frames, injector, packets_of(frames.size, RING_PACKETS), shared=True, settle=RING_SETTLE
+        )
+        yield queue, near, ring_floor(queue, near)
+
+
+@contextmanager
+def unix(frames: Frames) -> Iterator[Opened]:
+    """An AF_UNIX datagram pair; its floor is recvmmsg() without metadata."""
+    source, injector = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with source, injector:
+        source.setblocking(False)
+        injector.setblocking(False)
+        # What is queued counts against the sender's buffer.
+        injector.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+        queue = Queue(frames, injector, packets_of(frames.size))
+        yield queue, source, loop_floor(queue, source.fileno(), "drain_recvmmsg")
+
+
+# Where a backend does not stand the kernel has no such mechanism: see the table of backends in the README.
+SOURCES: dict[str, tuple[Callable[[Frames], AbstractContextManager[Opened]], tuple[str, ...]]] = {
+    "tap": (tap, ("readv", "os_readv")),
+    "packet": (packet_socket, ("recvmmsg", "readv", "os_readv")),
+    "ring": (ring, ("packet_mmap",)),
+    "unix": (unix, ("recvmmsg", "readv", "os_readv")),
+}
+
+
+def columns(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
+    """`for batch in rx.batches()`: nothing per packet."""
+    source = rx.batches()
+
+    def drain() -> int:
+        packets = 0
+        while packets < wanted:
+            packets += len(next(source))
+        return packets
+
+    def checked(check: Check) -> int:
+        packets = 0
+        while packets < wanted:
+            batch = next(source)
+            packets += len(batch)
+            for start, length in zip(batch.starts, batch.lengths, strict=True):
+                check(batch.memory[start : start + length])
+        return packets
+
+    return drain if check is None else lambda: checked(check)
+
+
+def batch(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
+    """`for packet in batch`."""
+    source = rx.batches()
+
+    def drain() -> int:
+        packets = 0
+        while packets < wanted:
+            for _ in next(source):
+                packets += 1
+        return packets
+
+    def checked(check: Check) -> int:
+        packets = 0
+        while packets < wanted:
+            for packet in next(source):
+                packets += 1
+                check(packet.frame)
+        return packets
+
+    return drain if check is None else lambda: checked(check)
+
+
+def each(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
+    """`for packet in rx`."""
+
+    def drain() -> int:
+        packets = 0
+        for _ in rx:
+            packets += 1
+            if packets == wanted:
+                break
+        return packets
+
+    def checked(check: Check) -> int:
+        packets = 0
+        for packet in rx:
+            packets += 1
+            check(packet.frame)
+            if packets == wanted:
+                break
+        return packets
+
+    return drain if check is None else lambda: checked(check)
+
+
+def deliver(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
+    """`deliver` for every packet: see `ignore`."""
+
+    def drain() -> int:
+        packets = 0
+        while packets < wanted:
+            packets += rx.drain()
+        return packets
+
+    return drain
+
+
+def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
+    """A deliver that does nothing: what remains is linkrx."""
+
+
+Way = Callable[[linkrx.Dispatcher, int, Check | None], Drain]
+WAYS: dict[str, Way] = {"columns": columns, "batch": batch, "each": each, "deliver": deliver}
+
+
+def linkrx_reader(queue: Queue, source: int | str | HasFileno, way: Way, **options: Any) -> Reader:
+    """linkrx on a source, in one way."""
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        def show(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
+            assert check is not None
+            check(packet.frame)
+
+        to = (ignore if check is None else show) if way is deliver else None
+        with ExitStack() as stack:
+            rx = stack.enter_context(linkrx.open(source, to, **options))
+            yield way(rx, queue.packets, check)
+            counted = rx.stats()
+            assert counted.bytes == counted.packets * queue.frames.size
+            assert (counted.truncated, counted.kernel_drops or 0) == (0, 0), counted
+
+    return Reader(queue, opened)

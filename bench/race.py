@@ -1,0 +1,213 @@
+"""Readers that drain filled queues side by side, round by round in random order, and what is asserted of each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import random
+import socket
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from linkrx import _core
+
+ROUNDS = 50
+WARMUP = 3
+CHECKED = 2  # rounds in which all bytes are looked at, before any is timed
+
+Buffer = bytes | bytearray | memoryview
+Drain = Callable[[], int]
+
+
+class Sendable(Protocol):
+    """What a queue is filled with: `floors.Frames`."""
+
+    size: int
+
+    def send(self, injector: socket.socket, packets: int) -> int:
+        """Send so many; returns those that the kernel took."""
+
+    def check(self, packets: int) -> int:
+        """The checksum of that many, in order."""
+
+
+@dataclass
+class Queue:
+    """What readers drain. A `shared` one is an interface on which each reader has a socket: one fill reaches all."""
+
+    frames: Sendable
+    injector: socket.socket
+    packets: int
+    shared: bool = False
+    settle: float = 0.0  # seconds after which a ring has closed the block that the last frames are in
+
+    def fill(self) -> None:
+        """Put the frames in, untimed."""
+        sent = self.frames.send(self.injector, self.packets)
+        assert sent == self.packets, f"{sent} of {self.packets} frames fit into the queue"
+        until = time.monotonic() + self.settle
+        while time.monotonic() < until:
+            pass  # awake: what a sleep does to the caches is not what is measured here
+
+
+class Check:
+    """What a reader was given: packets, bytes, and the Adler-32 of all the bytes in order."""
+
+    def __init__(self) -> None:
+        self.set(0, 0, 1)
+
+    def set(self, packets: int, size: int, check: int) -> None:
+        """What someone else has counted."""
+        self.packets, self.bytes, self.check = packets, size, check
+
+    def __call__(self, frame: Buffer) -> None:
+        """Another frame."""
+        self.packets += 1
+        self.bytes += len(frame)
+        self.check = zlib.adler32(frame, self.check)
+
+
+@dataclass
+class Reader:
+    """One way to drain a queue.
+
+    `open` is given a Check, to which all that is received is to be shown, or None when it is the time that is wanted;
+    the context it returns yields the function that drains the queue once and returns the number of packets.
+    """
+
+    queue: Queue
+    open: Callable[[Check | None], AbstractContextManager[Drain]]
+
+
+class OwnClock:
+    """A Drain in another process, which knows better how long it took."""
+
+    took_ns = 0.0
+
+    def __call__(self) -> int:
+        """Drain the queue."""
+        raise NotImplementedError
+
+
+def race(
+    benchmark: Any,
+    readers: dict[str, Reader],
+    subject: str,
+    *,
+    floor: str = "C floor",
+    rounds: int = ROUNDS,
+    **facts: object,
+) -> None:
+    """Measure readers beside each other; `subject` is the one that pytest-benchmark gets the time of.
+
+    In every round each drains its queue once, in random order. Filling is not timed. All that is drained must be what
+    was put in: the number in every round, in CHECKED rounds also the order and every byte. The figures are in
+    `extra_info`: `readers` has ns per packet (median and least) of each and the ratio of its median round to that of
+    `floor`; `ns`, `floor_ns` and `ratio` are the subject's.
+    """
+    for name, reader in readers.items():
+        verify(name, reader)
+    spent: dict[str, list[float]] = {name: [] for name in readers}
+    names, waiting = list(readers), list[str]()
+    shared = {id(reader.queue): reader.queue for reader in readers.values() if reader.queue.shared}
+    with ExitStack() as stack:
+        drains = {name: stack.enter_context(reader.open(None)) for name, reader in readers.items()}
+
+        def prepare(name: str) -> None:
+            if not readers[name].queue.shared:
+                readers[name].queue.fill()
+
+        def drain(name: str) -> None:
+            drained, wanted = drains[name], readers[name].queue.packets
+            start = time.perf_counter_ns()
+            got = drained()
+            took = time.perf_counter_ns() - start
+            assert got == wanted, f"{name} drained {got} of {wanted}"
+            spent[name].append((drained.took_ns if isinstance(drained, OwnClock) else took) / wanted)
+
+        def finish_round() -> None:
+            while waiting:
+                name = waiting.pop()
+                prepare(name)
+                drain(name)
+
+        def start_round() -> None:
+            finish_round()
+            for queue in shared.values():
+                queue.fill()
+            random.shuffle(names)
+            waiting.extend(names)
+            while (name := waiting.pop()) != subject:
+                prepare(name)
+                drain(name)
+            prepare(subject)
+
+        gc.collect()
+        gc.freeze()
+        try:
+            benchmark.pedantic(drain, args=(subject,), setup=start_round, rounds=rounds, warmup_rounds=WARMUP)
+            finish_round()
+        finally:
+            gc.unfreeze()
+    note(benchmark, **facts)
+    if benchmark.enabled:
+        timed = {name: took[WARMUP:] for name, took in spent.items()}
+        note(benchmark, **figures(timed, subject, floor))
+
+
+def verify(name: str, reader: Reader) -> None:
+    """Drain CHECKED fills and look at every byte."""
+    check, queue = Check(), reader.queue
+    wanted = (queue.packets, queue.packets * queue.frames.size, queue.frames.check(queue.packets))
+    with reader.open(check) as drain:
+        for _ in range(CHECKED):
+            queue.fill()
+            check.set(0, 0, 1)
+            drain()
+            got = (check.packets, check.bytes, check.check)
+            assert got == wanted, f"{name}: packets, bytes, checksum are {got}, and should be {wanted}"
+
+
+def figures(timed: dict[str, list[float]], subject: str, floor: str) -> dict[str, object]:
+    """Of ns per packet in every round: medians, minima, and ratios of the medians to the floor's."""
+    medians = {name: statistics.median(took) for name, took in timed.items()}
+    return {
+        "readers": {
+            name: {
+                "ns": round(medians[name], 1),
+                "least_ns": round(min(took), 1),
+                "ratio": round(medians[name] / medians[floor], 3),
+            }
+            for name, took in timed.items()
+        },
+        "ns": round(medians[subject], 1),
+        "floor_ns": round(medians[floor], 1),
+        "ratio": round(medians[subject] / medians[floor], 3),
+    }
+
+
+def note(benchmark: Any, **facts: object) -> None:
+    """Write facts, and those of the machine, beside the figures."""
+    benchmark.extra_info.update(
+        kernel=platform.release(),
+        cpu=processor(),
+        cpus=sorted(os.sched_getaffinity(0)),
+        python=platform.python_version(),
+        core=_core.reason is None,
+        **facts,
+    )
+
+
+def processor() -> str:
+    """The CPU's name, as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,169 @@
+"""linkrx beside what people use today: every reader drains the same frames, round by round in random order.
+
+The time that pytest-benchmark shows is that of linkrx's `deliver`; the others' are below its table, and in the JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import peers
+import pytest
+from floors import Frames
+from peers import Missing
+from queues import (
+    WAYS,
+    linkrx_reader,
+    packet_socket,
+    packets_of,
+    ring,
+    tap,
+    unix,
+)
+from race import Queue, Reader, race
+
+from linkrx.device import Device, injector_on
+from linkrx.rigs import TAP_MTU, veth
+
+SIZED = pytest.mark.parametrize("size", [64, 1514])
+SLOW_PACKETS = 64  # in a fill for those that take many microseconds for each
+
+
+class Field:
+    """The readers that take part, and the reasons of those that do not."""
+
+    def __init__(self) -> None:
+        self.readers: dict[str, Reader] = {}
+        self.left_out: dict[str, str] = {}
+
+    def add(self, name: str, make: Callable[[], Reader]) -> None:
+        """Make a reader, if it can be made."""
+        try:
+            self.readers[name] = make()
+        except Missing as missing:
+            self.left_out[name] = str(missing)
+
+
+@SIZED
+def test_tap(benchmark: Any, size: int) -> None:
+    """A TAP queue for everyone."""
+    with ExitStack() as stack:
+        field = Field()
+
+        def own() -> Any:
+            return stack.enter_context(tap(Frames(size)))
+
+        queue, source, field.readers["C floor"] = own()
+        for way in WAYS:
+            queue, source, _ = own()
+            field.readers[f"linkrx readv, {way}"] = linkrx_reader(queue, source, WAYS[way])
+        queue, source, _ = own()
+        field.readers["linkrx os_readv, deliver"] = linkrx_reader(
+            queue, source, WAYS["deliver"], backend="os_readv"
+        )
+        for name, make in (("os.read", peers.os_read), ("os.read, unpack, call", peers.os_read_parsed)):
+            queue, source, _ = own()
+            field.readers[name] = make(queue, source.fileno())
+
+        def pytun() -> Reader:
+            device = stack.enter_context(peers.pytun_device())
+            near = Device(device.name)
+            near.set_mtu(TAP_MTU)
+            near.set_up()
+            injector = stack.enter_context(injector_on(device.name))
+            return peers.pytun_read(Queue(Frames(size), injector, packets_of(size)), device)
+
+        def gvisor() -> Reader:
+            queue, source, _ = own()
+            return peers.gvisor_reader(queue, source.fileno(), "readv")
+
+        field.add("python-pytun", pytun)
+        field.add("gVisor (Go) readv", gvisor)
+        compare(benchmark, field, "tap", "linkrx readv, deliver", size)
+
+
+@SIZED
+def test_unix(benchmark: Any, size: int) -> None:
+    """An AF_UNIX datagram pair for everyone."""
+    with ExitStack() as stack:
+        field = Field()
+
+        def own() -> Any:
+            return stack.enter_context(unix(Frames(size)))
+
+        queue, source, field.readers["C floor"] = own()
+        for way in WAYS:
+            queue, source, _ = own()
+            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, source, WAYS[way])
+        for name, make in (("socket.recv", peers.socket_recv), ("socket.recv_into", peers.socket_recv_into)):
+            queue, source, _ = own()
+            field.readers[name] = make(queue, source)
+        for mode in ("recvmmsg", "readv"):
+
+            def gvisor(mode: str = mode) -> Reader:
+                queue, source, _ = own()
+                return peers.gvisor_reader(queue, source.fileno(), mode)
+
+            field.add(f"gVisor (Go) {mode}", gvisor)
+        compare(benchmark, field, "unix", "linkrx recvmmsg, deliver", size)
+
+
+@SIZED
+def test_interface(benchmark: Any, size: int) -> None:
+    """An interface: all rings on one, with frames enough that they fit in no cache, and each socket on one of its own."""
+    with ExitStack() as stack:
+        field, frames = Field(), Frames(size)
+        queue, near, field.readers["C floor"] = stack.enter_context(ring(frames))
+        assert isinstance(near, str)
+        for way in WAYS:
+            field.readers[f"linkrx packet_mmap, {way}"] = linkrx_reader(queue, near, WAYS[way])
+        field.readers["linkrx packet_mmap, columns, zero_copy"] = linkrx_reader(
+            queue, near, WAYS["columns"], zero_copy=True
+        )
+        for call in ("loop_to_buffer", "next_batch", "next_batch_bytes", "dispatch"):
+            field.add(f"pcapy-ng {call}", lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
+
+        def own() -> Any:
+            return stack.enter_context(packet_socket(Frames(size)))
+
+        _, _, field.readers["C recvmmsg"] = own()
+        for way in ("columns", "deliver"):
+            alone, source, _ = own()
+            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(alone, source, WAYS[way])
+        for name, make in (("socket.recv", peers.socket_recv), ("socket.recv_into", peers.socket_recv_into)):
+            alone, source, _ = own()
+            field.readers[name] = make(alone, source)
+        for dissect, name in ((False, "scapy, raw"), (True, "scapy, dissected")):
+
+            def scapy(dissect: bool = dissect) -> Reader:
+                near, far = stack.enter_context(veth())
+                injector = stack.enter_context(injector_on(far))
+                return peers.scapy_reader(Queue(Frames(size), injector, SLOW_PACKETS), near, dissect=dissect)
+
+            field.add(name, scapy)
+        for mode in ("recvmmsg", "readv", "mmap"):
+
+            def gvisor(mode: str = mode) -> Reader:
+                alone, source, _ = own()
+                if mode == "mmap":
+                    alone.packets = peers.GVISOR_FRAMES
+                return peers.gvisor_reader(alone, source.fileno(), mode)
+
+            field.add(f"gVisor (Go) {mode}", gvisor)
+        compare(benchmark, field, "interface", "linkrx packet_mmap, deliver", size)
+
+
+def compare(benchmark: Any, field: Field, source: str, subject: str, size: int) -> None:
+    """Race them."""
+    race(
+        benchmark,
+        field.readers,
+        subject,
+        source=source,
+        size=size,
+        left_out=field.left_out,
+        packets={name: reader.queue.packets for name, reader in field.readers.items()},
+        batch_size="default",
+    )
