@@ -36,6 +36,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(
                 f"{title:<66} {figures['ns']:>8} {facts['floor_ns']:>8} {figures['ratio']:>6}"
             )
+    live = [one for one in session.benchmarks if "flood" in one.extra_info] if session else []
+    if live:
+        terminalreporter.write_line(
+            f"{'thousands of packets per second, % of those sent, CPU ns per packet':<72}"
+            f"{'received':>9} {'dropped':>8} {'%':>5} {'sender':>7} {'receiver':>8}"
+        )
+    for one in live:
+        facts = one.extra_info["flood"]
+        terminalreporter.write_line(
+            f"{one.name:<72}{facts['delivered_pps'] / 1000:>9.0f} {facts['dropped_pps'] / 1000:>8.0f} "
+            f"{facts['delivered_share']:>5.1f} {facts['sender_ns']:>7.0f} {facts['receiver_ns']:>8.0f}"
+        )
     timed = [one for one in session.benchmarks if "max_ms" in one.extra_info] if session else []
     if timed:
         terminalreporter.write_line(f"{'milliseconds':<58} {'median':>8} {'max':>8} {'target':>6}")

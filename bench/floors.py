@@ -11,8 +11,8 @@ import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,17 @@ class Account(ctypes.Structure):
         ("check", ctypes.c_uint32),
         ("checked", ctypes.c_uint32),
     ]
+
+
+class Flood(ctypes.Structure):
+    """struct flood in floors.c: frames that send() took and refused, and what it cost."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("accepted", "refused", "took_ns", "cpu_ns")]
+
+    accepted: int
+    refused: int
+    took_ns: int
+    cpu_ns: int
 
 
 @cache
@@ -70,6 +81,32 @@ class Frames:
         )
         self._memory, self._address = _memory(len(frames))
         self._memory[:] = frames
+
+    def flood(self, injector: socket.socket, seconds: float) -> Flood:
+        """Send the first of them, numbered, as fast as it goes for so long."""
+        result = Flood()
+        library().flood(
+            injector.fileno(),
+            self._address,
+            ctypes.c_long(self.size),
+            ctypes.c_uint64(int(seconds * 1e9)),
+            ctypes.byref(result),
+        )
+        return result
+
+    def send_singly(self, injector: socket.socket, pauses_ns: Sequence[int]) -> list[int]:
+        """Send one behind each pause, and return when each was sent: CLOCK_MONOTONIC, nanoseconds."""
+        packets = len(pauses_ns)
+        pauses, sent = (ctypes.c_uint64 * packets)(*pauses_ns), (ctypes.c_uint64 * packets)()
+        library().send_singly(
+            injector.fileno(),
+            self._address,
+            ctypes.c_long(self.size),
+            ctypes.c_long(packets),
+            pauses,
+            sent,
+        )
+        return list(sent)
 
     def send(self, injector: socket.socket, packets: int) -> int:
         """Send so many; returns those that the kernel took."""
@@ -117,6 +154,14 @@ def _tell(check: Check | None, account: Account) -> int:
     return int(account.packets)
 
 
+def receive_singly(fd: int, packets: int) -> list[int]:
+    """poll() and read() so many packets, and return when each was there: CLOCK_MONOTONIC, nanoseconds."""
+    _kept, address = _memory(65_600)
+    arrived = (ctypes.c_uint64 * packets)()
+    library().receive_singly(fd, address, ctypes.c_long(packets), arrived)
+    return list(arrived)
+
+
 def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
     """A loop in floors.c that drains a descriptor: `drain_read`, `drain_recvmmsg` or `drain_recvmmsg_metadata`."""
 
@@ -138,27 +183,40 @@ def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
     return Reader(queue, opened)
 
 
+class RingWalk:
+    """A ring on a packet socket, and the bare walk of it."""
+
+    def __init__(self, source: socket.socket, check: Check | None = None) -> None:
+        """`close` it before the socket is closed, with which the kernel removes the ring."""
+        self.source = source
+        make = library().make_ring
+        make.restype = ctypes.c_void_p
+        self._shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
+        self._ring, self._block = ctypes.c_void_p(make(source.fileno(), *self._shape)), ctypes.c_uint32(0)
+        self._walk, self._check = library().walk_ring, check
+        assert self._ring.value, "no ring"
+
+    def __call__(self) -> int:
+        """Walk all closed blocks."""
+        account = _account(self._check)
+        self._walk(self._ring, *self._shape, ctypes.byref(self._block), ctypes.byref(account))
+        return _tell(self._check, account)
+
+    def close(self) -> None:
+        """Unmap it."""
+        library().free_ring(self._ring, *self._shape)
+
+
 def ring_floor(queue: Queue, near: str) -> Reader:
     """A bare walk of a TPACKET_V3 ring of its own on an interface."""
 
     @contextmanager
-    def opened(check: Check | None) -> Iterator[Drain]:
-        shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
-        make, walk, free = library().make_ring, library().walk_ring, library().free_ring
-        make.restype = ctypes.c_void_p
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as source:
-            ring, block = ctypes.c_void_p(make(source.fileno(), *shape)), ctypes.c_uint32(0)
-            assert ring.value, "no ring"
+    def opened(check: Check | None) -> Iterator[RingWalk]:
+        with (
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as source,
+            closing(RingWalk(source, check)) as walk,
+        ):
             source.bind((near, ETH_P_ALL))
-
-            def drain() -> int:
-                account = _account(check)
-                walk(ring, *shape, ctypes.byref(block), ctypes.byref(account))
-                return _tell(check, account)
-
-            try:
-                yield drain
-            finally:
-                free(ring, *shape)
+            yield walk
 
     return Reader(queue, opened)

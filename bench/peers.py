@@ -126,15 +126,21 @@ def pytun_read(queue: Queue, device: Any) -> Reader:
     return loop(queue, bare, lambda: device.read(ROOM))
 
 
-def scapy_reader(queue: Queue, near: str, *, dissect: bool) -> Reader:
-    """scapy's listening socket: the bytes, or the packet taken apart."""
+def scapy_listener(near: str) -> Any:
+    """scapy's listening socket, with the small buffer that it comes with."""
     package("scapy", "scapy")
     linux: Any = import_module("scapy.arch.linux")
     import_module("scapy.layers.inet")
+    return linux.L2ListenSocket(iface=near)
+
+
+def scapy_reader(queue: Queue, near: str, *, dissect: bool) -> Reader:
+    """scapy's listening socket: the bytes, or the packet taken apart."""
+    package("scapy", "scapy")
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
-        listener = linux.L2ListenSocket(iface=near)
+        listener = scapy_listener(near)
         listener.ins.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
 
         def raw() -> int:

@@ -80,7 +80,7 @@ def test_tap(benchmark: Any, size: int) -> None:
             return peers.gvisor_reader(queue, source.fileno(), "readv")
 
         field.add("python-pytun", pytun)
-        field.add("gVisor (Go) readv", gvisor)
+        field.add("gVisor, readv", gvisor)
         compare(benchmark, field, "tap", "linkrx readv, deliver", size)
 
 
@@ -106,7 +106,7 @@ def test_unix(benchmark: Any, size: int) -> None:
                 queue, source, _ = own()
                 return peers.gvisor_reader(queue, source.fileno(), mode)
 
-            field.add(f"gVisor (Go) {mode}", gvisor)
+            field.add(f"gVisor, {mode}", gvisor)
         compare(benchmark, field, "unix", "linkrx recvmmsg, deliver", size)
 
 
@@ -151,7 +151,7 @@ def test_interface(benchmark: Any, size: int) -> None:
                     alone.packets = peers.GVISOR_FRAMES
                 return peers.gvisor_reader(alone, source.fileno(), mode)
 
-            field.add(f"gVisor (Go) {mode}", gvisor)
+            field.add(f"gVisor, {mode}", gvisor)
         compare(benchmark, field, "interface", "linkrx packet_mmap, deliver", size)
 
 

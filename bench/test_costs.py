@@ -1,0 +1,138 @@
+"""What it costs to open and close, to wake up, and to import. In microseconds; on a ring the least wake-up is `latency`."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from floors import Frames, receive_singly
+from queues import SOURCES
+from race import ROUNDS, note
+
+import linkrx
+
+CELLS = [(source, backend) for source, (_, backends) in SOURCES.items() for backend in backends]
+SINGLE = 20  # packets of a round
+PAUSE_NS = (300_000, 900_000)  # before each of them, in which the receiver falls asleep
+WAKE_ROUNDS = 15
+IMPORTS = 7
+LIBRARIES = {
+    "nothing": "pass",
+    "linkrx": "import linkrx",
+    "pcapy-ng": "import pcapy",
+    "python-pytun": "import pytun",
+    "scapy": "import scapy.all",
+}
+
+
+def report(
+    benchmark: Any, took_us: dict[str, list[float]], subject: str, floor: str, **facts: object
+) -> None:
+    """Medians of each, in microseconds, and how many times the floor's the subject's is."""
+    medians = {name: round(statistics.median(took), 1) for name, took in took_us.items()}
+    note(benchmark, cost_us=medians, ratio=round(medians[subject] / medians[floor], 3), **facts)
+
+
+@pytest.mark.parametrize(("source", "backend"), CELLS)
+def test_open_and_close(benchmark: Any, source: str, backend: str) -> None:
+    """Opening and closing a dispatcher on a source that is there; its probe and its choice are part of it."""
+    took: list[float] = []
+    with SOURCES[source][0](Frames(64)) as (_, opened, _):
+
+        def once() -> None:
+            start = time.perf_counter_ns()
+            linkrx.open(opened, backend=backend).close()
+            took.append((time.perf_counter_ns() - start) / 1000)
+
+        benchmark.pedantic(once, rounds=ROUNDS)
+    note(
+        benchmark,
+        source=source,
+        backend=backend,
+        cost="open and close",
+        cost_us={"linkrx": round(statistics.median(took), 1)},
+    )
+
+
+@pytest.mark.parametrize(("source", "backend"), CELLS)
+def test_wake_up(benchmark: Any, processors: list[int], source: str, backend: str) -> None:
+    """From send() on another processor to the return of recv(), asleep in between, beside poll() and read() in C."""
+    if len(processors) < 2:
+        pytest.skip("waking up from another processor takes two")
+    chance = random.Random(1)
+    rounds: dict[str, list[float]] = {"C floor": [], "linkrx": []}
+    # A ring must be given time to close its blocks by itself; poll() and read() are the floor of all other sources.
+    floor_of = SOURCES["packet" if source == "ring" else source][0]
+    with (
+        SOURCES[source][0](Frames(64)) as (queue, opened, _),
+        floor_of(Frames(64)) as (floor_queue, floor_opened, _),
+        linkrx.open(opened, backend=backend) as rx,
+    ):
+        assert not isinstance(floor_opened, (int, str))
+        fd = floor_opened.fileno()
+
+        def receive() -> list[int]:
+            arrived = []
+            for _ in range(SINGLE):
+                rx.recv(10)
+                arrived.append(time.monotonic_ns())
+            return arrived
+
+        def one(name: str) -> None:
+            send = queue if name == "linkrx" else floor_queue
+            sent: list[int] = []
+            pauses = [chance.randint(*PAUSE_NS) for _ in range(SINGLE)]
+
+            def sender() -> None:
+                os.sched_setaffinity(0, {processors[0]})  # of this thread
+                sent.extend(Frames(64).send_singly(send.injector, pauses))
+
+            thread = threading.Thread(target=sender)
+            thread.start()
+            arrived = receive() if name == "linkrx" else receive_singly(fd, SINGLE)
+            thread.join()
+            waits = [there - gone for gone, there in zip(sent, arrived, strict=True)]
+            assert min(waits) > 0
+            rounds[name].append(statistics.median(waits) / 1000)
+
+        def both() -> None:
+            for name in random.sample(list(rounds), 2):
+                one(name)
+
+        benchmark.pedantic(both, rounds=WAKE_ROUNDS)
+    report(
+        benchmark, rounds, "linkrx", "C floor", source=source, backend=backend, cost="wake-up", packets=SINGLE
+    )
+
+
+def test_import(benchmark: Any) -> None:
+    """A Python that imports the library and ends, beside one that imports nothing, side by side in random order."""
+    programs = {name: code for name, code in LIBRARIES.items() if runs(code)}
+    left_out = {name: "not installed" for name in LIBRARIES if name not in programs}
+    took: dict[str, list[float]] = {name: [] for name in programs}
+
+    def all_of_them() -> None:
+        for name in random.sample(list(programs), len(programs)):
+            start = time.perf_counter_ns()
+            run(programs[name])
+            took[name].append((time.perf_counter_ns() - start) / 1000)
+
+    benchmark.pedantic(all_of_them, rounds=IMPORTS)
+    report(benchmark, took, "linkrx", "nothing", cost="import", left_out=left_out)
+
+
+def run(code: str) -> int:
+    """Of a Python of its own, the exit status."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+
+
+def runs(code: str) -> bool:
+    """Whether it can be imported here."""
+    return run(code) == 0
