@@ -294,7 +294,7 @@ LANES: dict[str, MakeLane] = {
     "interface, linkrx recvmmsg, deliver": lambda size: linkrx_on_interface(size, "recvmmsg", "deliver"),
     "interface, linkrx readv, deliver": lambda size: linkrx_on_interface(size, "readv", "deliver"),
     "interface, linkrx os_readv, deliver": lambda size: linkrx_on_interface(size, "os_readv", "deliver"),
-    "interface, pcapy-ng next_batch_bytes": lambda size: peer_on_interface(size, "pcapy", "next_batch"),
+    "interface, pcapy-ng next_batch, bytes each": lambda size: peer_on_interface(size, "pcapy", "next_batch"),
     "interface, pcapy-ng dispatch": lambda size: peer_on_interface(size, "pcapy", "dispatch"),
     "interface, socket.recv_into": lambda size: peer_on_interface(size, "socket", ""),
     "interface, scapy, raw": lambda size: peer_on_interface(size, "scapy", "raw"),

@@ -29,6 +29,12 @@ from linkrx.rigs import TAP_MTU, veth
 
 SIZED = pytest.mark.parametrize("size", [64, 1514])
 SLOW_PACKETS = 64  # in a fill for those that take many microseconds for each
+PCAPY = {
+    "loop_to_buffer": "pcapy-ng loop_to_buffer",
+    "next_batch": "pcapy-ng next_batch",
+    "next_batch_bytes": "pcapy-ng next_batch, bytes each",
+    "dispatch": "pcapy-ng dispatch",
+}
 
 
 class Field:
@@ -122,8 +128,8 @@ def test_interface(benchmark: Any, size: int) -> None:
         field.readers["linkrx packet_mmap, columns, zero_copy"] = linkrx_reader(
             queue, near, WAYS["columns"], zero_copy=True
         )
-        for call in ("loop_to_buffer", "next_batch", "next_batch_bytes", "dispatch"):
-            field.add(f"pcapy-ng {call}", lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
+        for call, name in PCAPY.items():
+            field.add(name, lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
 
         def own() -> Any:
             return stack.enter_context(packet_socket(Frames(size)))
