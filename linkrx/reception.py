@@ -23,6 +23,7 @@ from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILA
 from linkrx.errors import BackendUnavailable
 from linkrx.lent import LentBatch
 from linkrx.options import Options
+from linkrx.packet import MALFORMED
 from linkrx.segmenting import SEGMENT_ROWS, Segmenting
 from linkrx.source import LinkState, Source
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, new_counters
@@ -226,9 +227,13 @@ class Reception:
         A record may be empty, so a zero is the end only if the peer is gone and nothing is queued behind it. At the
         end every read returns zero, for ever.
         """
-        lengths = self._descriptors.columns.lengths
-        if count and lengths[count - 1] == 0 and not self._mechanism.held and self.source.hung_up():
-            while count and lengths[count - 1] == 0:
+        columns = self._descriptors.columns
+
+        def is_empty(index: int) -> bool:
+            return columns.lengths[index] == 0 and not columns.flags[index] & MALFORMED
+
+        if count and is_empty(count - 1) and not self._mechanism.held and self.source.hung_up():
+            while count and is_empty(count - 1):
                 count -= 1
             self._header[COUNT] = count
             self._end_behind = End.EOF

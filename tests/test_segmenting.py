@@ -191,6 +191,18 @@ def test_malformed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
+def test_malformed_before_the_end(backend: str) -> None:
+    """A peer that hangs up behind what cannot be split ends reception, and what cannot be split is counted."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with receiver, sender, linkrx.open(receiver, backend=backend, vnet_header=True, segment=True) as rx:
+        sender.send(CASES[0].vnet(gso_size=0) + CASES[0].frame())
+        sender.close()
+        assert list(rx.batches(PATIENCE)) == []
+        assert rx.end is linkrx.End.EOF
+        assert rx.stats().malformed == 1
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_deliver_and_the_vnet_header(backend: str) -> None:
     """Each frame is delivered by itself, with addresses and a virtio-net header that asks for nothing."""
     got: list[linkrx.Packet] = []
