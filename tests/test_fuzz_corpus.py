@@ -57,11 +57,43 @@ def test_corpus_is_small(name: str) -> None:
     assert sum(len(line) + 1 for line in lines) <= run.CHARACTERS
 
 
-# One change each to the text of the core. The first of readv's and the first four of recvmmsg's were there once.
+# One change each to the text of the core. The first of packet_mmap's and of readv's, and the first four of recvmmsg's,
+# were there once.
 DEFECTS = {
     "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
     "addresses in their order": ("classify", "frame + ETHER_ADDR, ETHER_ADDR", "frame, ETHER_ADDR"),
+    "a lent block goes back twice": (
+        "packet_mmap",
+        "(block_header(s)->block_status & LENT ? next_block : give_back)(s);",
+        "give_back(s);",
+    ),
+    "a lent block is begun again": ("packet_mmap", " || status & LENT)", ")"),
+    "a frame crosses the end of its block": (
+        "packet_mmap",
+        "s->offset + mac + *snaplen > s->block_size",
+        "s->offset + *snaplen > s->block_size",
+    ),
+    "a header crosses the end of its block": (
+        "packet_mmap",
+        "(uint64_t)s->offset + TPACKET3_HDRLEN > s->block_size || ",
+        "",
+    ),
+    "an error overtakes packets": (
+        "packet_mmap",
+        "if (!s->error || (ONCE(block_header(s)->num_pkts) && !(ONCE(block_header(s)->block_status) & LENT)))",
+        "if (!s->error)",
+    ),
+    "no packet that just fits": (
+        "packet_mmap",
+        "(uint64_t)cursor + length > size",
+        "(uint64_t)cursor + length >= size",
+    ),
+    "a header with what is in front of it": (
+        "packet_mmap",
+        "memcpy(header, frame - VNET_WRITTEN, VNET_WRITTEN);",
+        "memcpy(header, frame - s->vnet, s->vnet);",
+    ),
     "interrupted poll reads": ("readv", "case -1:\n            return -1;", ""),
     "room for all but the cut byte": ("readv", "cursor + r->capacity < size", "cursor + r->capacity <= size"),
     "an error behind packets is lost": ("readv", "= (uint32_t)error;", "= 0;"),

@@ -372,7 +372,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
         header = (const struct tpacket3_hdr *)(block + s->offset);
         frame = frame_of(s, block, &snaplen);
         if (!frame) {
-            give_back(s);
+            (block_header(s)->block_status & LENT ? next_block : give_back)(s); /* what is lent goes back by its user */
             s->error = EIO;
             break;
         }

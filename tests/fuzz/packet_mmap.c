@@ -1,0 +1,571 @@
+/* Fuzzes packet_mmap's fill: the ring is the input, with offsets and lengths as the kernel writes them and as it never
+ * would. A slow walk through a copy of it says what must be received. */
+#define _GNU_SOURCE
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "fuzz.h"
+
+static int fake_fstat(int fd, struct stat *found);
+static int fake_getsockopt(int fd, int level, int name, void *value, socklen_t *size);
+static int fake_setsockopt(int fd, int level, int name, const void *value, socklen_t size);
+static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
+static int fake_munmap(void *memory, size_t size);
+static int fake_madvise(void *memory, size_t size, int advice);
+
+#define fstat fake_fstat
+#define getsockopt fake_getsockopt
+#define setsockopt fake_setsockopt
+#define mmap fake_mmap
+#define munmap fake_munmap
+#define madvise fake_madvise
+#include <packet_mmap.c>
+
+#define FD 77
+#define VERSION 1           /* the socket's before, TPACKET_V2 */
+#define BLOCKS_MOST 4
+#define BLOCK_MOST 1024
+#define PACKETS_MOST 15     /* of 68 bytes behind the 48 of the block */
+#define ROWS_MOST 24
+
+/* What must be told about a packet. */
+struct told {
+    const uint8_t *frame;   /* in the copy */
+    uint32_t start;         /* of the frame in its block */
+    uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
+    int64_t timestamp;
+};
+
+struct block {
+    enum { KERNELS, CLOSED, LENT_OUT } owner;
+    uint32_t claimed;       /* num_pkts */
+    uint32_t good;          /* packets until numbers point out of the block */
+    uint32_t begun, taken;
+    struct told told[PACKETS_MOST];
+    uint8_t copy[BLOCK_MOST]; /* as the kernel left it */
+};
+
+static struct {
+    struct input *in;
+    /* The socket. */
+    int steps_left;         /* calls until one fails */
+    int failed, version, has_ring, other;
+    int error, error_asked; /* SO_ERROR, and whether asking for it fails */
+    uint64_t drops, freezes;
+    /* The ring. */
+    uint8_t *memory;
+    size_t mapped;
+    uint32_t blocks, block_size, vnet, capacity, wanted, lends;
+    struct block block[BLOCKS_MOST];
+    uint32_t filled, read;  /* which block each side is at */
+    int open;               /* the kernel's has packets already */
+    int damaged;            /* an EIO is due */
+} kernel;
+
+static int fails(int code)
+{
+    if (kernel.steps_left-- != 0)
+        return 0;
+    kernel.failed = errno = code;
+    return 1;
+}
+
+static int fake_fstat(int fd, struct stat *found)
+{
+    MUST(fd == FD);
+    if (fails(EBADF))
+        return -1;
+    memset(found, 0, sizeof *found);
+    found->st_ino = kernel.other ? 6 : 5;
+    return 0;
+}
+
+static int fake_getsockopt(int fd, int level, int name, void *value, socklen_t *size)
+{
+    struct tpacket_stats_v3 stats = {0};
+
+    MUST(fd == FD);
+    if (level == SOL_PACKET && name == PACKET_VERSION) {
+        MUST(*size == sizeof(int));
+        if (fails(ENOPROTOOPT))
+            return -1;
+        memcpy(value, &kernel.version, sizeof kernel.version);
+    } else if (level == SOL_PACKET && name == PACKET_STATISTICS) {
+        MUST(*size == sizeof stats);
+        if (take(kernel.in, 15) == 1) { /* as of a socket of another version */
+            *size = sizeof(struct tpacket_stats);
+            return 0;
+        }
+        stats.tp_drops = take(kernel.in, 0xFFFFFFFF);
+        stats.tp_freeze_q_cnt = take(kernel.in, 0xFF);
+        stats.tp_packets = stats.tp_drops;
+        kernel.drops += stats.tp_drops;
+        kernel.freezes += stats.tp_freeze_q_cnt;
+        memcpy(value, &stats, sizeof stats);
+    } else {
+        MUST(level == SOL_SOCKET && name == SO_ERROR && *size == sizeof(int));
+        if (kernel.error_asked) {
+            errno = kernel.error_asked;
+            return -1;
+        }
+        memcpy(value, &kernel.error, sizeof kernel.error);
+        kernel.error = 0;
+    }
+    return 0;
+}
+
+static int fake_setsockopt(int fd, int level, int name, const void *value, socklen_t size)
+{
+    struct tpacket_req3 request;
+
+    MUST(fd == FD && level == SOL_PACKET && !kernel.other);
+    if (name == PACKET_VERSION) {
+        MUST(size == sizeof(int));
+        if (kernel.has_ring) {
+            errno = EBUSY;
+            return -1;
+        }
+        if (!kernel.failed && fails(EINVAL))
+            return -1;
+        memcpy(&kernel.version, value, sizeof kernel.version);
+        return 0;
+    }
+    MUST(name == PACKET_RX_RING && size == sizeof request && kernel.version == TPACKET_V3);
+    memcpy(&request, value, size);
+    if (kernel.memory) {
+        errno = EBUSY;
+        return -1;
+    }
+    if (request.tp_block_nr) {
+        MUST(request.tp_block_nr == kernel.blocks && request.tp_block_size == kernel.block_size);
+        /* packet_set_ring() */
+        MUST(request.tp_block_size / request.tp_frame_size * request.tp_block_nr == request.tp_frame_nr);
+        if (fails(ENOMEM))
+            return -1;
+    } else {
+        MUST(!request.tp_frame_nr);
+    }
+    kernel.has_ring = request.tp_block_nr > 0;
+    return 0;
+}
+
+static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
+{
+    MUST(!at && protection == (PROT_READ | PROT_WRITE) && fd == FD && !offset && kernel.has_ring);
+    MUST(flags == (MAP_SHARED | MAP_POPULATE) && size == (size_t)kernel.blocks * kernel.block_size);
+    if (fails(EAGAIN))
+        return MAP_FAILED;
+    kernel.mapped = size;
+    kernel.memory = exactly(size);
+    memset(kernel.memory, 0, size);
+    return kernel.memory;
+}
+
+static int fake_munmap(void *memory, size_t size)
+{
+    MUST(memory == kernel.memory && size == kernel.mapped);
+    ASAN_UNPOISON_MEMORY_REGION(memory, size);
+    free(memory);
+    kernel.memory = NULL;
+    return 0;
+}
+
+static int fake_madvise(void *memory, size_t size, int advice)
+{
+    MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK && !kernel.lends);
+    return 0;
+}
+
+static uint8_t *at_block(uint32_t number)
+{
+    return kernel.memory + (size_t)number * kernel.block_size;
+}
+
+static struct tpacket_hdr_v1 *header_of(uint32_t number)
+{
+    return &((struct tpacket_block_desc *)at_block(number))->hdr.bh1;
+}
+
+/* Nobody may look at what lies in a block of the kernel's, its header apart. */
+static void guard(void)
+{
+    const size_t head = sizeof(struct tpacket_block_desc);
+
+    for (uint32_t k = 0; k < kernel.blocks; k++) {
+        if (kernel.block[k].owner == KERNELS)
+            ASAN_POISON_MEMORY_REGION(at_block(k) + head, kernel.block_size - head);
+        else
+            ASAN_UNPOISON_MEMORY_REGION(at_block(k) + head, kernel.block_size - head);
+    }
+}
+
+static uint32_t number_at(const struct block *block, uint64_t at, size_t width)
+{
+    uint32_t number = 0;
+
+    memcpy(&number, block->copy + at, width);
+    return number;
+}
+
+/* From the copy of a block that is closed: which packets must be received of it. */
+static void walk(struct block *block)
+{
+    const size_t lead = kernel.vnet ? 10 : 0;
+    uint64_t at = number_at(block, 16, 4);
+
+    block->claimed = number_at(block, 12, 4);
+    block->good = block->begun = block->taken = 0;
+    while (block->good < block->claimed) {
+        struct told *told = &block->told[block->good];
+        const struct tpacket3_hdr *header;
+        uint64_t mac, next;
+
+        /* The packet's header, the address behind it, and the frame lie in the block. */
+        if (at % 4 || at + 48 + 20 > kernel.block_size)
+            break;
+        header = (const void *)(block->copy + at);
+        mac = number_at(block, at + 24, 2);
+        told->snaplen = number_at(block, at + 12, 4);
+        if (mac < 48 + 20 + lead || at + mac + told->snaplen > kernel.block_size)
+            break;
+        MUST(block->good < PACKETS_MOST);
+        told->start = (uint32_t)(at + mac);
+        told->frame = block->copy + at + mac;
+        told->wire_length = kernel.vnet + header->tp_len;
+        told->flags = 0;
+        if (header->tp_status & TP_STATUS_CSUMNOTREADY)
+            told->flags |= LRX_CHECKSUM_UNFINISHED;
+        if (header->tp_status & TP_STATUS_VLAN_VALID) {
+            told->flags |= LRX_VLAN;
+            told->vlan_tci = header->hv1.tp_vlan_tci & 0xFFFF;
+            told->vlan_tpid = header->tp_status & TP_STATUS_VLAN_TPID_VALID ? header->hv1.tp_vlan_tpid : 0x8100;
+        }
+        if (kernel.wanted & LRX_TIMESTAMP) {
+            told->flags |= LRX_TIMESTAMP;
+            told->timestamp = header->tp_sec * INT64_C(1000000000) + header->tp_nsec;
+        }
+        if (kernel.wanted & LRX_OUTGOING && block->copy[at + 48 + 10] == PACKET_OUTGOING)
+            told->flags |= LRX_OUTGOING;
+        block->good++;
+        next = number_at(block, at, 4);
+        at = next < 48 + 20 || next > kernel.block_size ? kernel.block_size : at + next;
+    }
+}
+
+/* Mostly the true number; or one near an edge; or any. */
+static uint32_t perhaps(uint32_t truth)
+{
+    switch (take(kernel.in, 31)) {
+    case 1:
+        return kernel.block_size - take(kernel.in, 160);
+    case 2:
+        return take(kernel.in, 160);
+    case 3:
+        return take(kernel.in, 0xFFFFFFFF);
+    case 4:
+        return truth + 1 + take(kernel.in, 16);
+    default:
+        return truth;
+    }
+}
+
+/* The block that is next gets its packets, as many as the input says and as there is room for. */
+static void write_block(void)
+{
+    struct input *in = kernel.in;
+    uint8_t *block = at_block(kernel.filled);
+    const size_t head = sizeof(struct tpacket_block_desc);
+    uint32_t at = (uint32_t)head + 8 * (take(in, 7) == 1), packets = take(in, 5), made = 0, first = at;
+
+    ASAN_UNPOISON_MEMORY_REGION(block, kernel.block_size);
+    for (uint32_t k = (uint32_t)head; k < kernel.block_size; k++)
+        block[k] = content(kernel.filled, k);
+    for (; made < packets; made++) {
+        struct tpacket3_hdr header = {0};
+        struct sockaddr_ll from = {.sll_pkttype = (uint8_t)take(in, 5)};
+        uint32_t mac = 48 + 20 + (kernel.vnet ? 12 : 0) + take(in, 40), most;
+
+        if (at + mac > kernel.block_size)
+            break;
+        most = kernel.block_size - at - mac;
+        header.tp_snaplen = take(in, 3) ? take(in, most < 200 ? most : 200) : most;
+        header.tp_next_offset = (mac + header.tp_snaplen + 15) & ~15u;
+        header.tp_len = header.tp_snaplen + take(in, 3);
+        header.tp_status = take(in, 0xFF) | TP_STATUS_USER;
+        header.tp_sec = take(in, 0xFFFFFFFF);
+        header.tp_nsec = take(in, 0xFFFF);
+        header.hv1.tp_vlan_tci = take(in, 0xFFFF);
+        header.hv1.tp_vlan_tpid = (uint16_t)take(in, 0xFFFF);
+        uint32_t next = at + header.tp_next_offset;
+        header.tp_next_offset = perhaps(header.tp_next_offset);
+        header.tp_snaplen = perhaps(header.tp_snaplen);
+        header.tp_mac = (uint16_t)perhaps(mac);
+        memcpy(block + at, &header, sizeof header);
+        memcpy(block + at + 48, &from, sizeof from);
+        at = next;
+        if (at + 48 + 20 > kernel.block_size) {
+            made++;
+            break;
+        }
+    }
+    header_of(kernel.filled)->num_pkts = perhaps(made);
+    header_of(kernel.filled)->offset_to_first_pkt = perhaps(first);
+}
+
+/* What the kernel does meanwhile: fill the next block if that is its own, close it, and say something else. */
+static void let_kernel_work(void)
+{
+    for (uint32_t left = take(kernel.in, 2 * BLOCKS_MOST); left; left--) {
+        struct block *block = &kernel.block[kernel.filled];
+
+        if (block->owner != KERNELS)
+            break;
+        MUST(!(header_of(kernel.filled)->block_status & TP_STATUS_USER)); /* prb_curr_blk_in_use() */
+        if (!kernel.open) {
+            write_block();
+            kernel.open = 1;
+            continue;
+        }
+        ASAN_UNPOISON_MEMORY_REGION(at_block(kernel.filled), kernel.block_size);
+        memcpy(block->copy, at_block(kernel.filled), kernel.block_size);
+        walk(block);
+        header_of(kernel.filled)->block_status =
+            TP_STATUS_USER | (take(kernel.in, 1) ? TP_STATUS_BLK_TMO : 0) | (take(kernel.in, 1) ? TP_STATUS_LOSING : 0);
+        block->owner = CLOSED;
+        kernel.filled = (kernel.filled + 1) % kernel.blocks;
+        kernel.open = 0;
+    }
+    if (take(kernel.in, 7) == 1)
+        kernel.error = ENETDOWN;
+    kernel.error_asked = take(kernel.in, 31) == 1 ? EBADF : 0;
+}
+
+static uint32_t kept(const struct told *told)
+{
+    uint32_t length = kernel.vnet + told->snaplen;
+
+    return length < kernel.capacity ? length : kernel.capacity;
+}
+
+static void to_next(struct block *block, int owner)
+{
+    block->owner = owner;
+    kernel.read = (kernel.read + 1) % kernel.blocks;
+}
+
+struct expected {
+    uint32_t count, begun, block;
+    const struct told *told[ROWS_MOST];
+};
+
+/* What a fill must receive; and so it is taken to have done. `begun`: blocks, of which each is looked at but once. */
+static struct expected expect(uint32_t rows, uint32_t room)
+{
+    struct expected found = {0};
+    uint64_t used = 0;
+
+    while (found.count < rows) {
+        struct block *block = &kernel.block[kernel.read];
+        const struct told *told = &block->told[block->taken];
+
+        if (block->owner != CLOSED)
+            break;
+        if (!block->begun) {
+            if (found.begun == kernel.blocks || (kernel.lends && found.count))
+                break;
+            block->begun = 1;
+            found.begun++;
+            if (!block->claimed) {
+                to_next(block, KERNELS);
+                continue;
+            }
+        }
+        if (block->taken == block->good) {
+            kernel.damaged = 1;
+            to_next(block, kernel.lends && block->taken ? LENT_OUT : KERNELS);
+            break;
+        }
+        if (!kernel.lends && used + kept(told) > room)
+            break;
+        used = (used + kept(told) + 7) & ~UINT64_C(7);
+        found.block = kernel.read;
+        found.told[found.count++] = told;
+        if (++block->taken == block->claimed)
+            to_next(block, kernel.lends ? LENT_OUT : KERNELS);
+    }
+    return found;
+}
+
+static void check_rows(const uint8_t *table, uint32_t rows, const struct expected *due, const uint8_t *region,
+                       uint32_t end)
+{
+    uint32_t free_from = 0;
+
+    for (uint32_t k = 0; k < due->count; k++) {
+        const struct told *told = due->told[k];
+        uint32_t start = (uint32_t)get(table, rows, k, START), length = (uint32_t)get(table, rows, k, LENGTH);
+
+        MUST(length == kept(told));
+        MUST(get(table, rows, k, WIRE_LENGTH) == told->wire_length);
+        MUST(get(table, rows, k, FLAGS) == told->flags);
+        MUST(!(told->flags & LRX_TIMESTAMP) || get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
+        MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TCI) == told->vlan_tci);
+        MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
+        if (kernel.lends) {
+            MUST(start == told->start);
+            continue;
+        }
+        MUST(start % 8 == 0 && start >= free_from && start + length <= end);
+        free_from = start + length;
+        for (uint32_t i = 0; i < length; i++) {
+            /* The ten bytes of struct virtio_net_hdr, zeroes up to its size, the frame. */
+            uint8_t due_byte = i >= kernel.vnet ? told->frame[i - kernel.vnet] : i < 10 ? told->frame[(int)i - 10] : 0;
+            MUST(region[start + i] == due_byte);
+        }
+    }
+    MUST(end == ((free_from + 7) & ~7u));
+}
+
+/* Each block is whose it must be, and nothing was written into it but its state. */
+static void check_blocks(const struct lrx_packet_mmap *s)
+{
+    int lent = 0;
+
+    for (uint32_t k = 0; k < kernel.blocks; k++) {
+        const struct block *block = &kernel.block[k];
+        const struct tpacket_hdr_v1 *header = header_of(k);
+        int shown = kernel.lends && block->taken && block->owner != KERNELS;
+
+        MUST(!(header->block_status & TP_STATUS_USER) == (block->owner == KERNELS));
+        MUST(!(header->block_status & LENT) == !shown);
+        lent |= shown;
+        if (block->owner == KERNELS)
+            MUST(!header->num_pkts || (kernel.open && k == kernel.filled));
+        else
+            MUST(!memcmp(at_block(k) + 12, block->copy + 12, kernel.block_size - 12));
+    }
+    MUST(lrx_packet_mmap_lent(s) == lent);
+}
+
+/* An error is told behind all packets that came before it: then, and not a moment earlier. */
+static void check_error(uint32_t told, const struct expected *due, int was_due, int asked_wrong)
+{
+    const struct block *block = &kernel.block[kernel.read];
+    int comes = block->owner != LENT_OUT && header_of(kernel.read)->num_pkts;
+
+    if (told == (uint32_t)asked_wrong && told)
+        return;
+    MUST(!told || (!comes && was_due));
+    MUST(told || due->count || comes || !was_due);
+    MUST(!told || block->owner != CLOSED || !block->claimed);
+}
+
+static void run(struct lrx_packet_mmap *s)
+{
+    uint32_t rows = 1 + take(kernel.in, ROWS_MOST - 1);
+    uint32_t table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
+    uint32_t *header = (uint32_t *)exactly(table_bytes);
+    int known = 0; /* an error that was taken off the socket, and waits */
+
+    memset(header, 0, table_bytes);
+    for (int fills = 0; fills < 40; fills++) {
+        uint32_t room, told, read;
+        uint8_t *region;
+        struct expected due;
+        int got, was_due;
+
+        let_kernel_work();
+        guard();
+        room = take(kernel.in, 7) ? 4096 : take(kernel.in, kernel.capacity) & ~7u;
+        region = exactly(room);
+        read = kernel.read;
+        was_due = known || kernel.error;
+        due = expect(rows, room);
+        got = lrx_packet_mmap_fill(s, (uintptr_t)header, rows, (uintptr_t)region, room);
+        told = header[LRX_ERROR];
+        was_due = was_due || kernel.damaged;
+        check_blocks(s);
+        MUST(header[LRX_COUNT] == due.count && got == (due.count ? (int)due.count : -(int)told));
+        if (due.count) {
+            MUST(header[LRX_RECEIVES] == due.begun && header[LRX_END] <= room + 7);
+            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due, region, header[LRX_END]);
+            MUST(!kernel.lends || lrx_packet_mmap_block(s) == (uintptr_t)at_block(due.block));
+        }
+        check_error(told, &due, was_due, kernel.error_asked);
+        MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
+        if (told && told != (uint32_t)kernel.error_asked)
+            known = kernel.damaged = 0;
+        else
+            known = was_due && !kernel.error; /* taken off the socket, it waits inside */
+        MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        const struct block *block = &kernel.block[kernel.read];
+        MUST(lrx_packet_mmap_held(s) == (block->owner == CLOSED && block->begun ? block->claimed - block->taken : 0));
+        MUST(due.count || told || read != kernel.read || block->owner != CLOSED || room < 4096);
+        free(region);
+        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
+        for (uint32_t k = 0; k < kernel.blocks; k++) {
+            if (kernel.block[k].owner == LENT_OUT && take(kernel.in, 1)) {
+                lrx_packet_mmap_return(at_block(k));
+                kernel.block[k].owner = KERNELS;
+            }
+        }
+        if (take(kernel.in, 7) == 1) {
+            MUST(lrx_packet_mmap_drops(s) == kernel.drops);
+            MUST(lrx_packet_mmap_freezes(s) == kernel.freezes);
+        }
+        if (!kernel.in->left && !due.count && !told && read == kernel.read)
+            break;
+    }
+    free(header);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static const uint32_t vnets[] = {0, 0, 10, 12, 13};
+    struct input in = {data, size};
+    struct lrx_packet_mmap *s;
+    int broken;
+
+    memset(&kernel, 0, sizeof kernel);
+    kernel.in = &in;
+    kernel.version = VERSION;
+    kernel.blocks = 1 + take(&in, BLOCKS_MOST - 1);
+    kernel.block_size = 256 + 8 * take(&in, (BLOCK_MOST - 256) / 8);
+    kernel.lends = take(&in, 1);
+    kernel.vnet = kernel.lends ? 0 : vnets[take(&in, 4)]; /* a borrowed socket has such headers, and lends nothing */
+    kernel.capacity = take(&in, 1) ? BLOCK_MOST : take(&in, 300);
+    kernel.wanted = (take(&in, 1) ? LRX_TIMESTAMP : 0) | (take(&in, 1) ? LRX_OUTGOING : 0);
+    broken = take(&in, 15) == 1;
+    kernel.steps_left = broken ? (int)take(&in, 4) : -1;
+    s = lrx_packet_mmap_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted,
+                             kernel.lends);
+    if (!s) {
+        MUST(errno == (kernel.vnet > 12 ? EINVAL : kernel.failed) && errno);
+        MUST(!kernel.memory && !kernel.has_ring && kernel.version == VERSION);
+        return 0;
+    }
+    MUST(!broken && kernel.vnet <= 12 && kernel.has_ring && kernel.version == TPACKET_V3);
+    kernel.drops = kernel.freezes = 0; /* what was there before is not the ring's */
+    if (take(&in, 7) == 1) {
+        lrx_packet_mmap_shut(s);
+        for (uint32_t k = 0; k < kernel.blocks; k++)
+            MUST(header_of(k)->block_status & TP_STATUS_USER);
+        lrx_packet_mmap_start(s);
+        kernel.drops = kernel.freezes = 0;
+    }
+    run(s);
+    kernel.other = take(&in, 7) == 1; /* the number of the descriptor went to a stranger's socket */
+    kernel.steps_left = -1;
+    uintptr_t ring = lrx_packet_mmap_ring(s);
+    size_t mapped = kernel.mapped;
+    guard();
+    lrx_packet_mmap_close(s);
+    MUST(!kernel.memory == !kernel.lends);
+    MUST(kernel.lends || kernel.other || (!kernel.has_ring && kernel.version == VERSION));
+    if (kernel.lends)
+        lrx_packet_mmap_unmap(ring, mapped);
+    MUST(!kernel.memory);
+    return 0;
+}
