@@ -1,0 +1,196 @@
+"""A host that exists only in Python, at the far end of one TCP connection: the kernel streams to it through a TAP.
+
+It takes what comes in order, checks every byte, and acknowledges once per batch. What comes ahead of its turn is not kept, and
+the kernel must send it again; on a TAP whose queue is longer than the window nothing is ever lost.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+import linkrx
+from linkrx.device import Device
+from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, mac
+from linkrx.responder import IPV4, checksum
+from linkrx.testing.waiting import PATIENCE, running
+
+# How the kernel's segments come: cut by the kernel, whole and cut by linkrx, whole.
+WHOLE = {"vnet_header": True, "offload": True}
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "kernel": ({}, {}),
+    "segment": (WHOLE, {"segment": True}),
+    "whole": (WHOLE, {}),
+}
+
+HARDWARE = bytes.fromhex("020000000002")
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+KERNEL = {4: "10.77.0.1", 6: "fd77::1"}
+SINK = {4: "10.77.0.2", 6: "fd77::2"}
+PREFIX_LENGTHS = {4: 24, 6: 64}
+PORT = 5001
+
+ETHERTYPES = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
+IP_BYTES = {4: 20, 6: 40}
+# Where IP's header has it, for the kernel puts neither options nor extension headers into a stream.
+PROTOCOL_AT = {4: 9, 6: 6}
+TCP = socket.IPPROTO_TCP
+# RFC 9293: ports, sequence and acknowledgement number, data offset, flags, window, checksum, urgent pointer.
+HEADER = struct.Struct("!HHIIBBHHH")
+FIN, SYN, ACK = 0x01, 0x02, 0x10
+# RFC 7323, as Linux lays it out in every segment but a SYN: two NOPs, kind 8, length 10.
+TIMESTAMPS = b"\x01\x01\x08\x0a"
+MTU = 1500
+# A megabyte of frames of that size: less than the 1000 that a TAP's queue holds.
+WINDOW, WINDOW_SCALE = 0xFFFF, 4
+
+PATTERN_BYTES = 1_000_003
+LONGEST = 65_536
+
+
+@cache
+def pattern() -> bytes:
+    """What the stream repeats after PATTERN_BYTES, and as much of it again as one packet can hold."""
+    noise = random.Random(5001).randbytes(PATTERN_BYTES)
+    return noise + noise[:LONGEST]
+
+
+class Sink:
+    """Receives one connection. `received` are bytes of the stream so far; `ahead` and `repeated` packets that were not
+    in their turn; `finished` that the kernel has closed its end and was answered; `pattern` is what the stream must be.
+    """
+
+    def __init__(self, tap: linkrx.TunTap, version: int, *, timestamps: bool = False) -> None:
+        """Listen for a connection over IPv4 or IPv6."""
+        self.received = self.ahead = self.repeated = self.acknowledgements = 0
+        self.finished = False
+        self._fd = tap.fileno()
+        self._timestamps = timestamps
+        self._prefix = bytes(linkrx.probe(tap).vnet_header_size)  # nothing to finish, nothing to cut
+        self._version = version
+        self._addresses = [socket.inet_pton(FAMILIES[version], ends[version]) for ends in (SINK, KERNEL)]
+        self._transport = ETH_HEADER_BYTES + IP_BYTES[version]
+        self._link = b""
+        self._port = 0  # the kernel's
+        self._first = 0  # the sequence number of the first byte of the stream
+        self._sent = 0  # our sequence number: a SYN takes one, a FIN another
+        self._echo = bytes(4)  # the kernel's last timestamp
+        self.pattern = pattern()
+
+    def take(self, batch: linkrx.Batch) -> None:
+        """All packets of a batch, and one acknowledgement for them."""
+        memory, protocol, transport = batch.memory, ETHERTYPES[self._version], self._transport
+        at = ETH_HEADER_BYTES + PROTOCOL_AT[self._version]
+        answer = False
+        for start, length, found in zip(
+            batch.starts.tolist(), batch.lengths.tolist(), batch.protocols.tolist(), strict=True
+        ):
+            if found == protocol and memory[start + at] == TCP:
+                if not self._link:
+                    self._link = (
+                        bytes(memory[start + 6 : start + 12]) + HARDWARE + memory[start + 12 : start + 14]
+                    )
+                answer |= self._segment(memory[start + transport : start + length])
+        if answer:
+            self._send(FIN | ACK if self.finished else ACK)
+            self.acknowledgements += 1
+
+    def _segment(self, segment: memoryview) -> bool:
+        """One segment, or one super-packet. True if it is to be answered."""
+        port, _, sequence, _, offset, flags, *_ = HEADER.unpack_from(segment)
+        payload = segment[(offset >> 4) * 4 :]
+        if flags & SYN:
+            self._port, self._first = port, sequence + 1
+            self._accept(segment[HEADER.size : -len(payload) or None])
+            return False
+        if self._timestamps and segment[HEADER.size : HEADER.size + 4] == TIMESTAMPS:
+            self._echo = bytes(segment[HEADER.size + 4 : HEADER.size + 8])
+        ahead = (sequence - self._first - self.received) & 0xFFFFFFFF
+        if 0 < ahead < 1 << 31:
+            self.ahead += 1
+            return True
+        known = -ahead & 0xFFFFFFFF
+        if known and known >= len(payload) and not flags & FIN:
+            self.repeated += 1
+            return len(payload) > 0
+        fresh = payload[known:] if known else payload
+        if not self.pattern.startswith(fresh, self.received % PATTERN_BYTES):
+            raise AssertionError(f"another byte than was sent, in the {len(fresh)} behind {self.received}")
+        self.received += len(fresh)
+        self.finished |= bool(flags & FIN)
+        return len(fresh) > 0 or self.finished
+
+    def _accept(self, asked: memoryview) -> None:
+        self._timestamps = self._timestamps and b"\x08\x0a" in bytes(asked)
+        mss = MTU - IP_BYTES[self._version] - HEADER.size
+        self._sent = 0
+        self._send(SYN | ACK, struct.pack("!BBHBBBB", 2, 4, mss, 1, 3, 3, WINDOW_SCALE))
+        self._sent = 1
+
+    def _send(self, flags: int, options: bytes = b"") -> None:
+        if self._timestamps:
+            options += (
+                TIMESTAMPS + struct.pack("!I", time.monotonic_ns() // 1_000_000 & 0xFFFFFFFF) + self._echo
+            )
+        following = (self._first + self.received + self.finished) & 0xFFFFFFFF
+        offset = (HEADER.size + len(options)) // 4 << 4
+        tcp = HEADER.pack(PORT, self._port, self._sent, following, offset, flags, WINDOW, 0, 0) + options
+        source, target = self._addresses
+        total = checksum(source + target + struct.pack("!II", len(tcp), TCP) + tcp)
+        tcp = tcp[:16] + total.to_bytes(2, "big") + tcp[18:]
+        if self._version == 4:
+            ip = IPV4.pack(0x45, 0, IPV4.size + len(tcp), 0, 0x4000, 64, TCP, 0, source, target)
+            ip = ip[:10] + checksum(ip).to_bytes(2, "big") + ip[12:]
+        else:
+            ip = struct.pack("!IHBB", 6 << 28, len(tcp), TCP, 64) + source + target
+        os.write(self._fd, self._prefix + self._link + ip + tcp)
+
+
+def send(version: int, total: int) -> None:
+    """The kernel's end: connect, send so many bytes of the pattern, close, and see the other end close."""
+    piece = memoryview(pattern())[:PATTERN_BYTES]
+    with socket.socket(FAMILIES[version], socket.SOCK_STREAM) as sender:
+        sender.settimeout(PATIENCE)
+        sender.bind((KERNEL[version], 0))
+        sender.connect((SINK[version], PORT))
+        for sent in range(0, total, PATTERN_BYTES):
+            sender.sendall(piece[: total - sent])
+        sender.shutdown(socket.SHUT_WR)
+        assert sender.recv(1) == b""
+
+
+@contextmanager
+def stream(
+    mode: str, version: int, total: int, *, timestamps: bool = False
+) -> Iterator[tuple[linkrx.Dispatcher, Sink]]:
+    """A connection on a TAP of its own, over which the kernel sends so many bytes: give the sink what the dispatcher
+    receives until it is finished.
+    """
+    queue, options = MODES[mode]
+    with linkrx.TunTap(**queue) as tap:
+        _give_addresses(tap.name)
+        with linkrx.open(tap, **options) as rx, running(lambda: send(version, total)):
+            yield rx, Sink(tap, version, timestamps=timestamps)
+
+
+def _give_addresses(name: str) -> None:
+    """To the kernel, and tell it where the sink is."""
+    settings = Path("/proc/sys/net/ipv6/conf", name)
+    (settings / "accept_dad").write_text("0")
+    (settings / "disable_ipv6").write_text("0")
+    Device(name).set_up()  # and wait: until then an address of IPv6 is tentative, and another is sent from
+    index = socket.if_nametoindex(name)
+    with IPRoute() as route:
+        for version in FAMILIES:
+            route.addr("add", index=index, address=KERNEL[version], prefixlen=PREFIX_LENGTHS[version])
+            route.neigh("add", dst=SINK[version], lladdr=mac(HARDWARE), ifindex=index, state="permanent")
