@@ -6,7 +6,7 @@ import mmap
 import operator
 from collections.abc import Iterator, Mapping
 
-from linkrx.columns import COLUMNS, ROW_BYTES, Columns
+from linkrx.columns import COLUMNS, ROW_BYTES, Columns, Table
 from linkrx.framing import Framing
 from linkrx.packet import Packet
 
@@ -23,8 +23,6 @@ class Batch(Columns):
     __slots__: Mapping[str, str] = {
         "_begin": "",
         "_buffer": "",
-        "_count": "",
-        "_link_header": "",
         "_table_at": "",
         "_table_buffer": "",
         "framing": "What stands in front of the data of each frame.",
@@ -32,7 +30,6 @@ class Batch(Columns):
     }
 
     memory: memoryview
-    _table: memoryview
 
     def __init__(
         self,
@@ -55,9 +52,8 @@ class Batch(Columns):
         self._table_buffer = table_buffer
         self._rows = rows
         self._first = 0
-        self._last = self._count = count
+        self._count = count
         self.framing = framing
-        self._link_header = framing.link_header
 
     def __getattr__(self, name: str) -> memoryview:
         """As for columns."""
@@ -65,10 +61,11 @@ class Batch(Columns):
             end = self._table_at if self._table_buffer is None else len(self._buffer)
             self.memory = memoryview(self._buffer)[self._begin : end].toreadonly()
             return self.memory
-        if name == "_table":
-            self._table = memoryview(self._table_buffer or self._buffer).toreadonly()[self._table_at :]
-            return self._table
         return super().__getattr__(name)
+
+    @property
+    def _table(self) -> memoryview:  # type: ignore[override]
+        return memoryview(self._table_buffer or self._buffer).toreadonly()[self._table_at :]
 
     def __len__(self) -> int:
         return self._count
@@ -104,7 +101,6 @@ class Batch(Columns):
             self._table_buffer,
         )
         rest._first = self._first + first
-        rest._last = self._last
         return rest
 
     def copy(self) -> Batch:
@@ -116,7 +112,7 @@ class Batch(Columns):
         vnet = self.framing.vnet_header_size
         memory = bytearray()
         rows = last - first
-        new = Columns(memoryview(table := bytearray(ROW_BYTES * rows)), rows)
+        new = Table(memoryview(table := bytearray(ROW_BYTES * rows)), rows)
         for row, index in enumerate(range(first, last)):
             start, length = self.starts[index], self.lengths[index]
             new.starts[row] = len(memory) + vnet

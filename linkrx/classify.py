@@ -12,7 +12,7 @@ from itertools import repeat
 
 from linkrx import _core
 from linkrx.arena import Arena
-from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Columns, Descriptors
+from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table
 from linkrx.framing import Framing
 from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
@@ -82,7 +82,7 @@ def in_python(
         assert frames is None, "memory is lent by the core only"
         region = arena.view[arena.cursor :]
         end = header[END]
-        table = Columns(region[end : end + ROW_BYTES * count], count)
+        table = Table(region[end : end + ROW_BYTES * count], count)
         row = total = empty = runts = unknown = cut = malformed = 0
         for index in range(count):
             start, length = reported.starts[index], reported.lengths[index]

@@ -42,13 +42,15 @@ COLUMNS = tuple(_LAYOUT)
 
 
 class Columns:
-    """The eight columns of a table, as memoryviews with native formats, each made when it is first asked for."""
+    """Rows of a table: eight columns, as memoryviews with native formats, each made when it is first asked for.
+
+    `_count` rows from `_first` on, of `_rows` that the table has, which starts where `_table` (bytes) does.
+    """
 
     __slots__: Mapping[str, str] = {
+        "_count": "",
         "_first": "",
-        "_last": "",
         "_rows": "",
-        "_table": "",
         "flags": "Each packet's `Flags`.",
         "lengths": "Bytes of each frame, link header included.",
         "protocols": "Each packet's EtherType.",
@@ -59,6 +61,10 @@ class Columns:
         "wire_lengths": "The length of each frame before anything cut it, where the kernel tells it.",
     }
 
+    _count: int
+    _first: int
+    _rows: int
+    _table: memoryview
     timestamps: memoryview
     starts: memoryview
     lengths: memoryview
@@ -67,13 +73,6 @@ class Columns:
     flags: memoryview
     vlan_tcis: memoryview
     vlan_tpids: memoryview
-
-    def __init__(self, table: memoryview, rows: int) -> None:
-        """Show a table of `rows` rows that starts where `table` (bytes) does."""
-        self._table = table
-        self._rows = rows
-        self._first = 0
-        self._last = rows
 
     def __getattr__(self, name: str) -> memoryview:
         """Make a column: reached only while its slot is empty. Where one asks again and again, a property would cost
@@ -84,9 +83,21 @@ class Columns:
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self) from None
         begin = self._rows * offset
-        column = self._table[begin + self._first * width : begin + self._last * width].cast(form)
+        begin += self._first * width
+        column = self._table[begin : begin + self._count * width].cast(form)
         setattr(self, name, column)
         return column
+
+
+class Table(Columns):
+    """A whole table of `rows` rows."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: memoryview, rows: int) -> None:
+        self._table = table
+        self._first = 0
+        self._count = self._rows = rows
 
 
 class Descriptors:
@@ -107,7 +118,7 @@ class Descriptors:
         self.memory = bytearray(HEADER_BYTES + ROW_BYTES * rows)
         whole = memoryview(self.memory)
         self.header = whole[:HEADER_BYTES].cast("I")
-        self.columns = Columns(whole[HEADER_BYTES:], rows)
+        self.columns = Table(whole[HEADER_BYTES:], rows)
 
     def address(self) -> int:
         """Where C finds it."""

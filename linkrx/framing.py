@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from linkrx.packet import ETH_HEADER_BYTES
 
@@ -20,22 +19,17 @@ class Framing:
     packet_info: bool = False
     vnet_little_endian: bool = True
 
-    @cached_property
-    def packet_info_size(self) -> int:
-        """4 or 0."""
-        return TUN_PI_BYTES if self.packet_info else 0
+    # Bytes: of packet information, of all in front of the frame, and of the frame's link header.
+    packet_info_size: int = field(init=False)
+    prefix: int = field(init=False)
+    link_header: int = field(init=False)
+    # The ten bytes of struct virtio_net_hdr, for the struct module.
+    vnet_format: str = field(init=False)
 
-    @cached_property
-    def prefix(self) -> int:
-        """Bytes in front of the frame."""
-        return self.packet_info_size + self.vnet_header_size
-
-    @cached_property
-    def link_header(self) -> int:
-        """Bytes of the frame that are its link header."""
-        return ETH_HEADER_BYTES if self.ethernet else 0
-
-    @cached_property
-    def vnet_format(self) -> str:
-        """The ten bytes of struct virtio_net_hdr, for the struct module."""
-        return "<BBHHHH" if self.vnet_little_endian else ">BBHHHH"
+    def __post_init__(self) -> None:
+        # Not properties: they are asked for with every packet.
+        packet_info_size = TUN_PI_BYTES if self.packet_info else 0
+        object.__setattr__(self, "packet_info_size", packet_info_size)
+        object.__setattr__(self, "prefix", packet_info_size + self.vnet_header_size)
+        object.__setattr__(self, "link_header", ETH_HEADER_BYTES if self.ethernet else 0)
+        object.__setattr__(self, "vnet_format", "<BBHHHH" if self.vnet_little_endian else ">BBHHHH")

@@ -135,14 +135,14 @@ class Packet:
         """The Ethernet header (14 bytes), or nothing where there is none."""
         batch = self._batch
         start = batch.starts[self._index]
-        return batch.memory[start : start + batch._link_header]
+        return batch.memory[start : start + batch.framing.link_header]
 
     @property
     def data(self) -> memoryview:
         """What follows the link header."""
         batch, index = self._batch, self._index
         start = batch.starts[index]
-        return batch.memory[start + batch._link_header : start + batch.lengths[index]]
+        return batch.memory[start + batch.framing.link_header : start + batch.lengths[index]]
 
     @property
     def protocol(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linkrx import Batch, Flags, Gso, Packet, Vlan, VnetHeader
-from linkrx.columns import ROW_BYTES, Columns, align
+from linkrx.columns import ROW_BYTES, Table, align
 from linkrx.framing import Framing
 from linkrx.packet import header_bytes, mac
 
@@ -61,7 +61,7 @@ def batch_of(rows: list[Row], framing: Framing = ETHERNET, spare: int = 2) -> Ba
         frames += bytes(align(len(frames)) - len(frames))
     count = len(rows) + spare
     table = bytearray(b"\xee" * (ROW_BYTES * count))
-    columns = Columns(memoryview(table), count)
+    columns = Table(memoryview(table), count)
     for index, row in enumerate(rows):
         columns.timestamps[index] = row.timestamp
         columns.starts[index] = starts[index]
@@ -101,7 +101,7 @@ def fields(packet: Packet) -> dict[str, Any]:
     }
 
 
-# Columns.
+# Table.
 
 
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name, (form, _) in FORMATS.items()])
@@ -388,7 +388,7 @@ def test_copy_outlives_what_it_was_taken_from() -> None:
     """A copy does not change when the memory that it was taken from does."""
     framing = BARE
     table = bytearray(ROW_BYTES)
-    columns = Columns(memoryview(table), 1)
+    columns = Table(memoryview(table), 1)
     columns.lengths[0], columns.protocols[0] = 8, 0x0800
     memory = bytearray(b"\x45before!" + table)
     batch = Batch(bytes(memory), 0, 8, 1, 1, framing)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from linkrx import _core, classify
 from linkrx.arena import Arena
 from linkrx.classify import ADDRESSES, Classify
-from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Columns, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
 from linkrx.framing import Framing
 from linkrx.packet import MALFORMED, Flags
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
@@ -57,7 +57,7 @@ class Outcome:
     """What classification left behind."""
 
     count: int
-    table: Columns
+    table: Table
     counters: array[int]
     addresses: list[tuple[bytes, bytes, int]] = field(default_factory=list)
     frames: list[bytes] = field(default_factory=list)
@@ -94,8 +94,8 @@ def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
     assert descriptors.header[ROWS] == len(packets)
     count = descriptors.header[CLASSIFIED] - 1
     region = memoryview(bytes(arena.view[arena.cursor :]))
-    table = Columns(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets))
-    table._last = count
+    table = Table(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets))
+    table._count = count
     outcome = Outcome(count, table, counters)
     outcome.frames = [
         bytes(region[start : start + length])

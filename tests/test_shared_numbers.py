@@ -96,7 +96,7 @@ def test_header_has_a_word_for_each() -> None:
 def test_row_is_the_sum_of_its_columns() -> None:
     """The eight columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
     table = bytearray(columns.ROW_BYTES)
-    row = columns.Columns(memoryview(table), 1)
+    row = columns.Table(memoryview(table), 1)
     views = [getattr(row, name) for name in columns.COLUMNS]
     assert sum(view.nbytes for view in views) == columns.ROW_BYTES
     for view in views:
