@@ -56,3 +56,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"{one.name:<58} {facts['median_ms']:>8} {facts['max_ms']:>8} {facts['target_ms']:>6}"
         )
+    streams = [one for one in session.benchmarks if "streams" in one.extra_info] if session else []
+    if streams:
+        terminalreporter.write_line(
+            f"{'MB/s; CPU us per MB: receiver in user space, in the kernel, both ends':<72}"
+            f"{'MB/s':>8} {'user':>8} {'kernel':>8} {'both':>8}"
+        )
+    for one in streams:
+        for mode, figures in one.extra_info["streams"].items():
+            columns = " ".join(f"{value:>8}" for value in figures.values())
+            terminalreporter.write_line(f"{one.name + ' ' + mode:<72}{columns}")

@@ -20,7 +20,6 @@ from typing import Any
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.device import Device
 from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, mac
 from linkrx.responder import IPV4, checksum
 from linkrx.testing.waiting import PATIENCE, running
@@ -38,6 +37,7 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 KERNEL = {4: "10.77.0.1", 6: "fd77::1"}
 SINK = {4: "10.77.0.2", 6: "fd77::2"}
 PREFIX_LENGTHS = {4: 24, 6: 64}
+IFA_F_NODAD = 0x02  # linux/if_addr.h
 PORT = 5001
 
 ETHERTYPES = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
@@ -185,12 +185,12 @@ def stream(
 
 def _give_addresses(name: str) -> None:
     """To the kernel, and tell it where the sink is."""
-    settings = Path("/proc/sys/net/ipv6/conf", name)
-    (settings / "accept_dad").write_text("0")
-    (settings / "disable_ipv6").write_text("0")
-    Device(name).set_up()  # and wait: until then an address of IPv6 is tentative, and another is sent from
+    Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6").write_text("0")
     index = socket.if_nametoindex(name)
     with IPRoute() as route:
-        for version in FAMILIES:
-            route.addr("add", index=index, address=KERNEL[version], prefixlen=PREFIX_LENGTHS[version])
+        route.link("set", index=index, state="up")
+        for version, address in KERNEL.items():
+            # Without IFA_F_NODAD an address of IPv6 is not one to send from until a worker of the kernel has seen to it.
+            flags = IFA_F_NODAD if version == 6 else 0
+            route.addr("add", index=index, address=address, prefixlen=PREFIX_LENGTHS[version], flags=flags)
             route.neigh("add", dst=SINK[version], lladdr=mac(HARDWARE), ifindex=index, state="permanent")

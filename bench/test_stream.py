@@ -1,0 +1,85 @@
+"""A TCP connection of the kernel's at full speed into linkrx: megabytes per second, and what receiving them costs."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import statistics
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import pytest
+from tcp_sink import MODES, stream
+
+from linkrx.testing.waiting import PATIENCE
+
+MEGABYTE = 1_000_000
+STREAM = 50 * MEGABYTE
+ROUNDS = 5
+SUBJECT = "segment"
+
+
+class Cost(NamedTuple):
+    """Of one stream: megabytes per second, and microseconds of processor time per megabyte. Those of the receiver's thread
+    have in them what the kernel does when it is handed an acknowledgement, which is to send.
+    """
+
+    mb_per_s: float
+    user_us: float
+    system_us: float
+    both_ends_us: float
+
+
+def measured(mode: str, version: int) -> Cost:
+    """One connection, received in this thread; the other end is in another."""
+    with stream(mode, version, STREAM, timestamps=True) as (rx, sink):
+        start, usage, cpu = (
+            time.perf_counter(),
+            resource.getrusage(resource.RUSAGE_THREAD),
+            time.process_time(),
+        )
+        for batch in rx.batches(PATIENCE):
+            sink.take(batch)
+            if sink.finished:
+                break
+        took, cpu = time.perf_counter() - start, time.process_time() - cpu
+        used = resource.getrusage(resource.RUSAGE_THREAD)
+    assert (sink.received, sink.ahead, sink.repeated) == (STREAM, 0, 0)
+    megabytes = STREAM / MEGABYTE
+    return Cost(
+        megabytes / took,
+        (used.ru_utime - usage.ru_utime) * 1e6 / megabytes,
+        (used.ru_stime - usage.ru_stime) * 1e6 / megabytes,
+        cpu * 1e6 / megabytes,
+    )
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_stream(benchmark: Any, version: int) -> None:
+    """Every byte of it checked: cut by the kernel, cut by linkrx, and whole, in turn and in random order."""
+    processors = os.sched_getaffinity(0)
+    costs: dict[str, list[Cost]] = defaultdict(list)
+
+    def one(mode: str) -> None:
+        costs[mode].append(measured(mode, version))
+
+    def others() -> None:
+        modes = [mode for mode in MODES if mode != SUBJECT]
+        random.shuffle(modes)
+        for mode in modes:
+            one(mode)
+
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # sender and receiver side by side
+    try:
+        benchmark.pedantic(one, args=(SUBJECT,), setup=others, rounds=ROUNDS, warmup_rounds=1)
+    finally:
+        os.sched_setaffinity(0, processors)
+    benchmark.extra_info["streams"] = {
+        mode: {
+            name: round(statistics.median(values), 1)
+            for name, values in zip(Cost._fields, zip(*rounds, strict=True), strict=True)
+        }
+        for mode, rounds in costs.items()
+    }
