@@ -66,3 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for mode, figures in one.extra_info["streams"].items():
             columns = " ".join(f"{value:>8}" for value in figures.values())
             terminalreporter.write_line(f"{one.name + ' ' + mode:<72}{columns}")
+    cut = [one for one in session.benchmarks if "targets" in one.extra_info] if session else []
+    for one in cut:
+        for what, figure in one.extra_info["targets"].items():
+            terminalreporter.write_line(f"{one.name:<32}{what:<52} {figure:>8}")

@@ -1,0 +1,261 @@
+"""Super-packets of a TAP as frames: linkrx beside the kernel's own segmentation, and beside a bare loop in C."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import platform
+import random
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from super_packets import TCP, UDP, Super
+
+import linkrx
+from linkrx.columns import align
+from linkrx.device import Device
+
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
+SUPER_PACKETS = 32  # of one fill: two megabytes, more than a core's second-level cache
+SEGMENTS = 44  # of each
+QUEUE = 2 * SUPER_PACKETS * SEGMENTS
+MTU = 1500
+TIMESTAMPS = b"\x01\x01\x08\x0a" + bytes(range(8))
+
+ROUNDS = 60
+WARMUP = 5
+
+READ_ROOM = 65_600  # split_floor.c
+MEMORY = 512 * 1024
+
+Drain = Callable[[], tuple[int, int]]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, "split_floor.so")
+        source = Path(__file__).with_name("split_floor.c")
+        subprocess.run(
+            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
+        )
+        return ctypes.CDLL(str(built))
+
+
+class Floor:
+    """A bare loop on a descriptor. Each call drains it and returns (frames or super-packets, bytes)."""
+
+    def __init__(self, function: str, fd: int) -> None:
+        self.memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        self._call = getattr(_library(), function)
+        self._call.restype = ctypes.c_long
+        self._fd = fd
+        self._at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self.memory)))
+
+    def __call__(self) -> tuple[int, int]:
+        drained = ctypes.c_uint64(0)
+        count = self._call(self._fd, self._at, ctypes.c_long(MEMORY), ctypes.byref(drained))
+        return count, drained.value
+
+
+class Queue:
+    """A TAP queue, and what puts the same super-packets into it; without `offload` the kernel cuts them on their way."""
+
+    def __init__(self, kept: ExitStack, case: Super, *, offload: bool) -> None:
+        self.tap = kept.enter_context(linkrx.TunTap(vnet_header=offload, offload=offload))
+        device = Device(self.tap.name)
+        device.set(txqlen=QUEUE)
+        device.set_up()
+        self._sender = kept.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+        self._sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        self._sender.bind((self.tap.name, 0))
+        self._sent = case.vnet() + case.frame()
+
+    def fill(self, super_packets: int = SUPER_PACKETS) -> None:
+        """Untimed."""
+        for _ in range(super_packets):
+            self._sender.send(self._sent)
+
+
+@dataclass
+class Reader:
+    """One way to drain a queue, and what is to come out of it in all."""
+
+    queue: Queue
+    drain: Drain
+    wanted: tuple[int, int]
+
+
+def batches(rx: linkrx.Dispatcher, packets: int) -> Drain:
+    """The batch API: nothing per packet."""
+    source = rx.batches()
+    before = 0
+
+    def drain() -> tuple[int, int]:
+        nonlocal before
+        got = 0
+        while got < packets:
+            got += len(next(source))
+        before, total = rx.stats().bytes, rx.stats().bytes - before
+        return got, total
+
+    return drain
+
+
+def delivery(rx: linkrx.Dispatcher, packets: int) -> Drain:
+    """`deliver` for every packet."""
+    before = 0
+
+    def drain() -> tuple[int, int]:
+        nonlocal before
+        got = 0
+        while got < packets:
+            got += rx.drain()
+        before, total = rx.stats().bytes, rx.stats().bytes - before
+        return got, total
+
+    return drain
+
+
+def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
+    """A deliver that does nothing: what remains is linkrx."""
+
+
+def super_packet(protocol: int, version: int) -> Super:
+    """Of as many full frames as a sender of the kernel puts into one."""
+    case = Super(version, protocol, tcp_options=TIMESTAMPS if protocol == TCP else b"")
+    size = MTU - (case.headers - len(case.link))
+    return Super(version, protocol, SEGMENTS * size, size, tcp_options=case.tcp_options)
+
+
+@contextmanager
+def readers(case: Super) -> Iterator[dict[str, Reader]]:
+    """All ways, on a queue that hands over super-packets and on one that does not."""
+    frames = SUPER_PACKETS * SEGMENTS, SUPER_PACKETS * sum(map(len, case.frames()))
+    wholes = SUPER_PACKETS, SUPER_PACKETS * len(case.frame())
+    with ExitStack() as kept:
+        whole, cut = Queue(kept, case, offload=True), Queue(kept, case, offload=False)
+
+        def opened(
+            queue: Queue, way: Callable[..., Drain], wanted: tuple[int, int], **options: Any
+        ) -> Reader:
+            deliver = ignore if way is delivery else None
+            rx = kept.enter_context(linkrx.open(queue.tap, deliver, backend="readv", **options))
+            return Reader(queue, way(rx, wanted[0]), wanted)
+
+        yield {
+            "C floor": Reader(whole, Floor("drain_split", whole.tap.fileno()), frames),
+            "segment": opened(whole, batches, frames, segment=True),
+            "segment, deliver": opened(whole, delivery, frames, segment=True),
+            "kernel": opened(cut, batches, frames),
+            "kernel, deliver": opened(cut, delivery, frames),
+            "C, whole": Reader(whole, Floor("drain_whole", whole.tap.fileno()), wholes),
+            "whole": opened(whole, batches, wholes),
+        }
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [TCP, UDP], ids=["TCP", "UDP"])
+def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
+    """Each way drains its queue once in every round, in random order, and gets every frame and byte."""
+    case = super_packet(protocol, version)
+    verify(case)
+    spent: dict[str, list[float]] = defaultdict(list)
+    with readers(case) as racing:
+        names, waiting = list(racing), list[str]()
+
+        def drain(name: str) -> None:
+            reader = racing[name]
+            start = time.perf_counter_ns()
+            got = reader.drain()
+            spent[name].append((time.perf_counter_ns() - start) / SUPER_PACKETS / SEGMENTS)
+            assert got == reader.wanted, f"{name} drained {got} of {reader.wanted}"
+
+        def finish_round() -> None:
+            while waiting:
+                racing[waiting[-1]].queue.fill()
+                drain(waiting.pop())
+
+        def start_round() -> None:
+            finish_round()
+            random.shuffle(names)
+            waiting.extend(names)
+            while (name := waiting.pop()) != "segment":
+                racing[name].queue.fill()
+                drain(name)
+            racing[name].queue.fill()
+
+        gc.collect()
+        gc.freeze()
+        try:
+            benchmark.pedantic(
+                drain, args=("segment",), setup=start_round, rounds=ROUNDS, warmup_rounds=WARMUP
+            )
+            finish_round()
+        finally:
+            gc.unfreeze()
+    benchmark.extra_info.update(kernel=platform.release(), segments=SEGMENTS, super_packets=SUPER_PACKETS)
+    if benchmark.enabled:
+        report(benchmark, {name: took[WARMUP:] for name, took in spent.items()})
+
+
+def report(benchmark: Any, timed: dict[str, list[float]]) -> None:
+    """Nanoseconds per frame of each way, and the ratios that there are targets for."""
+    medians = {name: statistics.median(took) for name, took in timed.items()}
+    benchmark.extra_info["readers"] = {
+        name: {
+            "ns": round(medians[name], 1),
+            "least_ns": round(min(took), 1),
+            "ratio": round(medians[name] / medians["C floor"], 3),
+        }
+        for name, took in timed.items()
+    }
+    benchmark.extra_info.update(
+        ns=round(medians["segment"], 1),
+        floor_ns=round(medians["C floor"], 1),
+        ratio=round(medians["segment"] / medians["C floor"], 3),
+        targets={
+            "kernel / segment, at least 5": round(medians["kernel"] / medians["segment"], 2),
+            "kernel / segment, both with deliver, at least 2.5": round(
+                medians["kernel, deliver"] / medians["segment, deliver"], 2
+            ),
+            "kernel / segment with deliver": round(medians["kernel"] / medians["segment, deliver"], 2),
+            "segment / C, at most 1.15": round(medians["segment"] / medians["C floor"], 3),
+            "whole / C, whole": round(medians["whole"] / medians["C, whole"], 3),
+        },
+    )
+
+
+def verify(case: Super) -> None:
+    """The kernel's frames, those of the bare loop and those of linkrx are the same, byte for byte."""
+    with ExitStack() as kept:
+        whole, cut = Queue(kept, case, offload=True), Queue(kept, case, offload=False)
+        cut.fill(1)
+        expected = [os.read(cut.tap.fileno(), READ_ROOM) for _ in range(SEGMENTS)]
+        assert expected == case.frames()
+
+        floor = Floor("drain_split", whole.tap.fileno())
+        whole.fill(1)
+        assert floor() == (SEGMENTS, sum(map(len, expected)))
+        at = READ_ROOM
+        for frame in expected:
+            assert floor.memory[at : at + len(frame)] == frame
+            at += align(len(frame))
+
+        whole.fill(2)
+        assert os.read(whole.tap.fileno(), READ_ROOM) == case.vnet() + case.frame()
+        with linkrx.open(whole.tap, backend="readv", segment=True) as rx:
+            assert [bytes(rx.recv(1)) for _ in expected] == expected
