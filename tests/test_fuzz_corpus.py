@@ -111,6 +111,28 @@ DEFECTS = {
         "head = length < s->slot ?",
         "head = length <= s->slot + 1 ?",
     ),
+    "room is aligned without a look": ("segment", "end > o->size)", "end > o->size + 7ull)"),
+    "IPv4 options behind the end": ("segment", "size >= IPV4_HEADER && size <= room", "size >= IPV4_HEADER"),
+    "half an extension header": ("segment", "room - size < 8", "room == size"),
+    "a cut super-packet is split": ("segment", "if (truncated || !v->gso_size", "if (!v->gso_size"),
+    "a checksum at the very end": (
+        "segment",
+        "v->csum_offset + 2 <= p->length",
+        "v->csum_offset + 1 <= p->length",
+    ),
+    "UDP with no checksum": (
+        "segment",
+        "put_word(l4 + UDP_CHECKSUM_AT, checksum ? checksum : 0xFFFF)",
+        "put_word(l4 + UDP_CHECKSUM_AT, checksum)",
+    ),
+    "CWR on every segment": ("segment", "if (k)\n", "if (k > p->segments)\n"),
+    "the last segment is not the last": ("segment", "if (k + 1 < p->segments)", "if (k < p->segments)"),
+    "done is forgotten": (
+        "segment",
+        "s->done < p.segments; s->done++",
+        "s->done + 1 < p.segments; s->done++",
+    ),
+    "receives are told again": ("segment", "    taken[LRX_RECEIVES] = 0;\n", ""),
 }
 
 

@@ -6,7 +6,7 @@ import struct
 from dataclasses import replace
 
 import pytest
-from super_packets import ACK, CWR, ECE, FIN, NOISE, PSH, TCP, UDP, Bench, Make, Row, Super
+from super_packets import ACK, CWR, ECE, FIN, NOISE, PSH, TCP, UDP, Bench, Make, Row, Super, ones_complement
 from test_interruption import After, Interrupted
 
 from linkrx import _core, segment
@@ -153,7 +153,9 @@ def test_one_segment_is_a_packet(make: Make, case: Super) -> None:
         taken = row(
             case, gso_type=5 if case.protocol == UDP else 1 if case.version == 4 else 4, gso_size=size
         )
-        assert Bench(make, PLAIN).all([taken]) == whole(*whole_one.frames())
+        taken = replace(taken, wire_length=len(taken.data))
+        expected = Row(bytes(VNET) + whole_one.frames()[0], 0, taken.wire_length)
+        assert Bench(make, PLAIN).all([taken]) == [expected]
 
 
 @both
@@ -215,8 +217,8 @@ MALFORMATIONS: dict[str, Row] = {
     "an IPv4 header of 16 bytes": Row(Super().vnet() + FRAGMENT[:14] + b"\x44" + FRAGMENT[15:]),
     "a TCP header of 16 bytes": Row(Super().vnet() + FRAGMENT[:46] + b"\x40" + FRAGMENT[47:]),
     "three tags": row(Super(tags=(0x88A8, 0x8100, 0x8100))),
-    "a segment of more than IP allows": row(Super(payload=66_000), gso_size=0xFFFF),
-    "a checksum behind the end": row(Super(payload=10, size=0), csum_start=54, csum_offset=10),
+    "a segment of more than IP allows": row(Super(payload=66_000), gso_size=65_496),
+    "a checksum behind the end": row(Super(payload=10, size=0), csum_start=54, csum_offset=9),
     "a checksum far behind": row(Super(payload=10, size=0), csum_start=0xFFFF, csum_offset=0xFFFF),
 }
 
@@ -228,6 +230,18 @@ def test_malformed(make: Make, name: str) -> None:
     good = EVERY_KIND[3]
     given = Bench(make, PLAIN).all([row(good), MALFORMATIONS[name], OTHER])
     assert given == [*whole(*good.frames()), BAD, OTHER]
+
+
+@both
+def test_limits(make: Make) -> None:
+    """A segment may be as long as IP allows, and a checksum the last of a frame."""
+    case = Super(payload=65_496, size=65_495)
+    assert Bench(make, PLAIN).all([row(case)]) == whole(*case.frames())
+    data = row(Super(payload=10, size=0), csum_start=54, csum_offset=8).data
+    (given,) = Bench(make, PLAIN).all([Row(data)])
+    # What stands in the field is in the sum.
+    checksum = 0xFFFF ^ ones_complement(data[VNET + 54 :])
+    assert given == Row(bytes(VNET) + data[VNET:-2] + checksum.to_bytes(2, "big"))
 
 
 @both

@@ -214,8 +214,8 @@ static int headers_found(struct parsed *p, const struct vnet *v, uint32_t link_h
     return !(v->flags & NEEDS_CSUM) || (v->csum_start == p->transport && v->csum_offset == checksum_at);
 }
 
-/* What the checksums of all segments have in common. With NEEDS_CSUM the sender left the sum of the pseudo-header in the
- * field, with the length of the whole in it; like the kernel, believe it: behind a routing header only the sender knows. */
+/* What the checksums of all segments have in common. With NEEDS_CSUM the sender left the pseudo-header's sum in the
+ * field, with the length of the whole in it. Like the kernel, believe it: only the sender knows a route's last address. */
 static void add_up(struct parsed *p, const struct vnet *v)
 {
     const uint8_t *ip = p->frame + p->network, *l4 = p->frame + p->transport;
