@@ -41,8 +41,6 @@ WARMUP = 5
 READ_ROOM = 65_600  # split_floor.c
 MEMORY = 512 * 1024
 
-Drain = Callable[[], tuple[int, int]]
-
 
 @cache
 def _library() -> ctypes.CDLL:
@@ -56,7 +54,7 @@ def _library() -> ctypes.CDLL:
 
 
 class Floor:
-    """A bare loop on a descriptor. Each call drains it and returns (frames or super-packets, bytes)."""
+    """A bare loop on a descriptor. Each call drains it and returns how many frames or super-packets there were."""
 
     def __init__(self, function: str, fd: int) -> None:
         self.memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
@@ -65,10 +63,15 @@ class Floor:
         self._fd = fd
         self._at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self.memory)))
 
-    def __call__(self) -> tuple[int, int]:
-        drained = ctypes.c_uint64(0)
-        count = self._call(self._fd, self._at, ctypes.c_long(MEMORY), ctypes.byref(drained))
-        return count, drained.value
+        self._size = ctypes.c_uint64(0)
+
+    def __call__(self) -> int:
+        count: int = self._call(self._fd, self._at, ctypes.c_long(MEMORY), ctypes.byref(self._size))
+        return count
+
+    def size(self) -> int:
+        """Bytes in all."""
+        return self._size.value
 
 
 class Queue:
@@ -92,40 +95,42 @@ class Queue:
 
 @dataclass
 class Reader:
-    """One way to drain a queue, and what is to come out of it in all."""
+    """One way to drain a queue: `drain` returns how many came, `size` how many bytes there have been since it was made."""
 
     queue: Queue
-    drain: Drain
-    wanted: tuple[int, int]
+    drain: Callable[[], int]
+    size: Callable[[], int]
+    wanted: tuple[int, int]  # what comes out of a filled queue
+    sized: int = 0
+
+    def check(self, came: int) -> None:
+        """Untimed: counters are asked of the kernel, too."""
+        before, self.sized = self.sized, self.size()
+        got = came, self.sized - before
+        assert got == self.wanted, f"drained {got} of {self.wanted}"
 
 
-def batches(rx: linkrx.Dispatcher, packets: int) -> Drain:
+def batches(rx: linkrx.Dispatcher, packets: int) -> Callable[[], int]:
     """The batch API: nothing per packet."""
     source = rx.batches()
-    before = 0
 
-    def drain() -> tuple[int, int]:
-        nonlocal before
+    def drain() -> int:
         got = 0
         while got < packets:
             got += len(next(source))
-        before, total = rx.stats().bytes, rx.stats().bytes - before
-        return got, total
+        return got
 
     return drain
 
 
-def delivery(rx: linkrx.Dispatcher, packets: int) -> Drain:
+def delivery(rx: linkrx.Dispatcher, packets: int) -> Callable[[], int]:
     """`deliver` for every packet."""
-    before = 0
 
-    def drain() -> tuple[int, int]:
-        nonlocal before
+    def drain() -> int:
         got = 0
         while got < packets:
             got += rx.drain()
-        before, total = rx.stats().bytes, rx.stats().bytes - before
-        return got, total
+        return got
 
     return drain
 
@@ -150,19 +155,23 @@ def readers(case: Super) -> Iterator[dict[str, Reader]]:
         whole, cut = Queue(kept, case, offload=True), Queue(kept, case, offload=False)
 
         def opened(
-            queue: Queue, way: Callable[..., Drain], wanted: tuple[int, int], **options: Any
+            queue: Queue, way: Callable[..., Callable[[], int]], wanted: tuple[int, int], **options: Any
         ) -> Reader:
             deliver = ignore if way is delivery else None
             rx = kept.enter_context(linkrx.open(queue.tap, deliver, backend="readv", **options))
-            return Reader(queue, way(rx, wanted[0]), wanted)
+            return Reader(queue, way(rx, wanted[0]), lambda: rx.stats().bytes, wanted)
+
+        def bare(function: str, wanted: tuple[int, int]) -> Reader:
+            floor = Floor(function, whole.tap.fileno())
+            return Reader(whole, floor, floor.size, wanted)
 
         yield {
-            "C floor": Reader(whole, Floor("drain_split", whole.tap.fileno()), frames),
+            "C floor": bare("drain_split", frames),
             "segment": opened(whole, batches, frames, segment=True),
             "segment, deliver": opened(whole, delivery, frames, segment=True),
             "kernel": opened(cut, batches, frames),
             "kernel, deliver": opened(cut, delivery, frames),
-            "C, whole": Reader(whole, Floor("drain_whole", whole.tap.fileno()), wholes),
+            "C, whole": bare("drain_whole", wholes),
             "whole": opened(whole, batches, wholes),
         }
 
@@ -180,9 +189,9 @@ def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
         def drain(name: str) -> None:
             reader = racing[name]
             start = time.perf_counter_ns()
-            got = reader.drain()
+            came = reader.drain()
             spent[name].append((time.perf_counter_ns() - start) / SUPER_PACKETS / SEGMENTS)
-            assert got == reader.wanted, f"{name} drained {got} of {reader.wanted}"
+            reader.check(came)
 
         def finish_round() -> None:
             while waiting:
@@ -249,7 +258,7 @@ def verify(case: Super) -> None:
 
         floor = Floor("drain_split", whole.tap.fileno())
         whole.fill(1)
-        assert floor() == (SEGMENTS, sum(map(len, expected)))
+        assert (floor(), floor.size()) == (SEGMENTS, sum(map(len, expected)))
         at = READ_ROOM
         for frame in expected:
             assert floor.memory[at : at + len(frame)] == frame
