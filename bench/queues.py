@@ -21,14 +21,16 @@ SIZES = (64, 576, 1514, 9014, 65535)
 BUFFER = 64 * 1024 * 1024  # bytes of socket buffer, of which every queued frame takes more than its size
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 # A TAP queue holds 1000 frames by default. A ring takes frames in some 20 ns each: enough of them that the first misses
-# of a cold cache do not count. Of large frames fewer, so that a fill stays below 16 MiB.
-PACKETS, RING_PACKETS, FILL_BYTES = 512, 4096, 16 * 1024 * 1024
+# of a cold cache do not count. Of large frames fewer: a drain is to take no more than a millisecond, or it is interrupted
+# by whatever else runs on the processor, and a median of such rounds says little.
+PACKETS, FILL_BYTES = 512, 1024 * 1024
+RING_PACKETS, RING_FILL_BYTES = 4096, 6 * 1024 * 1024
 RING_SETTLE = 0.004  # four times the default latency
 
 
-def packets_of(size: int, most: int = PACKETS) -> int:
+def packets_of(size: int, most: int = PACKETS, fill: int = FILL_BYTES) -> int:
     """Frames in a fill: a multiple of 64, so that batches are full."""
-    return min(most, max(64, FILL_BYTES // size // 64 * 64))
+    return min(most, max(64, fill // size // 64 * 64))
 
 
 Opened = tuple[Queue, "int | str | HasFileno", Reader]
@@ -66,7 +68,11 @@ def ring(frames: Frames) -> Iterator[Opened]:
     """An interface on which everyone has a ring of his own; the floor is a bare walk of one."""
     with veth() as (near, far), injector_on(far) as injector:
         queue = Queue(
-            frames, injector, packets_of(frames.size, RING_PACKETS), shared=True, settle=RING_SETTLE
+            frames,
+            injector,
+            packets_of(frames.size, RING_PACKETS, RING_FILL_BYTES),
+            shared=True,
+            settle=RING_SETTLE,
         )
         yield queue, near, ring_floor(queue, near)
 

@@ -31,7 +31,7 @@ from linkrx.capabilities import SOL_PACKET
 from linkrx.device import Device, injector_on
 from linkrx.rigs import veth
 
-ROUNDS, SECONDS, SHORT_SECONDS = 3, 0.5, 0.05
+ROUNDS, SECONDS, SHORT_SECONDS = 3, 0.3, 0.05
 QUIET = 0.1  # seconds without a packet, the sender having ended, behind which nothing is left
 MANY = 256  # packets between looks at the clock, of those who receive one at a time
 
