@@ -4,8 +4,8 @@
 //
 // MODE is readv, recvmmsg or mmap. Attach starts a goroutine that receives as soon as there is a packet; behind the last
 // of PACKETS its delivery does not return, so that a queue can be filled. For each line "drain" or "check" delivery
-// returns, and when PACKETS more were delivered it is told how long that took in nanoseconds, their bytes, and with
-// "check" the Adler-32 of these. The first PACKETS are delivered before any line is read, and told of with one line.
+// returns, and when PACKETS more were delivered it is told how long that took in nanoseconds, their bytes, with
+// "check" the Adler-32 of these, and how often another thread was given the processor meanwhile. The first PACKETS are delivered before any line is read, and told of with one line.
 //
 // With PACKETS 0 delivery always returns. A line "count" is answered with the packets so far and the processor time of
 // this process in nanoseconds.
@@ -101,9 +101,12 @@ func main() {
 			fmt.Println(atomic.LoadUint64(&c.packets), used.Utime.Nano()+used.Stime.Nano())
 			continue
 		}
+		var before, after syscall.Rusage
+		syscall.Getrusage(syscall.RUSAGE_SELF, &before)
 		start := time.Now()
 		c.more <- lines.Text() == "check"
 		r := <-c.done
-		fmt.Println(r.at.Sub(start).Nanoseconds(), r.bytes, r.check)
+		syscall.Getrusage(syscall.RUSAGE_SELF, &after)
+		fmt.Println(r.at.Sub(start).Nanoseconds(), r.bytes, r.check, after.Nivcsw-before.Nivcsw)
 	}
 }

@@ -329,7 +329,8 @@ class Gvisor(OwnClock):
 
     def __call__(self) -> int:
         """Let it drain a filled queue."""
-        self.took_ns, size, check = self.ask("drain" if self._check is None else "check")
+        self.took_ns, size, check, switches = self.ask("drain" if self._check is None else "check")
+        self.disturbed = switches > 0
         if self._check is not None:
             self._check.set(self._packets, size, check)
         return self._packets

@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import random
+import resource
 import socket
 import statistics
 import time
@@ -20,10 +21,12 @@ from linkrx import _core
 
 ROUNDS = 50
 WARMUP = 3
+ENOUGH = 10  # undisturbed rounds to take a median of, or else all rounds count
 CHECKED = 2  # rounds in which all bytes are looked at, before any is timed
 
 Buffer = bytes | bytearray | memoryview
 Drain = Callable[[], int]
+Drained = tuple[float, bool]  # ns per packet, and whether another process had the processor meanwhile
 
 
 class Sendable(Protocol):
@@ -87,9 +90,10 @@ class Reader:
 
 
 class OwnClock:
-    """A Drain in another process, which knows better how long it took."""
+    """A Drain in another process, which knows better how long it took and whether it was disturbed."""
 
     took_ns = 0.0
+    disturbed = False
 
     def __call__(self) -> int:
         """Drain the queue."""
@@ -108,13 +112,13 @@ def race(
     """Measure readers beside each other; `subject` is the one that pytest-benchmark gets the time of.
 
     In every round each drains its queue once, in random order. Filling is not timed. All that is drained must be what
-    was put in: the number in every round, in CHECKED rounds also the order and every byte. The figures are in
-    `extra_info`: `readers` has ns per packet (median and least) of each and the ratio of its median round to that of
+    was put in: the number in every round, in CHECKED rounds also the order and every byte. Drains in which the kernel took
+    the processor away for another process do not count, where ENOUGH others are left. The figures are in `extra_info`: `readers` has ns per packet (median and least) of each and the ratio of its median round to that of
     `floor`; `ns`, `floor_ns` and `ratio` are the subject's.
     """
     for name, reader in readers.items():
         verify(name, reader)
-    spent: dict[str, list[float]] = {name: [] for name in readers}
+    spent: dict[str, list[Drained]] = {name: [] for name in readers}
     names, waiting = list(readers), list[str]()
     shared = {id(reader.queue): reader.queue for reader in readers.values() if reader.queue.shared}
     with ExitStack() as stack:
@@ -126,11 +130,14 @@ def race(
 
         def drain(name: str) -> None:
             drained, wanted = drains[name], readers[name].queue.packets
-            start = time.perf_counter_ns()
+            switches, start = preemptions(), time.perf_counter_ns()
             got = drained()
-            took = time.perf_counter_ns() - start
+            took, disturbed = time.perf_counter_ns() - start, preemptions() > switches
             assert got == wanted, f"{name} drained {got} of {wanted}"
-            spent[name].append((drained.took_ns if isinstance(drained, OwnClock) else took) / wanted)
+            if isinstance(drained, OwnClock):
+                spent[name].append((drained.took_ns / wanted, drained.disturbed))
+            else:
+                spent[name].append((took / wanted, disturbed))
 
         def finish_round() -> None:
             while waiting:
@@ -175,17 +182,27 @@ def verify(name: str, reader: Reader) -> None:
             assert got == wanted, f"{name}: packets, bytes, checksum are {got}, and should be {wanted}"
 
 
-def figures(timed: dict[str, list[float]], subject: str, floor: str) -> dict[str, object]:
-    """Of ns per packet in every round: medians, minima, and ratios of the medians to the floor's."""
-    medians = {name: statistics.median(took) for name, took in timed.items()}
+def preemptions() -> int:
+    """How often the kernel has taken the processor away from this thread for another."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+
+
+def figures(timed: dict[str, list[Drained]], subject: str, floor: str) -> dict[str, object]:
+    """Medians, minima, and ratios of the medians to the floor's; and how many rounds were disturbed."""
+    counted = {name: [ns for ns, disturbed in took if not disturbed] for name, took in timed.items()}
+    for name, took in timed.items():
+        if len(counted[name]) < ENOUGH:
+            counted[name] = [ns for ns, _ in took]
+    medians = {name: statistics.median(took) for name, took in counted.items()}
     return {
         "readers": {
             name: {
                 "ns": round(medians[name], 1),
                 "least_ns": round(min(took), 1),
                 "ratio": round(medians[name] / medians[floor], 3),
+                "disturbed": sum(disturbed for _, disturbed in timed[name]),
             }
-            for name, took in timed.items()
+            for name, took in counted.items()
         },
         "ns": round(medians[subject], 1),
         "floor_ns": round(medians[floor], 1),
