@@ -1,13 +1,20 @@
 /* What software segmentation in the kernel does, for super-packets that were received whole: tcp_gso_segment,
  * __udp_gso_segment, inet_gso_segment, ipv6_gso_segment; and skb_checksum_help for what is no super-packet. */
+#include <arpa/inet.h>
 #include <linux/if_ether.h>
 #include <linux/if_tun.h>
 #include <string.h>
 
 #include "packet.h"
-#include "checksum.inc"
 #include "columns.inc"
 #include "segment.h"
+
+/* Only what adds up bytes gains from it: 16 at a time. clang does it at -O2. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define VECTORISED __attribute__((optimize("O3")))
+#else
+#define VECTORISED
+#endif
 
 /* linux/virtio_net.h, with names that only newer ones have. */
 struct vnet {
@@ -74,6 +81,54 @@ struct parsed {
 };
 
 enum verdict { COPY, FINISH, SPLIT, MALFORMED };
+
+/* Checksums are sums of 16-bit words in whichever byte order, so long as one is kept to: this machine's. */
+
+static inline uint16_t word_at(const uint8_t *at)
+{
+    uint16_t word;
+
+    memcpy(&word, at, sizeof word);
+    return word;
+}
+
+static inline void put_word(uint8_t *at, uint16_t word)
+{
+    memcpy(at, &word, sizeof word);
+}
+
+static inline uint16_t read16(const uint8_t *at)
+{
+    return ntohs(word_at(at));
+}
+
+static inline uint16_t folded(uint64_t sum)
+{
+    sum = (sum >> 32) + (sum & 0xFFFFFFFF);
+    sum = (sum >> 32) + (sum & 0xFFFFFFFF);
+    sum = (sum >> 16) + (sum & 0xFFFF);
+    sum = (sum >> 16) + (sum & 0xFFFF);
+    return (uint16_t)sum;
+}
+
+/* The sum of `n` bytes. `low` overflows, but what it should be does not: the high halves are known. */
+VECTORISED
+static uint64_t sum_of(const uint8_t *from, uint32_t n)
+{
+    uint64_t low = 0, high = 0, word;
+    size_t words = n / sizeof word;
+
+    for (size_t k = 0; k < words; k++) {
+        memcpy(&word, from + k * sizeof word, sizeof word);
+        low += word;
+        high += word >> 32;
+    }
+    word = 0;
+    memcpy(&word, from + words * sizeof word, n % sizeof word);
+    low += word;
+    high += word >> 32;
+    return low - (high << 32) + high;
+}
 
 /* How long the IP header is, options and extension headers included; 0 if it is none that can be split. */
 static uint32_t ip_header(struct parsed *p)
