@@ -47,8 +47,10 @@ def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "split_floor.so")
         source = Path(__file__).with_name("split_floor.c")
+        core = source.parents[1] / "linkrx" / "_core"
         subprocess.run(
-            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
+            [os.environ.get("CC", "cc"), "-O2", f"-I{core}", "-shared", "-fPIC", "-o", built, source],
+            check=True,
         )
         return ctypes.CDLL(str(built))
 

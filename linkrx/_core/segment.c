@@ -6,15 +6,9 @@
 #include <string.h>
 
 #include "packet.h"
+#include "checksum.inc"
 #include "columns.inc"
 #include "segment.h"
-
-/* Only what adds up bytes gains from it: 16 at a time. clang does it at -O2. */
-#if defined(__GNUC__) && !defined(__clang__)
-#define VECTORISED __attribute__((optimize("O3")))
-#else
-#define VECTORISED
-#endif
 
 /* linux/virtio_net.h, with names that only newer ones have. */
 struct vnet {
@@ -81,54 +75,6 @@ struct parsed {
 };
 
 enum verdict { COPY, FINISH, SPLIT, MALFORMED };
-
-/* Checksums are sums of 16-bit words in whichever byte order, so long as one is kept to: this machine's. */
-
-static inline uint16_t word_at(const uint8_t *at)
-{
-    uint16_t word;
-
-    memcpy(&word, at, sizeof word);
-    return word;
-}
-
-static inline void put_word(uint8_t *at, uint16_t word)
-{
-    memcpy(at, &word, sizeof word);
-}
-
-static inline uint16_t read16(const uint8_t *at)
-{
-    return ntohs(word_at(at));
-}
-
-static inline uint16_t folded(uint64_t sum)
-{
-    sum = (sum >> 32) + (sum & 0xFFFFFFFF);
-    sum = (sum >> 32) + (sum & 0xFFFFFFFF);
-    sum = (sum >> 16) + (sum & 0xFFFF);
-    sum = (sum >> 16) + (sum & 0xFFFF);
-    return (uint16_t)sum;
-}
-
-/* The sum of `n` bytes. `low` overflows, but what it should be does not: the high halves are known. */
-VECTORISED
-static uint64_t sum_of(const uint8_t *from, uint32_t n)
-{
-    uint64_t low = 0, high = 0, word;
-    size_t words = n / sizeof word;
-
-    for (size_t k = 0; k < words; k++) {
-        memcpy(&word, from + k * sizeof word, sizeof word);
-        low += word;
-        high += word >> 32;
-    }
-    word = 0;
-    memcpy(&word, from + words * sizeof word, n % sizeof word);
-    low += word;
-    high += word >> 32;
-    return low - (high << 32) + high;
-}
 
 /* How long the IP header is, options and extension headers included; 0 if it is none that can be split. */
 static uint32_t ip_header(struct parsed *p)
@@ -285,7 +231,7 @@ static void write_segment(const struct parsed *p, uint32_t k, uint8_t *out, uint
     uint32_t headers = p->payload - p->left_out, payload = length - headers;
     const uint8_t *from = p->frame + p->payload + (size_t)k * p->size;
     uint8_t *ip = out + p->network, *l4 = out + p->transport - p->left_out;
-    uint64_t sum = p->transport_sum + sum_of(from, payload);
+    uint64_t sum = p->transport_sum + copied(out + headers, from, payload);
     uint32_t l4_length = headers - (p->transport - p->left_out) + payload;
 
     if (p->left_out) {
@@ -297,7 +243,6 @@ static void write_segment(const struct parsed *p, uint32_t k, uint8_t *out, uint
     } else {
         memcpy(out, p->frame, headers);
     }
-    memcpy(out + headers, from, payload);
     if (p->version == 4) {
         uint16_t total = htons((uint16_t)(length - p->network));
         uint16_t id = htons((uint16_t)(read16(ip + IPV4_ID_AT) + k));
