@@ -8,6 +8,9 @@ from linkrx.columns import Descriptors, align
 from linkrx.framing import Framing
 from linkrx.segment import segmenter
 
+# What headers, one for every frame, make of a super-packet on a link with an MTU of 1500 is at most a sixteenth more.
+HEADERS_SHARE = 16
+
 # As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
 # costs would be paid for every 45 frames.
 SEGMENT_ROWS = 1024
@@ -24,7 +27,8 @@ class Segmenting(Mechanism):
         self._taken = Descriptors(receive.options.batch_size or backend.batch_size)
         self._segmenter = segmenter(self._taken, descriptors, framing)
         # A backend wants room for one packet of any size behind all others, and one byte more.
-        self._staging = Arena(ARENA_BYTES + align(receive.layout.capacity + 1))
+        self._largest = align(receive.layout.capacity + 1)
+        self._staging = Arena(ARENA_BYTES + self._largest)
         self._backend = backend(receive, self._taken)
 
     def start(self) -> None:
@@ -34,7 +38,9 @@ class Segmenting(Mechanism):
     def fill(self, arena: Arena, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
         if not self._segmenter.waiting:
-            self._backend.fill(self._staging, self._staging.size)
+            # No more than has room as frames: a few that were left over would be a batch of their own.
+            wanted = max(self._largest, room - room // HEADERS_SHARE)
+            self._backend.fill(self._staging, min(wanted, self._staging.size))
         return self._segmenter.segment(self._staging, arena, room)
 
     @property
