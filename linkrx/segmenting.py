@@ -40,7 +40,7 @@ class Segmenting(Mechanism):
         if not self._segmenter.waiting:
             # No more than has room as frames: a few that were left over would be a batch of their own.
             wanted = max(self._largest, room - room // HEADERS_SHARE)
-            self._backend.fill(self._staging, min(wanted, self._staging.size))
+            self._backend.fill(self._staging, min(wanted, self._staging.size - self._staging.cursor))
         return self._segmenter.segment(self._staging, arena, room)
 
     @property

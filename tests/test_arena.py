@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import linkrx
 from linkrx import arena as arena_module
-from linkrx.arena import Arena, Arenas
+from linkrx.arena import START, Arena, Arenas
 from linkrx.capabilities import LARGEST_TUN_FRAME
 from linkrx.columns import ROW_BYTES, align
 
@@ -71,7 +71,7 @@ def test_nothing_held() -> None:
     """With nothing held every receive uses the same arena from its front."""
     arenas = Arenas(FRAME, ROWS)
     assert len({place(arenas) for _ in range(50)}) == 1
-    assert place(arenas).start == 0
+    assert place(arenas).start == START
 
 
 @counts_exact
@@ -153,16 +153,16 @@ HOLDERS: tuple[Callable[[memoryview], object], ...] = (
 def test_what_counts_as_holding(holder: Callable[[memoryview], object]) -> None:
     """Whatever is made of a view holds its arena until it is let go, and from then on not."""
     arena = Arena(65536)
-    arena.cursor = 8
+    arena.cursor = START + 8
     view = memoryview(arena.memory)[:4096].toreadonly()
     held = [holder(view)]
     del view
     assert not arena.reclaim()
-    assert arena.cursor == 8
+    assert arena.cursor == START + 8
     held.clear()
     gc.collect()
     assert arena.reclaim()
-    assert arena.cursor == 0
+    assert arena.cursor == START
 
 
 @counts_exact
@@ -174,9 +174,9 @@ def test_an_arena_that_is_held_is_filled_onward() -> None:
     for taken in kept:
         spans.setdefault(id(taken.arena), []).append(taken.start)
     for starts in spans.values():
-        assert sorted(starts) == [4096 * index for index in range(len(starts))]
+        assert sorted(starts) == [START + 4096 * index for index in range(len(starts))]
     size = kept[0].arena.size
-    full = (size - arenas.table - arenas.largest) // 4096 + 1
+    full = (size - START - arenas.table - arenas.largest) // 4096 + 1
     assert sorted(map(len, spans.values()), reverse=True)[:-2] == [full] * (len(spans) - 2)
 
 
@@ -187,7 +187,7 @@ def test_letting_go_goes_back_to_the_front() -> None:
     kept = [take(arenas) for _ in range(300)]
     kept.clear()
     assert len({place(arenas) for _ in range(10)}) == 1
-    assert place(arenas).start == 0
+    assert place(arenas).start == START
 
 
 @counts_exact

@@ -277,7 +277,7 @@ def test_counters_add_up(make: Make) -> None:
     """The counters of one receive are added to those of the ones before."""
     descriptors, counters, arena = Descriptors(1), new_counters(), Arena(ROOM)
     one = make(descriptors, BARE, counters, bytearray())
-    arena.view[0] = 0x45
+    arena.view[arena.cursor] = 0x45
     for _ in range(3):
         descriptors.columns.lengths[0] = 20
         descriptors.header[COUNT], descriptors.header[END] = 1, 24

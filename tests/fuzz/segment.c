@@ -30,7 +30,7 @@ static uint32_t pair(const struct seen *s, uint32_t at)
 }
 
 /* RFC 1071, a byte at a time; `from` counts as even. */
-static uint32_t summed(uint32_t sum, const uint8_t *at, uint32_t from, uint32_t to)
+static uint32_t slow_sum(uint32_t sum, const uint8_t *at, uint32_t from, uint32_t to)
 {
     for (uint32_t i = from; i < to; i++) {
         sum += (i - from) % 2 ? at[i] : at[i] * 256u;
@@ -127,7 +127,7 @@ static void check_segment(const struct seen *s, uint32_t k, const uint8_t *out, 
     if (s->version == 4) {
         MUST(ip[2] * 256u + ip[3] == length - s->network);
         MUST((ip[4] * 256u + ip[5]) % 65536 == (pair(s, s->network + 4) + k) % 65536);
-        MUST(summed(0, ip, 0, l4 - s->network) == 0xFFFF);
+        MUST(slow_sum(0, ip, 0, l4 - s->network) == 0xFFFF);
     } else {
         MUST(ip[4] * 256u + ip[5] == length - s->network - 40);
         MUST(!cut || ip[6] == 6);
@@ -136,10 +136,10 @@ static void check_segment(const struct seen *s, uint32_t k, const uint8_t *out, 
     sum = pair(s, s->transport + (s->tcp ? 16 : 6));
     sum = plus(sum, 65535 - plus(0, s->tcp ? s->length - s->transport : pair(s, s->transport + 4)));
     if (s->flags % 2 == 0 || sound) {
-        sum = s->version == 4 ? summed(0, ip, 12, 20) : summed(0, ip, 8, 40);
+        sum = s->version == 4 ? slow_sum(0, ip, 12, 20) : slow_sum(0, ip, 8, 40);
         sum = plus(sum, s->tcp ? 6 : 17);
     }
-    sum = plus(plus(sum, length - l4), summed(summed(0, out, l4, place), out, place + 2, length));
+    sum = plus(plus(sum, length - l4), slow_sum(slow_sum(0, out, l4, place), out, place + 2, length));
     sum = 65535 - sum;
     MUST(out[place] * 256u + out[place + 1] == (sum || s->tcp ? sum : 0xFFFF));
     if (s->tcp) {
@@ -216,7 +216,7 @@ static int check(const struct row *r, const struct framing *f, uint32_t k, const
     for (uint32_t i = 0; i < s.length; i++)
         MUST((asks && i - s.csum_start - s.csum_offset < 2) || out[prefix + i] == s.frame[i]);
     if (asks) {
-        uint32_t place = s.csum_start + s.csum_offset, sum = 65535 - summed(0, s.frame, s.csum_start, s.length);
+        uint32_t place = s.csum_start + s.csum_offset, sum = 65535 - slow_sum(0, s.frame, s.csum_start, s.length);
 
         MUST(out[prefix + place] * 256u + out[prefix + place + 1] == (sum ? sum : 0xFFFF));
     }
@@ -279,7 +279,7 @@ static uint32_t write_headers(struct input *in, uint8_t *h, uint32_t length, uin
     }
     if (length < at)
         return at;
-    sum = four ? summed(0, h + network, 12, 20) : summed(0, h + network, 8, 40);
+    sum = four ? slow_sum(0, h + network, 12, 20) : slow_sum(0, h + network, 8, 40);
     sum = plus(plus(sum, protocol), tcp ? length - l4 : (length - l4) % 65536);
     put16(h + l4 + (tcp ? 16 : 6), sum);
     vnet[0] = 1;
