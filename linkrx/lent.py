@@ -10,14 +10,14 @@ from linkrx.errors import LinkrxError
 
 
 class Lease:
-    """The right to a block: `memory` is its bytes, and `hold` what gives it back when nothing refers to it any more."""
+    """The right to a block: `memory` is its bytes, and `hold` has what gives it back when nothing refers to it any more."""
 
     __slots__ = ("address", "hold", "memory")
 
-    def __init__(self, memory: memoryview, address: int, hold: object) -> None:
+    def __init__(self, memory: memoryview, address: int) -> None:
         self.memory = memory
         self.address = address
-        self.hold = hold
+        self.hold: list[object] = []
 
 
 class LentBatch(Batch):

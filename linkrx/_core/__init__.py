@@ -41,12 +41,12 @@ def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
     return memoryview(_native.ffi.buffer(pointer, size))
 
 
-def returning(memory: memoryview, give_back: Any) -> Any:
-    """Keeps memory, and calls a function of `lib` with its address when nothing refers to what this returns any more.
+def returning(hold: list[object], memory: memoryview, give_back: Any) -> None:
+    """Put into a list what keeps memory, and calls a function of `lib` with its address when nobody refers to it any more.
 
-    From C to C: the exception of a signal handler cannot come in between.
+    From C to C, and made and stored in one call: the exception of a signal handler cannot come in between.
     """
-    return _native.ffi.gc(_native.ffi.from_buffer(memory), give_back)
+    hold.extend(map(_native.ffi.gc, (_native.ffi.from_buffer(memory),), (give_back,)))
 
 
 def last_error() -> int:

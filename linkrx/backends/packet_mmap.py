@@ -120,11 +120,11 @@ class PacketMmap(Backend):
         lease, address = self._lease, _core.lib.lrx_packet_mmap_block(self._state)
         if lease is None or lease.address != address:
             start = address - self._start
-            block = memory[start : start + self._block]
-            lease = Lease(
-                block.toreadonly(), address, _core.returning(block, _core.lib.lrx_packet_mmap_return)
-            )
-        self._lease = lease
+            self._lease = lease = Lease(memory[start : start + self._block].toreadonly(), address)
+        if (
+            not lease.hold
+        ):  # only now, for a lease that an exception keeps from being stored would give the block back
+            _core.returning(lease.hold, lease.memory[:], _core.lib.lrx_packet_mmap_return)
         return lease
 
     def let_go(self) -> None:
