@@ -85,7 +85,7 @@ def test_loop_variable() -> None:
         places.append(Place(id(latest.arena), latest.start))
     assert places[0] != places[1]
     assert places == places[:2] * 10
-    assert {found.start for found in places} == {0}
+    assert {found.start for found in places} == {START}
 
 
 @counts_exact
