@@ -11,6 +11,10 @@ from linkrx.segment import segmenter
 # What headers, one for every frame, make of a super-packet on a link with an MTU of 1500 is at most a sixteenth more.
 HEADERS_SHARE = 16
 
+# What is received at once: four of the largest super-packets. They and the frames made of them are in a core's
+# second-level cache together; with eight, what is written first is out of it again before anybody reads it.
+STAGED_BYTES = ARENA_BYTES // 2
+
 # As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
 # costs would be paid for every 45 frames.
 SEGMENT_ROWS = 1024
@@ -39,8 +43,8 @@ class Segmenting(Mechanism):
         """Frames of what was received before, or of what is there now."""
         if not self._segmenter.waiting:
             # No more than has room as frames: a few that were left over would be a batch of their own.
-            wanted = max(self._largest, room - room // HEADERS_SHARE)
-            self._backend.fill(self._staging, min(wanted, self._staging.size - self._staging.cursor))
+            wanted = min(room - room // HEADERS_SHARE, STAGED_BYTES)
+            self._backend.fill(self._staging, max(wanted, self._largest))
         return self._segmenter.segment(self._staging, arena, room)
 
     @property
