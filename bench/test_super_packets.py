@@ -6,7 +6,6 @@ import ctypes
 import gc
 import mmap
 import os
-import platform
 import random
 import socket
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from race import note
 from super_packets import TCP, UDP, Super
 
 import linkrx
@@ -218,7 +218,7 @@ def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
             finish_round()
         finally:
             gc.unfreeze()
-    benchmark.extra_info.update(kernel=platform.release(), segments=SEGMENTS, super_packets=SUPER_PACKETS)
+    note(benchmark, segments=SEGMENTS, super_packets=SUPER_PACKETS)
     if benchmark.enabled:
         report(benchmark, {name: took[WARMUP:] for name, took in spent.items()})
 
