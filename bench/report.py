@@ -190,6 +190,40 @@ def cost_table(results: Results, test: str, head: Lines) -> Lines:
     return table(head, rows)
 
 
+SPLITTING = {
+    "C floor": "C: read and split",
+    "segment": "linkrx, `segment=True`, `batches()`",
+    "kernel": "linkrx, split by the kernel, `batches()`",
+    "segment, deliver": "linkrx, `segment=True`, `deliver`",
+    "kernel, deliver": "linkrx, split by the kernel, `deliver`",
+    "C, whole": "C: read, and no more",
+    "whole": "linkrx, whole, `batches()`",
+}
+
+
+def split_table(results: Results) -> Lines:
+    """Nanoseconds per frame of super-packets, and the ratios that there are aims for."""
+    races = {one["transport"]: one for one in results.of("test_super_packets") if "readers" in one}
+    rows = [
+        [title, *(number(one["readers"][name]["ns"]) for one in races.values())]
+        for name, title in SPLITTING.items()
+    ]
+    aims = dict.fromkeys(aim for one in races.values() for aim in one["targets"])
+    rows += [[aim, *(figure(one["targets"].get(aim)) for one in races.values())] for aim in aims]
+    return table(["super-packets of a TAP, ns per frame", *races], rows) if races else []
+
+
+def stream_table(results: Results) -> Lines:
+    """A TCP connection of the kernel's: speed, and processor time per megabyte."""
+    rows = [
+        [f"{one['transport']}: {mode}", *(number(value) for value in cost.values())]
+        for one in results.of("test_stream")
+        for mode, cost in one.get("streams", {}).items()
+    ]
+    head = ["a TCP stream", "MB/s", "receiver, user us/MB", "receiver, kernel us/MB", "both ends, us/MB"]
+    return table(head, rows)
+
+
 def import_table(results: Results) -> Lines:
     """Milliseconds of a process that imports a library and ends."""
     rows = [
@@ -220,6 +254,8 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
         results, "test_wake_up", ["wake-up, microseconds", "linkrx", "`poll` and `read` in C"]
     ),
     "import": import_table,
+    "super-packets": split_table,
+    "streams": stream_table,
 }
 
 

@@ -84,4 +84,4 @@ def test_stream(benchmark: Any, version: int) -> None:
         }
         for mode, rounds in costs.items()
     }
-    note(benchmark, streams=streams)
+    note(benchmark, transport=f"TCP, IPv{version}", streams=streams)

@@ -218,7 +218,8 @@ def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
             finish_round()
         finally:
             gc.unfreeze()
-    note(benchmark, segments=SEGMENTS, super_packets=SUPER_PACKETS)
+    transport = f"{'TCP' if protocol == TCP else 'UDP'}, IPv{version}"
+    note(benchmark, transport=transport, segments=SEGMENTS, super_packets=SUPER_PACKETS)
     if benchmark.enabled:
         report(benchmark, {name: took[WARMUP:] for name, took in spent.items()})
 
