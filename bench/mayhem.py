@@ -36,7 +36,7 @@ def _receiving(frame: FrameType | None) -> bool:
         return False
     if entered.co_name == "__del__":  # of an earlier dispatcher, called by the interpreter
         return False
-    return frame.f_code.co_name in ("_dispatch", "_drain", "_batches", "_recv", "_each", "_run")
+    return frame.f_code.co_name in ("_dispatch", "_drain", "_batches", "_recv", "_each", "_run", "_lent")
 
 
 class Interrupted(Exception):
@@ -58,19 +58,22 @@ class Account:
     empty: int = 0
     unknown: int = 0
     undelivered: int = 0
+    no_room: int = 0  # of rings, by their dispatchers' own count
+    left: int = 0  # in rings that were closed
+    unread: int = 0  # while there was no ring
     faults: list[str] = field(default_factory=list)
     happened: Counter[str] = field(default_factory=Counter)
 
     @property
     def lost_by_kernel(self) -> int:
         """Frames that send() took, and that the kernel neither handed over nor counted as dropped."""
-        return self.sent - self.kernel.handed - self.kernel.no_room - self.kernel.no_link
+        return self.sent - self.kernel.handed - self.kernel.no_room - self.kernel.no_link - self.unread
 
     @property
     def lost_by_linkrx(self) -> int:
         """Frames that the kernel handed over, and that were neither delivered nor counted."""
         counted = self.runts + self.empty + self.unknown + self.undelivered
-        return self.kernel.handed - self.delivered - counted
+        return self.kernel.handed - self.delivered - counted - self.left
 
     def blame(self, fault: str) -> None:
         """Note what is wrong."""
@@ -94,6 +97,7 @@ class Mayhem:
         self._kept: list[tuple[linkrx.Packet | memoryview, bytes]] = []
         self._current: linkrx.Dispatcher | None = None
         self._over = threading.Event()
+        self._turn = threading.Lock()  # held by who disturbs, and by who wants no disturbance
         self._handle: str | None = None  # what the signal handler is to do
         self._iterator: object = None  # outlives the step: closing it must not be interrupted
         self._ways: tuple[tuple[Callable[[linkrx.Dispatcher], None], bool], ...] = (
@@ -149,19 +153,20 @@ class Mayhem:
         chance = self._other_random
         while not self._over.wait(chance.uniform(0.001, 0.03)):
             what = chance.randrange(10)
-            if what < 3:
-                link = chance.choice(self._road.links)
-                set_link(link, False)
-                self._over.wait(chance.uniform(0, 0.01))
-                set_link(link, True)
-                self.account.happened["flaps"] += 1
-            elif what < 4:
-                current = self._current
-                if current is not None:
-                    current.stop()
-                    self.account.happened["thread stops"] += 1
-            else:
-                self._road.traffic.pace(*chance.choice(PACES))
+            with self._turn:
+                if what < 3:
+                    link = chance.choice(self._road.links)
+                    set_link(link, False)
+                    self._over.wait(chance.uniform(0, 0.01))
+                    set_link(link, True)
+                    self.account.happened["flaps"] += 1
+                elif what < 4:
+                    current = self._current
+                    if current is not None:
+                        current.stop()
+                        self.account.happened["thread stops"] += 1
+                else:
+                    self._road.traffic.pace(*chance.choice(PACES))
 
     def _deliver(
         self, remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet
@@ -178,13 +183,13 @@ class Mayhem:
 
     # What receives.
 
-    def _take(self, packet: linkrx.Packet) -> None:
+    def _take(self, packet: linkrx.Packet, *, keep: bool = True) -> None:
         self.account.delivered += 1
         number, fault = self._road.traffic.fault(packet, last=self._last)
         if fault:
             self.account.blame(f"{fault} (life {self.account.happened['lives']})")
         self._last = number
-        if len(self._kept) < KEPT_MOST and self._random.random() < 0.001:
+        if keep and len(self._kept) < KEPT_MOST and self._random.random() < 0.001:
             self._kept.append((packet if number & 1 else packet.frame, self._road.traffic.frame(number)))
 
     def _dispatch(self, rx: linkrx.Dispatcher) -> None:
@@ -301,6 +306,10 @@ class Mayhem:
         account.unknown += stats.unknown_protocol
         account.runts += stats.runts
         account.empty += stats.empty
+        self._close_account()
+
+    def _close_account(self) -> None:
+        road, account = self._road, self.account
         for kept, sent in self._kept:
             if bytes(kept) != sent:
                 account.blame(f"a kept frame changed: {sent[:20].hex()}")

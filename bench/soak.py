@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mayhem import FAULTS_MOST, Account, Mayhem
+from mayhem import FAULTS_MOST, Account
+from rings import mayhem
 from traffic import KINDS, Road, road
 
 import linkrx
@@ -65,15 +66,16 @@ def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
     """Mayhem on each kind of source with each of its backends, for `seconds` in all. Returns what is wrong."""
     cells = [(kind, backend) for kind in kinds for backend in KINDS[kind]]
     print(
-        f"{'source':<7} {'backend':<9} {'sent':>9} {'delivered':>9} {'unknown':>8} {'after stop':>10} {'no room':>9} "
-        f"{'no link':>9} {'lost':>5} {'lives':>5} {'flaps':>5} {'raised':>6} {'stopped':>7}  holds afterwards"
+        f"{'source':<8} {'backend':<11} {'sent':>9} {'delivered':>9} {'unknown':>8} {'after stop':>10} "
+        f"{'no room':>9} {'no link':>9} {'in ring':>8} {'unread':>8} {'lost':>5} {'lives':>5} {'flaps':>5} "
+        f"{'raised':>6} {'stopped':>7} {'full':>5}  holds afterwards"
     )
     wrong = []
     settled: Usage | None = None
     for number, (kind, backend) in enumerate(cells):
         before = usage()
         with road(kind, seed + number) as way:
-            account = Mayhem(way, backend, seed + number).run(seconds / len(cells))
+            account = mayhem(way, backend, seed + number).run(seconds / len(cells))
         after = usage()
         settled = settled or after
         print_row(kind, backend, account, after)
@@ -92,12 +94,13 @@ def print_row(kind: str, backend: str, account: Account, holds: Usage) -> None:
     """One line of the table."""
     happened, kernel = account.happened, account.kernel
     print(
-        f"{kind:<7} {backend:<9} {account.sent:>9} {account.delivered:>9} "
+        f"{kind:<8} {backend:<11} {account.sent:>9} {account.delivered:>9} "
         f"{account.unknown + account.runts + account.empty:>8} {account.undelivered:>10} "
-        f"{kernel.no_room:>9} {kernel.no_link:>9} {account.lost_by_kernel + account.lost_by_linkrx:>5} "
-        f"{happened['lives']:>5} {happened['flaps']:>5} "
+        f"{kernel.no_room:>9} {kernel.no_link:>9} {account.left:>8} {account.unread:>8} "
+        f"{account.lost_by_kernel + account.lost_by_linkrx:>5} {happened['lives']:>5} {happened['flaps']:>5} "
         f"{happened['handler raises'] + happened['deliver raises']:>6} "
-        f"{happened['handler stops'] + happened['deliver stops'] + happened['thread stops']:>7}  {holds}",
+        f"{happened['handler stops'] + happened['deliver stops'] + happened['thread stops']:>7} "
+        f"{happened['freezes']:>5}  {holds}",
         flush=True,
     )
 
@@ -152,6 +155,10 @@ class Steady:
             traffic.finish()
             self._receive(1 << 60, time.monotonic() + 0.5)  # what is queued, and in the backlog
             stats, kernel = rx.stats(), self._way.counted()
+            if rx.backend == "packet_mmap":  # of a ring the kernel tells only its reader
+                drops = stats.kernel_drops or 0
+                handed = traffic.control.accepted - drops - kernel.no_link
+                kernel = replace(kernel, handed=handed, no_room=drops)
         if self._delivered < self._packets:
             self._faults.append(f"{self._delivered} of {self._packets} packets in {FLAT_SECONDS} seconds")
         if not self._delivered == stats.packets == kernel.handed:
@@ -163,7 +170,7 @@ class Steady:
             self._faults.append(f"memory grew from {first} to {top}")
         self._faults += filter(None, [one.leaked_since(first) for one in held])
         print(
-            f"{self._way.name:<7} {rx.backend:<9} {'deliver' if self._by_deliver else 'batches':<8} "
+            f"{self._way.name:<8} {rx.backend:<11} {'deliver' if self._by_deliver else 'batches':<8} "
             f"{self._delivered:>10} of {traffic.control.accepted:>10} sent, dropped {kernel.no_room}; "
             f"after a tenth {first}; largest {top}",
             flush=True,
@@ -173,7 +180,7 @@ class Steady:
 
 def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
     """So many packets through one dispatcher, in each way and on the fastest backend of each source of Ethernet."""
-    kinds = [kind for kind in ("tap", "packet") if kind in kinds]
+    kinds = [kind for kind in ("tap", "packet", "ring") if kind in kinds]
     if not kinds or not packets:
         return []
     print(f"\n{packets} packets through one dispatcher:")

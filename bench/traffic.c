@@ -18,11 +18,12 @@ struct traffic {
     volatile uint64_t idle;                    /* 1: it has seen that it is to send nothing */
     volatile uint64_t next, limit;             /* the number of the next frame, and of the last one plus 1 */
     volatile uint64_t accepted, refused_full, refused_down, refused_other, last_errno;
-    uint64_t seed, ethernet, prefix, strange, tags;
+    uint64_t seed, ethernet, prefix, strange, handled;
     const uint8_t *block;                      /* 65536 + LONGEST bytes that contents are cut from */
 };
 
-static const uint16_t ethertypes[8] = {0x88b5, 0x88b6, 0x0000, 0xffff, 0x05dc, 0x0003, 0x88b5, 0x8100}; /* the last with `tags` only */
+/* The second half with `handled` only: LLC and VLAN, which the kernel may have a handler for. */
+static const uint16_t ethertypes[8] = {0x88b5, 0x88b6, 0xffff, 0x88b5, 0x0000, 0x05dc, 0x0003, 0x8100};
 
 uint64_t mix(uint64_t number, uint64_t seed)
 {
@@ -49,7 +50,7 @@ static long build(const struct traffic *t, uint64_t number, uint8_t *frame)
     const uint8_t *content = t->block + (z >> 40 & 0xffff);
 
     if (t->ethernet) {
-        uint16_t type = ethertypes[strange ? (z >> 32) % (7 + t->tags) : 0];
+        uint16_t type = ethertypes[strange ? (z >> 32) % (t->handled ? 8 : 4) : 0];
         if (strange && (z & 1) && type != 0x8100)
             length = HEAD;                     /* nothing behind the link header */
         memcpy(frame, content, (size_t)length);

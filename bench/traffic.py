@@ -33,7 +33,7 @@ from linkrx.source import ETH_P_ALL, IFF_UP, SK_MEMINFO_DROPS, SO_MEMINFO, SO_RC
 
 HEAD, LEAST, LONGEST = 14, 60, 9014  # as in traffic.c
 MTU = 9000
-ETHERTYPES = (0x88B5, 0x88B6, 0x0000, 0xFFFF, 0x05DC, 0x0003, 0x88B5, 0x8100)
+ETHERTYPES = (0x88B5, 0x88B6, 0xFFFF, 0x88B5, 0x0000, 0x05DC, 0x0003, 0x8100)
 VLAN = 0x8100
 PACKET_STATISTICS = 6  # linux/if_packet.h
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914  # linux/sockios.h
@@ -46,7 +46,7 @@ class _Control(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("stop", "burst", "pause_us", "idle", "next", "limit")),
         *((name, ctypes.c_uint64) for name in ("accepted", "full", "down", "other", "last_errno")),
-        *((name, ctypes.c_uint64) for name in ("seed", "ethernet", "prefix", "strange", "tags")),
+        *((name, ctypes.c_uint64) for name in ("seed", "ethernet", "prefix", "strange", "handled")),
         ("block", ctypes.c_char_p),
     ]
 
@@ -72,13 +72,14 @@ class Traffic:
         self.control = _Control(
             limit=1 << 38,
             seed=seed,
-            ethernet=kind in ("tap", "packet"),
+            ethernet=kind not in ("tun", "cooked"),
             prefix=kind == "cooked",
             strange=strange,
-            # Not to a packet socket: the kernel hands it a tagged frame and then, where no VLAN device takes it, counts
-            # the same frame in rx_dropped, which is to tell what the link ate. Nor, to a cooked one, a link header with
+            # Not to a packet socket, of which rx_dropped is to tell what the link ate: a tagged frame that the socket
+            # got is counted there as well, where no VLAN device takes it; and one with a length for a type is not
+            # counted when no socket gets it, for the kernel's LLC takes it. Nor, to a cooked one, a link header with
             # nothing behind it: packet_rcv() takes a length of 0 for a filter's refusal, and counts nothing.
-            tags=kind == "tap",
+            handled=kind == "tap",
             block=self._block,
         )
         self._seed = seed
@@ -125,7 +126,7 @@ class Traffic:
         start = z >> 40 & 0xFFFF
         told = number.to_bytes(5, "big")
         if self.control.ethernet:
-            kind = ETHERTYPES[(z >> 32) % (7 + self.control.tags) if strange else 0]
+            kind = ETHERTYPES[(z >> 32) % (8 if self.control.handled else 4) if strange else 0]
             if strange and z & 1 and kind != VLAN:
                 length = HEAD
             head = b"\x02\0\0\0\0\x01\x02" + told + kind.to_bytes(2, "big")
@@ -163,11 +164,14 @@ class Road:
     """A source, the traffic that goes to it, its links, and what the kernel counts on the way."""
 
     name: str
-    source: HasFileno
+    source: HasFileno | str
     traffic: Traffic
     links: tuple[str, ...]
     counted: Callable[[], Counted]
     drops: Callable[[], int]  # what `Stats.kernel_drops` counts from
+    # Frames that came since this was last asked, if `nobody` was there to read them.
+    unread: Callable[[bool], int] = lambda nobody: 0
+    lends: bool = False  # zero_copy=True
 
 
 def device_counters(name: str) -> dict[str, int]:
@@ -225,33 +229,48 @@ def _socket(kind: str) -> socket.socket:
     return socket.socket(socket.AF_PACKET, shows_header | socket.SOCK_NONBLOCK, 0)
 
 
+def _wire(stack: ExitStack, kind: str, seed: int, *, strange: bool) -> tuple[str, str, Traffic]:
+    """Near end, far end, and what is sent from the far one."""
+    near, far = stack.enter_context(veth())
+    with IPRoute() as route:
+        for name in (near, far):
+            route.link("set", index=socket.if_nametoindex(name), mtu=MTU)
+    traffic = Traffic(stack.enter_context(injector_on(far)), seed, kind, strange=strange)
+    stack.callback(traffic.finish)
+    return near, far, traffic
+
+
+def _eaten(near: str, far: str, traffic: Traffic) -> int:
+    # Where the link eats frames, by the time it takes to notice: the sender's carrier is off and its queueing
+    # discipline a noop (far end's tx_dropped, send() succeeds); the near end is no longer up (far end's tx_dropped and
+    # near end's rx_dropped, send() fails with ENOBUFS: so twice those that failed are not frames that send() took); the
+    # near end's frames are in the CPU's backlog, but the hook of the packet socket is gone (near end's rx_dropped,
+    # send() succeeded).
+    eaten = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
+    return eaten - 2 * int(traffic.control.full)
+
+
+def _bound(kind: str, near: str) -> socket.socket:
+    found = _socket(kind)
+    found.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 * 1024 * 1024)
+    found.bind((near, ETH_P_ALL))
+    return found
+
+
 @contextmanager
 def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
     with ExitStack() as stack:
-        near, far = stack.enter_context(veth())
-        with IPRoute() as route:
-            for name in (near, far):
-                route.link("set", index=socket.if_nametoindex(name), mtu=MTU)
-        borrowed = stack.enter_context(_socket(kind))
-        borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 * 1024 * 1024)
-        borrowed.bind((near, ETH_P_ALL))
-        injector = stack.enter_context(injector_on(far))
-        traffic = Traffic(injector, seed, kind, strange=strange)
-        stack.callback(traffic.finish)
+        near, far, traffic = _wire(stack, kind, seed, strange=strange)
+        borrowed = stack.enter_context(_bound(kind, near))
         told = dropped = 0
 
         def counted() -> Counted:
             nonlocal told, dropped
             # tp_packets has what was queued on the socket and what found no room, tp_drops the latter; reading clears
-            # both. Where the link eats frames, by the time it takes to notice: the sender's carrier is off and its
-            # queueing discipline a noop (far end's tx_dropped, send() succeeds); the near end is no longer up (far
-            # end's tx_dropped and near end's rx_dropped, send() fails with ENOBUFS: so twice those that failed are
-            # not frames that send() took); the near end's frames are in the CPU's backlog, but the hook of the packet
-            # socket is gone (near end's rx_dropped, send() succeeded).
+            # both.
             packets, drops = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             told, dropped = told + packets - drops, dropped + drops
-            eaten = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
-            return Counted(handed=told, no_room=dropped, no_link=eaten - 2 * traffic.control.full)
+            return Counted(handed=told, no_room=dropped, no_link=_eaten(near, far, traffic))
 
         def drops() -> int:
             words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * (SK_MEMINFO_DROPS + 1))
@@ -260,10 +279,58 @@ def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
         yield Road(kind, borrowed, traffic, (near, far), counted, drops)
 
 
+@contextmanager
+def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+    with ExitStack() as stack:
+        near, far, traffic = _wire(stack, kind, seed, strange=strange)
+        borrowed = stack.enter_context(_bound("packet", near))
+
+        def counted() -> Counted:
+            return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic))
+
+        def unread(nobody: bool) -> int:
+            # Without a ring frames come into the socket's queue, until that is full; the next ring empties it.
+            packets, _ = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+            return int(packets) if nobody else 0
+
+        yield Road(kind, borrowed, traffic, (near, far), counted, _not_told, unread)
+
+
+@contextmanager
+def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+    with ExitStack() as stack:
+        near, far, traffic = _wire(stack, kind, seed, strange=strange)
+        arrived = dropped = unheard = 0
+
+        def counted() -> Counted:
+            return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic) - unheard)
+
+        def unread(nobody: bool) -> int:
+            # What comes while no socket listens is in the near end's rx_packets; and in rx_dropped, with what the link
+            # ate.
+            nonlocal arrived, dropped, unheard
+            now, arrived_before, dropped_before = device_counters(near), arrived, dropped
+            arrived, dropped = now["rx"], now["rx_dropped"] - traffic.control.full
+            if not nobody:
+                return 0
+            unheard += dropped - dropped_before
+            return int(arrived - arrived_before)
+
+        yield Road(kind, near, traffic, (near, far), counted, _not_told, unread, lends=kind == "lent")
+
+
+def _not_told() -> int:
+    return 0  # only the ring knows, and tells it once
+
+
 def road(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManager[Road]:
     """Of a kind in KINDS: devices, source and traffic of its own. The traffic waits to be started."""
     if kind in ("tap", "tun"):
         return _queue(kind, seed, strange=strange)
+    if kind in ("ring", "lent"):
+        return _own_ring(kind, seed, strange=strange)
+    if kind == "borrowed":
+        return _borrowed_ring(kind, seed, strange=strange)
     return _packet(kind, seed, strange=strange)
 
 
@@ -272,4 +339,8 @@ KINDS = {
     "tun": ("readv", "os_readv"),
     "packet": ("recvmmsg", "readv", "os_readv"),
     "cooked": ("recvmmsg", "readv", "os_readv"),
+    # An interface by name, the same with blocks that are lent, and a socket that linkrx puts a ring on.
+    "ring": ("packet_mmap",),
+    "lent": ("packet_mmap",),
+    "borrowed": ("packet_mmap",),
 }
