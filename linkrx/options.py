@@ -94,6 +94,11 @@ class Options:
             )
         if self.segment:
             self._check_segment(capabilities)
+        if self.zero_copy and self.vnet_header_to_set(capabilities) > VNET_HEADER_BYTES:
+            raise UnsupportedOption(
+                f"zero_copy=True with vnet_header={self.vnet_header} on the {capabilities.title}: of what stands in a ring "
+                f"in front of a frame, the kernel writes {VNET_HEADER_BYTES} bytes: give vnet_header=True"
+            )
         if self.receive_buffer is not None and not capabilities.socket:
             advice = (
                 f": the queue of {capabilities.interface} is as long as its txqueuelen; "

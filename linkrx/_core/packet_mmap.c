@@ -117,7 +117,7 @@ struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32
 
     if (!s)
         return NULL;
-    if (vnet > VNET_MOST) {
+    if (vnet > (lends && vnet ? VNET_WRITTEN : VNET_MOST)) {
         errno = EINVAL;
         goto refused;
     }
@@ -382,7 +382,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
             /* Before it is shown: from here on only who has the block lent gives it back. */
             __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
             s->described = block;
-            out.starts[n] = (uint32_t)(frame - block);
+            out.starts[n] = (uint32_t)(frame - s->vnet - block); /* lrx_packet_mmap_open() sees that all of it was written */
         } else {
             if ((uint64_t)cursor + length > size)
                 break;
