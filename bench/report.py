@@ -224,6 +224,69 @@ def stream_table(results: Results) -> Lines:
     return table(head, rows)
 
 
+def targets_table(results: Results) -> Lines:
+    """What was aimed at, and what this run has."""
+    rows: list[Lines] = []
+
+    def aim(what: str, wanted: float, most: bool, found: float | None) -> None:
+        if found is not None:
+            met = found <= wanted if most else found >= wanted
+            bound = f"at {'most' if most else 'least'} {wanted:g}"
+            rows.append([what, bound, figure(found), "yes" if met else "no"])
+
+    def ratio(size: int, **wanted: object) -> float | None:
+        return next((one.get("ratio") for one in results.of("test_receive", size=size, **wanted)), None)
+
+    def ns(source: str, size: int, *names: str) -> float | None:
+        """Of the fastest of these readers."""
+        readers = next(iter(results.of(f"test_{source}", size=size)), {}).get("readers", {})
+        return min((one["ns"] for name, one in readers.items() if name in names), default=None)
+
+    def quotient(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    each = ("pcapy-ng next_batch, bytes each", "pcapy-ng dispatch")
+    all_of_pcapy = ("pcapy-ng loop_to_buffer", "pcapy-ng next_batch", *each)
+    for size in (64, 1514):
+        columns, walk = ns("interface", size, "linkrx packet_mmap, columns"), ns("interface", size, "C floor")
+        bare, batch = ns("interface", size, *each), ns("interface", size, "linkrx packet_mmap, batch")
+        fastest = ns("interface", size, *all_of_pcapy)
+        deliver = ns("interface", size, "linkrx packet_mmap, deliver")
+        tap = ratio(size, source="tap", backend="readv", way="columns")
+        packet = ratio(size, source="packet", backend="recvmmsg", way="columns")
+        aim(f"TAP, `readv`, `batches()` / C loop, {size} B", 1.03, True, tap)
+        if size == 64:
+            one = ratio(size, source="tap", backend="readv", way="deliver")
+            aim("TAP, `readv`, `deliver` / C loop, 64 B", 1.40, True, one)
+        hand = quotient(ns("tap", size, "linkrx os_readv, deliver"), ns("tap", size, "os.read, unpack, call"))
+        aim(f"TAP, `os_readv`, `deliver` / loop by hand, {size} B", 1.35, True, hand)
+        aim(f"packet socket, `recvmmsg`, `batches()` / C loop, {size} B", 1.05, True, packet)
+        if size == 64 and columns and walk:
+            aim("ring, columns - C walk, ns, 64 B", 30, True, columns - walk)
+        aim(f"pcapy-ng's fastest / ring, columns, {size} B", 2, False, quotient(fastest, columns))
+        aim(
+            f"the same with one `bytes` each / ring, `for packet in batch`, {size} B",
+            1.2 if size == 64 else 2,
+            False,
+            quotient(bare, batch),
+        )
+        aim(
+            f"the same / ring, `deliver`, {size} B",
+            1 if size == 64 else 1.5,
+            False,
+            quotient(bare, deliver),
+        )
+        go = quotient(ns("tap", size, "gVisor, readv"), ns("tap", size, "linkrx readv, deliver"))
+        aim(f"TAP, gVisor / `readv`, `deliver`, {size} B", 1, False, go)
+    for facts in results.of("test_super_packets"):
+        for what, found in facts.get("targets", {}).items():
+            if ", at " in what:
+                name, bound = what.split(", at ")
+                most, wanted = bound.split()
+                aim(f"{facts['transport']}: {name}", float(wanted), most == "most", found)
+    return table(["target", "", "this run", "met"], rows)
+
+
 def import_table(results: Results) -> Lines:
     """Milliseconds of a process that imports a library and ends."""
     rows = [
@@ -255,6 +318,7 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
     ),
     "import": import_table,
     "super-packets": split_table,
+    "targets": targets_table,
     "streams": stream_table,
 }
 
