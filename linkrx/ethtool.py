@@ -16,13 +16,13 @@ IFNAMSIZ = 16
 def takes_super_packets(interface: str) -> bool:
     """Whether the kernel leaves the segmentation of TCP to a device of this namespace: `ethtool -k`.
 
-    A TAP or TUN device hands such super-packets on to who reads it. False where the kernel does not answer.
+    A TAP or TUN device hands such super-packets on to who reads it. False where this process may not ask, or the kernel does not answer.
     """
     value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0), 8)
     request = struct.pack(f"{IFNAMSIZ}sP16x", os.fsencode(interface), ctypes.addressof(value))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        try:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
             fcntl.ioctl(asked, SIOCETHTOOL, request)
-        except OSError:
-            return False
+    except OSError:
+        return False
     return bool(struct.unpack("II", value.raw)[1])

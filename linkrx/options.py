@@ -118,6 +118,11 @@ class Options:
                     f"segment=True and {name}={getattr(self, name)!r} exclude each other: frames are made anew of whole "
                     "super-packets"
                 )
+        if self.vnet_header is not None and not self.vnet_header:
+            raise UnsupportedOption(
+                f"segment=True and vnet_header={self.vnet_header!r} on the {found.title} contradict each other: the header "
+                "tells super-packets from others. Leave out vnet_header"
+            )
         if self.vnet_header or (
             self.vnet_header is None and (found.vnet_header_size or found.kind == "packet")
         ):
@@ -125,12 +130,8 @@ class Options:
         advice = "pass vnet_header=True if its peer sends one"
         if found.kind in ("tap", "tun"):
             advice = f"open it with linkrx.TunTap({found.interface!r}, {found.kind!r}, vnet_header=True, offload=True)"
-        elif found.kind in ("packet", "packet_cooked"):
-            advice = (
-                "leave out vnet_header=False"
-                if found.kind == "packet"
-                else "a socket of type SOCK_RAW has one"
-            )
+        elif found.kind == "packet_cooked":
+            advice = "a socket of type SOCK_RAW can have one"
         raise UnsupportedOption(
             f"segment=True needs a virtio-net header in front of frames, and the {found.title} has none: {advice}"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from errno import EIO
+
 from linkrx.arena import ARENA_BYTES, Arena
 from linkrx.backend import Backend, Mechanism, Receive
-from linkrx.columns import Descriptors, align
+from linkrx.columns import COUNT, ERROR, Descriptors, align
 from linkrx.framing import Framing
 from linkrx.segment import segmenter
 
@@ -29,6 +31,7 @@ class Segmenting(Mechanism):
         self, backend: type[Backend], receive: Receive, descriptors: Descriptors, framing: Framing
     ) -> None:
         self._taken = Descriptors(receive.options.batch_size or backend.batch_size)
+        self._given = descriptors.header
         self._segmenter = segmenter(self._taken, descriptors, framing)
         # A backend wants room for one packet of any size behind all others, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
@@ -41,11 +44,24 @@ class Segmenting(Mechanism):
 
     def fill(self, arena: Arena, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
-        if not self._segmenter.waiting:
-            # No more than has room as frames: a few that were left over would be a batch of their own.
-            wanted = min(room - room // HEADERS_SHARE, STAGED_BYTES)
-            self._backend.fill(self._staging, max(wanted, self._largest))
-        return self._segmenter.segment(self._staging, arena, room)
+        try:
+            # An errno that was told already comes before what is still to be received.
+            if not self._segmenter.waiting and (not self._taken.header[ERROR] or self._backend.held):
+                # No more than has room as frames: a few that were left over would be a batch of their own.
+                wanted = min(room - room // HEADERS_SHARE, STAGED_BYTES)
+                # A backend keeps as much free as the largest takes: where that is more, there must be some for others.
+                if self._largest > STAGED_BYTES:
+                    wanted += self._largest
+                self._backend.fill(self._staging, max(wanted, self._largest))
+            return self._segmenter.segment(self._staging, arena, room)
+        except OSError as error:
+            self._given[ERROR] = error.errno or EIO
+            return 0
+        except BaseException:
+            # What was received or told goes where it is looked for, unless it is there.
+            if not self._given[COUNT]:
+                self._segmenter.segment(self._staging, arena, room)
+            raise
 
     @property
     def held(self) -> int:

@@ -304,7 +304,8 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
         except OSError as error:
             raise UnsupportedOption(
                 f"{'segment=True' if options.segment else f'vnet_header={options.vnet_header}'} on the "
-                f"{capabilities.title}: it takes no virtio-net header (PACKET_VNET_HDR): {error.strerror}"
+                f"{capabilities.title}: it takes no virtio-net header of {size} bytes "
+                f"({'PACKET_VNET_HDR' if usual else 'PACKET_VNET_HDR_SZ, Linux 6.6'}): {error.strerror}"
                 + ("; it has a ring already" if error.errno == errno.EBUSY else "")
             ) from error
         capabilities = replace(capabilities, vnet_header_size=size, hardware_gso=True)

@@ -429,7 +429,9 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("kind", [rigs.interface, rigs.packet], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [rigs.interface, rigs.packet, rigs.packet_segment], ids=lambda kind: kind.__name__
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) -> None:
     """The kernel tells once that a link is down: wherever an interruption comes, it counts, and its deletion ends it."""

@@ -50,7 +50,7 @@ class OsReadv(Backend):
             self._read = os.preadv
             self._arguments = (repeat(-1), repeat(os.RWF_NOWAIT))
         self._stride = STRIDE_LEAST  # between the starts of two packets
-        self._made: dict[tuple[Arena, int, int], list[list[memoryview]]] = {}
+        self._made: dict[tuple[Arena, int, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
         self._flagged = False
 
@@ -97,14 +97,14 @@ class OsReadv(Backend):
         that reaches it was cut. Making a memoryview costs almost half of what the read does, so they are kept for
         the next time, which is in the same place when nothing is held.
         """
-        key = (arena, arena.cursor, self._stride)
+        last = room - self._layout.capacity - 1
+        starts = range(0, last + 1, self._stride)[: self._descriptors.rows]
+        key = (arena, arena.cursor, self._stride, len(starts))
         buffers = self._made.get(key)
         if buffers is None:
             if len(self._made) >= MADE_MOST:
                 self._made.clear()
             sizes = self._layout.sizes or (self._layout.capacity,)
-            last = room - self._layout.capacity - 1
-            starts = range(0, last + 1, self._stride)[: self._descriptors.rows]
             memory = arena.view[arena.cursor : arena.cursor + room]
             buffers = self._made[key] = [_ladder(memory[start:], sizes) for start in starts]
         return buffers
