@@ -179,23 +179,30 @@ def _buffer_records(memory: Buffer, packets: int) -> Iterator[Buffer]:
         at += 5 + length
 
 
+def pcapy_on(near: str) -> Any:
+    """A reader of pcapy-ng that does not wait, with a ring as large as linkrx's."""
+    reader = package("pcapy", "pcapy-ng").create(near)
+    reader.set_snaplen(65_536)
+    reader.set_promisc(0)
+    reader.set_timeout(1)
+    reader.set_buffer_size(BUFFER)
+    reader.activate()
+    reader.setnonblock(1)
+    return reader
+
+
 def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
     """A call of pcapy-ng that takes many packets without waiting, on a ring as large as linkrx's.
 
     `next_batch` (metadata only), `next_batch_bytes` (and one `bytes` each), `dispatch` (a callback with header and
     `bytes`), `loop_to_buffer` (all into one buffer: no object per packet).
     """
-    pcapy, wanted = package("pcapy", "pcapy-ng"), queue.packets
+    wanted = queue.packets
+    package("pcapy", "pcapy-ng")  # says at once if it is not there
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
-        reader = pcapy.create(near)
-        reader.set_snaplen(65_536)
-        reader.set_promisc(0)
-        reader.set_timeout(1)
-        reader.set_buffer_size(BUFFER)
-        reader.activate()
-        reader.setnonblock(1)
+        reader = pcapy_on(near)
         memory = bytearray(wanted * (queue.frames.size + 64))
         show = check or (lambda frame: None)
         size = struct.calcsize("=4I")

@@ -100,28 +100,26 @@ def race_table(results: Results, source: str) -> Lines:
     return table(head, rows) + [f"\nNot measured: {name}: {why}" for name, why in missing.items()]
 
 
-def ways_table(results: Results, size: int) -> Lines:
-    """The ratio to the floor, of every backend and way."""
-    measured = results.of("test_receive", size=size)
-    cells = {(one["source"], one["backend"], one["way"]): one.get("ratio") for one in measured}
+def ratios_table(results: Results, head: str, by: str, columns: dict[Any, str], **fixed: object) -> Lines:
+    """The ratio to the floor, of every backend, by one fact where the others are fixed."""
+    measured = results.of("test_receive", **fixed)
+    cells = {(one["source"], one["backend"], one[by]): one.get("ratio") for one in measured}
     lines = dict.fromkeys((one["source"], one["backend"]) for one in measured)
     rows = [
-        [f"{SOURCES[source]}, `{backend}`", *(figure(cells.get((source, backend, way))) for way in WAYS)]
+        [f"{SOURCES[source]}, `{backend}`", *(figure(cells.get((source, backend, key))) for key in columns)]
         for source, backend in lines
     ]
-    return table([f"{size} B, ratio to the floor", *WAYS.values()], rows)
+    return table([f"{head}, ratio to the floor", *columns.values()], rows)
+
+
+def ways_table(results: Results, size: int) -> Lines:
+    """By ways to receive."""
+    return ratios_table(results, f"{size} B", "way", WAYS, size=size)
 
 
 def sizes_table(results: Results, way: str) -> Lines:
-    """The ratio to the floor, of every backend and size."""
-    measured = results.of("test_receive", way=way)
-    cells = {(one["source"], one["backend"], one["size"]): one.get("ratio") for one in measured}
-    lines = dict.fromkeys((one["source"], one["backend"]) for one in measured)
-    rows = [
-        [f"{SOURCES[source]}, `{backend}`", *(figure(cells.get((source, backend, size))) for size in SIZES)]
-        for source, backend in lines
-    ]
-    return table([f"{WAYS[way]}, ratio to the floor", *(f"{size} B" for size in SIZES)], rows)
+    """By sizes."""
+    return ratios_table(results, WAYS[way], "size", {size: f"{size} B" for size in SIZES}, way=way)
 
 
 def floors_table(results: Results) -> Lines:

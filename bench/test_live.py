@@ -22,7 +22,7 @@ import peers
 import pytest
 from floors import Flood, Frames, RingWalk
 from peers import Missing
-from queues import BUFFER, ignore, packet_socket, ring, tap
+from queues import ignore, packet_socket, ring, tap
 from race import note
 from traffic import PACKET_STATISTICS, device_counters
 
@@ -246,13 +246,7 @@ def peer_on_interface(size: int, peer: str, call: str) -> Iterator[Lane]:
 
 def pcapy(near: str, call: str) -> tuple[Callable[[Done], Consumed], Callable[[], int]]:
     """pcapy-ng with a ring as large as linkrx's. Its calls wait with the GIL held, so they are not left to wait."""
-    reader = peers.package("pcapy", "pcapy-ng").create(near)
-    reader.set_snaplen(65_536)
-    reader.set_promisc(0)
-    reader.set_timeout(1)
-    reader.set_buffer_size(BUFFER)
-    reader.activate()
-    reader.setnonblock(1)
+    reader = peers.pcapy_on(near)
     received, wait = 0, polled(reader.getfd())
 
     def take(header: object, data: bytes) -> None:

@@ -13,7 +13,7 @@ from itertools import repeat
 from linkrx import _core
 from linkrx.arena import Arena
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table
-from linkrx.framing import Framing
+from linkrx.framing import TUN_PKT_STRIP, Framing
 from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.stats import MALFORMED as COUNT_MALFORMED
@@ -22,7 +22,6 @@ from linkrx.stats import MALFORMED as COUNT_MALFORMED
 ADDRESSES = struct.Struct("=6s6sH")
 
 _ETHERNET = struct.Struct("!6s6sH")
-_TUN_PKT_STRIP = 0x0001  # linux/if_tun.h
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 # Takes the arena, the number of descriptors, and the address of the frames if they are not in the arena; writes the batch's table behind the frames, and marks the
@@ -94,7 +93,7 @@ def in_python(
             if length <= prefix:
                 empty += 1
                 continue
-            if framing.packet_info and struct.unpack_from("=H", region, start)[0] & _TUN_PKT_STRIP:
+            if framing.packet_info and struct.unpack_from("=H", region, start)[0] & TUN_PKT_STRIP:
                 flags |= TRUNCATED
             wire_length = max(reported.wire_lengths[index], length)
             if wire_length > length:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from linkrx.packet import ETH_HEADER_BYTES
 
 TUN_PI_BYTES = 4  # linux/if_tun.h struct tun_pi
+TUN_PKT_STRIP = 0x0001  # of its flags, which come first: the kernel cut the packet
 VNET_HEADER_BYTES = 10  # linux/virtio_net.h struct virtio_net_hdr: the least and the usual size
 
 

@@ -14,21 +14,18 @@ from typing import Protocol
 from linkrx import _core
 from linkrx.arena import Arena
 from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
-from linkrx.framing import VNET_HEADER_BYTES, Framing
+from linkrx.framing import TUN_PKT_STRIP, VNET_HEADER_BYTES, Framing
 from linkrx.packet import (
     CHECKSUM_UNFINISHED,
     ETHERTYPE_IPV4,
     ETHERTYPE_IPV6,
+    GSO_ECN,
     MALFORMED,
     TRUNCATED,
+    Gso,
     VnetHeader,
 )
 
-# linux/virtio_net.h
-_NEEDS_CSUM = 1
-_GSO_NONE, _GSO_TCPV4, _GSO_TCPV6, _GSO_UDP_L4, _GSO_ECN = 0, 1, 4, 5, 0x80
-
-_TUN_PKT_STRIP = 0x0001  # linux/if_tun.h
 _ETHERTYPE_AT = 12
 _VLAN_TAGS = (0x8100, 0x88A8)
 _VLAN_TAGS_MOST = 2
@@ -166,7 +163,7 @@ class in_python:  # noqa: N801
         if length <= framing.prefix:
             return _Outcome(data, None, wire_length, flags)
         information = data[: framing.packet_info_size]
-        stripped = information and struct.unpack_from("=H", information)[0] & _TUN_PKT_STRIP
+        stripped = information and struct.unpack_from("=H", information)[0] & TUN_PKT_STRIP
         truncated = bool(flags & TRUNCATED or wire_length > length or stripped)
         vnet = VnetHeader(*struct.unpack_from(framing.vnet_format, data, framing.packet_info_size))
         frame = data[framing.prefix :]
@@ -178,7 +175,7 @@ class in_python:  # noqa: N801
             if vnet.needs_checksum and not truncated:
                 frame = _finished(frame, vnet)
                 flags &= ~CHECKSUM_UNFINISHED
-            elif vnet.gso_type == _GSO_NONE:
+            elif vnet.gso_type == Gso.NONE:
                 return _Outcome(data, None, wire_length, flags)
         except _MalformedError:
             return _Outcome(b"", None, 0, flags | MALFORMED | (TRUNCATED if truncated else 0))
@@ -285,18 +282,18 @@ class _SuperPacket:
 
 def _split(frame: bytes, vnet: VnetHeader, link_header: int, truncated: bool) -> _SuperPacket | None:
     """The super-packet that a frame is, all of its headers in place; None for any other. Raises _MalformedError."""
-    if vnet.gso_type == _GSO_NONE:
+    if vnet.gso_type == Gso.NONE:
         return None
     _require(not truncated and vnet.gso_size > 0)
     network, version = _network(frame, link_header)
     transport, protocol, jumbo = _transport(frame, network, version)
     room = len(frame) - transport
-    if vnet.gso_type == _GSO_UDP_L4:
+    if vnet.gso_type == Gso.UDP_L4:
         # Without NEEDS_CSUM the kernel refuses them.
         _require(protocol == _UDP and room >= _UDP_HEADER and vnet.needs_checksum)
         payload, checksum_at = transport + _UDP_HEADER, _UDP_CHECKSUM_AT
     else:
-        _require(vnet.gso_type & ~_GSO_ECN == (_GSO_TCPV4 if version == 4 else _GSO_TCPV6))
+        _require(vnet.gso_type & ~GSO_ECN == (Gso.TCPV4 if version == 4 else Gso.TCPV6))
         _require(protocol == _TCP and room >= _TCP_HEADER)
         header = (frame[transport + _TCP_OFFSET_AT] >> 4) * 4
         _require(_TCP_HEADER <= header <= room)
