@@ -172,6 +172,8 @@ def test_ctrl_c_in_a_wait_raises_at_once() -> None:
     program = """
 import os, signal, socket, threading, linkrx
 receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+# A parent that ignores SIGINT, as a shell does for background jobs, hands that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with linkrx.open(receiver) as rx:
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

@@ -483,8 +483,11 @@ def test_a_full_ring_and_a_link_that_goes(wire: Wire) -> None:
             injector.send(frame(number))
         Device(near).delete()
         got = [number_of(packet) for packet in rx]
-        assert got == list(range(len(got)))
+        # Not the first so many: while its timer closes a block on another processor, the kernel finds no room for a moment,
+        # and then has the next block.
+        assert got == sorted(set(got))
         assert rx.end is linkrx.End.LINK_GONE
+        assert 0 < len(got) < 6_000
         assert rx.stats().kernel_drops == 6_000 - len(got)
 
 
