@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import operator
 from collections.abc import Iterator, Mapping
+from sys import getrefcount
 
 from linkrx.columns import COLUMNS, ROW_BYTES, Columns, Table
 from linkrx.framing import Framing
-from linkrx.packet import Packet
+from linkrx.packet import Packet, unheld
 
 
 class Batch(Columns):
@@ -81,11 +82,17 @@ class Batch(Columns):
         return packet
 
     def __iter__(self) -> Iterator[Packet]:
+        # Two take turns: who asks for the next packet has the last one in a variable still.
+        count = unheld()
+        packet, last = Packet(), Packet()
+        packet._batch = last._batch = self
         for index in range(self._count):
-            packet = Packet()
-            packet._batch = self
+            if getrefcount(packet) != count:
+                packet = Packet()
+                packet._batch = self
             packet._index = index
             yield packet
+            packet, last = last, packet
 
     def behind(self, first: int) -> Batch:
         """The packets from `first` on, over the same memory."""

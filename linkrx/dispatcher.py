@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import repeat
+from sys import getrefcount
 from types import TracebackType
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from linkrx.classify import addresses_of
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
 from linkrx.options import Options
-from linkrx.packet import Packet
+from linkrx.packet import Packet, unheld
 from linkrx.reception import Reception
 from linkrx.source import Source
 from linkrx.stats import End, Stats
@@ -163,13 +164,16 @@ class Dispatcher:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
     def __iter__(self) -> Iterator[Packet]:
-        reception = self._reception
+        reception, count = self._reception, unheld()
+        packet, last = Packet(), Packet()  # in turn, as in Batch.__iter__
         while True:
-            packet = Packet()
+            if getrefcount(packet) != count:
+                packet = Packet()
             # From here to the yield nothing is called and nothing jumps back: CPython looks for signals there, and
             # the exception of a handler would lose the packet. 3.10 does so behind calls of Python functions too.
             batch, index = reception.pending, reception.next
             if batch is None or self._owner or reception.stopping or self._closed:
+                packet, last = Packet(), Packet()  # these hold no arena
                 if self._step(None, _ready) is None and self.end is not None:
                     return
                 continue
@@ -180,6 +184,7 @@ class Dispatcher:
             else:
                 reception.next = index + 1
             yield packet
+            packet, last = last, packet
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
@@ -215,22 +220,20 @@ class Dispatcher:
         claim = object()
         try:
             if not self._forked:
-                if self._waiter is not None and not self._waiter.is_here():
+                inside = self._owner.setdefault("claim", claim) is not claim
+                waits_elsewhere = self._waiter is not None and not self._waiter.is_here()
+                if waits_elsewhere or (inside and self._thread != threading.get_ident()):
                     raise Busy(
                         "close() while another thread is receiving: call stop() and let it return first"
                     )
-                if self._owner.setdefault("claim", claim) is not claim:
-                    if self._thread != threading.get_ident():
-                        raise Busy(
-                            "close() while another thread is receiving: call stop() and let it return first"
-                        )
+                if inside:
                     self._closed = True
                     self._reception.stop()
                     return
             self._closed = True
             self._release()
         finally:
-            if self._owner == {"claim": claim}:
+            if "claim" in self._owner and self._owner["claim"] is claim:
                 del self._owner["claim"]
 
     def _release(self) -> None:
@@ -292,7 +295,7 @@ class Dispatcher:
                     self._reception.show_pending()  # before, for there must be no call behind what `take` does
             return take() if ready else None
         finally:
-            if self._owner == {"claim": claim}:
+            if "claim" in self._owner and self._owner["claim"] is claim:
                 del self._owner["claim"]
                 if self._closed and not self._released:
                     self._release()  # close() was called while this was inside
@@ -331,8 +334,10 @@ class Dispatcher:
         reception = self._reception
         batch = reception.pending
         assert batch is not None
-        first, count = reception.next, len(batch)
-        reached = first
+        first, count, alone = reception.next, len(batch), unheld()
+        reached = first - 1
+        packet = Packet()
+        packet._batch = batch
         known: Iterable[tuple[bytes | None, bytes | None, int]]
         if reception.addresses:
             known = addresses_of(reception.addresses, first, count)
@@ -344,14 +349,16 @@ class Dispatcher:
             # call ends the loop's body: CPython 3.13.0 does not cover what stands between the last call and the
             # jump back with the `finally`.
             for index, (remote, local, protocol) in enumerate(known, first):
-                packet = Packet()
-                packet._batch = batch
+                if getrefcount(packet) != alone:
+                    packet = Packet()
+                    packet._batch = batch
                 packet._index = index
                 if reception.stopping:
                     break
-                reached = index + 1
+                reached = index
                 deliver(remote, local, protocol, packet)
         finally:
+            reached += 1
             if reached == count:
                 reception.pending = None
             else:
