@@ -33,15 +33,16 @@ class Arena:
     """One anonymous mapping, filled from `cursor` on: ARENA_BYTES that are used, and behind them address space that
     is touched only when the last frame is a large one.
 
-    `view` is the writable whole for Python, `address` the same for C.
+    `view` is the writable whole for Python, `address` the same for C. Frames may take what is before `limit`.
     """
 
-    __slots__ = ("_unheld", "address", "cursor", "memory", "size", "view")
+    __slots__ = ("_unheld", "address", "cursor", "limit", "memory", "view")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, table: int = 0) -> None:
+        """The last `table` bytes are not for frames."""
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _populate(self.memory)
-        self.size = size
+        self.limit = size - table
         self.cursor = START
         self.view = memoryview(self.memory)
         self.address = _core.address(self.memory) if _core.lib else 0
@@ -71,16 +72,18 @@ class Arenas:
     left to its holders: the arena is filled onward behind it until it is used up, then dropped.
     """
 
-    __slots__ = ("_current", "_size", "_spare", "largest", "table")
+    __slots__ = ("_current", "_spare", "largest", "table")
 
     def __init__(self, capacity: int, rows: int) -> None:
         """Room in each arena for `rows` rows and one packet of `capacity` bytes at the very least."""
         # A backend reads one byte more than it keeps, to see whether a packet was cut.
         self.largest = align(capacity + 1)
         self.table = align(ROW_BYTES * rows)
-        self._size = ARENA_BYTES + self.largest + self.table
-        self._current = Arena(self._size)
+        self._current = self._new()
         self._spare: Arena | None = None
+
+    def _new(self) -> Arena:
+        return Arena(ARENA_BYTES + self.largest + self.table, self.table)
 
     def next(self) -> Arena:
         """An arena with room for a packet of any size, and a table, behind its cursor."""
@@ -88,15 +91,11 @@ class Arenas:
         if current.reclaim():
             return current
         if spare is None or spare.reclaim():
-            self._current, self._spare = spare or Arena(self._size), current
+            self._current, self._spare = spare or self._new(), current
             return self._current
-        if self.room(current) >= self.largest:
+        if current.limit - current.cursor >= self.largest:
             return current
         self._current, self._spare = (
-            (spare, current) if self.room(spare) >= self.largest else (Arena(self._size), spare)
+            (spare, current) if spare.limit - spare.cursor >= self.largest else (self._new(), spare)
         )
         return self._current
-
-    def room(self, arena: Arena) -> int:
-        """Bytes that frames may take behind the cursor, the table's part left out."""
-        return arena.size - arena.cursor - self.table

@@ -24,9 +24,9 @@ ADDRESSES = struct.Struct("=6s6sH")
 _ETHERNET = struct.Struct("!6s6sH")
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
-# Takes the arena, the number of descriptors, and the address of the frames if they are not in the arena; writes the batch's table behind the frames, and marks the
-# descriptors as classified.
-Classify = Callable[..., None]
+# Takes the arena and the number of descriptors; writes the batch's table behind the frames, and marks the descriptors as
+# classified.
+Classify = Callable[[Arena, int], None]
 
 
 def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
@@ -41,15 +41,31 @@ def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple
 
 
 def classifier(
-    descriptors: Descriptors, framing: Framing, counters: array[int], addresses: bytearray
+    descriptors: Descriptors,
+    framing: Framing,
+    counters: array[int],
+    addresses: bytearray,
+    *,
+    at_once: bool = False,
 ) -> Classify:
-    """The best way on this host. `addresses` has room for one ADDRESSES per row, or is empty."""
-    make = in_c if _core.lib else in_python
-    return make(descriptors, framing, counters, addresses)
+    """The best way on this host. `addresses` has room for one ADDRESSES per row, or is empty.
+
+    `at_once`: C code that fills may classify in the same call, for nobody has to look at what it received before.
+    """
+    if _core.lib is None:
+        return in_python(descriptors, framing, counters, addresses)
+    return in_c(descriptors, framing, counters, addresses, at_once=at_once)
 
 
-def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], addresses: bytearray) -> Classify:
-    """One call per batch: about 5 ns per packet."""
+def in_c(
+    descriptors: Descriptors,
+    framing: Framing,
+    counters: array[int],
+    addresses: bytearray,
+    *,
+    at_once: bool = False,
+) -> Classify:
+    """One call per batch, about 5 ns per packet: for what C code has not filled, which calls the same by itself."""
     described = _core.new(
         "struct lrx_classifier *",
         descriptors=descriptors.address(),
@@ -60,12 +76,14 @@ def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], addre
         addresses=_core.address(addresses) if addresses else 0,
         counters=_core.address(counters),
     )
+    if at_once:
+        descriptors.classify_at_once(_core.pointer(described))
     header = descriptors.header
     lrx_classify = _core.lib.lrx_classify
 
-    def classify(arena: Arena, count: int, frames: int | None = None) -> None:
+    def classify(arena: Arena, count: int) -> None:
         region = arena.address + arena.cursor
-        lrx_classify(described, frames or region, count, region + header[END])
+        lrx_classify(described, region, count, region + header[END])
 
     return classify
 
@@ -77,8 +95,7 @@ def in_python(
     reported, header = descriptors.columns, descriptors.header
     prefix, link_header = framing.prefix, framing.link_header
 
-    def classify(arena: Arena, count: int, frames: int | None = None) -> None:
-        assert frames is None, "memory is lent by the core only"
+    def classify(arena: Arena, count: int) -> None:
         region = arena.view[arena.cursor :]
         end = header[END]
         table = Table(region[end : end + ROW_BYTES * count], count)

@@ -15,10 +15,11 @@ from linkrx import _core
 # Bytes of one row: timestamp 8; start, length, wire length 4 each; protocol, flags, VLAN TCI and TPID 2 each.
 ROW_BYTES = 28
 
-# Words of the header in front of a backend's descriptors.
+# Words of the header in front of a backend's descriptors, and behind them the address of C's classifier.
 COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS = range(6)
 HEADER = struct.Struct("=6I")
-HEADER_BYTES = HEADER.size
+_CLASSIFIER = struct.Struct("@P")
+HEADER_BYTES = HEADER.size + _CLASSIFIER.size
 
 
 def align(offset: int) -> int:
@@ -107,8 +108,9 @@ class Descriptors:
     starts `header[END]` bytes behind the place where the fill began. `columns.starts` count from that place
     too. A backend writes `starts` and `lengths`; the other columns stay zero unless it has something to say
     (a wire length of zero means: as long as the length). An errno that came behind these packets, or
-    without any, is in `header[ERROR]` until it has been acted upon. The other words of the header are the classifier's: what is
-    known about a receive is kept here, not in return values, which an exception raised by a signal handler would lose.
+    without any, is in `header[ERROR]` until it has been acted upon. The other words of the header are the classifier's, which
+    C code that fills calls by itself where it is told of one. What is known about a receive is kept here, not in return
+    values, which an exception raised by a signal handler would lose.
     """
 
     __slots__ = ("columns", "header", "memory", "rows")
@@ -117,13 +119,18 @@ class Descriptors:
         self.rows = rows
         self.memory = bytearray(HEADER_BYTES + ROW_BYTES * rows)
         whole = memoryview(self.memory)
-        self.header = whole[:HEADER_BYTES].cast("I")
+        self.header = whole[: HEADER.size].cast("I")
         self.columns = Table(whole[HEADER_BYTES:], rows)
 
     def address(self) -> int:
         """Where C finds it."""
         return _core.address(self.memory)
 
+    def classify_at_once(self, classifier: int) -> None:
+        """Tell C code that fills where its `struct lrx_classifier` is: one crossing does both."""
+        _CLASSIFIER.pack_into(self.memory, HEADER.size, classifier)
+
     def clear(self) -> None:
-        """All zero, as it was made: before another backend writes."""
-        self.memory[:] = bytes(len(self.memory))
+        """Nothing reported, as it was made: before another backend writes."""
+        self.memory[: HEADER.size] = bytes(HEADER.size)
+        self.memory[HEADER_BYTES:] = bytes(len(self.memory) - HEADER_BYTES)

@@ -16,7 +16,7 @@ from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
 from linkrx.classify import ADDRESSES, classifier
-from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.dropwatch import DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
@@ -26,7 +26,7 @@ from linkrx.options import Options
 from linkrx.packet import MALFORMED
 from linkrx.segmenting import SEGMENT_ROWS, Segmenting
 from linkrx.source import LinkState, Source
-from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, new_counters
+from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, Tally, new_counters
 from linkrx.wakeup import Wakeup
 
 logger = logging.getLogger("linkrx")
@@ -72,9 +72,11 @@ class Reception:
         self._arenas = Arenas(layout.capacity, rows)
         self.addresses = bytearray(ADDRESSES.size * rows if deliver and framing.ethernet else 0)
         self._counters = new_counters()
-        self._classify = classifier(self._descriptors, framing, self._counters, self.addresses)
-        self._drop_watch = DropWatch(source.capabilities)
         self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
+        self._classify = classifier(
+            self._descriptors, framing, self._counters, self.addresses, at_once=not self._may_hang_up
+        )
+        self._drop_watch = DropWatch(source.capabilities)
 
         self.pending: Batch | None = None
         self.next = 0
@@ -82,9 +84,9 @@ class Reception:
         self.end: End | None = None
         self._end_behind: End | None = None  # the end that follows the pending batch
         self._filling: Arena | None = None
-        self._batches = self._receives = self._waits = self._link_downs = 0
+        # Apart: an instance with more than thirty attributes looks each of them up in a dictionary of its own.
+        self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
-        self._left_behind = self._left_behind_bytes = self._held_back = self._indescribable = 0
         self._link_down = False
         self.polled = False
         self._shown: bool | None = False  # whether `show_pending` made the polled descriptor readable
@@ -116,7 +118,8 @@ class Reception:
         deadline = None if timeout is None else deadline_after(timeout)
         if not self._wakeup.listening:
             self._wakeup.listen()
-        while not self.over():
+        # As `over()` sees it, which is only called where there is something to see.
+        while (self.end is None and not self.stopping and self._end_behind is None) or not self.over():
             known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
@@ -135,7 +138,7 @@ class Reception:
             if left == 0:
                 break
             self.show_pending()  # nothing waits here now: the event must not end this wait at once
-            self._waits += 1
+            self._tally.waits += 1
             if idle < _IDLE_WAKES and not self._mechanism.lent:
                 idle += self._wakeup.wait(left)
             else:
@@ -160,20 +163,18 @@ class Reception:
 
         The header tells how far a round came that an exception cut short, and `_filling` in which arena.
         """
-        header = self._header
-        arena = self._filling
+        header, arena = self._header, self._filling
         if arena is None:
             arena = self._filling = self._arenas.next()
+            count = self._fill(arena)
+        else:
+            count = header[COUNT] or (0 if header[CLASSIFIED] else self._fill(arena))
         if not header[CLASSIFIED]:
-            count = header[COUNT]
-            if not count:
-                count = self._fill(arena)
             if self._may_hang_up:
                 count = self._without_hangup(count)
             if not count:
                 return False
-            lease = self._mechanism.lease() if self._mechanism.lends else None
-            self._classify(arena, count, lease.address if lease else None)
+            self._classify(arena, count)
         self._take(arena)
         return True
 
@@ -184,7 +185,7 @@ class Reception:
             count, told = 0, None
             if not header[ERROR] or self._mechanism.held:
                 try:
-                    count = self._mechanism.fill(arena, self._arenas.room(arena))
+                    count = self._mechanism.fill(arena, arena.limit - arena.cursor)
                 except OSError as error:
                     header[ERROR] = error.errno or errno.EIO
                     told = error
@@ -208,14 +209,15 @@ class Reception:
         else:
             batch = LentBatch(lease.memory, 0, table, rows, count, self.framing, arena.memory)
             batch._lease = lease
-        following = align(table + ROW_BYTES * rows)
+        following = table + ROW_BYTES * rows + 7 & ~7  # as align() does
         # From here to the end nothing is called but let_go(), so no signal handler can run.
         if count:
             self.pending = batch
             arena.cursor = following
         self.next = 0
-        self._batches += 1
-        self._receives += receives
+        tally = self._tally
+        tally.batches += 1
+        tally.receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
         if lease is not None:
@@ -254,12 +256,12 @@ class Reception:
             self._finish(End.LINK_GONE)
         elif code == errno.ENETDOWN:
             self._watch_link(down=True)
-            self._link_downs += 1
+            self._tally.link_downs += 1
         elif code in REFUSED:
             self._demote(error)
         elif code == errno.EINVAL and self.framing.vnet_header_size:
             # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
-            self._indescribable += 1
+            self._tally.indescribable += 1
         elif code not in PASSING:
             failure = OSError(
                 code,
@@ -344,10 +346,10 @@ class Reception:
         if event is not None:
             event.set()  # whoever polls must come and see
         # From here on nothing is called, so no signal handler can run.
-        self._left_behind += count
-        self._left_behind_bytes += size
+        self._tally.left_behind += count
+        self._tally.left_behind_bytes += size
         self.pending = None
-        self._held_back = held_back
+        self._tally.held_back = held_back
         self.end = end
 
     def disown(self) -> None:
@@ -415,21 +417,21 @@ class Reception:
 
     def stats(self) -> Stats:
         """Counters since `open`."""
-        counters = self._counters
+        counters, tally = self._counters, self._tally
         return Stats(
-            packets=counters[PACKETS] - self._left_behind,
-            bytes=counters[BYTES] - self._left_behind_bytes,
-            batches=self._batches,
-            receives=self._receives,
-            waits=self._waits,
+            packets=counters[PACKETS] - tally.left_behind,
+            bytes=counters[BYTES] - tally.left_behind_bytes,
+            batches=tally.batches,
+            receives=tally.receives,
+            waits=tally.waits,
             runts=counters[RUNTS],
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
-            malformed=counters[stats.MALFORMED] + self._indescribable,
+            malformed=counters[stats.MALFORMED] + tally.indescribable,
             truncated=counters[CUT],
             kernel_drops=self._drops(),
             ring_freezes=self._mechanism.freezes(),
-            link_downs=self._link_downs if self.source.watched else None,
+            link_downs=tally.link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
-            undelivered=self._left_behind + self._held_back,
+            undelivered=tally.left_behind + tally.held_back,
         )

@@ -6,7 +6,7 @@ from errno import EIO
 
 from linkrx.arena import ARENA_BYTES, Arena
 from linkrx.backend import Backend, Mechanism, Receive
-from linkrx.columns import COUNT, ERROR, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, ERROR, Descriptors, align
 from linkrx.framing import Framing
 from linkrx.segment import segmenter
 
@@ -59,7 +59,7 @@ class Segmenting(Mechanism):
             return 0
         except BaseException:
             # What was received or told goes where it is looked for, unless it is there.
-            if not self._given[COUNT]:
+            if not self._given[COUNT] and not self._given[CLASSIFIED]:
                 self._segmenter.segment(self._staging, arena, room)
             raise
 

@@ -15,6 +15,22 @@ def new_counters() -> array[int]:
     return array("Q", bytes(7 * 8))
 
 
+@dataclass(slots=True)
+class Tally:
+    """What the loop itself counts, beside the classifier. `left_behind` and `held_back` by a stop: of the pending batch, with
+    its bytes, and of what the backend had; `indescribable` by a virtio-net header.
+    """
+
+    batches: int = 0
+    receives: int = 0
+    waits: int = 0
+    link_downs: int = 0
+    left_behind: int = 0
+    left_behind_bytes: int = 0
+    held_back: int = 0
+    indescribable: int = 0
+
+
 class End(Enum):
     """Why a dispatcher is over."""
 

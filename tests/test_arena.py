@@ -175,8 +175,7 @@ def test_an_arena_that_is_held_is_filled_onward() -> None:
         spans.setdefault(id(taken.arena), []).append(taken.start)
     for starts in spans.values():
         assert sorted(starts) == [START + 4096 * index for index in range(len(starts))]
-    size = kept[0].arena.size
-    full = (size - START - arenas.table - arenas.largest) // 4096 + 1
+    full = (kept[0].arena.limit - START - arenas.largest) // 4096 + 1
     assert sorted(map(len, spans.values()), reverse=True)[:-2] == [full] * (len(spans) - 2)
 
 
@@ -216,7 +215,7 @@ def test_counts_that_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_packet_pins_less_than_a_megabyte() -> None:
     """An arena for the largest TAP frames and batches is smaller than a megabyte."""
-    assert Arenas(LARGEST_TUN_FRAME, linkrx.options.BATCH_SIZE_MAX).next().size < MIB
+    assert len(Arenas(LARGEST_TUN_FRAME, linkrx.options.BATCH_SIZE_MAX).next().memory) < MIB
 
 
 @counts_exact
@@ -277,13 +276,13 @@ def test_nothing_held_is_ever_written(
         for number, (part, keep, dropped) in enumerate(steps):
             mark = number % 251 + 1
             arena = arenas.next()
-            room = arenas.room(arena)
+            room = arena.limit - arena.cursor
             # One byte more than is kept shows whether a packet was cut.
             assert room >= capacity + 1
             start = arena.cursor
             assert start % 8 == 0
-            assert start + room + ROW_BYTES * rows <= arena.size
-            arena.view[start:] = bytes([mark]) * (arena.size - start)
+            assert start + room + ROW_BYTES * rows <= len(arena.memory)
+            arena.view[start:] = bytes([mark]) * (len(arena.memory) - start)
             used = max(1, int(part * room)) + ROW_BYTES * rows
             view = memoryview(arena.memory)[start : start + used].toreadonly()
             arena.cursor = align(start + used)

@@ -372,7 +372,7 @@ def test_c_and_python_agree(
     memory = random.Random(seed).randbytes(MEMORY)
     left: list[tuple[bytes, bytes, list[int], list[int]]] = []
     for make, arena in zip((classify.in_python, classify.in_c), arena_pair(), strict=True):
-        arena.view[:] = b"\xa5" * arena.size
+        arena.view[:] = b"\xa5" * len(arena.memory)
         arena.cursor = cursor
         arena.view[cursor : cursor + len(memory)] = memory
         descriptors = Descriptors(max(1, len(packets) + spare_rows))

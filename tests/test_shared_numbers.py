@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ SHARED: dict[str, int] = {
     "LRX_ERROR": columns.ERROR,
     "LRX_CLASSIFIED": columns.CLASSIFIED,
     "LRX_ROWS": columns.ROWS,
+    "LRX_CLASSIFIER_AT": columns.HEADER.size,
     "LRX_HEADER_BYTES": columns.HEADER_BYTES,
     "LRX_TRUNCATED": packet.Flags.TRUNCATED,
     "LRX_OUTGOING": packet.Flags.OUTGOING,
@@ -79,7 +81,7 @@ def test_counters_have_a_slot_for_each() -> None:
 
 
 def test_header_has_a_word_for_each() -> None:
-    """The header of the descriptors is exactly as many 32-bit words as it has names."""
+    """The header of the descriptors is exactly as many 32-bit words as it has names, and a pointer."""
     words = {
         columns.COUNT,
         columns.RECEIVES,
@@ -90,7 +92,7 @@ def test_header_has_a_word_for_each() -> None:
     }
     header = columns.Descriptors(1).header
     assert words == set(range(len(header)))
-    assert header.nbytes == columns.HEADER_BYTES
+    assert header.nbytes + struct.calcsize("P") == columns.HEADER_BYTES
 
 
 def test_row_is_the_sum_of_its_columns() -> None:

@@ -35,6 +35,11 @@ def address(buffer: object) -> int:
     return int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(buffer, require_writable=True)))
 
 
+def pointer(thing: object) -> int:
+    """Where C finds what `new` returned. Whoever takes it keeps that alive."""
+    return int(_native.ffi.cast("uintptr_t", thing))
+
+
 def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
     """Memory at an address as a view; `free` is called when nothing refers to it any more."""
     pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())

@@ -19,7 +19,7 @@ ffibuilder.set_source(
     "#include <stdint.h>\n" + "\n".join(f'#include "{name}"' for name in HEADERS),
     sources=[f"linkrx/_core/{name}" for name in SOURCES],
     depends=[f"linkrx/_core/{name}" for name in HEADERS]
-    + ["linkrx/_core/checksum.inc", "linkrx/_core/columns.inc"],
+    + [f"linkrx/_core/{path.name}" for path in HERE.glob("*.inc")],
     include_dirs=["linkrx/_core"],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
     # Without a compiler linkrx still installs, and says at run time what is missing.

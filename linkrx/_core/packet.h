@@ -1,13 +1,14 @@
 /* Numbers that Python and C share. A test holds linkrx/packet.py, columns.py and stats.py to them. */
 
-/* Words of the header in front of a backend's descriptors. */
+/* Words of the header in front of a backend's descriptors; behind them the address of a struct lrx_classifier, or 0. */
 #define LRX_COUNT 0       /* packets that the backend received and nobody classified yet */
 #define LRX_RECEIVES 1    /* system calls that took */
 #define LRX_END 2         /* bytes that they use of the region */
 #define LRX_ERROR 3       /* an errno that follows these packets */
 #define LRX_CLASSIFIED 4  /* one more than the packets that classification left; 0 before it */
 #define LRX_ROWS 5        /* rows of the table it wrote */
-#define LRX_HEADER_BYTES 24
+#define LRX_CLASSIFIER_AT 24
+#define LRX_HEADER_BYTES 32
 
 /* Bits of a packet's flags. */
 #define LRX_TRUNCATED 1

@@ -11,6 +11,8 @@
 
 #include "packet.h"
 #include "columns.inc"
+#include "classify.h"
+#include "far_memory.inc"
 #include "packet_mmap.h"
 
 /* linux/if_ether.h; its other contents clash with the C library's. */
@@ -293,16 +295,6 @@ static const uint8_t *frame_of(const struct lrx_packet_mmap *s, const uint8_t *b
     return block + s->offset + mac;
 }
 
-/* What was written by another processor, or long ago, is in no cache near. The frames that follow are likely like this
- * one: ask for as much memory as it has taken, 2 KiB ahead. Behind the ring's end that asks for nothing. */
-static void prefetch(const struct lrx_packet_mmap *s, const uint8_t *at, uint32_t length)
-{
-    uint32_t lines = s->lends ? 3 : 3 + (length < 2048 ? length : 2048) / 64;
-
-    for (uint32_t line = 0; line < lines; line++)
-        __builtin_prefetch(at + 2048 + 64 * line);
-}
-
 static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *frame, uint32_t length)
 {
     if (s->vnet) {
@@ -314,7 +306,7 @@ static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *fr
         to += head;
         length -= head;
     }
-    memcpy(to, frame, length);
+    lrx_copy_far(to, frame, length);
 }
 
 static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpacket3_hdr *header,
@@ -348,7 +340,6 @@ static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpac
 int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                          uint32_t size)
 {
-    uint32_t *words = lrx_header_at(descriptors);
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0, begun = 0;
@@ -376,7 +367,7 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
             s->error = EIO;
             break;
         }
-        prefetch(s, (const uint8_t *)header, snaplen);
+        lrx_prefetch_far((const uint8_t *)header, s->lends ? 0 : snaplen);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
         if (s->lends) {
             /* Before it is shown: from here on only who has the block lent gives it back. */
@@ -408,14 +399,10 @@ int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint3
     if (n == 0 || (s->error && !s->left))
         error = pending_error(s);
     if (error)
-        words[LRX_ERROR] = (uint32_t)error;
+        lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
     if (n == 0)
         return -error;
-    /* All is kept here as well: a signal handler that raises takes the return value from Python. */
-    words[LRX_COUNT] = n;
-    words[LRX_RECEIVES] = begun;
-    words[LRX_END] = cursor;
-    return (int)n;
+    return lrx_received(descriptors, s->lends ? (uintptr_t)s->described : region, n, begun, region, cursor);
 }
 
 uintptr_t lrx_packet_mmap_block(const struct lrx_packet_mmap *s)

@@ -9,6 +9,7 @@
 
 #include "packet.h"
 #include "columns.inc"
+#include "classify.h"
 #include "readv.h"
 
 /* One buffer a byte longer than the capacity, or the ladder and that byte: a packet that reaches the
@@ -64,7 +65,6 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at)
 
 int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
 {
-    uint32_t *header = lrx_header_at(r->descriptors);
     const struct lrx_columns out = lrx_descriptors_at(r->descriptors, r->rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0;
@@ -94,12 +94,8 @@ int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
     /* No error of the source: the caller takes another method, and if it does not come to that, is told again. */
     if (error == EOPNOTSUPP && n == 0 && r->method == LRX_NOWAIT)
         return -error;
-    /* All is kept here as well: a signal handler that raises takes the return value from Python. */
-    header[LRX_ERROR] = (uint32_t)error;
+    lrx_header_at(r->descriptors)[LRX_ERROR] = (uint32_t)error;
     if (error && n == 0)
         return -error;
-    header[LRX_COUNT] = n;
-    header[LRX_RECEIVES] = n;
-    header[LRX_END] = cursor;
-    return (int)n;
+    return lrx_received(r->descriptors, region, n, n, region, cursor);
 }

@@ -10,6 +10,7 @@
 
 #include "packet.h"
 #include "columns.inc"
+#include "classify.h"
 #include "recvmmsg.h"
 
 /* linux/if_ether.h; its other contents clash with the C library's. */
@@ -189,7 +190,6 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
 int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size)
 {
-    uint32_t *header = lrx_header_at(descriptors);
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0, receives = 0;
@@ -200,8 +200,7 @@ int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t ro
         if (got == -EAGAIN)
             return 0;
         if (got < 0) {
-            /* Here as well: a signal handler that raises takes the return value from Python. */
-            header[LRX_ERROR] = (uint32_t)-got;
+            lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)-got;
             return got;
         }
         receives = 1;
@@ -227,8 +226,5 @@ int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t ro
         out.wire_lengths[n] = wire_length;
         cursor = lrx_align(cursor + length);
     }
-    header[LRX_COUNT] = n;
-    header[LRX_RECEIVES] = receives;
-    header[LRX_END] = cursor;
-    return (int)n;
+    return lrx_received(descriptors, region, n, receives, region, cursor);
 }

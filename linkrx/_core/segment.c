@@ -8,6 +8,7 @@
 #include "packet.h"
 #include "checksum.inc"
 #include "columns.inc"
+#include "classify.h"
 #include "segment.h"
 
 /* linux/virtio_net.h, with names that only newer ones have. */
@@ -367,7 +368,7 @@ static int give(struct lrx_segmenter *s, const uint8_t *received, const struct l
 int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, uint32_t size)
 {
     const struct lrx_columns in = lrx_descriptors_at(s->taken, s->taken_rows);
-    uint32_t *taken = lrx_header_at(s->taken), *given = lrx_header_at(s->given);
+    uint32_t *taken = lrx_header_at(s->taken), *given = lrx_header_at(s->given), receives;
     struct output o = {
         .columns = lrx_descriptors_at(s->given, s->given_rows),
         .memory = (uint8_t *)region,
@@ -380,9 +381,7 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
         s->next++;
         s->done = 0;
     }
-    given[LRX_COUNT] = o.n;
-    given[LRX_END] = o.cursor;
-    given[LRX_RECEIVES] = taken[LRX_RECEIVES];
+    receives = taken[LRX_RECEIVES];
     taken[LRX_RECEIVES] = 0;
     if (s->next >= taken[LRX_COUNT]) {
         taken[LRX_COUNT] = s->next = s->done = 0;
@@ -391,5 +390,5 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
             given[LRX_ERROR] = taken[LRX_ERROR];
         taken[LRX_ERROR] = 0;
     }
-    return (int)o.n;
+    return lrx_received(s->given, region, o.n, receives, region, o.cursor);
 }

@@ -17,6 +17,7 @@ class Readv(Backend):
     name = "readv"
     rank = 20
     honours = frozenset({"buffer_sizes"})
+    batch_size = 512  # half of what a TAP queue holds
 
     @classmethod
     def missing(cls) -> str | None:

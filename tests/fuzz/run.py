@@ -29,6 +29,8 @@ def compiled(compiler: str, name: str, folder: Path, *, sanitizers: str, core: P
     """The harness of that name, built in `folder`; with `fuzzer` among the sanitizers libFuzzer is its main."""
     program = folder / name
     sources = [HERE / f"{name}.c"] + ([] if "fuzzer" in sanitizers else [HERE / "replay.c"])
+    if name != "classify":
+        sources.append(core / "classify.c")  # what a fill ends with
     subprocess.run(
         [compiler, *FLAGS, f"-fsanitize={sanitizers}", f"-I{core}", *map(str, sources), "-o", str(program)],
         check=True,
