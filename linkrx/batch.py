@@ -7,9 +7,10 @@ import operator
 from collections.abc import Iterator, Mapping
 from sys import getrefcount
 
+from linkrx import arena
 from linkrx.columns import COLUMNS, ROW_BYTES, Columns, Table
 from linkrx.framing import Framing
-from linkrx.packet import Packet, unheld
+from linkrx.packet import Packet
 
 
 class Batch(Columns):
@@ -82,12 +83,13 @@ class Batch(Columns):
         return packet
 
     def __iter__(self) -> Iterator[Packet]:
-        # Two take turns: who asks for the next packet has the last one in a variable still.
-        count = unheld()
+        # A packet that nobody else has any more is given again: to make one takes longer than to count. Two take turns, for
+        # who asks for the next has the last one in a variable still.
         packet, last = Packet(), Packet()
+        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         packet._batch = last._batch = self
         for index in range(self._count):
-            if getrefcount(packet) != count:
+            if getrefcount(packet) != unheld:
                 packet = Packet()
                 packet._batch = self
             packet._index = index

@@ -14,7 +14,7 @@ from sys import getrefcount
 from types import TracebackType
 from typing import TypeVar
 
-from linkrx import aio
+from linkrx import aio, arena
 from linkrx.backend import Backend
 from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
@@ -23,7 +23,7 @@ from linkrx.classify import addresses_of
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
 from linkrx.options import Options
-from linkrx.packet import Packet, unheld
+from linkrx.packet import Packet
 from linkrx.reception import Reception
 from linkrx.source import Source
 from linkrx.stats import End, Stats
@@ -164,10 +164,11 @@ class Dispatcher:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
     def __iter__(self) -> Iterator[Packet]:
-        reception, count = self._reception, unheld()
+        reception = self._reception
         packet, last = Packet(), Packet()  # in turn, as in Batch.__iter__
+        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         while True:
-            if getrefcount(packet) != count:
+            if getrefcount(packet) != unheld:
                 packet = Packet()
             # From here to the yield nothing is called and nothing jumps back: CPython looks for signals there, and
             # the exception of a handler would lose the packet. 3.10 does so behind calls of Python functions too.
@@ -326,7 +327,7 @@ class Dispatcher:
         if deliver is None:
             self._check_open()
             raise LinkrxError(
-                "nothing to deliver to: pass deliver= to linkrx.open, or iterate over the dispatcher"
+                "nothing to deliver to: give linkrx.open deliver=, or iterate over the dispatcher"
             )
         return self._step(timeout, partial(self._deliver_pending, deliver)) or 0
 
@@ -334,9 +335,10 @@ class Dispatcher:
         reception = self._reception
         batch = reception.pending
         assert batch is not None
-        first, count, alone = reception.next, len(batch), unheld()
+        first, count = reception.next, len(batch)
         reached = first - 1
-        packet = Packet()
+        packet = Packet()  # one for all that are let go of, as in Batch.__iter__
+        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         packet._batch = batch
         known: Iterable[tuple[bytes | None, bytes | None, int]]
         if reception.addresses:
@@ -349,7 +351,7 @@ class Dispatcher:
             # call ends the loop's body: CPython 3.13.0 does not cover what stands between the last call and the
             # jump back with the `finally`.
             for index, (remote, local, protocol) in enumerate(known, first):
-                if getrefcount(packet) != alone:
+                if getrefcount(packet) != unheld:
                     packet = Packet()
                     packet._batch = batch
                 packet._index = index
@@ -395,8 +397,7 @@ class Dispatcher:
         """The rest of the pending batch or the next one; None when it is over or no packet came in time."""
         deadline = None if timeout is None else deadline_after(timeout)
         while True:
-            left = None if deadline is None else seconds_left(deadline)
-            batch = self._step(left, self._take_batch)
+            batch = self._step(None if deadline is None else seconds_left(deadline), self._take_batch)
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum, IntFlag
-from sys import getrefcount
 from typing import TYPE_CHECKING, NamedTuple
-
-from linkrx import arena
 
 if TYPE_CHECKING:
     from linkrx.batch import Batch
@@ -239,23 +236,6 @@ class Packet:
         return (
             f"<Packet 0x{self.protocol:04x}{route} {len(self)} bytes{' truncated' if self.truncated else ''}>"
         )
-
-
-def _count_of_an_unheld_one() -> int:
-    packet = Packet()
-    return getrefcount(packet)
-
-
-_UNHELD = _count_of_an_unheld_one()
-
-
-def unheld() -> int:
-    """What getrefcount() says of a packet that only the function that asks has, in a variable of its own.
-
-    Such a packet may be given again, with another index: to make one takes longer than to count. Where counts are not
-    exact this is 0, which getrefcount() never says.
-    """
-    return _UNHELD if arena.REFERENCE_COUNTS_ARE_EXACT else 0
 
 
 def mac(address: bytes | None) -> str:
