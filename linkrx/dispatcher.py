@@ -175,7 +175,7 @@ class Dispatcher:
             batch, index = reception.pending, reception.next
             if batch is None or self._owner or reception.stopping or self._closed:
                 packet, last = Packet(), Packet()  # these hold no arena
-                if self._step(None, _ready) is None and self.end is not None:
+                if self._step(None, object) is None and self.end is not None:  # which takes nothing
                     return
                 continue
             packet._batch = batch
@@ -327,7 +327,7 @@ class Dispatcher:
         if deliver is None:
             self._check_open()
             raise LinkrxError(
-                "nothing to deliver to: give linkrx.open deliver=, or iterate over the dispatcher"
+                "nothing to deliver to: pass deliver= to linkrx.open, or iterate over the dispatcher"
             )
         return self._step(timeout, partial(self._deliver_pending, deliver)) or 0
 
@@ -400,11 +400,6 @@ class Dispatcher:
             batch = self._step(None if deadline is None else seconds_left(deadline), self._take_batch)
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
-
-
-def _ready() -> bool:
-    """For a step that only waits."""
-    return True
 
 
 def _is_live(claim: object) -> bool:
