@@ -106,6 +106,12 @@ DEFECTS = {
     "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),
     "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
     "no further packet for want of a slot": ("recvmmsg", "n < rows; s->next++", "n + 1 < rows; s->next++"),
+    "an empty queue is asked again": ("recvmmsg", "receives && (uint32_t)got < wanted", "receives > rows"),
+    "an error behind packets of a fill is lost": (
+        "recvmmsg",
+        "if (got < 0 && got != -EAGAIN) {",
+        "if (n == 0 && got < 0 && got != -EAGAIN) {",
+    ),
     "the overflow starts too early": (
         "recvmmsg",
         "head = length < s->slot ?",

@@ -11,6 +11,7 @@
 #include "packet.h"
 #include "columns.inc"
 #include "classify.h"
+#include "far_memory.inc"
 #include "recvmmsg.h"
 
 /* linux/if_ether.h; its other contents clash with the C library's. */
@@ -113,10 +114,9 @@ uint32_t lrx_recvmmsg_waiting(const struct lrx_recvmmsg *s)
     return s->ready - s->next;
 }
 
-/* Fill the slots. The kernel writes the sizes of name and control back, so both are set anew. */
-static int receive(struct lrx_recvmmsg *s, uint32_t rows)
+/* Fill so many slots. The kernel writes the sizes of name and control back, so both are set anew. */
+static int receive(struct lrx_recvmmsg *s, uint32_t wanted)
 {
-    uint32_t wanted = rows < s->messages ? rows : s->messages;
     int got;
 
     if (s->metadata) {
@@ -192,31 +192,31 @@ int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t ro
 {
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
-    uint32_t cursor = 0, n = 0, receives = 0;
+    uint32_t cursor = 0, n = 0, receives = 0, wanted = 0;
+    int got = 0;
 
-    if (s->next == s->ready) {
-        int got = receive(s, rows);
+    for (; n < rows; s->next++, n++) {
+        uint32_t k, wire_length, length, head;
 
-        if (got == -EAGAIN)
-            return 0;
-        if (got < 0) {
-            lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)-got;
-            return got;
+        if (s->next == s->ready) {
+            if (receives && (uint32_t)got < wanted)
+                break; /* the queue was empty then */
+            wanted = rows - n < s->messages ? rows - n : s->messages;
+            got = receive(s, wanted);
+            if (got <= 0)
+                break;
+            receives++;
         }
-        receives = 1;
-    }
-    for (; s->next < s->ready && n < rows; s->next++, n++) {
-        uint32_t k = s->next;
-        uint32_t wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
-        uint32_t length = wire_length < s->capacity ? wire_length : s->capacity;
-        uint32_t head = length < s->slot ? length : s->slot;
-
+        k = s->next;
+        wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
+        length = wire_length < s->capacity ? wire_length : s->capacity;
+        head = length < s->slot ? length : s->slot;
         if ((uint64_t)cursor + length > size) {
             if (n == 0)
                 return -EMSGSIZE;
             break;
         }
-        memcpy(memory + cursor, slot_of(s, k), head);
+        lrx_copy_far(memory + cursor, slot_of(s, k), head);
         if (length > head)
             memcpy(memory + cursor + head, overflow_of(s, k), length - head);
         out.starts[n] = cursor;
@@ -225,6 +225,11 @@ int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t ro
             read_metadata(s, k, &out, n, &wire_length);
         out.wire_lengths[n] = wire_length;
         cursor = lrx_align(cursor + length);
+    }
+    if (got < 0 && got != -EAGAIN) {
+        lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)-got;
+        if (n == 0)
+            return got;
     }
     return lrx_received(descriptors, region, n, receives, region, cursor);
 }

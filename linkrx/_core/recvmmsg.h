@@ -11,8 +11,9 @@ struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t slot,
                                        int metadata);
 void lrx_recvmmsg_close(struct lrx_recvmmsg *s);
 
-/* Receive at most `rows` packets and move them into `size` bytes at `region`. Packets that do not fit
- * stay in their slots for the next call. Returns the number moved, or -errno. */
+/* Receive at most `rows` packets, with as many system calls as it takes until the queue is empty, and move them into
+ * `size` bytes at `region`. Packets that do not fit stay in their slots for the next call. Returns the number moved, or
+ * -errno where there is none; the header keeps the errno, also one that came behind packets. */
 int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size);
 

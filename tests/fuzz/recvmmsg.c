@@ -34,7 +34,9 @@ static struct {
     struct input *in;
     uint32_t capacity;
     int metadata;
-    uint32_t calls, wanted;
+    uint32_t rows, messages;
+    uint32_t receives;         /* calls of this fill that had packets */
+    int empty;                 /* the last call of this fill had fewer than were asked for */
     int error;                 /* what the last call ended with */
     int kept_error;            /* behind packets: for the next call, as the kernel's sk_err */
     uint32_t handed, taken;    /* packets that it handed out, and of these those that rows showed */
@@ -174,9 +176,11 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 {
     unsigned n = 0;
 
-    MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count && count == kernel.wanted);
-    MUST(kernel.handed == kernel.taken && kernel.error != EAGAIN);
-    kernel.calls++;
+    const uint32_t rows_left = kernel.rows - (kernel.handed - kernel.taken);
+
+    MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count);
+    MUST(count == (rows_left < kernel.messages ? rows_left : kernel.messages));
+    MUST(!kernel.empty); /* not asked again what was told already */
     kernel.error = kernel.kept_error;
     for (kernel.kept_error = 0; n < count && !kernel.error; n++) {
         struct msghdr *message = &headers[n].msg_hdr;
@@ -211,6 +215,8 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
         kernel.kept_error = kernel.error;
     if (n)
         kernel.error = 0;
+    kernel.receives += n > 0;
+    kernel.empty = n < count && kernel.error != EINTR;
     errno = kernel.error;
     return n ? (int)n : -1;
 }
@@ -249,7 +255,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     kernel.in = &in;
     kernel.capacity = capacity;
     kernel.metadata = (int)take(&in, 1);
-    kernel.wanted = rows < messages ? rows : messages;
+    kernel.rows = rows;
+    kernel.messages = messages;
     kernel.allocations_left = take(&in, 7) ? 6 : (int)take(&in, 5);
     int enough = messages && capacity && kernel.allocations_left == 6;
     struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, slot, capacity, kernel.metadata);
@@ -261,7 +268,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint32_t *header = (uint32_t *)exactly(table_bytes);
     memset(header, 0, table_bytes);
     for (int fills = 0; fills < 16; fills++) {
-        uint32_t waited = kernel.handed - kernel.taken, calls = kernel.calls;
+        int error;
         /* Room for a packet of any size, and sometimes not even that. */
         uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 4000)) & ~7u : take(&in, capacity) & ~7u;
         uint8_t *region = exactly(room);
@@ -269,26 +276,28 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint32_t waits = kernel.handed - kernel.taken;
         const struct told *first = &kernel.told[kernel.taken % MESSAGES_MOST];
 
-        MUST((kernel.calls > calls) == !waited);
+        error = kernel.error == EAGAIN ? 0 : kernel.error;
+        MUST(header[LRX_ERROR] == (uint32_t)error);
         if (!waits) {
-            MUST(got == (kernel.error == EAGAIN ? 0 : -kernel.error) && !header[LRX_COUNT]);
-            MUST(header[LRX_ERROR] == (uint32_t)-got);
+            MUST(got == -error && !header[LRX_COUNT]);
         } else if ((first->length < capacity ? first->length : capacity) > room) {
             MUST(got == -EMSGSIZE && !header[LRX_COUNT]);
         } else {
             MUST(got > 0 && header[LRX_COUNT] == (uint32_t)got && (uint32_t)got <= waits);
-            MUST(header[LRX_RECEIVES] == !waited && header[LRX_END] <= room);
+            MUST(header[LRX_RECEIVES] == kernel.receives && header[LRX_END] <= room);
             check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, (uint32_t)got, region, header[LRX_END]);
             /* It stops for a reason only: what is left did not fit. */
             waits = kernel.handed - kernel.taken;
             first = &kernel.told[kernel.taken % MESSAGES_MOST];
             MUST(!waits || (first->length < capacity ? first->length : capacity) > room - header[LRX_END]);
+            MUST(waits || (uint32_t)got == rows || kernel.empty);
         }
         MUST(lrx_recvmmsg_waiting(s) == kernel.handed - kernel.taken);
-        MUST((got <= 0 || !header[LRX_ERROR]) && !header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
         free(region);
         header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
-        kernel.error = 0;
+        kernel.error = kernel.empty = 0;
+        kernel.receives = 0;
         if (!in.left && !waits && !kernel.kept_error)
             break;
     }
