@@ -36,6 +36,9 @@ class Mechanism(ABC):
 
     lends = False
 
+    # Where C finds its fill, of the type of lrx_readv_fill(), and the fill's state; None for what is written in Python.
+    native: tuple[int, int] | None = None
+
     def start(self) -> None:
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
         return

@@ -62,6 +62,12 @@ class Segmenter(Protocol):
         """Rows of what was taken that are not used up."""
         ...
 
+    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+        """Whether `segment` from now on takes more by itself, by a backend's `native`: into `staged` bytes, so many at once,
+        and again while there is room for `spare` bytes of frames.
+        """
+        ...
+
 
 def segmenter(taken: Descriptors, given: Descriptors, framing: Framing) -> Segmenter:
     """The best way on this host. `framing` has a virtio-net header."""
@@ -88,6 +94,12 @@ class in_c:  # noqa: N801 - like in_python a way to make one
         )
         self._segment = _core.lib.lrx_segment
 
+    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+        state = self._state
+        state.fill, state.source = native
+        state.taken_rows, state.staged, state.spare = at_once, staged, spare
+        return True
+
     def segment(self, staging: Arena, arena: Arena, room: int) -> int:
         given: int = self._segment(
             self._state, staging.address + staging.cursor, arena.address + arena.cursor, room
@@ -107,6 +119,9 @@ class in_python:  # noqa: N801
         self._taken, self._given, self._framing = taken, given, framing
         self._next = 0  # the row of what was taken that comes next
         self._done = 0  # frames of it that are out already
+
+    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+        return False
 
     def segment(self, staging: Arena, arena: Arena, room: int) -> int:
         taken, given = self._taken.header, self._given.header

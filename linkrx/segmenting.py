@@ -17,6 +17,9 @@ HEADERS_SHARE = 16
 # second-level cache together; with eight, what is written first is out of it again before anybody reads it.
 STAGED_BYTES = ARENA_BYTES // 2
 
+# That C receives at once, and splits before it receives the next: what the kernel has written is in the cache still.
+AT_ONCE = 2
+
 # As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
 # costs would be paid for every 45 frames.
 SEGMENT_ROWS = 1024
@@ -37,6 +40,14 @@ class Segmenting(Mechanism):
         self._largest = align(receive.layout.capacity + 1)
         self._staging = Arena(ARENA_BYTES + self._largest)
         self._backend = backend(receive, self._taken)
+        native, capacity = self._backend.native, receive.layout.capacity
+        at_once = min(AT_ONCE, self._taken.rows)
+        self._receives = native is not None and self._segmenter.receive_by(
+            native,
+            at_once,
+            self._staging.limit - self._staging.cursor,
+            min(STAGED_BYTES, at_once * (capacity + capacity // HEADERS_SHARE)),
+        )
 
     def start(self) -> None:
         """As the backend does."""
@@ -45,6 +56,8 @@ class Segmenting(Mechanism):
     def fill(self, arena: Arena, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
         try:
+            if self._receives:
+                return self._segmenter.segment(self._staging, arena, room)  # and receives as well
             # An errno that was told already comes before what is still to be received.
             if not self._segmenter.waiting and (not self._taken.header[ERROR] or self._backend.held):
                 # No more than has room as frames: a few that were left over would be a batch of their own.

@@ -40,6 +40,11 @@ def pointer(thing: object) -> int:
     return int(_native.ffi.cast("uintptr_t", thing))
 
 
+def function(name: str) -> Any:
+    """A function of `lib` as C sees it, for `pointer`."""
+    return _native.ffi.addressof(lib, name)
+
+
 def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
     """Memory at an address as a view; `free` is called when nothing refers to it any more."""
     pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())

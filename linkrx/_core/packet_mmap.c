@@ -337,9 +337,10 @@ static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpac
     return flags;
 }
 
-int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                          uint32_t size)
 {
+    struct lrx_packet_mmap *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0, begun = 0;

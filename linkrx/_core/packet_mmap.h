@@ -25,7 +25,7 @@ void lrx_packet_mmap_abandon(struct lrx_packet_mmap *s);
 /* Copy at most `rows` packets into `size` bytes at `region`, and give each block back to the kernel with its last
  * packet. What does not fit stays in its block for the next call. Returns the number copied, or -errno, which
  * the header keeps too: the socket's error, told only when everything that came before it has been copied. */
-int lrx_packet_mmap_fill(struct lrx_packet_mmap *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                          uint32_t size);
 
 /* Of a ring that lends: the block that the last fill was about, where its packets' starts count from. It is the

@@ -63,21 +63,26 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at)
     return readv(r->fd, iov, lay_out(r, at, iov));
 }
 
-int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
+int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
 {
-    const struct lrx_columns out = lrx_descriptors_at(r->descriptors, r->rows);
+    struct lrx_readv *r = state;
+    const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0;
     int error = 0;
 
     if (r->sizes_count > LRX_SIZES_MAX)
         return -EINVAL;
-    while (n < r->rows && (uint64_t)cursor + r->capacity < size) {
+    while (n < rows && (uint64_t)cursor + r->capacity < size) {
         ssize_t got = receive(r, memory + cursor);
 
         if (got < 0) {
             if (errno == EINTR)
                 continue;
+            if (errno == EOPNOTSUPP && r->method == LRX_NOWAIT) {
+                r->method = LRX_POLL;
+                continue;
+            }
             if (errno != EAGAIN)
                 error = errno;
             break;
@@ -91,11 +96,8 @@ int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size)
         n++;
         cursor = lrx_align(cursor + length);
     }
-    /* No error of the source: the caller takes another method, and if it does not come to that, is told again. */
-    if (error == EOPNOTSUPP && n == 0 && r->method == LRX_NOWAIT)
-        return -error;
-    lrx_header_at(r->descriptors)[LRX_ERROR] = (uint32_t)error;
+    lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
     if (error && n == 0)
         return -error;
-    return lrx_received(r->descriptors, region, n, n, region, cursor);
+    return lrx_received(descriptors, region, n, n, region, cursor);
 }

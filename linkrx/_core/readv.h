@@ -12,11 +12,9 @@ struct lrx_readv {
     uint32_t capacity;      /* bytes of one packet that are kept, prefix included */
     uint32_t sizes_count;   /* entries of an iovec ladder, 0 for one buffer; they sum to capacity */
     uint32_t sizes[LRX_SIZES_MAX];
-    uintptr_t descriptors;
-    uint32_t rows;
 };
 
-/* Receive packets into `size` bytes at `region` until the queue is empty, the descriptors are full or
- * no further packet is sure to fit. Returns their number, or -errno when there is none. The header keeps
- * the errno, also one that came behind received packets. */
-int lrx_readv_fill(const struct lrx_readv *r, uintptr_t region, uint32_t size);
+/* Receive packets into `size` bytes at `region` until the queue is empty, `rows` descriptors are full or no further packet
+ * is sure to fit. `state` is a struct lrx_readv, whose method is another where the driver knows no RWF_NOWAIT. Returns
+ * their number, or -errno when there is none. The header keeps the errno, also one that came behind received packets. */
+int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size);

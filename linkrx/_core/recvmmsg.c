@@ -187,9 +187,10 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
     out->flags[n] = flags;
 }
 
-int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size)
 {
+    struct lrx_recvmmsg *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
     uint32_t cursor = 0, n = 0, receives = 0, wanted = 0;

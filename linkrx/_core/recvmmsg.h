@@ -14,7 +14,7 @@ void lrx_recvmmsg_close(struct lrx_recvmmsg *s);
 /* Receive at most `rows` packets, with as many system calls as it takes until the queue is empty, and move them into
  * `size` bytes at `region`. Packets that do not fit stay in their slots for the next call. Returns the number moved, or
  * -errno where there is none; the header keeps the errno, also one that came behind packets. */
-int lrx_recvmmsg_fill(struct lrx_recvmmsg *s, uintptr_t descriptors, uint32_t rows, uintptr_t region,
+int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size);
 
 /* Packets that were received and wait in their slots. */

@@ -365,10 +365,22 @@ static int give(struct lrx_segmenter *s, const uint8_t *received, const struct l
     return 1;
 }
 
+typedef int fill_function(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size);
+
+/* A few super-packets at a time, so that they are split while they are in the cache. False when there is nothing. */
+static int receive(const struct lrx_segmenter *s, uintptr_t staging, const struct output *o)
+{
+    fill_function *fill = (fill_function *)s->fill;
+
+    return fill && o->n < o->rows && (o->n == 0 || o->size - o->cursor >= s->spare) &&
+           (fill((void *)s->source, s->taken, s->taken_rows, staging, s->staged) > 0 ||
+            lrx_header_at(s->taken)[LRX_ERROR]);
+}
+
 int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, uint32_t size)
 {
     const struct lrx_columns in = lrx_descriptors_at(s->taken, s->taken_rows);
-    uint32_t *taken = lrx_header_at(s->taken), *given = lrx_header_at(s->given), receives;
+    uint32_t *taken = lrx_header_at(s->taken), *given = lrx_header_at(s->given), receives = 0;
     struct output o = {
         .columns = lrx_descriptors_at(s->given, s->given_rows),
         .memory = (uint8_t *)region,
@@ -376,19 +388,21 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
         .rows = s->given_rows,
     };
 
-    while (s->next < taken[LRX_COUNT] &&
-           give(s, (const uint8_t *)staging + in.starts[s->next], &in, s->next, &o)) {
-        s->next++;
-        s->done = 0;
-    }
-    receives = taken[LRX_RECEIVES];
-    taken[LRX_RECEIVES] = 0;
-    if (s->next >= taken[LRX_COUNT]) {
+    do {
+        while (s->next < taken[LRX_COUNT] &&
+               give(s, (const uint8_t *)staging + in.starts[s->next], &in, s->next, &o)) {
+            s->next++;
+            s->done = 0;
+        }
+        receives += taken[LRX_RECEIVES];
+        taken[LRX_RECEIVES] = 0;
+        if (s->next < taken[LRX_COUNT])
+            break;
         taken[LRX_COUNT] = s->next = s->done = 0;
         /* The errno came behind the last of the packets. */
         if (taken[LRX_ERROR])
             given[LRX_ERROR] = taken[LRX_ERROR];
         taken[LRX_ERROR] = 0;
-    }
+    } while (!given[LRX_ERROR] && receive(s, staging, &o));
     return lrx_received(s->given, region, o.n, receives, region, o.cursor);
 }

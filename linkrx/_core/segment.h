@@ -10,10 +10,15 @@ struct lrx_segmenter {
     uint32_t given_rows;
     uint32_t next;         /* the row of `taken` that comes next */
     uint32_t done;         /* segments of it that are out already */
+    uintptr_t fill;        /* a backend's, of the type that lrx_readv_fill() has, or 0 */
+    uintptr_t source;      /* its state */
+    uint32_t staged;       /* bytes that it may fill */
+    uint32_t spare;        /* bytes that there must be room for if it is asked again: what becomes of it is likely less */
 };
 
 /* Write what `taken` describes in `staging` as frames into `size` bytes at `region`, and describe them in `given`, until
- * one of the three is used up; the next call goes on in between. Each frame has its prefix in front, with a virtio-net
+ * one of the three is used up; the next call goes on in between. With a `fill`, receive more for as long as there is room
+ * to spare. Each frame has its prefix in front, with a virtio-net
  * header that asks for nothing any more. What cannot be split is described with LRX_MALFORMED. Returns how many frames
  * were described. The errno in the header of `taken` moves on with the last of its packets. */
 int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, uint32_t size);

@@ -80,6 +80,7 @@ class PacketMmap(Backend):
             )
         self._state, self._block, size = _ring(receive)
         self._fill = _core.lib.lrx_packet_mmap_fill
+        self.native = _core.pointer(_core.function("lrx_packet_mmap_fill")), _core.pointer(self._state)
         self.lends = receive.options.zero_copy
         self._memory: memoryview | None = None
         self._lease: Lease | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 from linkrx import _core
 from linkrx.arena import Arena
 from linkrx.backend import Backend, Receive
@@ -45,17 +43,15 @@ class Readv(Backend):
             capacity=receive.layout.capacity,
             sizes_count=len(sizes),
             sizes=list(sizes),
-            descriptors=descriptors.address(),
-            rows=descriptors.rows,
         )
+        self._descriptors = descriptors.address()
+        self._rows = descriptors.rows
         self._fill = lib.lrx_readv_fill
+        self.native = _core.pointer(_core.function("lrx_readv_fill")), _core.pointer(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
         """One crossing: until nothing is there, the descriptors are full, or a further packet might not fit."""
-        count: int = self._fill(self._state, arena.address + arena.cursor, room)
-        if count < 0:
-            if count == -errno.EOPNOTSUPP and self._state.method == _core.lib.LRX_NOWAIT:
-                self._state.method = _core.lib.LRX_POLL  # the driver knows no RWF_NOWAIT
-                return self.fill(arena, room)
-            return 0  # the header has the errno
-        return count
+        count: int = self._fill(
+            self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
+        )
+        return max(count, 0)  # the header has the errno

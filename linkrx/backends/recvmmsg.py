@@ -53,6 +53,7 @@ class Recvmmsg(Backend):
             code = _core.last_error()
             raise OSError(code, f"memory for {SLOTS} packets: {os.strerror(code)}")
         self._fill = lib.lrx_recvmmsg_fill
+        self.native = _core.pointer(_core.function("lrx_recvmmsg_fill")), _core.pointer(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
         """One crossing: until the queue is empty, the descriptors are full, or the next packet does not fit."""
