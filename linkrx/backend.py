@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from linkrx import _core
 from linkrx.arena import Arena
 from linkrx.buffers import Layout
 from linkrx.capabilities import Capabilities
@@ -36,7 +37,7 @@ class Mechanism(ABC):
 
     lends = False
 
-    # Where C finds its fill, of the type of lrx_readv_fill(), and the fill's state; None for what is written in Python.
+    # Where C finds a CoreBackend's fill and the fill's state.
     native: tuple[int, int] | None = None
 
     def start(self) -> None:
@@ -122,3 +123,25 @@ class Backend(Mechanism):
     @abstractmethod
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
+
+
+class CoreBackend(Backend):
+    """A backend whose fill is a function of the C core, of the type of lrx_readv_fill(): `__init__` ends with `_use`."""
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The core may not have been built."""
+        return _core.reason
+
+    def _use(self, function: str, state: Any, descriptors: Descriptors) -> None:
+        self._state = state
+        self._descriptors, self._rows = descriptors.address(), descriptors.rows
+        self._fill = getattr(_core.lib, function)
+        self.native = _core.pointer(_core.function(function)), _core.pointer(state)
+
+    def fill(self, arena: Arena, room: int) -> int:
+        """One crossing: until nothing is there, the descriptors are full, or the next packet might not fit."""
+        count: int = self._fill(
+            self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
+        )
+        return max(0, count)  # the header has the errno

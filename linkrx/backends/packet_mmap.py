@@ -11,7 +11,7 @@ from typing import Any
 
 from linkrx import _core
 from linkrx.arena import Arena
-from linkrx.backend import Backend, Receive
+from linkrx.backend import CoreBackend, Receive
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
@@ -42,7 +42,7 @@ LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as 
 RETIRE_MOST = 2**31 - 1
 
 
-class PacketMmap(Backend):
+class PacketMmap(CoreBackend):
     """The recommended choice for an interface by name."""
 
     name = "packet_mmap"
@@ -50,11 +50,6 @@ class PacketMmap(Backend):
     honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency", "zero_copy"})
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """The core may not have been built."""
-        return _core.reason
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
@@ -71,16 +66,13 @@ class PacketMmap(Backend):
         return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
-        self._descriptors = descriptors.address()
-        self._rows = descriptors.rows
         if receive.options.zero_copy and not receive.capabilities.owned:
             raise UnsupportedOption(
                 f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
                 "anything of it is held. Give the name of the interface"
             )
-        self._state, self._block, size = _ring(receive)
-        self._fill = _core.lib.lrx_packet_mmap_fill
-        self.native = _core.pointer(_core.function("lrx_packet_mmap_fill")), _core.pointer(self._state)
+        state, self._block, size = _ring(receive)
+        self._use("lrx_packet_mmap_fill", state, descriptors)
         self.lends = receive.options.zero_copy
         self._memory: memoryview | None = None
         self._lease: Lease | None = None
@@ -104,14 +96,9 @@ class PacketMmap(Backend):
             _core.lib.lrx_packet_mmap_start(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
-        """One crossing: until no closed block is left, the descriptors are full, or the next packet does not fit."""
+        """Until no closed block is left, the descriptors are full, or the next packet does not fit."""
         self.let_go()
-        count: int = self._fill(
-            self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
-        )
-        if count < 0:
-            return 0  # the header has the errno
-        return count
+        return super().fill(arena, room)
 
     def lease(self) -> Lease | None:
         """The block that the last fill was about, if blocks are lent."""

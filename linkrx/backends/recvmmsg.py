@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from linkrx import _core
-from linkrx.arena import Arena
-from linkrx.backend import Backend, Receive
+from linkrx.backend import CoreBackend, Receive
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 
@@ -18,18 +17,13 @@ SLOT_BYTES = 2048
 SLOTS = 64
 
 
-class Recvmmsg(Backend):
+class Recvmmsg(CoreBackend):
     """The recommended choice for sockets."""
 
     name = "recvmmsg"
     rank = 30
     honours = frozenset({"buffer_sizes", "outgoing", "timestamps"})
     batch_size = 512
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """The core may not have been built."""
-        return _core.reason
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
@@ -39,30 +33,18 @@ class Recvmmsg(Backend):
         return f"recvmmsg reads sockets only, and the source is {capabilities.a_title}"
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
-        lib, layout = _core.lib, receive.layout
-        self._descriptors = descriptors.address()
-        self._rows = descriptors.rows
-        self._state = lib.lrx_recvmmsg_open(
+        layout = receive.layout
+        state = _core.lib.lrx_recvmmsg_open(
             receive.fd,
             min(descriptors.rows, SLOTS),
             max(SLOT_BYTES, layout.sizes[0]) if layout.sizes else SLOT_BYTES,
             layout.capacity,
             receive.capabilities.kind in ("packet", "packet_cooked"),
         )
-        if not self._state:
+        if not state:
             code = _core.last_error()
             raise OSError(code, f"memory for {SLOTS} packets: {os.strerror(code)}")
-        self._fill = lib.lrx_recvmmsg_fill
-        self.native = _core.pointer(_core.function("lrx_recvmmsg_fill")), _core.pointer(self._state)
-
-    def fill(self, arena: Arena, room: int) -> int:
-        """One crossing: until the queue is empty, the descriptors are full, or the next packet does not fit."""
-        count: int = self._fill(
-            self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
-        )
-        if count < 0:
-            return 0  # the header has the errno
-        return count
+        self._use("lrx_recvmmsg_fill", state, descriptors)
 
     @property
     def held(self) -> int:
