@@ -37,9 +37,6 @@ class Mechanism(ABC):
 
     lends = False
 
-    # Where C finds a CoreBackend's fill and the fill's state.
-    native: tuple[int, int] | None = None
-
     def start(self) -> None:
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
         return
@@ -53,6 +50,11 @@ class Mechanism(ABC):
         `header[ERROR]`, also when it came behind packets; without packets it may be raised as OSError instead.
         While an errno is there, `fill` is called for what is `held` only.
         """
+
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """Where C finds a fill of its own and that fill's state; None for what is written in Python."""
+        return None
 
     @property
     def held(self) -> int:
@@ -126,18 +128,27 @@ class Backend(Mechanism):
 
 
 class CoreBackend(Backend):
-    """A backend whose fill is a function of the C core, of the type of lrx_readv_fill(): `__init__` ends with `_use`."""
+    """A backend whose fill is a function of the C core, of the type of lrx_readv_fill(), and has a state.
+
+    `__init__` begins with `_use` and ends with `_state`, behind which nothing may fail.
+    """
+
+    _state: Any
 
     @classmethod
     def missing(cls) -> str | None:
         """The core may not have been built."""
         return _core.reason
 
-    def _use(self, function: str, state: Any, descriptors: Descriptors) -> None:
-        self._state = state
-        self._descriptors, self._rows = descriptors.address(), descriptors.rows
+    def _use(self, function: str, descriptors: Descriptors) -> None:
         self._fill = getattr(_core.lib, function)
-        self.native = _core.pointer(_core.function(function)), _core.pointer(state)
+        self._function = _core.pointer(_core.function(function))
+        self._descriptors, self._rows = descriptors.address(), descriptors.rows
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """As for C."""
+        return self._function, _core.pointer(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
         """One crossing: until nothing is there, the descriptors are full, or the next packet might not fit."""

@@ -39,15 +39,15 @@ class Segmenting(Mechanism):
         # A backend wants room for one packet of any size behind all others, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
         self._staging = Arena(ARENA_BYTES + self._largest)
+        capacity, at_once = receive.layout.capacity, min(AT_ONCE, self._taken.rows)
+        spare = min(STAGED_BYTES, at_once * (capacity + capacity // HEADERS_SHARE))
         self._backend = backend(receive, self._taken)
-        native, capacity = self._backend.native, receive.layout.capacity
-        at_once = min(AT_ONCE, self._taken.rows)
-        self._receives = native is not None and self._segmenter.receive_by(
-            native,
-            at_once,
-            self._staging.limit - self._staging.cursor,
-            min(STAGED_BYTES, at_once * (capacity + capacity // HEADERS_SHARE)),
-        )
+        try:
+            native, staged = self._backend.native, self._staging.limit - self._staging.cursor
+            self._receives = native is not None and self._segmenter.receive_by(native, at_once, staged, spare)
+        except BaseException:
+            self._backend.close()
+            raise
 
     def start(self) -> None:
         """As the backend does."""

@@ -71,8 +71,8 @@ class PacketMmap(CoreBackend):
                 f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
                 "anything of it is held. Give the name of the interface"
             )
-        state, self._block, size = _ring(receive)
-        self._use("lrx_packet_mmap_fill", state, descriptors)
+        self._use("lrx_packet_mmap_fill", descriptors)
+        self._state, self._block, size = _ring(receive)
         self.lends = receive.options.zero_copy
         self._memory: memoryview | None = None
         self._lease: Lease | None = None

@@ -30,7 +30,8 @@ class Readv(CoreBackend):
             method = lib.LRX_READ
         else:
             method = lib.LRX_NOWAIT
-        state = _core.new(
+        self._use("lrx_readv_fill", descriptors)
+        self._state = _core.new(
             "struct lrx_readv *",
             fd=receive.fd,
             method=method,
@@ -38,4 +39,3 @@ class Readv(CoreBackend):
             sizes_count=len(sizes),
             sizes=list(sizes),
         )
-        self._use("lrx_readv_fill", state, descriptors)

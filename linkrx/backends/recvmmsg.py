@@ -34,17 +34,17 @@ class Recvmmsg(CoreBackend):
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         layout = receive.layout
-        state = _core.lib.lrx_recvmmsg_open(
+        self._use("lrx_recvmmsg_fill", descriptors)
+        self._state = _core.lib.lrx_recvmmsg_open(
             receive.fd,
             min(descriptors.rows, SLOTS),
             max(SLOT_BYTES, layout.sizes[0]) if layout.sizes else SLOT_BYTES,
             layout.capacity,
             receive.capabilities.kind in ("packet", "packet_cooked"),
         )
-        if not state:
+        if not self._state:
             code = _core.last_error()
             raise OSError(code, f"memory for {SLOTS} packets: {os.strerror(code)}")
-        self._use("lrx_recvmmsg_fill", state, descriptors)
 
     @property
     def held(self) -> int:
