@@ -81,7 +81,7 @@ def collected() -> Iterator[None]:
         gc.enable()
 
 
-KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet]
+KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet, rigs.packet_segment]
 
 
 @pytest.mark.usefixtures("devices")
@@ -90,7 +90,7 @@ KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet]
     [
         pytest.param(backend, kind, id=f"{backend}-{kind.__name__}")
         for kind in KINDS
-        for backend in that_take(kind.__name__.replace("interface", "packet"))
+        for backend in that_take(kind.__name__.replace("interface", "packet").removesuffix("_segment"))
     ],
 )
 def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
@@ -98,7 +98,7 @@ def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
 ) -> None:
     """Each call that open makes is made to fail in turn: no descriptor, thread, ring, membership or option is left."""
     options = {} if kind is rigs.tap else {"receive_buffer": 123_456}
-    if kind in (rigs.interface, rigs.packet):
+    if kind in (rigs.interface, rigs.packet, rigs.packet_segment):
         options |= {"promiscuous": True}
     with kind() as rig, IPRoute() as route, collected():
         settings = settings_of(rig.source)
@@ -158,7 +158,7 @@ def test_thousands_of_dispatchers(backend: str) -> None:
     [
         (backend, kind)
         for kind in KINDS
-        for backend in that_take(kind.__name__.replace("interface", "packet"))
+        for backend in that_take(kind.__name__.replace("interface", "packet").removesuffix("_segment"))
     ],
 )
 def test_a_dispatcher_refers_to_nothing_that_refers_to_it(backend: str, kind: rigs.MakeRig) -> None:
