@@ -32,7 +32,7 @@ class Receive:
 class Mechanism(ABC):
     """What fills an arena: a backend, or a stage behind one.
 
-    `lends`: packets lie in memory of its own, see `lease`.
+    `lends`: packets lie in memory of its own, see `lease`, and its fill, which is in C, ends with lrx_received().
     """
 
     lends = False

@@ -86,7 +86,8 @@ class Batch(Columns):
         # A packet that nobody else has any more is given again: to make one takes longer than to count. Two take turns, for
         # who asks for the next has the last one in a variable still.
         packet, last = Packet(), Packet()
-        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
+        # No more than the variable and the argument, should a tracer have looked at this frame's variables.
+        unheld = min(2, getrefcount(packet)) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         packet._batch = last._batch = self
         for index in range(self._count):
             if getrefcount(packet) != unheld:

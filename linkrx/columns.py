@@ -19,7 +19,7 @@ ROW_BYTES = 28
 COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS = range(6)
 HEADER = struct.Struct("=6I")
 _CLASSIFIER = struct.Struct("@P")
-HEADER_BYTES = HEADER.size + _CLASSIFIER.size
+HEADER_BYTES = HEADER.size + 8  # the columns behind are aligned, where pointers are shorter as well
 
 
 def align(offset: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import warnings
@@ -19,6 +18,7 @@ from linkrx.backend import Backend
 from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.choice import Choice
+from linkrx.claim import Claim
 from linkrx.classify import addresses_of
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
@@ -67,8 +67,7 @@ class Dispatcher:
         self._forked = False
         self._deliver = deliver
         self._delivering = False
-        self._owner: dict[str, object] = {}  # at most one claim, see _step
-        self._thread = 0
+        self._owner: dict[str, Claim] = {}  # at most one, see _step
         self._waiter: aio.Waiter | None = None
         _alive.add(self)
         self._reception = Reception(source, options, choice, backends, deliver=deliver is not None)
@@ -166,7 +165,7 @@ class Dispatcher:
     def __iter__(self) -> Iterator[Packet]:
         reception = self._reception
         packet, last = Packet(), Packet()  # in turn, as in Batch.__iter__
-        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
+        unheld = min(2, getrefcount(packet)) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         while True:
             if getrefcount(packet) != unheld:
                 packet = Packet()
@@ -218,23 +217,23 @@ class Dispatcher:
         """
         if self._released:
             return
-        claim = object()
+        claim = Claim()
         try:
             if not self._forked:
-                inside = self._owner.setdefault("claim", claim) is not claim
                 waits_elsewhere = self._waiter is not None and not self._waiter.is_here()
-                if waits_elsewhere or (inside and self._thread != threading.get_ident()):
+                owner = claim if waits_elsewhere else self._owner.setdefault("claim", claim)
+                if waits_elsewhere or owner.thread != claim.thread:
                     raise Busy(
                         "close() while another thread is receiving: call stop() and let it return first"
                     )
-                if inside:
+                if owner is not claim:
                     self._closed = True
                     self._reception.stop()
                     return
             self._closed = True
             self._release()
         finally:
-            if "claim" in self._owner and self._owner["claim"] is claim:
+            if self._owner == {"claim": claim}:
                 del self._owner["claim"]
 
     def _release(self) -> None:
@@ -276,17 +275,16 @@ class Dispatcher:
         The claim is made in one atomic step, for threads with and without a GIL, and given up without calling
         anything: a signal handler that raises can run only where something is called.
         """
-        claim = object()
+        claim = Claim()
         try:
             if self._closed or self._forked:
                 self._check_open()
             owner = self._owner.setdefault("claim", claim)
             if owner is not claim:
-                if self._thread != threading.get_ident() or _is_live(owner):
-                    raise Busy(self._who_is_inside())
+                if owner.thread != claim.thread or owner.is_live(Dispatcher._step):
+                    raise Busy(self._who_is_inside(owner))
                 self._owner["claim"] = claim
                 self._delivering = False
-            self._thread = threading.get_ident()
             if self._closed:
                 self._check_open()  # it was closed in between
             try:
@@ -296,13 +294,13 @@ class Dispatcher:
                     self._reception.show_pending()  # before, for there must be no call behind what `take` does
             return take() if ready else None
         finally:
-            if "claim" in self._owner and self._owner["claim"] is claim:
+            if self._owner == {"claim": claim}:
                 del self._owner["claim"]
                 if self._closed and not self._released:
                     self._release()  # close() was called while this was inside
 
-    def _who_is_inside(self) -> str:
-        if self._thread != threading.get_ident():
+    def _who_is_inside(self, owner: Claim) -> str:
+        if owner.thread != threading.get_ident():
             return "another thread is receiving: a dispatcher belongs to one thread at a time, only stop() is for all"
         where = (
             "inside deliver" if self._delivering else "a signal handler while the same thread is receiving"
@@ -338,7 +336,7 @@ class Dispatcher:
         first, count = reception.next, len(batch)
         reached = first - 1
         packet = Packet()  # one for all that are let go of, as in Batch.__iter__
-        unheld = getrefcount(packet) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
+        unheld = min(2, getrefcount(packet)) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
         packet._batch = batch
         known: Iterable[tuple[bytes | None, bytes | None, int]]
         if reception.addresses:
@@ -400,19 +398,6 @@ class Dispatcher:
             batch = self._step(None if deadline is None else seconds_left(deadline), self._take_batch)
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
-
-
-def _is_live(claim: object) -> bool:
-    """Whether the call that made a claim of this thread still runs.
-
-    CPython 3.10 and 3.12 can skip a `finally` when a second signal handler raises as it is entered.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is Dispatcher._step.__code__ and frame.f_locals.get("claim") is claim:
-            return True
-        frame = frame.f_back
-    return False
 
 
 class Batches:

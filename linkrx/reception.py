@@ -174,6 +174,7 @@ class Reception:
                 count = self._without_hangup(count)
             if not count:
                 return False
+            assert not self._mechanism.lends, "what lends classifies in its fill, by lrx_received()"
             self._classify(arena, count)
         self._take(arena)
         return True
@@ -187,6 +188,8 @@ class Reception:
                 try:
                     count = self._mechanism.fill(arena, arena.limit - arena.cursor)
                 except OSError as error:
+                    if header[COUNT] or header[CLASSIFIED]:
+                        raise  # a signal handler's: the kernel's comes without packets
                     header[ERROR] = error.errno or errno.EIO
                     told = error
             if count or not header[ERROR]:

@@ -13,11 +13,11 @@ from linkrx.segment import segmenter
 # What headers, one for every frame, make of a super-packet on a link with an MTU of 1500 is at most a sixteenth more.
 HEADERS_SHARE = 16
 
-# What is received at once: four of the largest super-packets. They and the frames made of them are in a core's
-# second-level cache together; with eight, what is written first is out of it again before anybody reads it.
+# What a backend in Python receives at once: four of the largest super-packets. They and the frames made of them are in a
+# core's second-level cache together; with eight, what is written first is out of it again before anybody reads it.
 STAGED_BYTES = ARENA_BYTES // 2
 
-# That C receives at once, and splits before it receives the next: what the kernel has written is in the cache still.
+# What C receives at once, and splits before it receives the next: what the kernel has written is in the cache still.
 AT_ONCE = 2
 
 # As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
@@ -55,9 +55,9 @@ class Segmenting(Mechanism):
 
     def fill(self, arena: Arena, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
+        if self._receives:
+            return self._segmenter.segment(self._staging, arena, room)  # and receives as well
         try:
-            if self._receives:
-                return self._segmenter.segment(self._staging, arena, room)  # and receives as well
             # An errno that was told already comes before what is still to be received.
             if not self._segmenter.waiting and (not self._taken.header[ERROR] or self._backend.held):
                 # No more than has room as frames: a few that were left over would be a batch of their own.
@@ -68,6 +68,8 @@ class Segmenting(Mechanism):
                 self._backend.fill(self._staging, max(wanted, self._largest))
             return self._segmenter.segment(self._staging, arena, room)
         except OSError as error:
+            if self._given[COUNT] or self._given[CLASSIFIED]:
+                raise  # a signal handler's: the kernel's comes without packets
             self._given[ERROR] = error.errno or EIO
             return 0
         except BaseException:

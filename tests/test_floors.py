@@ -19,6 +19,7 @@ FLOORS = (
         "buffers",
         "capabilities",
         "choice",
+        "claim",
         "columns",
         "deadline",
         "dropwatch",

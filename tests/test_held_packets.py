@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import pytest
 from hypothesis import given
@@ -159,3 +160,30 @@ def test_a_packet_held_by_an_iterator_that_waits() -> None:
         third = next(packets)
         assert next(packets, None) is None
         assert [number_of(packet) for packet in (first, second, third)] == [0, 1, 2]
+
+
+@WAYS
+def test_a_tracer_that_looks_at_variables_changes_nothing(way: Way) -> None:
+    """Where a profiler or debugger has read the variables of a frame, and so holds them, a packet is still no other's."""
+    held: list[tuple[int, linkrx.Packet]] = []
+
+    names: set[str] = set()
+    looked: list[FrameType] = []  # kept, so that no two are taken for one
+
+    def look(interrupted: FrameType, _event: str, argument: object) -> None:
+        if argument is sys.getrefcount and interrupted not in looked:
+            looked.append(interrupted)
+            names.update(interrupted.f_locals)
+
+    def take(packet: linkrx.Packet) -> None:
+        held.append((number_of(packet), packet))
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        way(20, take)
+    finally:
+        sys.setprofile(before)
+    assert "packet" in names or not arena.REFERENCE_COUNTS_ARE_EXACT
+    assert [number for number, _ in held] == list(range(20))
+    assert [number_of(packet) for _, packet in held] == list(range(20))

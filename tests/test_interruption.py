@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -35,14 +36,23 @@ class Interrupted(Exception):
     """What the signal handler raises."""
 
 
+class Unreachable(ConnectionRefusedError):
+    """The same of a handler that uses a socket of its own: an OSError, with an errno that means nothing to reception."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNREFUSED, "somebody else's")
+
+
 class After:
     """Raises Interrupted inside `with` at the n-th point where CPython runs signal handlers, and then no more.
 
     These points are behind calls into C and at the start of functions in Python.
     """
 
-    def __init__(self, events: int) -> None:
+    def __init__(self, events: int, error: type[Exception] = Interrupted) -> None:
         self.left = events
+        self.error = error
+        self.raised = False
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "c_return" or (event == "call" and frame.f_lasti <= 0):
@@ -58,7 +68,9 @@ class After:
         ):
             return
         if not self.left:
-            raise Interrupted
+            sys.setprofile(None)
+            self.raised = True
+            raise self.error
         self.left -= 1
 
     def __enter__(self) -> None:
@@ -164,7 +176,7 @@ class Cut:
         raise AssertionError("more was queued than sent")
 
 
-def each_point(way: Way, backend: str, pull: Pull) -> Iterator[Cut]:
+def each_point(way: Way, backend: str, pull: Pull, error: type[Exception] = Interrupted) -> Iterator[Cut]:
     """One that was interrupted at its first event, one at its second, and so on."""
     for point in range(5000):
         receiver, sender = socket.socketpair(socket.AF_UNIX, way.kind)
@@ -182,14 +194,13 @@ def each_point(way: Way, backend: str, pull: Pull) -> Iterator[Cut]:
                 sender.send(way.prefix + b"runt")
             if way.kind == socket.SOCK_SEQPACKET:
                 sender.close()
-            try:
-                with After(point):
-                    pull(rx, got)
-            except Interrupted:
-                yield Cut(rx, got, receiver)
-            else:
+            after = After(point, error)
+            with suppress(error), after:
+                pull(rx, got)
+            if not after.raised:
                 assert point > 10, "the interruption never came"
                 return
+            yield Cut(rx, got, receiver)
     raise AssertionError("the call never ended")
 
 
@@ -220,6 +231,19 @@ def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
         assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
         assert 0 <= told.packets - len(cut.got) <= MAY_LOSE[pull]
         assert cut.queued() == 0 if way.kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
+
+
+@pytest.mark.parametrize("pull", [drain, dispatch], ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_an_oserror_of_a_handler_is_not_the_kernels(way: Way, backend: str, pull: Pull) -> None:
+    """What a signal handler raises costs no packet, also where it looks like what the kernel says instead of packets."""
+    for cut in each_point(way, backend, pull, Unreachable):
+        for _ in range(20):
+            cut.rx.drain()
+        assert cut.got == NUMBERS
+        told = cut.rx.stats()
+        assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
 
 
 @pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)

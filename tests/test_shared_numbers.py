@@ -92,7 +92,7 @@ def test_header_has_a_word_for_each() -> None:
     }
     header = columns.Descriptors(1).header
     assert words == set(range(len(header)))
-    assert header.nbytes + struct.calcsize("P") == columns.HEADER_BYTES
+    assert columns.HEADER_BYTES - header.nbytes == 8 >= struct.calcsize("P")
 
 
 def test_row_is_the_sum_of_its_columns() -> None:

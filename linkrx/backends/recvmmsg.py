@@ -35,16 +35,17 @@ class Recvmmsg(CoreBackend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         layout = receive.layout
         self._use("lrx_recvmmsg_fill", descriptors)
+        slots = min(descriptors.rows, SLOTS)
         self._state = _core.lib.lrx_recvmmsg_open(
             receive.fd,
-            min(descriptors.rows, SLOTS),
+            slots,
             max(SLOT_BYTES, layout.sizes[0]) if layout.sizes else SLOT_BYTES,
             layout.capacity,
             receive.capabilities.kind in ("packet", "packet_cooked"),
         )
         if not self._state:
             code = _core.last_error()
-            raise OSError(code, f"memory for {SLOTS} packets: {os.strerror(code)}")
+            raise OSError(code, f"memory for {slots} packets: {os.strerror(code)}")
 
     @property
     def held(self) -> int:
