@@ -16,7 +16,7 @@ import pytest
 from super_packets import LOCAL, REMOTE, UDP, Super
 
 import linkrx
-from linkrx import rigs
+from linkrx import rigs, segmenting
 from linkrx.arena import Arena
 from linkrx.backends.os_readv import OsReadv
 from linkrx.capabilities import PACKET_VNET_HDR, PACKET_VNET_HDR_SZ, SOL_PACKET
@@ -171,7 +171,7 @@ def test_a_super_packet_larger_than_a_batch(kind: str, backend: str, batch_size:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_small_packets_come_together(backend: str) -> None:
-    """Packets that are far smaller than the largest that can come are not received one by one."""
+    """Packets that are far smaller than the largest that can come make large batches, and each receive is counted once."""
     with opened("unix_dgram", backend) as (rx, send):
         for _ in range(50):
             send(CASES[4].vnet() + CASES[4].frame())
@@ -179,6 +179,8 @@ def test_small_packets_come_together(backend: str) -> None:
         while sum(sizes) < 50:
             sizes.append(len(next(rx.batches(PATIENCE))))
         assert len(sizes) <= 3  # os_readv finds the stride with its first
+        at_once = segmenting.AT_ONCE if backend == "recvmmsg" else 1
+        assert rx.stats().receives == 50 / at_once
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
