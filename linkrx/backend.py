@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from linkrx import _core
 from linkrx.arena import Arena
+from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
-from linkrx.lent import Lease
+from linkrx.framing import Framing
 from linkrx.options import Options
 
 
@@ -32,7 +33,7 @@ class Receive:
 class Mechanism(ABC):
     """What fills an arena: a backend, or a stage behind one.
 
-    `lends`: packets lie in memory of its own, see `lease`, and its fill, which is in C, ends with lrx_received().
+    `lends`: packets may lie in memory of its own, see `lent_batch`, and its fill, which is in C, ends with lrx_received().
     """
 
     lends = False
@@ -61,17 +62,20 @@ class Mechanism(ABC):
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
 
-    def lease(self) -> Lease | None:
-        """The memory that the last `fill` described, starts counted from its first byte, if this lends; else the arena."""
+    def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
+        """The batch of what the last `fill` described, if that lies in memory of this; None if in the arena.
+
+        Its table is in the arena anyway, from `table` on, and has `rows` rows of which `count` are used.
+        """
         return None
 
     def let_go(self) -> None:
-        """What `lease` told is in a batch now: it is over when the batch is."""
+        """What `lent_batch` returned is stored now: what it was made of is the batch's alone."""
         return
 
     @property
     def lent(self) -> bool:
-        """Whether any such memory is not given back yet. Then a source that is polled says nothing of use."""
+        """Whether any such memory keeps a source that is polled from saying anything of use."""
         return False
 
     def drops(self) -> int:

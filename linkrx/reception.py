@@ -21,7 +21,6 @@ from linkrx.deadline import deadline_after, seconds_left
 from linkrx.dropwatch import DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
 from linkrx.errors import BackendUnavailable
-from linkrx.lent import LentBatch
 from linkrx.options import Options
 from linkrx.packet import MALFORMED
 from linkrx.segmenting import SEGMENT_ROWS, Segmenting
@@ -206,12 +205,11 @@ class Reception:
         count = classified - 1
         begin = arena.cursor
         table = begin + end
-        lease = self._mechanism.lease() if self._mechanism.lends else None
-        if lease is None:
+        mechanism, batch = self._mechanism, None
+        if mechanism.lends:
+            batch = mechanism.lent_batch(arena, table, rows, count, self.framing)
+        if batch is None:
             batch = Batch(arena.memory, begin, table, rows, count, self.framing)
-        else:
-            batch = LentBatch(lease.memory, 0, table, rows, count, self.framing, arena.memory)
-            batch._lease = lease
         following = table + ROW_BYTES * rows + 7 & ~7  # as align() does
         # From here to the end nothing is called but let_go(), so no signal handler can run.
         if count:
@@ -223,8 +221,8 @@ class Reception:
         tally.receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
-        if lease is not None:
-            self._mechanism.let_go()
+        if mechanism.lends:
+            mechanism.let_go()
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.

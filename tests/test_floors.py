@@ -26,6 +26,7 @@ FLOORS = (
         "fanout",
         "framing",
         "lent",
+        "loans",
         "namespace",
         "options",
         "packet",

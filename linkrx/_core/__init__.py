@@ -51,6 +51,12 @@ def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
     return memoryview(_native.ffi.buffer(pointer, size))
 
 
+def buffers(start: int, size: int, free: Callable[[], object]) -> tuple[Any, Any]:
+    """Two buffers over the same memory; `free` is called when nothing refers to either any more."""
+    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())
+    return _native.ffi.buffer(pointer, size), _native.ffi.buffer(pointer, size)
+
+
 def returning(hold: list[object], memory: memoryview, give_back: Any) -> None:
     """Put into a list what keeps memory, and calls a function of `lib` with its address when nobody refers to it any more.
 

@@ -1,270 +1,100 @@
 /* Packets from a ring that the kernel fills: no system call while they flow. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/if_packet.h>
-#include <stdbool.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 
 #include "packet.h"
 #include "columns.inc"
 #include "classify.h"
 #include "far_memory.inc"
+#include "ring.inc"
 #include "packet_mmap.h"
 
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
-/* tpacket_rcv() in net/packet/af_packet.c: struct virtio_net_hdr, without the num_buffers of larger headers, ends
- * where the frame starts, whatever PACKET_VNET_HDR_SZ is. */
-#define VNET_WRITTEN 10
-#define VNET_MOST 12 /* what packet_setsockopt() takes for PACKET_VNET_HDR_SZ */
-
-#define PAGE_LEAST 4096 /* of all Linux architectures */
-
-/* A bit of block_status that the kernel neither sets nor looks at: prb_curr_blk_in_use() asks for TP_STATUS_USER alone. */
-#define LENT (1u << 16)
-
-/* What the kernel wrote is looked at once, so that what is checked is what is used. */
-#define ONCE(field) (*(const volatile __typeof__(field) *)&(field))
-
-struct lrx_packet_mmap {
-    int fd;
-    int version;     /* PACKET_VERSION before */
-    dev_t device;    /* with the inode: which socket the descriptor is */
-    ino_t inode;
-    uint8_t *ring;
-    size_t mapped;
-    uint32_t block_size;
-    uint32_t blocks;
-    uint32_t vnet;
-    uint32_t capacity;
-    uint32_t wanted;
-    uint32_t lends;
-    const uint8_t *described; /* the block that the last lend was about */
-    uint32_t block;  /* the one that is read now, or next */
-    uint32_t left;   /* packets of it that wait; 0: it is not begun */
-    uint32_t offset; /* of the first of these in the block */
-    int error;       /* of the socket, to be told when the ring is empty */
-    uint64_t drops;
-    uint64_t freezes;
-};
-
-static int set_ring(const struct lrx_packet_mmap *s, uint32_t retire_ms)
-{
-    /* V3 packs packets as they come; one frame per block satisfies packet_set_ring(), which wants the numbers to
-     * agree, whatever PACKET_RESERVE is. */
-    struct tpacket_req3 request = {
-        .tp_block_size = s->block_size,
-        .tp_block_nr = s->blocks,
-        .tp_frame_size = s->blocks ? s->block_size : 0,
-        .tp_frame_nr = s->blocks,
-        .tp_retire_blk_tov = retire_ms,
-    };
-
-    return setsockopt(s->fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request);
-}
-
-/* PACKET_STATISTICS begins anew with each reading. */
-static void count(struct lrx_packet_mmap *s)
-{
-    struct tpacket_stats_v3 since;
-    socklen_t size = sizeof since;
-
-    if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) == 0 && size == sizeof since) {
-        s->drops += since.tp_drops;
-        s->freezes += since.tp_freeze_q_cnt;
-    }
-}
-
-/* The owner of a borrowed socket may have closed it, and another file got its number. */
-static bool is_same_socket(const struct lrx_packet_mmap *s)
-{
-    struct stat now;
-
-    return fstat(s->fd, &now) == 0 && now.st_dev == s->device && now.st_ino == s->inode;
-}
-
-static void take_off(struct lrx_packet_mmap *s)
-{
-    if (s->ring && !s->lends)
-        munmap(s->ring, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
-    if (is_same_socket(s)) {
-        s->blocks = s->block_size = 0;
-        set_ring(s, 0);
-        setsockopt(s->fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
-    }
-}
-
-/* packet_mmap() in net/packet/af_packet.c maps every page at once, but where memory is virtualized the host still
- * takes a fault, 1.5 us, at the first access to each. Not for the first lap of packets: here. */
-static void touch(const struct lrx_packet_mmap *s)
-{
-    for (size_t at = 0; at < s->mapped; at += PAGE_LEAST)
-        __atomic_fetch_or((uint32_t *)(s->ring + at), 0, __ATOMIC_RELAXED); /* a write that changes nothing */
-}
-
-struct lrx_packet_mmap *lrx_packet_mmap_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms,
-                                             uint32_t vnet, uint32_t capacity, uint32_t wanted,
-                                             uint32_t lends)
-{
-    struct lrx_packet_mmap *s = calloc(1, sizeof *s);
-    const int version = TPACKET_V3;
-    socklen_t size = sizeof s->version;
-    struct stat now;
-    int error;
-
-    if (!s)
-        return NULL;
-    if (vnet > (lends && vnet ? VNET_WRITTEN : VNET_MOST)) {
-        errno = EINVAL;
-        goto refused;
-    }
-    s->fd = fd;
-    s->block_size = block_size;
-    s->blocks = blocks;
-    s->mapped = (size_t)block_size * blocks;
-    s->vnet = vnet;
-    s->capacity = capacity;
-    s->wanted = wanted;
-    s->lends = lends;
-    if (fstat(fd, &now) < 0 || getsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, &size) < 0 ||
-        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version, sizeof version) < 0)
-        goto refused;
-    s->device = now.st_dev;
-    s->inode = now.st_ino;
-    if (set_ring(s, retire_ms) < 0) {
-        error = errno;
-        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
-        errno = error;
-        goto refused;
-    }
-    s->ring = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-    if (s->ring == MAP_FAILED) {
-        error = errno;
-        s->ring = NULL;
-        take_off(s);
-        errno = error;
-        goto refused;
-    }
-    /* A child that had the ring mapped as well would keep the kernel from removing it. But what is lent must be
-     * readable in the child too. */
-    if (!lends)
-        madvise(s->ring, s->mapped, MADV_DONTFORK);
-    touch(s);
-    count(s); /* what the socket dropped before is not the ring's */
-    s->drops = s->freezes = 0;
-    return s;
-
-refused:
-    error = errno;
-    free(s);
-    errno = error;
-    return NULL;
-}
-
-void lrx_packet_mmap_close(struct lrx_packet_mmap *s)
-{
-    if (!s)
-        return;
-    take_off(s);
-    free(s);
-}
-
-void lrx_packet_mmap_abandon(struct lrx_packet_mmap *s)
-{
-    free(s);
-}
-
-uint32_t lrx_packet_mmap_held(const struct lrx_packet_mmap *s)
-{
-    return s->left;
-}
-
-uint64_t lrx_packet_mmap_drops(struct lrx_packet_mmap *s)
-{
-    count(s);
-    return s->drops;
-}
-
-uint64_t lrx_packet_mmap_freezes(struct lrx_packet_mmap *s)
-{
-    count(s);
-    return s->freezes;
-}
-
-static struct tpacket_hdr_v1 *header_at(const struct lrx_packet_mmap *s, uint32_t block)
-{
-    return &((struct tpacket_block_desc *)(s->ring + (size_t)block * s->block_size))->hdr.bh1;
-}
-
-static struct tpacket_hdr_v1 *block_header(const struct lrx_packet_mmap *s)
+static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 {
     return header_at(s, s->block);
 }
 
-/* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and
- * for rollover one a quarter of the ring further on. */
-static void set_all(struct lrx_packet_mmap *s, uint32_t status)
-{
-    for (uint32_t block = s->blocks; block-- > 0;) /* the open one last */
-        __atomic_store_n(&header_at(s, block)->block_status, status, __ATOMIC_RELEASE);
-}
-
-void lrx_packet_mmap_shut(struct lrx_packet_mmap *s)
-{
-    set_all(s, TP_STATUS_USER);
-}
-
-void lrx_packet_mmap_start(struct lrx_packet_mmap *s)
-{
-    count(s);
-    s->drops = s->freezes = 0; /* dropped here, and received by another member */
-    set_all(s, TP_STATUS_KERNEL);
-}
-
 /* Begin the next block if the kernel has closed it. Blocks are filled in order, so no other can be. */
-static bool begin_block(struct lrx_packet_mmap *s)
+static bool begin_block(struct lrx_ring *s)
 {
-    struct tpacket_hdr_v1 *header = block_header(s);
-    /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
-     * TP_STATUS_USER tell why it was closed. */
-    uint32_t status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
+    uint32_t status = closed(s, s->block);
 
-    if (!(status & TP_STATUS_USER) || status & LENT)
+    if (!status)
         return false;
     if (status & TP_STATUS_LOSING)
-        count(s); /* while packets are lost, often enough that the kernel's 32 bits never wrap */
-    s->left = ONCE(header->num_pkts);
-    s->offset = ONCE(header->offset_to_first_pkt);
+        lrx_ring_count(s); /* while packets are lost, often enough that the kernel's 32 bits never wrap */
+    s->left = ONCE(block_header(s)->num_pkts);
+    s->offset = ONCE(block_header(s)->offset_to_first_pkt);
     return true;
 }
 
-static void next_block(struct lrx_packet_mmap *s)
+static void next_block(struct lrx_ring *s)
 {
     s->left = 0;
     if (++s->block == s->blocks)
         s->block = 0;
 }
 
-static void give_back(struct lrx_packet_mmap *s)
+static void give_back(struct lrx_ring *s)
 {
-    struct tpacket_hdr_v1 *header = block_header(s);
-
-    /* The kernel does this when it opens the block, which may be later; see pending_error(). */
-    header->num_pkts = 0;
-    /* Before this store everything that was read of the block has been read. */
-    __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
+    release(block_header(s));
     next_block(s);
+}
+
+/* From here on only who has the block lent gives it back, and nobody reads it again. */
+static void mark_lent(struct lrx_ring *s)
+{
+    __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
+}
+
+/* How many blocks are to be lent now, if any. The newest closed block never is, for poll() on the socket is ready until
+ * that is given back; nor what is hardly worth a batch of its own. */
+static uint32_t blocks_to_lend(const struct lrx_ring *s, uint32_t rows)
+{
+    const struct lrx_loans *loans = s->loans;
+    uint64_t bytes = 0, packets = 0;
+    uint32_t n = 0;
+
+    if (!loans || !loans->offered || loans->rest || loans->blocks[loans->turn] || s->left || s->vnet > VNET_WRITTEN)
+        return 0;
+    for (; n < loans->most && s->block + n < s->blocks; n++) {
+        const struct tpacket_hdr_v1 *header = header_at(s, s->block + n);
+
+        if (!closed(s, s->block + n) || !closed(s, (s->block + n + 1) % s->blocks))
+            break;
+        packets += ONCE(header->num_pkts);
+        if (packets > rows)
+            break;
+        bytes += ONCE(header->blk_len);
+    }
+    /* Of four blocks two are, which are never full to the last byte; and those that the ring ends with. */
+    return 8 * bytes < 3 * (uint64_t)(s->block + n < s->blocks ? loans->most : n) * s->block_size ? 0 : n;
+}
+
+/* A receive is over: `lent` blocks from `first` on belong to its batch. */
+static void account(struct lrx_loans *loans, uint32_t first, uint32_t lent)
+{
+    if (!loans)
+        return;
+    if (loans->rest)
+        loans->rest--;
+    loans->lent = lent > 0;
+    if (lent) {
+        loans->first[loans->turn] = first;
+        loans->blocks[loans->turn] = lent;
+    }
+    loans->turn ^= 1;
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
  * that came before are still in the open block, until the timer closes it. They are waited for: the kernel then
  * says that the socket is readable. */
-static int pending_error(struct lrx_packet_mmap *s)
+static int pending_error(struct lrx_ring *s)
 {
     socklen_t size = sizeof s->error;
     int error;
@@ -280,7 +110,7 @@ static int pending_error(struct lrx_packet_mmap *s)
 
 /* Where the packet at `offset` of the block lies: its first byte, or NULL for numbers that point out of the block,
  * which no kernel writes. */
-static const uint8_t *frame_of(const struct lrx_packet_mmap *s, const uint8_t *block, uint32_t *snaplen)
+static const uint8_t *frame_of(const struct lrx_ring *s, const uint8_t *block, uint32_t *snaplen)
 {
     const struct tpacket3_hdr *header = (const struct tpacket3_hdr *)(block + s->offset);
     uint32_t mac;
@@ -295,7 +125,7 @@ static const uint8_t *frame_of(const struct lrx_packet_mmap *s, const uint8_t *b
     return block + s->offset + mac;
 }
 
-static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *frame, uint32_t length)
+static void copy(const struct lrx_ring *s, uint8_t *to, const uint8_t *frame, uint32_t length)
 {
     if (s->vnet) {
         uint8_t header[VNET_MOST] = {0};
@@ -309,7 +139,7 @@ static void copy(const struct lrx_packet_mmap *s, uint8_t *to, const uint8_t *fr
     lrx_copy_far(to, frame, length);
 }
 
-static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpacket3_hdr *header,
+static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hdr *header,
                               const struct lrx_columns *out, uint32_t n)
 {
     uint32_t status = header->tp_status;
@@ -337,27 +167,31 @@ static uint16_t read_metadata(const struct lrx_packet_mmap *s, const struct tpac
     return flags;
 }
 
-int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
-                         uint32_t size)
+static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
 {
-    struct lrx_packet_mmap *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
+    const uint32_t first = s->block, lent = blocks_to_lend(s, rows);
+    const uint32_t most = lent ? lent : s->blocks;
+    const bool lends = s->lends || lent;
     uint8_t *memory = (uint8_t *)region;
+    const uint8_t *frames = lent ? s->memory + (size_t)first * s->block_size : memory;
     uint32_t cursor = 0, n = 0, begun = 0;
     int error = 0;
 
     while (n < rows) {
-        const uint8_t *block = s->ring + (size_t)s->block * s->block_size;
+        const uint8_t *block = s->memory + (size_t)s->block * s->block_size;
         const struct tpacket3_hdr *header;
         const uint8_t *frame;
         uint32_t snaplen, length, next;
 
         if (!s->left) {
-            if (begun == s->blocks || (s->lends && n) || !begin_block(s))
+            if (begun == most || (s->lends && n) || !begin_block(s))
                 break;
             begun++;
+            if (lent)
+                mark_lent(s);
             if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
-                give_back(s);
+                (lent ? next_block : give_back)(s);
                 continue;
             }
         }
@@ -368,13 +202,14 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             s->error = EIO;
             break;
         }
-        lrx_prefetch_far((const uint8_t *)header, s->lends ? 0 : snaplen);
+        lrx_prefetch_far((const uint8_t *)header, lends ? 0 : snaplen);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
-        if (s->lends) {
-            /* Before it is shown: from here on only who has the block lent gives it back. */
-            __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
-            s->described = block;
-            out.starts[n] = (uint32_t)(frame - s->vnet - block); /* lrx_packet_mmap_open() sees that all of it was written */
+        if (lends) {
+            if (!lent) {
+                mark_lent(s);
+                s->described = frames = block;
+            }
+            out.starts[n] = (uint32_t)(frame - s->vnet - frames); /* all of it was written: see VNET_WRITTEN */
         } else {
             if ((uint64_t)cursor + length > size)
                 break;
@@ -387,10 +222,8 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         out.flags[n] = read_metadata(s, header, &out, n);
         n++;
         next = ONCE(header->tp_next_offset);
-        if (--s->left == 0 && s->lends)
-            next_block(s);
-        else if (s->left == 0)
-            give_back(s);
+        if (--s->left == 0)
+            (lends ? next_block : give_back)(s);
         else if (next < TPACKET3_HDRLEN || next > s->block_size)
             s->offset = s->block_size; /* out of the block: found above */
         else
@@ -401,38 +234,22 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         error = pending_error(s);
     if (error)
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
-    if (n == 0)
+    if (n == 0) {
+        for (uint32_t k = 0; lent && k < begun; k++)
+            release(header_at(s, first + k));
         return -error;
-    return lrx_received(descriptors, s->lends ? (uintptr_t)s->described : region, n, begun, region, cursor);
+    }
+    account(s->loans, first, lent ? begun : 0);
+    return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
 }
 
-uintptr_t lrx_packet_mmap_block(const struct lrx_packet_mmap *s)
+int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
 {
-    return (uintptr_t)s->described;
-}
+    struct lrx_ring *s = state;
+    int count;
 
-void lrx_packet_mmap_return(void *block)
-{
-    struct tpacket_hdr_v1 *header = &((struct tpacket_block_desc *)block)->hdr.bh1;
-
-    header->num_pkts = 0;
-    __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
-}
-
-int lrx_packet_mmap_lent(const struct lrx_packet_mmap *s)
-{
-    for (uint32_t block = 0; s->lends && block < s->blocks; block++)
-        if (__atomic_load_n(&header_at(s, block)->block_status, __ATOMIC_RELAXED) & LENT)
-            return 1;
-    return 0;
-}
-
-uintptr_t lrx_packet_mmap_ring(const struct lrx_packet_mmap *s)
-{
-    return (uintptr_t)s->ring;
-}
-
-void lrx_packet_mmap_unmap(uintptr_t ring, size_t size)
-{
-    munmap((void *)ring, size);
+    enter(s);
+    count = fill(s, descriptors, rows, region, size);
+    leave(s);
+    return count;
 }

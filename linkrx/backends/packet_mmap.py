@@ -9,13 +9,16 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from linkrx import _core
+from linkrx import _core, arena
 from linkrx.arena import Arena
 from linkrx.backend import CoreBackend, Receive
+from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
-from linkrx.lent import Lease
+from linkrx.framing import Framing
+from linkrx.lent import Lease, LentBatch
+from linkrx.loans import Loans, most_blocks
 from linkrx.packet import OUTGOING, TIMESTAMP
 from linkrx.rtnetlink import RouteSocket
 
@@ -66,94 +69,110 @@ class PacketMmap(CoreBackend):
         return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
-        if receive.options.zero_copy and not receive.capabilities.owned:
+        options = receive.options
+        if options.zero_copy and not receive.capabilities.owned:
             raise UnsupportedOption(
                 f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
                 "anything of it is held. Give the name of the interface"
             )
         self._use("lrx_packet_mmap_fill", descriptors)
         self._state, self._block, size = _ring(receive)
-        self.lends = receive.options.zero_copy
         self._memory: memoryview | None = None
         self._lease: Lease | None = None
-        self._joins = receive.options.fanout is not None
+        self._loans: Loans | None = None
+        self._joins = options.fanout is not None
         try:
-            if receive.options.zero_copy:
-                self._start = _core.lib.lrx_packet_mmap_ring(self._state)
-                unmap = partial(_core.lib.lrx_packet_mmap_unmap, self._start, size)
+            if options.zero_copy:
+                self._start = _core.lib.lrx_ring_memory(self._state)
+                unmap = partial(_core.lib.lrx_ring_unmap, self._start, size)
                 self._memory = _core.lent(self._start, size, unmap)
+            elif arena.REFERENCE_COUNTS_ARE_EXACT and not options.segment and most_blocks(size, self._block):
+                self._loans = Loans(self._state, size, self._block)
             if self._joins:
-                _core.lib.lrx_packet_mmap_shut(self._state)
+                _core.lib.lrx_ring_shut(self._state)
         except BaseException:
-            if receive.options.zero_copy and self._memory is None:
-                _core.lib.lrx_packet_mmap_unmap(_core.lib.lrx_packet_mmap_ring(self._state), size)
+            if options.zero_copy and self._memory is None:
+                _core.lib.lrx_ring_unmap(_core.lib.lrx_ring_memory(self._state), size)
             self.close()
             raise
+        self.lends = self._memory is not None or self._loans is not None
 
     def start(self) -> None:
         """From now on this member of a fanout group takes its share."""
         if self._joins:
-            _core.lib.lrx_packet_mmap_start(self._state)
+            _core.lib.lrx_ring_start(self._state)
 
     def fill(self, arena: Arena, room: int) -> int:
         """Until no closed block is left, the descriptors are full, or the next packet does not fit."""
+        if self._loans is not None:
+            self._loans.settle(arena)
         self.let_go()
         return super().fill(arena, room)
 
-    def lease(self) -> Lease | None:
-        """The block that the last fill was about, if blocks are lent."""
-        memory = self._memory
-        if memory is None:
-            return None
-        lease, address = self._lease, _core.lib.lrx_packet_mmap_block(self._state)
+    def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
+        """Over blocks that the last fill lent; with `zero_copy` always, and with an end of its own."""
+        if self._loans is not None:
+            memory = self._loans.memory()
+            return None if memory is None else Batch(memory, 0, table, rows, count, framing, arena.memory)
+        lease = self._lease_last()
+        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory)
+        batch._lease = lease
+        return batch
+
+    def _lease_last(self) -> Lease:
+        """The block that the last fill was about."""
+        assert self._memory is not None
+        lease, address = self._lease, _core.lib.lrx_ring_block(self._state)
         if lease is None or lease.address != address:
             start = address - self._start
-            self._lease = lease = Lease(memory[start : start + self._block].toreadonly(), address)
+            self._lease = lease = Lease(self._memory[start : start + self._block].toreadonly(), address)
         if (
             not lease.hold
         ):  # only now, for a lease that an exception keeps from being stored would give the block back
-            _core.returning(lease.hold, lease.memory[:], _core.lib.lrx_packet_mmap_return)
+            _core.returning(lease.hold, lease.memory[:], _core.lib.lrx_ring_return)
         return lease
 
     def let_go(self) -> None:
         """Keep the block for as long only as more of its packets are to come."""
-        if not self.held:
+        if self._lease is not None and not self.held:
             self._lease = None
 
     @property
     def lent(self) -> bool:
         """Poll looks at the most recently closed block only: ready for ever if that is lent, silent if an older is."""
-        return self._memory is not None and bool(_core.lib.lrx_packet_mmap_lent(self._state))
+        return self._memory is not None and bool(_core.lib.lrx_ring_lent(self._state))
 
     @property
     def held(self) -> int:
         """Packets of a block that was begun. The kernel says nothing of them once a later block was given back."""
-        waiting: int = _core.lib.lrx_packet_mmap_held(self._state) if self._state is not None else 0
+        waiting: int = _core.lib.lrx_ring_held(self._state) if self._state is not None else 0
         return waiting
 
     def drops(self) -> int:
         """Those that found no room in the ring: tp_drops, which SO_MEMINFO does not have."""
-        dropped: int = _core.lib.lrx_packet_mmap_drops(self._state)
+        dropped: int = _core.lib.lrx_ring_drops(self._state)
         return dropped
 
     def freezes(self) -> int:
         """tp_freeze_q_cnt."""
-        frozen: int = _core.lib.lrx_packet_mmap_freezes(self._state)
+        frozen: int = _core.lib.lrx_ring_freezes(self._state)
         return frozen
 
     def close(self) -> None:
         """Take the ring off the socket."""
+        if self._loans is not None:
+            self._loans.close()
         state, self._state = self._state, None
         if state is not None:
-            _core.lib.lrx_packet_mmap_close(state)
-        self._memory = self._lease = None  # what is lent stays mapped until nobody holds it
+            _core.lib.lrx_ring_close(state)
+        self._memory = self._lease = self._loans = None  # what is lent stays mapped until nobody holds it
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
         state, self._state = self._state, None
         if state is not None:
-            _core.lib.lrx_packet_mmap_abandon(state)
-        self._memory = self._lease = None
+            _core.lib.lrx_ring_abandon(state)
+        self._memory = self._lease = self._loans = None
 
 
 def shape(size: int, largest: int = 0) -> tuple[int, int]:
@@ -187,7 +206,7 @@ def _ring(receive: Receive) -> tuple[Any, int, int]:
     block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked
     while True:
-        state = _core.lib.lrx_packet_mmap_open(
+        state = _core.lib.lrx_ring_open(
             receive.fd,
             block,
             blocks,

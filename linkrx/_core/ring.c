@@ -1,0 +1,186 @@
+/* A TPACKET_V3 ring: put on a socket, counted, and taken off. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "ring.inc"
+
+#define PAGE_LEAST 4096 /* of all Linux architectures */
+
+static int set_ring(const struct lrx_ring *s, uint32_t retire_ms)
+{
+    /* V3 packs packets as they come; one frame per block satisfies packet_set_ring(), which wants the numbers to
+     * agree, whatever PACKET_RESERVE is. */
+    struct tpacket_req3 request = {
+        .tp_block_size = s->block_size,
+        .tp_block_nr = s->blocks,
+        .tp_frame_size = s->blocks ? s->block_size : 0,
+        .tp_frame_nr = s->blocks,
+        .tp_retire_blk_tov = retire_ms,
+    };
+
+    return setsockopt(s->fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request);
+}
+
+/* PACKET_STATISTICS begins anew with each reading. */
+void lrx_ring_count(struct lrx_ring *s)
+{
+    struct tpacket_stats_v3 since;
+    socklen_t size = sizeof since;
+
+    if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) == 0 && size == sizeof since) {
+        s->drops += since.tp_drops;
+        s->freezes += since.tp_freeze_q_cnt;
+    }
+}
+
+/* The owner of a borrowed socket may have closed it, and another file got its number. */
+static bool is_same_socket(const struct lrx_ring *s)
+{
+    struct stat now;
+
+    return fstat(s->fd, &now) == 0 && now.st_dev == s->device && now.st_ino == s->inode;
+}
+
+static void take_off(struct lrx_ring *s)
+{
+    if (s->memory && !s->lends)
+        munmap(s->memory, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
+    if (is_same_socket(s)) {
+        s->blocks = s->block_size = 0;
+        set_ring(s, 0);
+        setsockopt(s->fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
+    }
+}
+
+/* packet_mmap() in net/packet/af_packet.c maps every page at once, but where memory is virtualized the host still
+ * takes a fault, 1.5 us, at the first access to each. Not for the first lap of packets: here. */
+static void touch(const struct lrx_ring *s)
+{
+    for (size_t at = 0; at < s->mapped; at += PAGE_LEAST)
+        __atomic_fetch_or((uint32_t *)(s->memory + at), 0, __ATOMIC_RELAXED); /* a write that changes nothing */
+}
+
+uint8_t *lrx_ring_map(const struct lrx_ring *s)
+{
+    uint8_t *memory = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, s->fd, 0);
+
+    if (memory == MAP_FAILED)
+        return NULL;
+    /* A child that had the ring mapped as well would keep the kernel from removing it. But what a batch with an end of
+     * its own has must be readable in the child too. */
+    if (!s->lends)
+        madvise(memory, s->mapped, MADV_DONTFORK);
+    return memory;
+}
+
+struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
+                               uint32_t capacity, uint32_t wanted, uint32_t lends)
+{
+    struct lrx_ring *s = calloc(1, sizeof *s);
+    const int version = TPACKET_V3;
+    socklen_t size = sizeof s->version;
+    struct stat now;
+    int error;
+
+    if (!s)
+        return NULL;
+    if (vnet > (lends && vnet ? VNET_WRITTEN : VNET_MOST)) {
+        errno = EINVAL;
+        goto refused;
+    }
+    s->fd = fd;
+    s->block_size = block_size;
+    s->blocks = blocks;
+    s->mapped = (size_t)block_size * blocks;
+    s->vnet = vnet;
+    s->capacity = capacity;
+    s->wanted = wanted;
+    s->lends = lends;
+    if (fstat(fd, &now) < 0 || getsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, &size) < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version, sizeof version) < 0)
+        goto refused;
+    s->device = now.st_dev;
+    s->inode = now.st_ino;
+    if (set_ring(s, retire_ms) < 0) {
+        error = errno;
+        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
+        errno = error;
+        goto refused;
+    }
+    s->memory = lrx_ring_map(s);
+    if (!s->memory) {
+        error = errno;
+        take_off(s);
+        errno = error;
+        goto refused;
+    }
+    touch(s);
+    lrx_ring_count(s); /* what the socket dropped before is not the ring's */
+    s->drops = s->freezes = 0;
+    return s;
+
+refused:
+    error = errno;
+    free(s);
+    errno = error;
+    return NULL;
+}
+
+void lrx_ring_close(struct lrx_ring *s)
+{
+    if (!s)
+        return;
+    take_off(s);
+    free(s);
+}
+
+void lrx_ring_abandon(struct lrx_ring *s)
+{
+    free(s);
+}
+
+uint32_t lrx_ring_held(const struct lrx_ring *s)
+{
+    return s->left;
+}
+
+uint64_t lrx_ring_drops(struct lrx_ring *s)
+{
+    lrx_ring_count(s);
+    return s->drops;
+}
+
+uint64_t lrx_ring_freezes(struct lrx_ring *s)
+{
+    lrx_ring_count(s);
+    return s->freezes;
+}
+
+uintptr_t lrx_ring_memory(const struct lrx_ring *s)
+{
+    return (uintptr_t)s->memory;
+}
+
+/* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and
+ * for rollover one a quarter of the ring further on. */
+static void set_all(struct lrx_ring *s, uint32_t status)
+{
+    for (uint32_t block = s->blocks; block-- > 0;) /* the open one last */
+        __atomic_store_n(&header_at(s, block)->block_status, status, __ATOMIC_RELEASE);
+}
+
+void lrx_ring_shut(struct lrx_ring *s)
+{
+    set_all(s, TP_STATUS_USER);
+}
+
+void lrx_ring_start(struct lrx_ring *s)
+{
+    lrx_ring_count(s);
+    s->drops = s->freezes = 0; /* dropped here, and received by another member */
+    set_all(s, TP_STATUS_KERNEL);
+}
