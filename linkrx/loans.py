@@ -56,13 +56,13 @@ class Loans:
                 self._hand_over()
                 if told.offered:
                     return  # it could not be copied, so the kernel must wait for it
-            _core.lib.lrx_ring_end_loan(self._ring, turn)
+            told.over = 1
         if told.offered:
             return
         if told.rest:
             if arena.cursor != START or not arena.reclaimed:
                 told.rest = told.pause  # something is kept of what was copied, too
-        elif not told.blocks[1 - turn]:
+        elif not told.blocks[0] and not told.blocks[1]:
             self._offer()
 
     def _offer(self) -> None:
@@ -75,14 +75,14 @@ class Loans:
         self._unheld = sys.getrefcount(self._buffers[0])
         self._told.offered = 1
 
-    def memory(self) -> memoryview | None:
-        """The blocks that the last receive lent, or None if it copied."""
+    def last(self) -> tuple[Any, int, int] | None:
+        """The buffer that has the blocks that the last receive lent, their begin and their end; None if it copied."""
         told = self._told
         if not told.lent:
             return None
         which = 1 - told.turn
-        start = told.first[which] * self._block
-        return memoryview(self._buffers[which])[start : start + told.blocks[which] * self._block]
+        begin = told.first[which] * self._block
+        return self._buffers[which], begin, begin + told.blocks[which] * self._block
 
     def _hand_over(self) -> None:
         with self._lock:

@@ -84,8 +84,8 @@ DEFECTS = {
     "a loan of nothing is kept": ("packet_mmap", "release(header_at(s, first + k));", ";"),
     "one block of a loan is kept back": (
         "packet_mmap",
-        "n < loans->blocks[which]; n++",
-        "n + 1 < loans->blocks[which]; n++",
+        "n < loans->blocks[loans->turn]; n++",
+        "n + 1 < loans->blocks[loans->turn]; n++",
     ),
     "one loan of two is copied": (
         "packet_mmap",

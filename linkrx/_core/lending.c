@@ -12,17 +12,6 @@ void lrx_ring_lend(struct lrx_ring *s, struct lrx_loans *loans)
     s->loans = loans;
 }
 
-void lrx_ring_end_loan(struct lrx_ring *s, uint32_t which)
-{
-    struct lrx_loans *loans = s->loans;
-
-    enter(s);
-    for (uint32_t n = 0; n < loans->blocks[which]; n++)
-        release(header_at(s, loans->first[which] + n));
-    loans->blocks[which] = 0;
-    leave(s);
-}
-
 /* The blocks from `first` to before `last` are copied, as far as they are lent, to where the ring is mapped. mremap()
  * puts pages into the place of others in one step, so whoever looks there meanwhile sees the one or the other. */
 static int replace(struct lrx_ring *s, size_t first, size_t last)

@@ -8,7 +8,8 @@ struct lrx_loans {
     uint32_t pause;
     uint32_t rest;       /* receives to come that copy */
     uint32_t offered;    /* batches can be made of the ring where it is mapped now */
-    uint32_t turn;       /* which of two loans the next receive may make; what that was before must be over */
+    uint32_t turn;       /* which of two loans the next receive may make, if it is over */
+    uint32_t over;       /* the loan whose turn is next is over: the next receive gives its blocks back */
     uint32_t lent;       /* the last receive made a loan, and not that whose turn is next */
     uint32_t first[2];   /* block */
     uint32_t blocks[2];  /* 0: it is over */
@@ -22,9 +23,6 @@ struct lrx_kept {
 
 /* From the next fill on. Both must outlive the ring's fills. */
 void lrx_ring_lend(struct lrx_ring *s, struct lrx_loans *loans);
-
-/* A loan is over. */
-void lrx_ring_end_loan(struct lrx_ring *s, uint32_t which);
 
 /* Whoever sees anything lent sees the same bytes in memory of this process's own from here on, also in its children,
  * and `kept` tells which that is. With `again` the ring is mapped anew, otherwise it is mapped no more. Nothing

@@ -11,6 +11,10 @@
 #include "ring.inc"
 #include "packet_mmap.h"
 
+/* Measured: see bench/README.md. */
+#define FRAMES_AHEAD 8
+#define BYTES_AHEAD 2048
+
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
@@ -50,6 +54,16 @@ static void give_back(struct lrx_ring *s)
 static void mark_lent(struct lrx_ring *s)
 {
     __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
+}
+
+/* Give back the blocks of the loan whose turn is next, if it is over. */
+static void end_loan(const struct lrx_ring *s, struct lrx_loans *loans)
+{
+    if (!loans || !loans->over)
+        return;
+    for (uint32_t n = 0; n < loans->blocks[loans->turn]; n++)
+        release(header_at(s, loans->first[loans->turn] + n));
+    loans->blocks[loans->turn] = loans->over = 0;
 }
 
 /* How many blocks are to be lent now, if any. The newest closed block never is, for poll() on the socket is ready until
@@ -202,7 +216,11 @@ static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintpt
             s->error = EIO;
             break;
         }
-        lrx_prefetch_far((const uint8_t *)header, lends ? 0 : snaplen);
+        next = ONCE(header->tp_next_offset);
+        if (lends)
+            lrx_prefetch_far(header, FRAMES_AHEAD * (uint64_t)next, 0); /* of a frame the beginning is enough */
+        else
+            lrx_prefetch_far(header, BYTES_AHEAD, snaplen);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
         if (lends) {
             if (!lent) {
@@ -221,7 +239,6 @@ static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintpt
         out.wire_lengths[n] = s->vnet + header->tp_len;
         out.flags[n] = read_metadata(s, header, &out, n);
         n++;
-        next = ONCE(header->tp_next_offset);
         if (--s->left == 0)
             (lends ? next_block : give_back)(s);
         else if (next < TPACKET3_HDRLEN || next > s->block_size)
@@ -249,6 +266,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     int count;
 
     enter(s);
+    end_loan(s, s->loans);
     count = fill(s, descriptors, rows, region, size);
     leave(s);
     return count;

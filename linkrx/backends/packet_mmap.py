@@ -106,16 +106,20 @@ class PacketMmap(CoreBackend):
         """Until no closed block is left, the descriptors are full, or the next packet does not fit."""
         if self._loans is not None:
             self._loans.settle(arena)
-        self.let_go()
+        else:
+            self.let_go()
         return super().fill(arena, room)
 
     def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
         """Over blocks that the last fill lent; with `zero_copy` always, and with an end of its own."""
         if self._loans is not None:
-            memory = self._loans.memory()
-            return None if memory is None else Batch(memory, 0, table, rows, count, framing, arena.memory)
+            lent = self._loans.last()
+            if lent is None:
+                return None
+            buffer, begin, end = lent
+            return Batch(buffer, begin, table, rows, count, framing, arena.memory, end)
         lease = self._lease_last()
-        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory)
+        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory, self._block)
         batch._lease = lease
         return batch
 

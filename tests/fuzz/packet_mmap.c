@@ -436,7 +436,7 @@ static uint32_t due_loan(uint32_t rows)
     uint64_t packets = 0, used = 0, most = loans->most;
     uint32_t n;
 
-    if (!kernel.has_loans || !loans->offered || loans->rest || loans->blocks[loans->turn] || kernel.vnet > 10 ||
+    if (!kernel.has_loans || !loans->offered || loans->rest || (loans->blocks[loans->turn] && !loans->over) || kernel.vnet > 10 ||
         kernel.block[kernel.read].begun)
         return 0;
     for (n = 0; n < loans->most; n++) {
@@ -602,10 +602,9 @@ static void settle(struct lrx_ring *s)
         }
     }
     if (blocks && take(kernel.in, 7)) {
-        lrx_ring_end_loan(s, turn);
+        loans->over = 1;
         for (uint32_t n = 0; n < blocks; n++)
             kernel.block[first + n].owner = KERNELS;
-        MUST(!loans->blocks[turn]);
     }
     if (!loans->rest && !loans->blocks[0] && !loans->blocks[1])
         loans->offered = 1;
@@ -659,6 +658,7 @@ static void run(struct lrx_ring *s)
             known = kernel.damaged = 0;
         else
             known = was_due && !kernel.error; /* taken off the socket, it waits inside */
+        MUST(!kernel.loans.over);
         MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
         const struct block *block = &kernel.block[kernel.read];
         MUST(lrx_ring_held(s) == (block->owner == CLOSED && block->begun ? block->claimed - block->taken : 0));
