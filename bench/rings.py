@@ -17,9 +17,9 @@ from linkrx import LentBatch, _core
 
 # struct tpacket_block_desc: block_status, num_pkts, and seq_num behind offset_to_first_pkt and blk_len
 STATUS, PACKETS, SEQUENCE = 8, 12, 24
-LENT = 1 << 16  # linkrx/_core/packet_mmap.c
+LENT = 1 << 16  # linkrx/_core/ring.inc
 
-SIZES = (1, 2**20, 2**20, 4 * 2**20)  # of a ring; two blocks are the least
+SIZES = (1, 2**20, 4 * 2**20, 16 * 2**20)  # of a ring; two blocks are the least
 LATENCIES = (0.001, 0.001, 0.005, 0.02)
 HELD_MOST = 6  # blocks, of 2 to 32
 PAUSE = 0.02  # seconds at most from one life to the next
@@ -33,7 +33,7 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
     the oldest: `undelivered` has its rest. Blocks that were given back say 0, and lent ones were delivered.
     """
     mechanism: Any = rx._reception._mechanism
-    first = _core.lib.lrx_packet_mmap_ring(mechanism._state)
+    first = _core.lib.lrx_ring_memory(mechanism._state)
     size = next(
         end - start
         for start, end in (
