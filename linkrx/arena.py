@@ -98,7 +98,7 @@ class Arenas:
             return self._current
         if current.limit - current.cursor >= self.largest:
             return current
-        self._current, self._spare = (
-            (spare, current) if spare.limit - spare.cursor >= self.largest else (self._new(), spare)
-        )
+        # The older one is used up, and may be kept for long: this one has the last batch, and will be free again.
+        fresh = spare if spare.limit - spare.cursor >= self.largest else self._new()
+        self._current, self._spare = fresh, current
         return self._current

@@ -19,13 +19,13 @@ class Batch(Columns):
     `memory` (bytes) and all columns are read-only memoryviews with native formats: `starts`, `lengths` and
     `wire_lengths` uint32; `protocols`, `flags` (see `Flags`), `vlan_tcis` and `vlan_tpids` uint16; `timestamps` int64 in
     nanoseconds since 1970, 0 where there is none. `memory[starts[i] : starts[i] + lengths[i]]` is frame i. Nothing of a
-    batch ever changes, however long it is kept.
+    batch ever changes, however long it is kept. Who keeps is who refers to it in this process: what the kernel is still to
+    read, as of MSG_ZEROCOPY or io_uring, is given a `copy()`.
     """
 
     __slots__: Mapping[str, str] = {
         "_begin": "",
         "_buffer": "",
-        "_end": "",
         "_table_at": "",
         "_table_buffer": "",
         "framing": "What stands in front of the data of each frame.",
@@ -43,16 +43,14 @@ class Batch(Columns):
         count: int,
         framing: Framing,
         table_buffer: mmap.mmap | bytes | None = None,
-        end: int | None = None,
     ) -> None:
         """Frames lie in `buffer` from `begin` on, and behind them, `table` bytes into it, a table of `rows` rows, of
-        which the first `count` are used. With a `table_buffer` the table lies there instead, and frames before `end`.
+        which the first `count` are used. With a `table_buffer` the table lies there instead.
 
         Every view is made when it is first asked for. Holding the buffer keeps an arena from being used again.
         """
         self._buffer = buffer
         self._begin = begin
-        self._end = table if end is None else end
         self._table_at = table
         self._table_buffer = table_buffer
         self._rows = rows
@@ -63,7 +61,8 @@ class Batch(Columns):
     def __getattr__(self, name: str) -> memoryview:
         """As for columns."""
         if name == "memory":
-            self.memory = memoryview(self._buffer)[self._begin : self._end].toreadonly()
+            end = self._table_at if self._table_buffer is None else len(self._buffer)
+            self.memory = memoryview(self._buffer)[self._begin : end].toreadonly()
             return self.memory
         return super().__getattr__(name)
 
@@ -111,7 +110,6 @@ class Batch(Columns):
             self._count - first,
             self.framing,
             self._table_buffer,
-            self._end,
         )
         rest._first = self._first + first
         return rest
@@ -133,7 +131,7 @@ class Batch(Columns):
         for name in COLUMNS:
             if name != "starts":
                 getattr(new, name)[:] = getattr(self, name)[first:last]
-        return Batch(bytes(memory), 0, 0, rows, rows, self.framing, bytes(table), len(memory))
+        return Batch(bytes(memory), 0, 0, rows, rows, self.framing, bytes(table))
 
     def __repr__(self) -> str:
         return f"<Batch of {self._count} packets, {sum(self.lengths)} bytes>"

@@ -41,9 +41,10 @@ class Loans:
         self._block = block
         self._told = _core.new("struct lrx_loans *", most=most_blocks(size, block), pause=PAUSE)
         self._buffers: list[Any] = []
-        self._kept: Any = None
+        self._kept = _core.new("struct lrx_kept *")
         self._unheld = 0
         self._lock = threading.RLock()  # a fork in a signal handler may come while its thread has it
+        self._warned = self._inherited = False
         _core.lib.lrx_ring_lend(ring, self._told)
         _alive.add(self)
 
@@ -52,10 +53,9 @@ class Loans:
         told = self._told
         turn = told.turn
         if told.blocks[turn]:
-            if told.offered and sys.getrefcount(self._buffers[turn]) != self._unheld:
-                self._hand_over()
-                if told.offered:
-                    return  # it could not be copied, so the kernel must wait for it
+            held = told.offered and sys.getrefcount(self._buffers[turn]) != self._unheld
+            if held and (told.rest or self._hand_over()):
+                return  # it could not be copied: the kernel must wait for it, and the next try a pause
             told.over = 1
         if told.offered:
             return
@@ -68,45 +68,59 @@ class Loans:
     def _offer(self) -> None:
         """Make buffers for batches of the ring where it is mapped now."""
         kept = _core.new("struct lrx_kept *")
-        first, second = _core.buffers(self._told.ring, self._size, partial(_core.lib.lrx_kept_unmap, kept))
+        # From C to C: the exception of a signal handler cannot keep memory from being unmapped.
+        buffers = _core.buffers(self._told.ring, self._size, partial(_core.lib.lrx_kept_unmap, kept))
         self._kept = kept
-        self._buffers = [first, second]
-        del first, second
-        self._unheld = sys.getrefcount(self._buffers[0])
+        self._buffers = buffers
+        # The list and the argument. Should anybody look here, as tracers do, it must not count.
+        self._unheld = min(2, sys.getrefcount(self._buffers[0]))
         self._told.offered = 1
 
-    def last(self) -> tuple[Any, int, int] | None:
-        """The buffer that has the blocks that the last receive lent, their begin and their end; None if it copied."""
+    def memory(self) -> memoryview | None:
+        """The blocks that the last receive lent, or None if it copied."""
         told = self._told
         if not told.lent:
             return None
         which = 1 - told.turn
         begin = told.first[which] * self._block
-        return self._buffers[which], begin, begin + told.blocks[which] * self._block
+        return memoryview(self._buffers[which])[begin : begin + told.blocks[which] * self._block]
 
-    def _hand_over(self) -> None:
+    def _hand_over(self) -> int:
+        """Errno, or 0 when nothing that is kept lies in the ring any more."""
         with self._lock:
-            code = _core.lib.lrx_ring_hand_over(self._ring, self._kept, True) if self._ring else 0
-        if code and self._told.most:
-            self._told.most = 0
+            code: int = _core.lib.lrx_ring_hand_over(self._ring, self._kept) if self._ring else 0
+        if code and not self._warned:
+            self._warned = True
             logger.warning(
                 "packet_mmap: a batch that is kept could not be copied: %s. Its blocks of the ring are out of use until "
-                "nobody keeps it, and nothing is lent any more. receive_buffer= makes a smaller ring",
+                "nobody keeps it, or there is memory for it. receive_buffer= makes a smaller ring",
                 os.strerror(-code),
             )
+        return code
 
     def before_fork(self) -> None:
-        """A child may look at all that its parent holds, and has no ring."""
-        if self._told.offered:
-            self._hand_over()
+        """A child may look at all that its parent holds, and has no ring. Nothing is lent until it is made."""
+        if self._hand_over():
+            with self._lock:
+                if self._ring:  # better than a child that faults: it sees the ring itself
+                    self._inherited = True
+                    _core.lib.lrx_ring_inherit(self._ring, True)
+
+    def after_fork(self) -> None:
+        """In the parent."""
+        if self._inherited:
+            with self._lock:
+                if self._ring:
+                    _core.lib.lrx_ring_inherit(self._ring, False)
+                self._inherited = False
 
     def close(self) -> None:
-        """The ring is about to be closed: what is lent is copied. Raises OSError when there is no memory for that."""
+        """The ring is about to be closed: what is kept of it is not there any more."""
         with self._lock:
-            if self._ring and self._told.offered:
-                code = _core.lib.lrx_ring_hand_over(self._ring, self._kept, False)
-                if code:
-                    raise OSError(-code, f"closing a ring of which packets may be kept: {os.strerror(-code)}")
+            told, unheld = self._told, self._unheld
+            lent = [k for k in (0, 1) if told.offered and told.blocks[k]]
+            if self._ring and any(sys.getrefcount(self._buffers[k]) != unheld for k in lent):
+                _core.lib.lrx_ring_leave(self._ring, self._kept)
             self._ring = None
 
 
@@ -116,8 +130,24 @@ def most_blocks(size: int, block: int) -> int:
 
 
 def _before_fork() -> None:
+    """Python forks whatever comes out of here, and only reports it. So an exception of a signal handler must wait."""
+    raised: BaseException | None = None
+    for _ in range(100):
+        try:
+            for loans in list(_alive):  # RuntimeError: another thread has just made a ring
+                loans.before_fork()
+            break
+        except BaseException as error:
+            raised = error if raised is None or isinstance(raised, RuntimeError) else raised
+    if raised is not None and not isinstance(raised, RuntimeError):
+        raise raised
+
+
+def _after_fork() -> None:
     for loans in list(_alive):
-        loans.before_fork()
+        loans.after_fork()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_alive.clear)
+# Twice, for an exception may come before the first step of the one.
+os.register_at_fork(before=_before_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_alive.clear)

@@ -408,3 +408,21 @@ def test_copies_stay_cheap() -> None:
         sender.send(bytes(64))
         packet = rx.recv(10)
         assert allocated_per(5_000, packet.copy) <= 4 * sys.getsizeof(bytes(64))
+
+
+@counts_exact
+def test_what_is_kept_for_ever_costs_its_own_arena_and_no_more() -> None:
+    """With one batch kept, a consumer that keeps nothing else but its loop variable alternates between two arenas again."""
+    arenas = Arenas(1000, 10)
+    seen: list[Arena] = []
+    kept: list[memoryview] = []
+    loop_variable: memoryview | None = None
+    for turn in range(30):
+        current = arenas.next()
+        if not any(current is one for one in seen):
+            seen.append(current)
+        loop_variable = memoryview(current.memory)[:1]
+        current.cursor = current.limit
+        if turn in (3, 8):
+            kept.append(loop_variable)
+    assert len(seen) == 4

@@ -92,11 +92,7 @@ DEFECTS = {
         "if (loans->blocks[which])\n",
         "if (loans->blocks[which] && which)\n",
     ),
-    "the ring's rest is kept": (
-        "packet_mmap",
-        "first * s->block_size;\n    kept->size",
-        "first;\n    kept->size",
-    ),
+    "the ring's rest is kept": ("packet_mmap", "old + first * size, (last", "old + first, (last"),
     "a frame crosses the end of its block": (
         "packet_mmap",
         "s->offset + mac + *snaplen > s->block_size",

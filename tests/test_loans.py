@@ -32,6 +32,7 @@ from test_reentry import child
 import linkrx
 from linkrx import _core, arena, loans
 from linkrx.backends.packet_mmap import BLOCK_LEAST
+from linkrx.testing.waiting import until
 
 __all__ = ["wire"]
 
@@ -325,16 +326,18 @@ def test_what_is_kept_outlives_close(wire: Wire, keep: int) -> None:
 
 def test_a_close_while_nothing_is_kept_leaves_nothing(wire: Wire) -> None:
     """Where blocks are lent and nobody looks at them, close leaves no memory behind."""
-    before = len(kept_mappings())
-    for _ in range(5):
+    before = 0
+    for turn in range(6):
         with ring_on(wire[0], **RING) as rx:
             send(wire, 0, in_blocks(14))
             for _batch in itertools.islice(rx.batches(0), 2):
                 pass
             del _batch
+        if not turn:
+            before = sum(kept_mappings().values())
     gc.collect()
     assert ring.mapped() == []
-    assert len(kept_mappings()) <= before + 2  # malloc may have made itself larger
+    assert sum(kept_mappings().values()) < before + 4 * BLOCK_LEAST  # malloc may have made itself larger
 
 
 def test_who_never_gets_a_loan(wire: Wire) -> None:
@@ -449,38 +452,48 @@ def test_a_fork_in_deliver(wire: Wire) -> None:
 
 def test_forks_of_another_thread(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread receives, another forks: the ring moves under the reader, who notices nothing."""
-    monkeypatch.setattr(loans, "PAUSE", 2)
+    monkeypatch.setattr(
+        loans, "PAUSE", 6
+    )  # receives, of which there are not so many between the hook and the fork
     done = threading.Event()
-    forks, wrong = [], []
+    shown: list[tuple[int, linkrx.Batch]] = []
+    codes: list[int] = []
+    fresh = threading.Event()
 
     def work() -> None:
-        while not done.is_set():
+        while fresh.wait(60) and not done.is_set():
+            fresh.clear()
+            here = shown[-2:]
             pid = os.fork()
             if not pid:  # pragma: no cover, another process
-                os._exit(len(ring.mapped()))
-            forks.append(pid)
-            wrong.append(os.waitpid(pid, 0)[1])
+                os._exit(len(ring.mapped()) + sum(digest(batch) != due for due, batch in here))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
     other = threading.Thread(target=work)
-    lent = []
+    lent: list[bool] = []
     with ring_on(wire[0], **RING) as rx:
         sent = 0
         other.start()
         try:
-            for _ in range(20):
+            while sent < 10 * LAP or len(codes) < 10:
                 send(wire, sent, LAP // 2)
                 sent += LAP // 2
                 while rx.stats().packets < sent - PER_BLOCK:
                     for batch in itertools.islice(rx.batches(0), 1):
                         lent.append(is_lent(batch))
                         numbers(batch)
+                        if lent[-1]:
+                            shown.append((digest(batch), batch))
+                            del shown[:-2]
+                            fresh.set()
+                assert sent < 1000 * LAP
         finally:
             done.set()
+            fresh.set()
             other.join()
         assert rx.stats().kernel_drops == 0
-    assert any(lent)
-    assert len(forks) > 5
-    assert not any(wrong)
+    assert set(codes) == {0}
+    assert lent.count(True) >= 10
 
 
 # What goes wrong.
@@ -544,10 +557,13 @@ def test_exceptions_at_any_point(wire: Wire, monkeypatch: pytest.MonkeyPatch) ->
     assert [digest(batch) for _, batch in kept] == [due for due, _ in kept]
 
 
-def test_what_cannot_be_copied_stays_lent(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
-    """Without memory for a copy there is one warning, what is kept stays true, nothing is lost, and its blocks come back."""
+def test_what_cannot_be_copied_stays_lent(
+    wire: Wire, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory for a copy there is one warning, what is kept stays true, nothing is lost, and all is lent again later."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    with ring_on(wire[0], **RING) as rx:
+    monkeypatch.setattr(loans, "PAUSE", 4)  # over before the ring comes round to what is kept
+    with packet_socket(wire[0]) as borrowed, ring_on(borrowed, **RING) as rx:
         send(wire, 0, in_blocks(14))
         batches = rx.batches(0)
         kept = next(batches)
@@ -555,31 +571,138 @@ def test_what_cannot_be_copied_stays_lent(wire: Wire, caplog: pytest.LogCaptureF
         assert len(next(batches)) == 4 * PER_BLOCK
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         with caplog.at_level(logging.WARNING, "linkrx"):
-            resource.setrlimit(resource.RLIMIT_AS, (size + BLOCK_LEAST, limits[1]))
+            # Room for what the interpreter may want, and not for a ring.
+            resource.setrlimit(resource.RLIMIT_AS, (size + BLOCKS // 2 * BLOCK_LEAST, limits[1]))
             try:
                 assert [len(batch) for batch in batches] == [6 * PER_BLOCK]
                 with child() as forked:
                     if forked:
+                        resource.setrlimit(resource.RLIMIT_AS, limits)
                         assert digest(kept) == before
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, limits)
         assert caplog.messages == [
             "packet_mmap: a batch that is kept could not be copied: Cannot allocate memory. Its blocks of the ring are out "
-            "of use until nobody keeps it, and nothing is lent any more. receive_buffer= makes a smaller ring"
+            "of use until nobody keeps it, or there is memory for it. receive_buffer= makes a smaller ring"
         ]
         assert is_lent(kept)
         sent = in_blocks(14)
-        for _ in range(2):
+        lent: list[bool] = []
+
+        def some() -> bool:
+            nonlocal sent
             send(wire, sent, 10 * PER_BLOCK)
             sent += 10 * PER_BLOCK
-            assert not any(received(rx, 10 * PER_BLOCK))
+            lent.extend(received(rx, 10 * PER_BLOCK))
+            return lent[-3:] == [True, True, False]
+
+        assert not some()
         assert digest(kept) == before
-        del kept
-        for _ in range(4):
-            send(wire, sent, 10 * PER_BLOCK)
-            sent += 10 * PER_BLOCK
-            assert not any(received(rx, 10 * PER_BLOCK))
+        until(some)
+        assert not is_lent(kept)
+        assert digest(kept) == before
+        with child() as forked:
+            if forked:
+                assert ring.mapped() == []
         assert rx.stats().kernel_drops == 0
+
+
+def test_no_memory_at_close(wire: Wire) -> None:
+    """What is kept stays true where there is no memory for a copy at close, and close raises nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    rx = ring_on(wire[0], **RING)
+    send(wire, 0, in_blocks(10))
+    kept = next(iter(rx.batches(0)))
+    before = digest(kept)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + BLOCK_LEAST, limits[1]))
+    try:
+        rx.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert digest(kept) == before
+    del kept
+    assert ring.mapped() == []
+
+
+FORKS = """
+import itertools, os, signal, sys
+sys.path.insert(0, "tests")
+late = []
+os.register_at_fork(before=lambda: [step() for step in late])  # the first that is registered is the last to be called
+from linkrx.namespace import enter_private_network
+from linkrx.rigs import veth
+from linkrx.device import injector_on
+enter_private_network()
+from test_packet_mmap import number_of, ring_on
+from test_loans import RING, big, in_blocks, is_lent, send
+from linkrx import loans
+
+def forked(kept):
+    child = os.fork()
+    if not child:
+        os._exit(not all(bytes(packet) == big(number_of(packet)) for batch in kept for packet in batch))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+with veth() as (near, far), injector_on(far) as injector, ring_on(near, **RING) as rx:
+    batches = rx.batches(0)
+    send((near, far, injector), 0, in_blocks(30))
+    kept = [next(batches)]
+    assert is_lent(kept[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        # Received behind linkrx's own hook, as another thread may.
+        """
+    kept.clear()
+    for turn in range(4):  # until nothing is lent any more
+        for _ in rx.batches(0):
+            pass
+        send((near, far, injector), 0, in_blocks(1) * (turn < 3))
+    for _ in rx.batches(0):
+        pass
+    assert not any(rx._reception._mechanism._loans._told.blocks)
+    send((near, far, injector), 0, in_blocks(10))
+    late.append(lambda: kept.append(next(batches)))
+    assert forked(kept) == 0
+    assert len(kept) == 1 and not is_lent(kept[0])
+""",
+        # A handler that raises wherever it comes in the hook.
+        """
+    class Interrupt(Exception): pass
+    def step(frame, event, argument):
+        if frame.f_code.co_filename == loans.__file__:
+            left[0] -= 1
+            if not left[0]:
+                raise Interrupt
+        return step
+    sys.unraisablehook = lambda told: None
+    for number in range(1, 40):
+        left = [number]
+        sys.settrace(step)
+        try:
+            code = forked(kept)
+        except Interrupt:
+            code = 0  # of the hook behind the fork
+        finally:
+            sys.settrace(None)
+        assert code == 0, number
+""",
+    ],
+)
+def test_whatever_happens_at_a_fork(rest: str) -> None:
+    """A batch that is received between the hook and the fork is a copy, and a hook that is interrupted does its work."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS + rest],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_who_reads_while_the_ring_moves_sees_no_gap(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,32 +710,37 @@ def test_who_reads_while_the_ring_moves_sees_no_gap(wire: Wire, monkeypatch: pyt
     monkeypatch.setattr(loans, "PAUSE", 2)
     shown: list[tuple[int, np.ndarray[Any, Any]]] = []
     wrong: list[int] = []
+    looked = 0
     done = threading.Event()
 
     def watch() -> None:
+        nonlocal looked
         while not done.is_set():
             for due, array in shown[-4:]:
+                looked += 1
                 if zlib.crc32(array.data) != due:  # without the lock of the interpreter
                     wrong.append(due)
 
     other = threading.Thread(target=watch)
-    moved = 0
+    places: list[tuple[int, int]] = [(0, 0)]
+    moves = 0
     with ring_on(wire[0], **RING) as rx:
         other.start()
         try:
             sent = 0
-            for _ in range(60):
+            while moves < 20 or looked < 100:
+                there = ring.mapped()
+                moves += there != places
+                places = there
                 send(wire, sent, LAP // 2)
                 sent += LAP // 2
                 for batch in rx.batches(0):
                     if is_lent(batch):
                         shown.append((digest(batch), np.frombuffer(batch.memory, np.uint8)))
-                        moved += 1
                 del shown[:-6]
         finally:
             done.set()
             other.join()
-    assert moved > 20
     assert not wrong
 
 

@@ -51,10 +51,10 @@ def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
     return memoryview(_native.ffi.buffer(pointer, size))
 
 
-def buffers(start: int, size: int, free: Callable[[], object]) -> tuple[Any, Any]:
-    """Two buffers over the same memory; `free` is called when nothing refers to either any more."""
-    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())
-    return _native.ffi.buffer(pointer, size), _native.ffi.buffer(pointer, size)
+def buffers(start: int, size: int, free: Callable[[Any], object]) -> list[Any]:
+    """Two buffers over the same memory; `free` is called with its address when nothing refers to either any more."""
+    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), free)
+    return [_native.ffi.buffer(pointer, size), _native.ffi.buffer(pointer, size)]
 
 
 def returning(hold: list[object], memory: memoryview, give_back: Any) -> None:

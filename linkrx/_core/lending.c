@@ -39,13 +39,24 @@ static int replace(struct lrx_ring *s, size_t first, size_t last)
     return 0;
 }
 
-static int hand_over(struct lrx_ring *s, struct lrx_kept *kept, int again)
+/* `fresh` is where the ring is mapped anew, or NULL. Nothing is lent in its old place. */
+static void keep(struct lrx_ring *s, struct lrx_kept *kept, uint8_t *memory, size_t size, uint8_t *fresh)
+{
+    kept->memory = (uintptr_t)memory;
+    kept->size = size;
+    s->memory = fresh;
+    s->loans->ring = (uintptr_t)fresh;
+    s->loans->offered = 0;
+}
+
+static int hand_over(struct lrx_ring *s, struct lrx_kept *kept, bool again)
 {
     struct lrx_loans *loans = s->loans;
-    size_t first = s->blocks, last = 0;
-    uint8_t *fresh = NULL;
+    size_t first = s->blocks, last = 0, size = s->block_size;
+    uint8_t *old = s->memory, *fresh = NULL;
     int error;
 
+    loans->rest = loans->pause;
     for (int which = 0; which < 2; which++) {
         if (!loans->blocks[which])
             continue;
@@ -64,34 +75,43 @@ static int hand_over(struct lrx_ring *s, struct lrx_kept *kept, int again)
             munmap(fresh, s->mapped);
         return error;
     }
-    kept->memory = (uintptr_t)s->memory + first * s->block_size;
-    kept->size = (last - first) * s->block_size;
+    keep(s, kept, old + first * size, (last - first) * size, fresh);
     /* Whole mappings since the above, so the kernel needs no memory for this. */
     if (first)
-        munmap(s->memory, first * s->block_size);
+        munmap(old, first * size);
     if (last < s->blocks)
-        munmap(s->memory + last * s->block_size, s->mapped - last * s->block_size);
-    s->memory = fresh;
-    loans->ring = (uintptr_t)fresh;
-    loans->offered = 0;
-    loans->rest = loans->pause;
+        munmap(old + last * size, s->mapped - last * size);
     return 0;
 }
 
-int lrx_ring_hand_over(struct lrx_ring *s, struct lrx_kept *kept, int again)
+int lrx_ring_hand_over(struct lrx_ring *s, struct lrx_kept *kept)
 {
     int error;
 
     enter(s);
-    error = hand_over(s, kept, again);
-    if (error)
-        madvise(s->memory, s->mapped, MADV_DOFORK); /* a child that looks there must not fault */
+    error = hand_over(s, kept, true);
     leave(s);
     return error;
 }
 
-void lrx_kept_unmap(struct lrx_kept *kept)
+void lrx_ring_leave(struct lrx_ring *s, struct lrx_kept *kept)
 {
+    enter(s);
+    if (hand_over(s, kept, false))
+        keep(s, kept, s->memory, s->mapped, NULL);
+    leave(s);
+}
+
+void lrx_ring_inherit(struct lrx_ring *s, int whether)
+{
+    enter(s);
+    madvise(s->memory, s->mapped, whether ? MADV_DOFORK : MADV_DONTFORK);
+    leave(s);
+}
+
+void lrx_kept_unmap(struct lrx_kept *kept, void *ring)
+{
+    (void)ring;
     if (kept->size)
         munmap((void *)kept->memory, kept->size);
 }

@@ -113,13 +113,10 @@ class PacketMmap(CoreBackend):
     def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
         """Over blocks that the last fill lent; with `zero_copy` always, and with an end of its own."""
         if self._loans is not None:
-            lent = self._loans.last()
-            if lent is None:
-                return None
-            buffer, begin, end = lent
-            return Batch(buffer, begin, table, rows, count, framing, arena.memory, end)
+            memory = self._loans.memory()
+            return None if memory is None else Batch(memory, 0, table, rows, count, framing, arena.memory)
         lease = self._lease_last()
-        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory, self._block)
+        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory)
         batch._lease = lease
         return batch
 

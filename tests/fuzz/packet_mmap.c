@@ -222,8 +222,6 @@ static int fake_madvise(void *memory, size_t size, int advice)
 {
     if (advice == MADV_NOHUGEPAGE)
         MUST(memory == kernel.copy && size == kernel.copied);
-    else if (advice == MADV_DOFORK)
-        MUST(memory == kernel.memory && size == kernel.mapped && kernel.failed);
     else
         MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK && !kernel.lends);
     return 0;
@@ -581,7 +579,7 @@ static void settle(struct lrx_ring *s)
 
         kernel.failed = 0;
         kernel.steps_left = take(kernel.in, 7) == 1 ? (int)take(kernel.in, 2) : -1;
-        error = lrx_ring_hand_over(s, &kept, 1);
+        error = lrx_ring_hand_over(s, &kept);
         kernel.steps_left = -1;
         MUST(error == -kernel.failed && (error || !lends || !loans->offered));
         MUST(!kernel.copy && (!!kept.size == (lends && !error)));
@@ -594,7 +592,7 @@ static void settle(struct lrx_ring *s)
                 MUST(!memcmp(at + 12, kernel.block[n].copy + 12, kernel.block_size - 12));
             }
         }
-        MUST(!kept.size || loans->rest == loans->pause);
+        MUST(loans->rest == loans->pause);
         if (kernel.old) {
             ASAN_UNPOISON_MEMORY_REGION(kernel.old, kernel.mapped);
             free(kernel.old);
