@@ -24,15 +24,15 @@ logger = logging.getLogger("linkrx")
 # So much of a ring may be lent at a time, at most: there are two loans, and the kernel wants room too.
 SHARE = 16
 
-# To copy what is kept takes 2 ms, most of them for mapping the ring anew, which is what lending saves in 64 batches or so.
-# After that nothing is lent until nothing was kept for that many.
+# To copy what is kept takes 2 ms, most of them for mapping the ring anew, which is what lending saves in 70 batches or so.
+# After that nothing is lent until nothing was kept for so many receives.
 PAUSE = 1024
 
 _alive: weakref.WeakSet[Loans] = weakref.WeakSet()
 
 
 class Loans:
-    """Two loans of one ring. Only `before_fork` is for other threads."""
+    """Two loans of one ring. Only what stands around a fork is for other threads."""
 
     def __init__(self, ring: Any, size: int, block: int) -> None:
         """`ring`: the C object, of `size` bytes in blocks of `block`, and not closed before `close`."""
