@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import itertools
 import logging
 import mmap
@@ -15,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,6 +30,7 @@ from test_reentry import child
 import linkrx
 from linkrx import _core, arena, loans
 from linkrx.backends.packet_mmap import BLOCK_LEAST
+from linkrx.testing.exceptions import is_the_loop
 from linkrx.testing.waiting import until
 
 __all__ = ["wire"]
@@ -506,19 +505,11 @@ def test_exceptions_at_any_point(wire: Wire, monkeypatch: pytest.MonkeyPatch) ->
     class Interrupt(Exception):
         pass
 
-    package = str(Path(linkrx.__file__).parent)
     interrupts = 0
 
     def interrupt(_signal: int, interrupted: FrameType | None) -> None:
         nonlocal interrupts
-        assert interrupted is not None
-        stack = [entry.f_code for entry, _ in traceback.walk_stack(interrupted)]
-        at = stack[0]
-        if (
-            at.co_filename.startswith(package)
-            and not at.co_flags & inspect.CO_GENERATOR
-            and at.co_name != "<lambda>"
-        ):
+        if is_the_loop(interrupted):
             interrupts += 1
             raise Interrupt
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import inspect
 import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,6 +29,7 @@ from linkrx.capabilities import LARGEST_MESSAGE, PACKET_VNET_HDR, SOL_PACKET
 from linkrx.device import Device, injector_on
 from linkrx.rigs import LOCAL, REMOTE, veth
 from linkrx.source import ETH_P_ALL
+from linkrx.testing.exceptions import is_the_loop
 
 pytestmark = [
     pytest.mark.usefixtures("devices"),
@@ -348,7 +346,6 @@ def test_interrupts_lose_nothing(wire: Wire) -> None:
     class Interrupt(Exception):
         pass
 
-    package = str(Path(linkrx.__file__).parent)
     total = 20_000
     got: list[int] = []
     interrupts: Counter[str] = Counter()
@@ -357,16 +354,8 @@ def test_interrupts_lose_nothing(wire: Wire) -> None:
         got.append(number_of(packet))
 
     def interrupt(_signal: int, interrupted: FrameType | None) -> None:
-        # As in test_loop: where the loop itself is at work.
-        assert interrupted is not None
-        stack = [entry.f_code for entry, _ in traceback.walk_stack(interrupted)]
-        at = stack[0]
-        if (
-            at.co_filename.startswith(package)
-            and not at.co_flags & inspect.CO_GENERATOR
-            and deliver.__code__ not in stack
-        ):
-            interrupts[at.co_name] += 1
+        if interrupted is not None and is_the_loop(interrupted, deliver.__code__):
+            interrupts[interrupted.f_code.co_name] += 1
             raise Interrupt
 
     with ring_on(wire[0], deliver, batch_size=7, latency=0.05) as rx:

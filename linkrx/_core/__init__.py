@@ -45,12 +45,6 @@ def function(name: str) -> Any:
     return _native.ffi.addressof(lib, name)
 
 
-def lent(start: int, size: int, free: Callable[[], object]) -> memoryview:
-    """Memory at an address as a view; `free` is called when nothing refers to it any more."""
-    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), lambda _: free())
-    return memoryview(_native.ffi.buffer(pointer, size))
-
-
 def buffers(start: int, size: int, free: Callable[[Any], object]) -> list[Any]:
     """Two buffers over the same memory; `free` is called with its address when nothing refers to either any more."""
     pointer = _native.ffi.gc(_native.ffi.cast("char *", start), free)

@@ -114,6 +114,7 @@ void lrx_kept_unmap(struct lrx_kept *kept, void *ring)
     (void)ring;
     if (kept->size)
         munmap((void *)kept->memory, kept->size);
+    kept->size = 0;
 }
 
 uintptr_t lrx_ring_block(const struct lrx_ring *s)
@@ -132,9 +133,4 @@ int lrx_ring_lent(const struct lrx_ring *s)
         if (__atomic_load_n(&header_at(s, block)->block_status, __ATOMIC_RELAXED) & LENT)
             return 1;
     return 0;
-}
-
-void lrx_ring_unmap(uintptr_t ring, size_t size)
-{
-    munmap((void *)ring, size);
 }

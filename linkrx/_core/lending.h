@@ -15,7 +15,7 @@ struct lrx_loans {
     uint32_t blocks[2];  /* 0: it is over */
 };
 
-/* Memory that took the place of a ring. */
+/* Memory that outlives a ring: what took its place, or the ring itself where it lends until it is returned. */
 struct lrx_kept {
     uintptr_t memory;
     size_t size;
@@ -36,7 +36,7 @@ void lrx_ring_leave(struct lrx_ring *s, struct lrx_kept *kept);
 /* Whether children have the ring as well: while they do, it cannot be taken off its socket. */
 void lrx_ring_inherit(struct lrx_ring *s, int whether);
 
-/* Nobody looks at it any more. `ring` is for whoever calls this of a pointer to there. */
+/* Nobody looks at it any more. Idempotent. `ring` is for whoever calls this of a pointer to there. */
 void lrx_kept_unmap(struct lrx_kept *kept, void *ring);
 
 /* Of a ring that lends until it is returned: the block that the last fill was about, where its packets' starts count
@@ -48,6 +48,3 @@ void lrx_ring_return(void *block);
 /* Whether any block is lent until it is returned. Then poll() on the socket tells nothing: it looks at the newest
  * closed block alone. */
 int lrx_ring_lent(const struct lrx_ring *s);
-
-/* Such a ring stays mapped when it is closed, until its user unmaps it. */
-void lrx_ring_unmap(uintptr_t ring, size_t size);

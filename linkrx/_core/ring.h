@@ -14,7 +14,7 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
 void lrx_ring_shut(struct lrx_ring *s);
 void lrx_ring_start(struct lrx_ring *s);
 
-/* Take the ring off the socket, which gets back the PACKET_VERSION it had. One that lends stays mapped. */
+/* Take the ring off the socket, which gets back the PACKET_VERSION it had. One that lends stays mapped, until lrx_kept_unmap(). */
 void lrx_ring_close(struct lrx_ring *s);
 
 /* In a forked child: the ring is the parent's. */

@@ -81,18 +81,22 @@ class PacketMmap(CoreBackend):
         self._lease: Lease | None = None
         self._loans: Loans | None = None
         self._joins = options.fanout is not None
+        kept = None
         try:
             if options.zero_copy:
                 self._start = _core.lib.lrx_ring_memory(self._state)
-                unmap = partial(_core.lib.lrx_ring_unmap, self._start, size)
-                self._memory = _core.lent(self._start, size, unmap)
+                kept = _core.new("struct lrx_kept *", memory=self._start, size=size)
+                unmap = partial(_core.lib.lrx_kept_unmap, kept)
+                self._memory = memoryview(_core.buffers(self._start, size, unmap)[0])
             elif arena.REFERENCE_COUNTS_ARE_EXACT and not options.segment and most_blocks(size, self._block):
                 self._loans = Loans(self._state, size, self._block)
             if self._joins:
                 _core.lib.lrx_ring_shut(self._state)
         except BaseException:
             if options.zero_copy and self._memory is None:
-                _core.lib.lrx_ring_unmap(_core.lib.lrx_ring_memory(self._state), size)
+                start = _core.lib.lrx_ring_memory(self._state)
+                kept = kept or _core.new("struct lrx_kept *", memory=start, size=size)
+                _core.lib.lrx_kept_unmap(kept, self._state)
             self.close()
             raise
         self.lends = self._memory is not None or self._loans is not None

@@ -63,7 +63,7 @@ def check_interrupted_wait(rig: Rig, backend: str) -> None:
     """A signal handler that raises ends a wait with its exception, at once, and reception goes on behind it."""
 
     def interrupt(frame: FrameType | None) -> None:
-        if _is_the_loop(frame, ignore.__code__):
+        if is_the_loop(frame, ignore.__code__):
             raise Interrupted
 
     with rig.open(backend, ignore) as rx:
@@ -92,7 +92,7 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
 
     def interrupt(frame: FrameType | None) -> None:
         nonlocal raised
-        if _is_the_loop(frame, deliver.__code__):
+        if is_the_loop(frame, deliver.__code__):
             raised += 1
             raise Interrupted
 
@@ -113,10 +113,10 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
         assert rx.stats().packets == len(got)
 
 
-def _is_the_loop(frame: FrameType | None, deliver: CodeType) -> bool:
+def is_the_loop(frame: FrameType | None, deliver: CodeType | None = None) -> bool:
     """Whether a signal came upon linkrx at work.
 
-    Not upon a deliver: what that raises is another matter. Not upon a generator, which may be being closed, nor upon a
+    Not upon that deliver: what that raises is another matter. Not upon a generator, which may be being closed, nor upon a
     `__del__`: exceptions in those are reported by Python, and lost.
     """
     if frame is None or frame.f_code.co_flags & inspect.CO_GENERATOR:

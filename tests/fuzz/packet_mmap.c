@@ -434,16 +434,12 @@ static uint32_t due_loan(uint32_t rows)
     uint64_t packets = 0, used = 0, most = loans->most;
     uint32_t n;
 
-    if (!kernel.has_loans || !loans->offered || loans->rest || (loans->blocks[loans->turn] && !loans->over) || kernel.vnet > 10 ||
-        kernel.block[kernel.read].begun)
+    if (!kernel.has_loans || !loans->offered || loans->rest || (loans->blocks[loans->turn] && !loans->over) ||
+        kernel.vnet > 10 || kernel.block[kernel.read].begun)
         return 0;
-    for (n = 0; n < loans->most; n++) {
+    for (n = 0; n < loans->most && kernel.read + n < kernel.blocks; n++) {
         const struct block *block = &kernel.block[kernel.read + n];
 
-        if (kernel.read + n == kernel.blocks) {
-            most = n;
-            break;
-        }
         if (block->owner != CLOSED || kernel.block[(kernel.read + n + 1) % kernel.blocks].owner != CLOSED)
             break;
         packets += block->claimed;
@@ -730,7 +726,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     MUST(!kernel.memory == !kernel.lends);
     MUST(kernel.lends || kernel.other || (!kernel.has_ring && kernel.version == VERSION));
     if (kernel.lends)
-        lrx_ring_unmap(ring, mapped);
+        lrx_kept_unmap(&(struct lrx_kept){ring, mapped}, NULL);
     MUST(!kernel.memory);
     return 0;
 }
