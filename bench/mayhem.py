@@ -36,7 +36,7 @@ def _receiving(frame: FrameType | None) -> bool:
         return False
     if entered.co_name == "__del__":  # of an earlier dispatcher, called by the interpreter
         return False
-    return frame.f_code.co_name in ("_dispatch", "_drain", "_batches", "_recv", "_each", "_run", "_lent")
+    return frame.f_code.co_name in ("_dispatch", "_drain", "_batches", "_recv", "_each", "_run")
 
 
 class Interrupted(Exception):

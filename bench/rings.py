@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mayhem import PACES, PATIENCE, Mayhem
+from mayhem import PACES, Mayhem
 from traffic import Counted, Road, set_link
 
 import linkrx
-from linkrx import LentBatch, _core
+from linkrx import _core
 
-# struct tpacket_block_desc: block_status, num_pkts, and seq_num behind offset_to_first_pkt and blk_len
-STATUS, PACKETS, SEQUENCE = 8, 12, 24
-LENT = 1 << 16  # linkrx/_core/ring.inc
+# struct tpacket_block_desc: num_pkts behind block_status, and seq_num behind offset_to_first_pkt and blk_len
+PACKETS, SEQUENCE = 12, 24
 
 SIZES = (1, 2**20, 4 * 2**20, 16 * 2**20)  # of a ring; two blocks are the least
 LATENCIES = (0.001, 0.001, 0.005, 0.02)
-HELD_MOST = 6  # blocks, of 2 to 32
 PAUSE = 0.02  # seconds at most from one life to the next
 SETTLING = 5.0  # seconds until frames that are under way in the kernel have arrived
 
@@ -30,7 +28,7 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
     """Packets in the ring that its dispatcher has not begun with: those go with it. Nothing may be sent meanwhile.
 
     In all blocks: those that wait, and the open one, which the timer may close just now. Not in the one that was begun,
-    the oldest: `undelivered` has its rest. Blocks that were given back say 0, and lent ones were delivered.
+    the oldest: `undelivered` has its rest. Blocks that were given back say 0.
     """
     mechanism: Any = rx._reception._mechanism
     first = _core.lib.lrx_ring_memory(mechanism._state)
@@ -46,15 +44,15 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
     waiting = []
     for block in range(first, first + size, mechanism._block):
         packets = ctypes.c_uint32.from_address(block + PACKETS).value
-        if packets and not ctypes.c_uint32.from_address(block + STATUS).value & LENT:
+        if packets:
             waiting.append((ctypes.c_uint64.from_address(block + SEQUENCE).value, packets))
-    if mechanism.held and mechanism._memory is None:
+    if mechanism.held:
         waiting.remove(min(waiting))
     return sum(packets for _, packets in waiting)
 
 
 class RingMayhem(Mayhem):
-    """Opens one ring after the other and disturbs each, as `Mayhem` does; those of a road that lends, block by block.
+    """Opens one ring after the other and disturbs each, as `Mayhem` does.
 
     While a ring is put on and while it is taken off nothing is sent and no link changes: the kernel counts what a
     socket got, what it had no room for, and what came while no socket listened, but not for whom. So every life is
@@ -63,13 +61,7 @@ class RingMayhem(Mayhem):
 
     def __init__(self, road: Road, seed: int) -> None:
         super().__init__(road, "packet_mmap", seed)
-        self._held: list[tuple[LentBatch, list[int]]] = []
         self._sent = self._eaten = 0  # until the last turn
-        if road.lends:
-            self._ways = ((self._lent, False),)
-
-    def _deliver_or_not(self) -> Callable[..., None] | None:
-        return None if self._road.lends else self._deliver
 
     @contextmanager
     def _calm(self) -> Iterator[None]:
@@ -105,43 +97,6 @@ class RingMayhem(Mayhem):
         self._turn_over(known, "between two lives")
         self.account.unread += unread
 
-    # What receives.
-
-    def _lent(self, rx: linkrx.Dispatcher) -> None:
-        left = self._random.randrange(2000)
-        self._give_back(self._random.randrange(HELD_MOST))
-        for batch in rx.batches(PATIENCE):
-            assert isinstance(batch, LentBatch)
-            what = self._random.random()
-            if what < 0.5:
-                with batch:
-                    self._take_all(batch)
-            else:
-                numbers = self._take_all(batch)
-                if what < 0.8:
-                    self._held.append((batch, numbers))
-                    self._give_back(HELD_MOST)
-            left -= len(batch)
-            del batch  # of the others the block goes back as they are collected
-            if left < 0:
-                return
-
-    def _take_all(self, batch: linkrx.Batch) -> list[int]:
-        numbers = []
-        for packet in batch:
-            self._take(packet, keep=False)
-            numbers.append(self._last)
-        return numbers
-
-    def _give_back(self, most: int) -> None:
-        """Hold so many batches at most. Those that were held show what they showed."""
-        while len(self._held) > most:
-            batch, numbers = self._held.pop(self._random.randrange(len(self._held)))
-            with batch:
-                for packet, number in zip(batch, numbers, strict=True):
-                    if bytes(packet) != self._road.traffic.frame(number):
-                        self.account.blame(f"frame {number} changed while it was lent")
-
     def _live(self) -> None:
         road, account = self._road, self.account
         account.happened["lives"] += 1
@@ -150,12 +105,11 @@ class RingMayhem(Mayhem):
             "batch_size": self._random.choice((None, 1, 7, 64, 300)),
             "receive_buffer": self._random.choice(SIZES),
             "latency": self._random.choice(LATENCIES),
-            "zero_copy": road.lends,
         }
         self._over.wait(self._random.uniform(0, PAUSE))
         with self._calm():
             self._count_unread()
-            rx = linkrx.open(road.source, self._deliver_or_not(), backend=self._backend, **options)
+            rx = linkrx.open(road.source, self._deliver, backend=self._backend, **options)
         with rx:
             self._current = rx
             end = time.monotonic() + self._random.uniform(0.01, 0.5)
@@ -166,11 +120,8 @@ class RingMayhem(Mayhem):
             assert not list(rx.batches())  # takes notice of the stop
             with self._calm():
                 self._settle_life(rx, account.delivered - delivered, options)
-                if self._random.random() < 0.5:
-                    self._give_back(0)  # else what is held outlives its ring
                 rx.close()
                 road.unread(False)  # what the ring has counted is settled
-        self._give_back(0)
 
     def _settle_life(self, rx: linkrx.Dispatcher, delivered: int, options: dict[str, Any]) -> None:
         account = self.account

@@ -125,9 +125,6 @@ def test_interface(benchmark: Any, size: int) -> None:
         assert isinstance(near, str)
         for way in WAYS:
             field.readers[f"linkrx packet_mmap, {way}"] = linkrx_reader(queue, near, WAYS[way])
-        field.readers["linkrx packet_mmap, columns, zero_copy"] = linkrx_reader(
-            queue, near, WAYS["columns"], zero_copy=True
-        )
         for call, name in PCAPY.items():
             field.add(name, lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("source", ["tap", "tun", "packet", "cooked", "ring", "lent", "borrowed"])
+@pytest.mark.parametrize("source", ["tap", "tun", "packet", "cooked", "ring", "borrowed"])
 def test_every_frame_is_accounted_for(source: str) -> None:
     """A short soak, in a process and namespace of its own, finds nothing wrong."""
     soak = [sys.executable, str(Path(__file__).with_name("soak.py")), "--sources", source]

@@ -171,7 +171,6 @@ class Road:
     drops: Callable[[], int]  # what `Stats.kernel_drops` counts from
     # Frames that came since this was last asked, if `nobody` was there to read them.
     unread: Callable[[bool], int] = lambda nobody: 0
-    lends: bool = False  # zero_copy=True
 
 
 def device_counters(name: str) -> dict[str, int]:
@@ -316,7 +315,7 @@ def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
             unheard += dropped - dropped_before
             return int(arrived - arrived_before)
 
-        yield Road(kind, near, traffic, (near, far), counted, _not_told, unread, lends=kind == "lent")
+        yield Road(kind, near, traffic, (near, far), counted, _not_told, unread)
 
 
 def _not_told() -> int:
@@ -327,7 +326,7 @@ def road(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManage
     """Of a kind in KINDS: devices, source and traffic of its own. The traffic waits to be started."""
     if kind in ("tap", "tun"):
         return _queue(kind, seed, strange=strange)
-    if kind in ("ring", "lent"):
+    if kind == "ring":
         return _own_ring(kind, seed, strange=strange)
     if kind == "borrowed":
         return _borrowed_ring(kind, seed, strange=strange)
@@ -339,8 +338,7 @@ KINDS = {
     "tun": ("readv", "os_readv"),
     "packet": ("recvmmsg", "readv", "os_readv"),
     "cooked": ("recvmmsg", "readv", "os_readv"),
-    # An interface by name, the same with blocks that are lent, and a socket that linkrx puts a ring on.
+    # An interface by name, and a socket that linkrx puts a ring on.
     "ring": ("packet_mmap",),
-    "lent": ("packet_mmap",),
     "borrowed": ("packet_mmap",),
 }

@@ -19,7 +19,6 @@ from linkrx.errors import (
     UnsupportedSource,
 )
 from linkrx.factory import BackendInfo, backends, choose, open
-from linkrx.lent import LentBatch
 from linkrx.packet import Flags, Gso, Packet, Vlan, VnetHeader
 from linkrx.stats import End, Stats
 from linkrx.tuntap import TunTap
@@ -40,7 +39,6 @@ __all__ = [
     "Flags",
     "Gso",
     "IovecBuffer",
-    "LentBatch",
     "LinkrxError",
     "MissingPrivilege",
     "Packet",

@@ -34,10 +34,9 @@ class Arena:
     is touched only when the last frame is a large one.
 
     `view` is the writable whole for Python, `address` the same for C. Frames may take what is before `limit`.
-    `reclaimed`: it was used before, and nobody kept anything of that.
     """
 
-    __slots__ = ("_unheld", "address", "cursor", "limit", "memory", "reclaimed", "view")
+    __slots__ = ("_unheld", "address", "cursor", "limit", "memory", "view")
 
     def __init__(self, size: int, table: int = 0) -> None:
         """The last `table` bytes are not for frames."""
@@ -45,7 +44,6 @@ class Arena:
         _populate(self.memory)
         self.limit = size - table
         self.cursor = START
-        self.reclaimed = False
         self.view = memoryview(self.memory)
         self.address = _core.address(self.memory) if _core.lib else 0
         self._unheld = sys.getrefcount(self.memory)
@@ -54,7 +52,6 @@ class Arena:
         """Start again at the front if nothing of the arena is held."""
         if REFERENCE_COUNTS_ARE_EXACT and sys.getrefcount(self.memory) == self._unheld:
             self.cursor = START
-            self.reclaimed = True
             return True
         return False
 

@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 
 from linkrx import _core
 from linkrx.arena import Arena
-from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
-from linkrx.framing import Framing
 from linkrx.options import Options
 
 
@@ -31,12 +29,7 @@ class Receive:
 
 
 class Mechanism(ABC):
-    """What fills an arena: a backend, or a stage behind one.
-
-    `lends`: packets may lie in memory of its own, see `lent_batch`, and its fill, which is in C, ends with lrx_received().
-    """
-
-    lends = False
+    """What fills an arena: a backend, or a stage behind one."""
 
     def start(self) -> None:
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
@@ -62,22 +55,6 @@ class Mechanism(ABC):
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
 
-    def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
-        """The batch of what the last `fill` described, if that lies in memory of this; None if in the arena.
-
-        Its table is in the arena anyway, from `table` on, and has `rows` rows of which `count` are used.
-        """
-        return None
-
-    def let_go(self) -> None:
-        """What `lent_batch` returned is stored now: what it was made of is the batch's alone."""
-        return
-
-    @property
-    def lent(self) -> bool:
-        """Whether any such memory keeps a source that is polled from saying anything of use."""
-        return False
-
     def drops(self) -> int:
         """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""
         return 0
@@ -99,7 +76,7 @@ class Backend(Mechanism):
     """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
 
     `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
-    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`, `latency`, `zero_copy`.
+    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`, `latency`.
 
     `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
     in memory of the backend's own, so the buffer of a socket need not be large.

@@ -36,7 +36,7 @@ class Batch(Columns):
 
     def __init__(
         self,
-        buffer: mmap.mmap | memoryview | bytes,
+        buffer: mmap.mmap | bytes,
         begin: int,
         table: int,
         rows: int,

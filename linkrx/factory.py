@@ -17,7 +17,6 @@ from linkrx.capabilities import Capabilities, HasFileno
 from linkrx.choice import Choice, Verdict
 from linkrx.dispatcher import Deliver, Dispatcher
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
-from linkrx.lending import LendingDispatcher
 from linkrx.options import Keywords, Options
 from linkrx.source import open_source
 
@@ -192,9 +191,9 @@ def open(  # noqa: A001
     `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`,
     `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
     ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of
-    that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `zero_copy`,
-    for `batches()` to lend the blocks of a ring, see `LentBatch`; `segment`, to have super-packets split into the frames that
-    they stand for, with complete checksums: for sources with a virtio-net header, which packet sockets are given for it.
+    that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `segment`,
+    to have super-packets split into the frames that they stand for, with complete checksums: for sources with a virtio-net
+    header, which packet sockets are given for it.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
@@ -207,10 +206,6 @@ def open(  # noqa: A001
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
     wanted = Options(**options)
-    if wanted.zero_copy and deliver is not None:
-        raise UnsupportedOption(
-            "zero_copy=True lends whole batches, from batches(): it goes without deliver="
-        )
     infos = backends()
     backend, avoid = from_environment(backend)
     for name in set(avoid) - {info.name for info in infos}:
@@ -218,8 +213,7 @@ def open(  # noqa: A001
     opened = open_source(source, wanted)
     try:
         choice = choose(opened.capabilities, infos, wanted, backend, avoid)
-        kind = LendingDispatcher if wanted.zero_copy else Dispatcher
-        return kind(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
+        return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
     except BaseException:
         opened.close()
         raise

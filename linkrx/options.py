@@ -18,8 +18,8 @@ VNET_HEADER_MOST = 4096  # far more than any that a kernel writes
 PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_HDR_SZ
 
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
-_PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps", "zero_copy")
-_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout", "latency", "zero_copy")
+_PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps")
+_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout", "latency")
 
 
 class Keywords(TypedDict, total=False):
@@ -37,7 +37,6 @@ class Keywords(TypedDict, total=False):
     fanout: int | str | tuple[int | str, str] | None
     receive_buffer: int | None
     latency: float
-    zero_copy: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Options:
     fanout: int | str | tuple[int | str, str] | None = None
     receive_buffer: int | None = None
     latency: float = 0.001
-    zero_copy: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError and ValueError for values that no source could take."""
@@ -94,11 +92,6 @@ class Options:
             )
         if self.segment:
             self._check_segment(capabilities)
-        if self.zero_copy and self.vnet_header_to_set(capabilities) > VNET_HEADER_BYTES:
-            raise UnsupportedOption(
-                f"zero_copy=True with vnet_header={self.vnet_header} on the {capabilities.title}: of what stands in a ring "
-                f"in front of a frame, the kernel writes {VNET_HEADER_BYTES} bytes: give vnet_header=True"
-            )
         if self.receive_buffer is not None and not capabilities.socket:
             advice = (
                 f": the queue of {capabilities.interface} is as long as its txqueuelen; "
@@ -112,12 +105,11 @@ class Options:
 
     def _check_segment(self, found: Capabilities) -> None:
         """Super-packets are told from others by the virtio-net header."""
-        for name in ("zero_copy", "buffer_sizes"):
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise UnsupportedOption(
-                    f"segment=True and {name}={getattr(self, name)!r} exclude each other: frames are made anew of whole "
-                    "super-packets"
-                )
+        if self.buffer_sizes is not None:
+            raise UnsupportedOption(
+                f"segment=True and buffer_sizes={self.buffer_sizes!r} exclude each other: frames are made anew of whole "
+                "super-packets"
+            )
         if self.vnet_header is not None and not self.vnet_header:
             raise UnsupportedOption(
                 f"segment=True and vnet_header={self.vnet_header!r} on the {found.title} contradict each other: the header "
@@ -219,5 +211,4 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "timestamps": (bool,),
     "receive_buffer": (int,),
     "latency": (float, int),
-    "zero_copy": (bool,),
 }

@@ -138,7 +138,7 @@ class Reception:
                 break
             self.show_pending()  # nothing waits here now: the event must not end this wait at once
             self._tally.waits += 1
-            if idle < _IDLE_WAKES and not self._mechanism.lent:
+            if idle < _IDLE_WAKES:
                 idle += self._wakeup.wait(left)
             else:
                 self._wakeup.rest(_REST if left is None else min(_REST, left))
@@ -173,7 +173,6 @@ class Reception:
                 count = self._without_hangup(count)
             if not count:
                 return False
-            assert not self._mechanism.lends, "what lends classifies in its fill, by lrx_received()"
             self._classify(arena, count)
         self._take(arena)
         return True
@@ -205,13 +204,9 @@ class Reception:
         count = classified - 1
         begin = arena.cursor
         table = begin + end
-        mechanism, batch = self._mechanism, None
-        if mechanism.lends:
-            batch = mechanism.lent_batch(arena, table, rows, count, self.framing)
-        if batch is None:
-            batch = Batch(arena.memory, begin, table, rows, count, self.framing)
+        batch = Batch(arena.memory, begin, table, rows, count, self.framing)
         following = table + ROW_BYTES * rows + 7 & ~7  # as align() does
-        # From here to the end nothing is called but let_go(), so no signal handler can run.
+        # From here to the end nothing is called, so no signal handler can run.
         if count:
             self.pending = batch
             arena.cursor = following
@@ -221,8 +216,6 @@ class Reception:
         tally.receives += receives
         self._filling = None
         header[CLASSIFIED] = 0
-        if mechanism.lends:
-            mechanism.let_go()
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -382,10 +375,7 @@ class Reception:
         """What to poll. From the first call on, it is kept readable while packets wait here."""
         self.polled = True
         self.show_pending()
-        if self._mechanism.lent:
-            self._wakeup.look_away(_REST)
-        else:
-            self._wakeup.listen()
+        self._wakeup.listen()
         return self._wakeup.fileno()
 
     def show_pending(self) -> None:

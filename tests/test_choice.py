@@ -134,7 +134,7 @@ def test_a_named_backend_that_cannot(
         linkrx.choose(capabilities, infos, Options(), name)
 
 
-@pytest.mark.parametrize("option", ["zero_copy", "timestamps", "outgoing"])
+@pytest.mark.parametrize("option", ["timestamps", "outgoing"])
 def test_options_nobody_honours(option: str) -> None:
     """An option that no backend can honour is refused with every backend's reason, named or auto."""
     infos = [info(Readv), info(OsReadv)]

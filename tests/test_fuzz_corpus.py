@@ -57,42 +57,11 @@ def test_corpus_is_small(name: str) -> None:
     assert sum(len(line) + 1 for line in lines) <= run.CHARACTERS
 
 
-# One change each to the text of the core. The first of packet_mmap's and of readv's, and the first four of recvmmsg's,
-# were there once.
+# One change each to the text of the core. The first of readv's, and the first four of recvmmsg's, were there once.
 DEFECTS = {
     "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
     "addresses in their order": ("classify", "frame + ETHER_ADDR, ETHER_ADDR", "frame, ETHER_ADDR"),
-    "a lent block goes back twice": (
-        "packet_mmap",
-        "(block_header(s)->block_status & LENT ? next_block : give_back)(s);",
-        "give_back(s);",
-    ),
-    "a lent block is begun again": ("packet_mmap", " && !(status & LENT) ? status", " ? status"),
-    "the newest block is lent": ("packet_mmap", " || !closed(s, (s->block + n + 1) % s->blocks)", ""),
-    "a loan behind the end of the ring": (
-        "packet_mmap",
-        "n < loans->most && s->block + n < s->blocks",
-        "n < loans->most",
-    ),
-    "a loan of more than a batch": ("packet_mmap", "if (packets > rows)", "if (packets > rows + 1)"),
-    "a block of a loan is given back": (
-        "packet_mmap",
-        "(lent ? next_block : give_back)(s);",
-        "give_back(s);",
-    ),
-    "a loan of nothing is kept": ("packet_mmap", "release(header_at(s, first + k));", ";"),
-    "one block of a loan is kept back": (
-        "packet_mmap",
-        "n < loans->blocks[loans->turn]; n++",
-        "n + 1 < loans->blocks[loans->turn]; n++",
-    ),
-    "one loan of two is copied": (
-        "packet_mmap",
-        "if (loans->blocks[which])\n",
-        "if (loans->blocks[which] && which)\n",
-    ),
-    "the ring's rest is kept": ("packet_mmap", "old + first * size, (last", "old + first, (last"),
     "a frame crosses the end of its block": (
         "packet_mmap",
         "s->offset + mac + *snaplen > s->block_size",
@@ -105,7 +74,7 @@ DEFECTS = {
     ),
     "an error overtakes packets": (
         "packet_mmap",
-        "if (!s->error || (ONCE(block_header(s)->num_pkts) && !(ONCE(block_header(s)->block_status) & LENT)))",
+        "if (!s->error || ONCE(block_header(s)->num_pkts))",
         "if (!s->error)",
     ),
     "no packet that just fits": (

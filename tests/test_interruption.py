@@ -316,36 +316,6 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
 
 @needs_ring
 @pytest.mark.usefixtures("devices")
-def test_a_block_is_lent_until_its_last_packet() -> None:
-    """Wherever an interruption comes, a block goes back behind the batches that it was lent for, and then it does."""
-    with rigs.interface() as rig:
-        for point in range(2000):
-            kept: list[linkrx.Batch] = []
-            interrupted = False
-            with linkrx.open(rig.source, **RING, zero_copy=True) as rx:
-                send_into_ring(rig)
-                try:
-                    with After(point):
-                        kept.extend(rx.batches(0))
-                except Interrupted:
-                    interrupted = True
-                kept.extend(rx.batches(0))
-                lost = len(NUMBERS) - sum(map(len, kept))
-                assert 0 <= lost <= RING["batch_size"], "at most the batch that was on its way to the caller"
-                if not lost:
-                    assert sum(ring.waiting()) == len(NUMBERS), f"given back at point {point}"
-                assert [packet.data[0] for batch in kept for packet in batch][-1] == NUMBERS[-1]
-                kept.clear()
-                gc.collect()
-                assert ring.waiting() == [], f"never given back after {point}"
-            if not interrupted:
-                break
-        assert point > 10
-        assert not interrupted, "the call never ended"
-
-
-@needs_ring
-@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)
 def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
     """After an interruption and stop() every packet was delivered, is counted, or is still in the ring."""

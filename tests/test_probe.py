@@ -873,7 +873,7 @@ def test_packet_info_on_a_socket(unix: socket.socket) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("promiscuous", True), ("outgoing", True), ("timestamps", True), ("fanout", 1), ("zero_copy", True)],
+    [("promiscuous", True), ("outgoing", True), ("timestamps", True), ("fanout", 1)],
 )
 def test_packet_option_on_a_unix_socket(unix: socket.socket, name: str, value: object) -> None:
     """An option of packet sockets on another socket is an error that names both."""

@@ -21,7 +21,6 @@ from linkrx.arena import Arena
 from linkrx.backends.os_readv import OsReadv
 from linkrx.capabilities import PACKET_VNET_HDR, PACKET_VNET_HDR_SZ, SOL_PACKET
 from linkrx.device import Device
-from linkrx.framing import VNET_HEADER_BYTES
 from linkrx.source import ETH_P_ALL
 from linkrx.testing.waiting import PATIENCE
 
@@ -311,35 +310,6 @@ def test_a_tag_goes_with_every_frame(backend: str) -> None:
         assert [bytes(p) for p in got] == untagged
 
 
-@pytest.mark.skipif("packet_mmap" not in BACKENDS, reason="the C core was not built")
-def test_whole_and_lent() -> None:
-    """A ring that lends shows super-packets and their headers where the kernel wrote them."""
-    case = CASES[0]
-    with (
-        interface() as (near, send),
-        linkrx.open(near, backend="packet_mmap", zero_copy=True, vnet_header=True) as rx,
-    ):
-        send(case.vnet() + case.frame())
-        send(bytes(VNET_HEADER_BYTES) + CASES[5].frames()[0])
-        found: list[tuple[bytes, linkrx.VnetHeader | None]] = []
-        while len(found) < 2:
-            lent = next(rx.batches(PATIENCE))
-            assert isinstance(lent, linkrx.LentBatch)
-            with lent as batch:
-                found += [(bytes(got), got.vnet) for got in batch if is_ours(got)]
-    told = linkrx.VnetHeader(1, 1, case.headers, case.size, case.transport, case.checksum_offset)
-    assert found == [(case.frame(), told), (CASES[5].frames()[0], linkrx.VnetHeader(0, 0, 0, 0, 0, 0))]
-
-
-def test_a_header_that_no_ring_lends() -> None:
-    """Of a larger header in front of a frame the kernel writes ten bytes: a ring that is to lend it is refused."""
-    with (
-        interface() as (near, _),
-        pytest.raises(linkrx.UnsupportedOption, match="zero_copy=True with vnet_header=12"),
-    ):
-        linkrx.open(near, zero_copy=True, vnet_header=12)
-
-
 # The packet socket's own header.
 
 
@@ -395,7 +365,6 @@ def test_a_socket_with_a_ring() -> None:
     [
         ({"segment": True}, "segment=True needs .* AF_UNIX datagram socket has none: pass vnet_header=True"),
         ({"segment": True, "vnet_header": True, "buffer_sizes": (2048,)}, "segment=True and buffer_sizes="),
-        ({"segment": True, "vnet_header": True, "zero_copy": True}, "zero_copy=True needs an AF_PACKET"),
     ],
 )
 def test_refused_on_datagrams(options: dict[str, Any], told: str) -> None:
@@ -429,7 +398,7 @@ def test_refused_on_a_queue_without_header(mode: str) -> None:
     ("options", "told"),
     [
         ({"vnet_header": False}, "vnet_header=False .* Leave out vnet_header"),
-        ({"zero_copy": True}, "exclude each other"),
+        ({"buffer_sizes": (2048,)}, "exclude each other"),
     ],
 )
 def test_refused_on_an_interface(options: dict[str, Any], told: str) -> None:

@@ -6,7 +6,6 @@ that says why and what to type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -43,20 +42,6 @@ def pointer(thing: object) -> int:
 def function(name: str) -> Any:
     """A function of `lib` as C sees it, for `pointer`."""
     return _native.ffi.addressof(lib, name)
-
-
-def buffers(start: int, size: int, free: Callable[[Any], object]) -> list[Any]:
-    """Two buffers over the same memory; `free` is called with its address when nothing refers to either any more."""
-    pointer = _native.ffi.gc(_native.ffi.cast("char *", start), free)
-    return [_native.ffi.buffer(pointer, size), _native.ffi.buffer(pointer, size)]
-
-
-def returning(hold: list[object], memory: memoryview, give_back: Any) -> None:
-    """Put into a list what keeps memory, and calls a function of `lib` with its address when nobody refers to it any more.
-
-    From C to C, and made and stored in one call: the exception of a signal handler cannot come in between.
-    """
-    hold.extend(map(_native.ffi.gc, (_native.ffi.from_buffer(memory),), (give_back,)))
 
 
 def last_error() -> int:

@@ -93,8 +93,7 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
     header[LRX_COUNT] = 0;
 }
 
-int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
-                 uint32_t end)
+int lrx_received(uintptr_t descriptors, uintptr_t region, uint32_t count, uint32_t receives, uint32_t end)
 {
     uint32_t *header = lrx_header_at(descriptors);
     const struct lrx_classifier *c = *(const struct lrx_classifier *const *)(descriptors + LRX_CLASSIFIER_AT);
@@ -104,6 +103,6 @@ int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32
     header[LRX_RECEIVES] = receives;
     header[LRX_END] = end;
     if (c && count)
-        lrx_classify(c, frames, count, region + end);
+        lrx_classify(c, region, count, region + end);
     return (int)count;
 }

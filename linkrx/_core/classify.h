@@ -13,8 +13,7 @@ struct lrx_classifier {
  * what is not a packet, and mark the descriptors as classified. */
 void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table);
 
-/* The end of a fill: report `count` packets, starts counted from `frames`, that took `receives` system calls and of
- * `region` its first `end` bytes. Where the descriptors name a classifier, that is one crossing with the fill, while the
- * frames are in the cache; its table goes behind `end`. Returns `count`. */
-int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
-                 uint32_t end);
+/* The end of a fill: report `count` packets that took `receives` system calls and of `region` its first `end` bytes.
+ * Where the descriptors name a classifier, that is one crossing with the fill, while the frames are in the cache; its
+ * table goes behind `end`. Returns `count`. */
+int lrx_received(uintptr_t descriptors, uintptr_t region, uint32_t count, uint32_t receives, uint32_t end);

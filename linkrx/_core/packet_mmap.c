@@ -11,10 +11,6 @@
 #include "ring.inc"
 #include "packet_mmap.h"
 
-/* Measured: see bench/README.md. */
-#define FRAMES_AHEAD 8
-#define BYTES_AHEAD 2048
-
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
@@ -26,83 +22,32 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 /* Begin the next block if the kernel has closed it. Blocks are filled in order, so no other can be. */
 static bool begin_block(struct lrx_ring *s)
 {
-    uint32_t status = closed(s, s->block);
+    const struct tpacket_hdr_v1 *header = block_header(s);
+    /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
+     * TP_STATUS_USER tell why it was closed. */
+    uint32_t status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
 
-    if (!status)
+    if (!(status & TP_STATUS_USER))
         return false;
     if (status & TP_STATUS_LOSING)
         lrx_ring_count(s); /* while packets are lost, often enough that the kernel's 32 bits never wrap */
-    s->left = ONCE(block_header(s)->num_pkts);
-    s->offset = ONCE(block_header(s)->offset_to_first_pkt);
+    s->left = ONCE(header->num_pkts);
+    s->offset = ONCE(header->offset_to_first_pkt);
     return true;
 }
 
-static void next_block(struct lrx_ring *s)
+/* The kernel fills it again. */
+static void give_back(struct lrx_ring *s)
 {
+    struct tpacket_hdr_v1 *header = block_header(s);
+
+    /* The kernel does this when it opens the block, which may be later; see pending_error(). */
+    header->num_pkts = 0;
+    /* Before this store everything that was read of the block has been read. */
+    __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
     s->left = 0;
     if (++s->block == s->blocks)
         s->block = 0;
-}
-
-static void give_back(struct lrx_ring *s)
-{
-    release(block_header(s));
-    next_block(s);
-}
-
-/* From here on only who has the block lent gives it back, and nobody reads it again. */
-static void mark_lent(struct lrx_ring *s)
-{
-    __atomic_fetch_or(&block_header(s)->block_status, LENT, __ATOMIC_RELAXED);
-}
-
-/* Give back the blocks of the loan whose turn is next, if it is over. */
-static void end_loan(const struct lrx_ring *s, struct lrx_loans *loans)
-{
-    if (!loans || !loans->over)
-        return;
-    for (uint32_t n = 0; n < loans->blocks[loans->turn]; n++)
-        release(header_at(s, loans->first[loans->turn] + n));
-    loans->blocks[loans->turn] = loans->over = 0;
-}
-
-/* How many blocks are to be lent now, if any. The newest closed block never is, for poll() on the socket is ready until
- * that is given back; nor what is hardly worth a batch of its own. */
-static uint32_t blocks_to_lend(const struct lrx_ring *s, uint32_t rows)
-{
-    const struct lrx_loans *loans = s->loans;
-    uint64_t bytes = 0, packets = 0;
-    uint32_t n = 0;
-
-    if (!loans || !loans->offered || loans->rest || loans->blocks[loans->turn] || s->left || s->vnet > VNET_WRITTEN)
-        return 0;
-    for (; n < loans->most && s->block + n < s->blocks; n++) {
-        const struct tpacket_hdr_v1 *header = header_at(s, s->block + n);
-
-        if (!closed(s, s->block + n) || !closed(s, (s->block + n + 1) % s->blocks))
-            break;
-        packets += ONCE(header->num_pkts);
-        if (packets > rows)
-            break;
-        bytes += ONCE(header->blk_len);
-    }
-    /* Of four blocks two are, which are never full to the last byte; and those that the ring ends with. */
-    return 8 * bytes < 3 * (uint64_t)(s->block + n < s->blocks ? loans->most : n) * s->block_size ? 0 : n;
-}
-
-/* A receive is over: `lent` blocks from `first` on belong to its batch. */
-static void account(struct lrx_loans *loans, uint32_t first, uint32_t lent)
-{
-    if (!loans)
-        return;
-    if (loans->rest)
-        loans->rest--;
-    loans->lent = lent > 0;
-    if (lent) {
-        loans->first[loans->turn] = first;
-        loans->blocks[loans->turn] = lent;
-    }
-    loans->turn ^= 1;
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
@@ -115,7 +60,7 @@ static int pending_error(struct lrx_ring *s)
 
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
         return errno;
-    if (!s->error || (ONCE(block_header(s)->num_pkts) && !(ONCE(block_header(s)->block_status) & LENT)))
+    if (!s->error || ONCE(block_header(s)->num_pkts))
         return 0;
     error = s->error;
     s->error = 0;
@@ -181,14 +126,11 @@ static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hd
     return flags;
 }
 
-static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
+int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
 {
+    struct lrx_ring *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
-    const uint32_t first = s->block, lent = blocks_to_lend(s, rows);
-    const uint32_t most = lent ? lent : s->blocks;
-    const bool lends = s->lends || lent;
     uint8_t *memory = (uint8_t *)region;
-    const uint8_t *frames = lent ? s->memory + (size_t)first * s->block_size : memory;
     uint32_t cursor = 0, n = 0, begun = 0;
     int error = 0;
 
@@ -199,48 +141,35 @@ static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintpt
         uint32_t snaplen, length, next;
 
         if (!s->left) {
-            if (begun == most || (s->lends && n) || !begin_block(s))
+            if (begun == s->blocks || !begin_block(s))
                 break;
             begun++;
-            if (lent)
-                mark_lent(s);
             if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
-                (lent ? next_block : give_back)(s);
+                give_back(s);
                 continue;
             }
         }
         header = (const struct tpacket3_hdr *)(block + s->offset);
         frame = frame_of(s, block, &snaplen);
         if (!frame) {
-            (block_header(s)->block_status & LENT ? next_block : give_back)(s); /* what is lent goes back by its user */
+            give_back(s);
             s->error = EIO;
             break;
         }
-        next = ONCE(header->tp_next_offset);
-        if (lends)
-            lrx_prefetch_far(header, FRAMES_AHEAD * (uint64_t)next, 0); /* of a frame the beginning is enough */
-        else
-            lrx_prefetch_far(header, BYTES_AHEAD, snaplen);
+        lrx_prefetch_far((const uint8_t *)header, snaplen);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
-        if (lends) {
-            if (!lent) {
-                mark_lent(s);
-                s->described = frames = block;
-            }
-            out.starts[n] = (uint32_t)(frame - s->vnet - frames); /* all of it was written: see VNET_WRITTEN */
-        } else {
-            if ((uint64_t)cursor + length > size)
-                break;
-            copy(s, memory + cursor, frame, length);
-            out.starts[n] = cursor;
-            cursor = lrx_align(cursor + length);
-        }
+        if ((uint64_t)cursor + length > size)
+            break;
+        copy(s, memory + cursor, frame, length);
+        out.starts[n] = cursor;
+        cursor = lrx_align(cursor + length);
         out.lengths[n] = length;
         out.wire_lengths[n] = s->vnet + header->tp_len;
         out.flags[n] = read_metadata(s, header, &out, n);
         n++;
+        next = ONCE(header->tp_next_offset);
         if (--s->left == 0)
-            (lends ? next_block : give_back)(s);
+            give_back(s);
         else if (next < TPACKET3_HDRLEN || next > s->block_size)
             s->offset = s->block_size; /* out of the block: found above */
         else
@@ -251,23 +180,7 @@ static int fill(struct lrx_ring *s, uintptr_t descriptors, uint32_t rows, uintpt
         error = pending_error(s);
     if (error)
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
-    if (n == 0) {
-        for (uint32_t k = 0; lent && k < begun; k++)
-            release(header_at(s, first + k));
+    if (n == 0)
         return -error;
-    }
-    account(s->loans, first, lent ? begun : 0);
-    return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
-}
-
-int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size)
-{
-    struct lrx_ring *s = state;
-    int count;
-
-    enter(s);
-    end_loan(s, s->loans);
-    count = fill(s, descriptors, rows, region, size);
-    leave(s);
-    return count;
+    return lrx_received(descriptors, region, n, begun, cursor);
 }

@@ -1,5 +1,4 @@
-/* Receive at most `rows` packets of a ring into `size` bytes at `region`, and give each block back to the kernel with its
- * last packet. What does not fit stays in its block for the next call. Blocks that are lent stay where they are, and
- * starts count from the first of them: see struct lrx_loans. Returns the number, or -errno, which the header keeps too:
- * the socket's error, told only when everything that came before it has been received. */
+/* Copy at most `rows` packets of a ring into `size` bytes at `region`, and give each block back to the kernel with its
+ * last packet. What does not fit stays in its block for the next call. Returns the number, or -errno, which the header
+ * keeps too: the socket's error, told only when everything that came before it has been received. */
 int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size);

@@ -47,7 +47,7 @@ static bool is_same_socket(const struct lrx_ring *s)
 
 static void take_off(struct lrx_ring *s)
 {
-    if (s->memory && !s->lends)
+    if (s->memory)
         munmap(s->memory, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
     if (is_same_socket(s)) {
         s->blocks = s->block_size = 0;
@@ -64,21 +64,8 @@ static void touch(const struct lrx_ring *s)
         __atomic_fetch_or((uint32_t *)(s->memory + at), 0, __ATOMIC_RELAXED); /* a write that changes nothing */
 }
 
-uint8_t *lrx_ring_map(const struct lrx_ring *s)
-{
-    uint8_t *memory = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, s->fd, 0);
-
-    if (memory == MAP_FAILED)
-        return NULL;
-    /* A child that had the ring mapped as well would keep the kernel from removing it. But what a batch with an end of
-     * its own has must be readable in the child too. */
-    if (!s->lends)
-        madvise(memory, s->mapped, MADV_DONTFORK);
-    return memory;
-}
-
 struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
-                               uint32_t capacity, uint32_t wanted, uint32_t lends)
+                               uint32_t capacity, uint32_t wanted)
 {
     struct lrx_ring *s = calloc(1, sizeof *s);
     const int version = TPACKET_V3;
@@ -88,7 +75,7 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
 
     if (!s)
         return NULL;
-    if (vnet > (lends && vnet ? VNET_WRITTEN : VNET_MOST)) {
+    if (vnet > VNET_MOST) {
         errno = EINVAL;
         goto refused;
     }
@@ -99,7 +86,6 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
     s->vnet = vnet;
     s->capacity = capacity;
     s->wanted = wanted;
-    s->lends = lends;
     if (fstat(fd, &now) < 0 || getsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, &size) < 0 ||
         setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version, sizeof version) < 0)
         goto refused;
@@ -111,13 +97,16 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
         errno = error;
         goto refused;
     }
-    s->memory = lrx_ring_map(s);
-    if (!s->memory) {
+    s->memory = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (s->memory == MAP_FAILED) {
         error = errno;
+        s->memory = NULL;
         take_off(s);
         errno = error;
         goto refused;
     }
+    /* A child that had the ring mapped as well would keep the kernel from removing it. */
+    madvise(s->memory, s->mapped, MADV_DONTFORK);
     touch(s);
     lrx_ring_count(s); /* what the socket dropped before is not the ring's */
     s->drops = s->freezes = 0;

@@ -4,17 +4,17 @@ struct lrx_ring;
 /* Put a ring of `blocks` blocks of `block_size` bytes on an AF_PACKET socket; the kernel hands a block over
  * when it is full, or when `retire_ms` milliseconds are up and something is in it. `vnet` is the size of the
  * virtio-net header that the socket puts in front of frames, `capacity` what is kept of a packet, that header
- * included, `wanted` the LRX_TIMESTAMP and LRX_OUTGOING that are asked for, and `lends` whether blocks are to be lent
- * until they are returned, and never copied from. NULL and errno, and the socket as it was, when the kernel refuses. */
+ * included, and `wanted` the LRX_TIMESTAMP and LRX_OUTGOING that are asked for. NULL and errno, and the socket as it
+ * was, when the kernel refuses. */
 struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
-                               uint32_t capacity, uint32_t wanted, uint32_t lends);
+                               uint32_t capacity, uint32_t wanted);
 
 /* Leave the kernel no room in a ring that is new, and give it room: a member of a fanout group that has none
  * passes packets on, and one that is not yet a member drops what the group receives too. */
 void lrx_ring_shut(struct lrx_ring *s);
 void lrx_ring_start(struct lrx_ring *s);
 
-/* Take the ring off the socket, which gets back the PACKET_VERSION it had. One that lends stays mapped, until lrx_kept_unmap(). */
+/* Take the ring off the socket, which gets back the PACKET_VERSION it had. */
 void lrx_ring_close(struct lrx_ring *s);
 
 /* In a forked child: the ring is the parent's. */

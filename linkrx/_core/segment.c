@@ -404,5 +404,5 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
             given[LRX_ERROR] = taken[LRX_ERROR];
         taken[LRX_ERROR] = 0;
     } while (!given[LRX_ERROR] && receive(s, staging, &o));
-    return lrx_received(s->given, region, o.n, receives, region, o.cursor);
+    return lrx_received(s->given, region, o.n, receives, o.cursor);
 }

@@ -6,19 +6,13 @@ import errno
 import logging
 import os
 from contextlib import closing
-from functools import partial
 from typing import Any
 
-from linkrx import _core, arena
-from linkrx.arena import Arena
+from linkrx import _core
 from linkrx.backend import CoreBackend, Receive
-from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
-from linkrx.framing import Framing
-from linkrx.lent import Lease, LentBatch
-from linkrx.loans import Loans, most_blocks
 from linkrx.packet import OUTGOING, TIMESTAMP
 from linkrx.rtnetlink import RouteSocket
 
@@ -50,7 +44,7 @@ class PacketMmap(CoreBackend):
 
     name = "packet_mmap"
     rank = 40
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency", "zero_copy"})
+    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency"})
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True
 
@@ -69,83 +63,20 @@ class PacketMmap(CoreBackend):
         return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
 
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
-        options = receive.options
-        if options.zero_copy and not receive.capabilities.owned:
-            raise UnsupportedOption(
-                f"zero_copy=True on the {receive.capabilities.title}: the ring could not be taken off while "
-                "anything of it is held. Give the name of the interface"
-            )
         self._use("lrx_packet_mmap_fill", descriptors)
-        self._state, self._block, size = _ring(receive)
-        self._memory: memoryview | None = None
-        self._lease: Lease | None = None
-        self._loans: Loans | None = None
-        self._joins = options.fanout is not None
-        kept = None
-        try:
-            if options.zero_copy:
-                self._start = _core.lib.lrx_ring_memory(self._state)
-                kept = _core.new("struct lrx_kept *", memory=self._start, size=size)
-                unmap = partial(_core.lib.lrx_kept_unmap, kept)
-                self._memory = memoryview(_core.buffers(self._start, size, unmap)[0])
-            elif arena.REFERENCE_COUNTS_ARE_EXACT and not options.segment and most_blocks(size, self._block):
-                self._loans = Loans(self._state, size, self._block)
-            if self._joins:
+        self._joins = receive.options.fanout is not None
+        self._state, self._block = _ring(receive)
+        if self._joins:
+            try:
                 _core.lib.lrx_ring_shut(self._state)
-        except BaseException:
-            if options.zero_copy and self._memory is None:
-                start = _core.lib.lrx_ring_memory(self._state)
-                kept = kept or _core.new("struct lrx_kept *", memory=start, size=size)
-                _core.lib.lrx_kept_unmap(kept, self._state)
-            self.close()
-            raise
-        self.lends = self._memory is not None or self._loans is not None
+            except BaseException:
+                self.close()
+                raise
 
     def start(self) -> None:
         """From now on this member of a fanout group takes its share."""
         if self._joins:
             _core.lib.lrx_ring_start(self._state)
-
-    def fill(self, arena: Arena, room: int) -> int:
-        """Until no closed block is left, the descriptors are full, or the next packet does not fit."""
-        if self._loans is not None:
-            self._loans.settle(arena)
-        else:
-            self.let_go()
-        return super().fill(arena, room)
-
-    def lent_batch(self, arena: Arena, table: int, rows: int, count: int, framing: Framing) -> Batch | None:
-        """Over blocks that the last fill lent; with `zero_copy` always, and with an end of its own."""
-        if self._loans is not None:
-            memory = self._loans.memory()
-            return None if memory is None else Batch(memory, 0, table, rows, count, framing, arena.memory)
-        lease = self._lease_last()
-        batch = LentBatch(lease.memory, 0, table, rows, count, framing, arena.memory)
-        batch._lease = lease
-        return batch
-
-    def _lease_last(self) -> Lease:
-        """The block that the last fill was about."""
-        assert self._memory is not None
-        lease, address = self._lease, _core.lib.lrx_ring_block(self._state)
-        if lease is None or lease.address != address:
-            start = address - self._start
-            self._lease = lease = Lease(self._memory[start : start + self._block].toreadonly(), address)
-        if (
-            not lease.hold
-        ):  # only now, for a lease that an exception keeps from being stored would give the block back
-            _core.returning(lease.hold, lease.memory[:], _core.lib.lrx_ring_return)
-        return lease
-
-    def let_go(self) -> None:
-        """Keep the block for as long only as more of its packets are to come."""
-        if self._lease is not None and not self.held:
-            self._lease = None
-
-    @property
-    def lent(self) -> bool:
-        """Poll looks at the most recently closed block only: ready for ever if that is lent, silent if an older is."""
-        return self._memory is not None and bool(_core.lib.lrx_ring_lent(self._state))
 
     @property
     def held(self) -> int:
@@ -165,19 +96,15 @@ class PacketMmap(CoreBackend):
 
     def close(self) -> None:
         """Take the ring off the socket."""
-        if self._loans is not None:
-            self._loans.close()
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_ring_close(state)
-        self._memory = self._lease = self._loans = None  # what is lent stays mapped until nobody holds it
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_ring_abandon(state)
-        self._memory = self._lease = self._loans = None
 
 
 def shape(size: int, largest: int = 0) -> tuple[int, int]:
@@ -198,8 +125,8 @@ def _largest(receive: Receive) -> int:
     return link.super_packet if link and link.name == found.interface else 0
 
 
-def _ring(receive: Receive) -> tuple[Any, int, int]:
-    """A ring as large as was asked for, or as the kernel has memory for; with the sizes of a block and of all."""
+def _ring(receive: Receive) -> tuple[Any, int]:
+    """A ring as large as was asked for, or as the kernel has memory for; and the size of its blocks."""
     options, found = receive.options, receive.capabilities
     if options.latency < LATENCY_LEAST:
         raise UnsupportedOption(
@@ -219,7 +146,6 @@ def _ring(receive: Receive) -> tuple[Any, int, int]:
             found.vnet_header_size,
             receive.layout.capacity,
             wanted,
-            options.zero_copy,
         )
         if state:
             break
@@ -239,4 +165,4 @@ def _ring(receive: Receive) -> tuple[Any, int, int]:
             asked * block,
             blocks * block,
         )
-    return state, block, block * blocks
+    return state, block

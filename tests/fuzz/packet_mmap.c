@@ -14,7 +14,6 @@ static int fake_setsockopt(int fd, int level, int name, const void *value, sockl
 static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
 static int fake_munmap(void *memory, size_t size);
 static int fake_madvise(void *memory, size_t size, int advice);
-static void *fake_mremap(void *from, size_t size, size_t new_size, int flags, void *to);
 
 #define fstat fake_fstat
 #define getsockopt fake_getsockopt
@@ -22,9 +21,7 @@ static void *fake_mremap(void *from, size_t size, size_t new_size, int flags, vo
 #define mmap fake_mmap
 #define munmap fake_munmap
 #define madvise fake_madvise
-#define mremap(from, size, new_size, flags, to) fake_mremap(from, size, new_size, flags, to)
 #include <ring.c>
-#include <lending.c>
 #include <packet_mmap.c>
 
 #define FD 77
@@ -37,16 +34,15 @@ static void *fake_mremap(void *from, size_t size, size_t new_size, int flags, vo
 /* What must be told about a packet. */
 struct told {
     const uint8_t *frame;   /* in the copy */
-    uint32_t start;         /* of the frame in its block */
     uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
     int64_t timestamp;
 };
 
 struct block {
-    enum { KERNELS, CLOSED, LENT_OUT } owner;
+    enum { KERNELS, CLOSED } owner;
     uint32_t claimed;       /* num_pkts */
     uint32_t good;          /* packets until numbers point out of the block */
-    uint32_t begun, taken, used;  /* used: blk_len */
+    uint32_t begun, taken;
     struct told told[PACKETS_MOST];
     uint8_t copy[BLOCK_MOST]; /* as the kernel left it */
 };
@@ -61,16 +57,11 @@ static struct {
     /* The ring. */
     uint8_t *memory;
     size_t mapped;
-    uint32_t blocks, block_size, vnet, capacity, wanted, lends;
+    uint32_t blocks, block_size, vnet, capacity, wanted;
     struct block block[BLOCKS_MOST];
     uint32_t filled, read;  /* which block each side is at */
     int open;               /* the kernel's has packets already */
     int damaged;            /* an EIO is due */
-    /* Loans. The ring that was mapped before, while it is handed over, and the copy that takes its place. */
-    int has_loans;
-    struct lrx_loans loans;
-    uint8_t *old, *copy;
-    size_t copied;
 } kernel;
 
 static int fails(int code)
@@ -162,55 +153,18 @@ static int fake_setsockopt(int fd, int level, int name, const void *value, sockl
 
 static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
 {
-    uint8_t *memory;
-
-    MUST(!at && protection == (PROT_READ | PROT_WRITE) && !offset);
+    MUST(!at && protection == (PROT_READ | PROT_WRITE) && fd == FD && !offset && kernel.has_ring);
+    MUST(flags == (MAP_SHARED | MAP_POPULATE) && size == (size_t)kernel.blocks * kernel.block_size);
     if (fails(EAGAIN))
         return MAP_FAILED;
-    memory = exactly(size);
-    if (fd < 0) {
-        MUST(flags == (MAP_PRIVATE | MAP_ANONYMOUS) && !kernel.copy);
-        memset(memory, 0, size);
-        kernel.copy = memory;
-        kernel.copied = size;
-        return memory;
-    }
-    MUST(fd == FD && kernel.has_ring);
-    MUST(flags == (MAP_SHARED | MAP_POPULATE) && size == (size_t)kernel.blocks * kernel.block_size);
-    if (kernel.memory) { /* mapped twice: what was there before is not looked at any more, but for its copy */
-        ASAN_UNPOISON_MEMORY_REGION(kernel.memory, size);
-        memcpy(memory, kernel.memory, size);
-        kernel.old = kernel.memory;
-    } else {
-        memset(memory, 0, size);
-    }
     kernel.mapped = size;
-    kernel.memory = memory;
-    return memory;
+    kernel.memory = exactly(size);
+    memset(kernel.memory, 0, size);
+    return kernel.memory;
 }
 
 static int fake_munmap(void *memory, size_t size)
 {
-    if (kernel.copy && memory == kernel.copy) { /* mremap() failed */
-        MUST(size == kernel.copied);
-        free(kernel.copy);
-        kernel.copy = NULL;
-        return 0;
-    }
-    if (kernel.old && memory == kernel.memory && size == kernel.mapped) { /* nothing came of it */
-        memcpy(kernel.old, kernel.memory, size);
-        free(kernel.memory);
-        kernel.memory = kernel.old;
-        kernel.old = NULL;
-        return 0;
-    }
-    if (kernel.old) { /* what is left of the ring before and behind the copy */
-        uint8_t *at = memory;
-
-        MUST(at >= kernel.old && at + size <= kernel.old + kernel.mapped);
-        ASAN_POISON_MEMORY_REGION(memory, size);
-        return 0;
-    }
     MUST(memory == kernel.memory && size == kernel.mapped);
     ASAN_UNPOISON_MEMORY_REGION(memory, size);
     free(memory);
@@ -220,26 +174,8 @@ static int fake_munmap(void *memory, size_t size)
 
 static int fake_madvise(void *memory, size_t size, int advice)
 {
-    if (advice == MADV_NOHUGEPAGE)
-        MUST(memory == kernel.copy && size == kernel.copied);
-    else
-        MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK && !kernel.lends);
+    MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK);
     return 0;
-}
-
-/* The copy goes to where it was copied from, all at once. */
-static void *fake_mremap(void *from, size_t size, size_t new_size, int flags, void *to)
-{
-    uint8_t *at = to;
-
-    MUST(from == kernel.copy && size == kernel.copied && new_size == size && flags == (MREMAP_MAYMOVE | MREMAP_FIXED));
-    MUST(kernel.old && at >= kernel.old && at + size <= kernel.old + kernel.mapped);
-    if (fails(ENOMEM))
-        return MAP_FAILED;
-    memcpy(to, from, size);
-    free(kernel.copy);
-    kernel.copy = NULL;
-    return to;
 }
 
 static uint8_t *at_block(uint32_t number)
@@ -280,7 +216,6 @@ static void walk(struct block *block)
     uint64_t at = number_at(block, 16, 4);
 
     block->claimed = number_at(block, 12, 4);
-    block->used = number_at(block, 8 + 4 + 4 + 4, 4);
     block->good = block->begun = block->taken = 0;
     while (block->good < block->claimed) {
         struct told *told = &block->told[block->good];
@@ -296,7 +231,6 @@ static void walk(struct block *block)
         if (mac < 48 + 20 + lead || at + mac + told->snaplen > kernel.block_size)
             break;
         MUST(block->good < PACKETS_MOST);
-        told->start = (uint32_t)(at + mac);
         told->frame = block->copy + at + mac;
         told->wire_length = kernel.vnet + header->tp_len;
         told->flags = 0;
@@ -375,7 +309,6 @@ static void write_block(void)
             break;
         }
     }
-    header_of(kernel.filled)->blk_len = perhaps(at);
     header_of(kernel.filled)->num_pkts = perhaps(made);
     header_of(kernel.filled)->offset_to_first_pkt = perhaps(first);
 }
@@ -415,49 +348,21 @@ static uint32_t kept(const struct told *told)
     return length < kernel.capacity ? length : kernel.capacity;
 }
 
-static void to_next(struct block *block, int owner)
+static void to_next(struct block *block)
 {
-    block->owner = owner;
+    block->owner = KERNELS;
     kernel.read = (kernel.read + 1) % kernel.blocks;
 }
 
 struct expected {
-    uint32_t count, begun, block, lent;
+    uint32_t count, begun;
     const struct told *told[ROWS_MOST];
 };
-
-/* How many blocks the next fill must lend: those that are closed with another closed behind them, whole, up to the
- * ring's end, if there is something in them. */
-static uint32_t due_loan(uint32_t rows)
-{
-    const struct lrx_loans *loans = &kernel.loans;
-    uint64_t packets = 0, used = 0, most = loans->most;
-    uint32_t n;
-
-    if (!kernel.has_loans || !loans->offered || loans->rest || (loans->blocks[loans->turn] && !loans->over) ||
-        kernel.vnet > 10 || kernel.block[kernel.read].begun)
-        return 0;
-    for (n = 0; n < loans->most && kernel.read + n < kernel.blocks; n++) {
-        const struct block *block = &kernel.block[kernel.read + n];
-
-        if (block->owner != CLOSED || kernel.block[(kernel.read + n + 1) % kernel.blocks].owner != CLOSED)
-            break;
-        packets += block->claimed;
-        if (packets > rows)
-            break;
-        used += block->used;
-    }
-    if (kernel.read + n == kernel.blocks)
-        most = n;
-    return used * 8 >= most * kernel.block_size * 3 ? n : 0;
-}
 
 /* What a fill must receive; and so it is taken to have done. `begun`: blocks, of which each is looked at but once. */
 static struct expected expect(uint32_t rows, uint32_t room)
 {
-    struct expected found = {.lent = due_loan(rows)};
-    const uint32_t most = found.lent ? found.lent : kernel.blocks, first = kernel.read;
-    const int lends = kernel.lends || found.lent;
+    struct expected found = {0};
     uint64_t used = 0;
 
     while (found.count < rows) {
@@ -467,32 +372,27 @@ static struct expected expect(uint32_t rows, uint32_t room)
         if (block->owner != CLOSED)
             break;
         if (!block->begun) {
-            if (found.begun == most || (kernel.lends && found.count))
+            if (found.begun == kernel.blocks)
                 break;
             block->begun = 1;
             found.begun++;
             if (!block->claimed) {
-                to_next(block, found.lent ? LENT_OUT : KERNELS);
+                to_next(block);
                 continue;
             }
         }
         if (block->taken == block->good) {
             kernel.damaged = 1;
-            to_next(block, found.lent || (kernel.lends && block->taken) ? LENT_OUT : KERNELS);
+            to_next(block);
             break;
         }
-        if (!lends && used + kept(told) > room)
+        if (used + kept(told) > room)
             break;
         used = (used + kept(told) + 7) & ~UINT64_C(7);
-        found.block = kernel.read;
         found.told[found.count++] = told;
         if (++block->taken == block->claimed)
-            to_next(block, lends ? LENT_OUT : KERNELS);
+            to_next(block);
     }
-    for (uint32_t k = 0; found.lent && !found.count && k < found.begun; k++)
-        kernel.block[first + k].owner = KERNELS; /* a loan of nothing */
-    if (found.lent)
-        found.block = first;
     return found;
 }
 
@@ -511,12 +411,6 @@ static void check_rows(const uint8_t *table, uint32_t rows, const struct expecte
         MUST(!(told->flags & LRX_TIMESTAMP) || get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
         MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TCI) == told->vlan_tci);
         MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
-        if (kernel.lends || due->lent) {
-            uint32_t number = (uint32_t)(((uintptr_t)told - (uintptr_t)kernel.block) / sizeof *kernel.block);
-
-            MUST(start + kernel.vnet == told->start + (due->lent ? number - due->block : 0) * kernel.block_size);
-            continue;
-        }
         MUST(start % 8 == 0 && start >= free_from && start + length <= end);
         free_from = start + length;
         for (uint32_t i = 0; i < length; i++) {
@@ -529,79 +423,31 @@ static void check_rows(const uint8_t *table, uint32_t rows, const struct expecte
 }
 
 /* Each block is whose it must be, and nothing was written into it but its state. */
-static void check_blocks(const struct lrx_ring *s)
+static void check_blocks(void)
 {
-    int lent = 0;
-
     for (uint32_t k = 0; k < kernel.blocks; k++) {
         const struct block *block = &kernel.block[k];
         const struct tpacket_hdr_v1 *header = header_of(k);
-        int shown = (kernel.lends && block->taken && block->owner != KERNELS) || (kernel.has_loans && block->owner == LENT_OUT);
 
         MUST(!(header->block_status & TP_STATUS_USER) == (block->owner == KERNELS));
-        MUST(!(header->block_status & LENT) == !shown);
-        lent |= shown && kernel.lends;
         if (block->owner == KERNELS)
             MUST(!header->num_pkts || (kernel.open && k == kernel.filled));
         else
             MUST(!memcmp(at_block(k) + 12, block->copy + 12, kernel.block_size - 12));
     }
-    MUST(lrx_ring_lent(s) == lent);
 }
 
 /* An error is told behind all packets that came before it: then, and not a moment earlier. */
 static void check_error(uint32_t told, const struct expected *due, int was_due, int asked_wrong)
 {
     const struct block *block = &kernel.block[kernel.read];
-    int comes = block->owner != LENT_OUT && header_of(kernel.read)->num_pkts;
+    int comes = header_of(kernel.read)->num_pkts > 0;
 
     if (told == (uint32_t)asked_wrong && told)
         return;
     MUST(!told || (!comes && was_due));
     MUST(told || due->count || comes || !was_due);
     MUST(!told || block->owner != CLOSED || !block->claimed);
-}
-
-/* Before a fill, as linkrx/loans.py: the loan before the last is over, whether somebody keeps it or not. */
-static void settle(struct lrx_ring *s)
-{
-    struct lrx_loans *loans = &kernel.loans;
-    const uint32_t turn = loans->turn, first = loans->first[turn], blocks = loans->blocks[turn];
-    int lends = loans->offered && (loans->blocks[0] || loans->blocks[1]), error;
-    struct lrx_kept kept = {0};
-
-    if (take(kernel.in, 3) == 1) {
-        uint8_t *was = kernel.memory;
-
-        kernel.failed = 0;
-        kernel.steps_left = take(kernel.in, 7) == 1 ? (int)take(kernel.in, 2) : -1;
-        error = lrx_ring_hand_over(s, &kept);
-        kernel.steps_left = -1;
-        MUST(error == -kernel.failed && (error || !lends || !loans->offered));
-        MUST(!kernel.copy && (!!kept.size == (lends && !error)));
-        MUST(loans->ring == (uintptr_t)kernel.memory && (kernel.memory == was) == !kept.size);
-        for (uint32_t k = 0; kept.size && k < 2; k++) {
-            for (uint32_t n = loans->first[k]; n < loans->first[k] + loans->blocks[k]; n++) {
-                const uint8_t *at = kernel.old + (size_t)n * kernel.block_size;
-
-                MUST((uintptr_t)at >= kept.memory && (uintptr_t)at + kernel.block_size <= kept.memory + kept.size);
-                MUST(!memcmp(at + 12, kernel.block[n].copy + 12, kernel.block_size - 12));
-            }
-        }
-        MUST(loans->rest == loans->pause);
-        if (kernel.old) {
-            ASAN_UNPOISON_MEMORY_REGION(kernel.old, kernel.mapped);
-            free(kernel.old);
-            kernel.old = NULL;
-        }
-    }
-    if (blocks && take(kernel.in, 7)) {
-        loans->over = 1;
-        for (uint32_t n = 0; n < blocks; n++)
-            kernel.block[first + n].owner = KERNELS;
-    }
-    if (!loans->rest && !loans->blocks[0] && !loans->blocks[1])
-        loans->offered = 1;
 }
 
 static void run(struct lrx_ring *s)
@@ -613,38 +459,26 @@ static void run(struct lrx_ring *s)
 
     memset(header, 0, table_bytes);
     for (int fills = 0; fills < 40; fills++) {
-        uint32_t room, told, read, turn;
+        uint32_t room, told, read;
         uint8_t *region;
         struct expected due;
         int got, was_due;
 
         let_kernel_work();
-        if (kernel.has_loans)
-            settle(s);
         guard();
         room = take(kernel.in, 7) ? 4096 : take(kernel.in, kernel.capacity) & ~7u;
         region = exactly(room);
         read = kernel.read;
-        turn = kernel.loans.turn;
         was_due = known || kernel.error;
         due = expect(rows, room);
         got = lrx_packet_mmap_fill(s, (uintptr_t)header, rows, (uintptr_t)region, room);
         told = header[LRX_ERROR];
         was_due = was_due || kernel.damaged;
-        check_blocks(s);
+        check_blocks();
         MUST(header[LRX_COUNT] == due.count && got == (due.count ? (int)due.count : -(int)told));
         if (due.count) {
             MUST(header[LRX_RECEIVES] == due.begun && header[LRX_END] <= room + 7);
             check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due, region, header[LRX_END]);
-            MUST(!kernel.lends || lrx_ring_block(s) == (uintptr_t)at_block(due.block));
-            if (kernel.has_loans) {
-                const uint32_t which = 1 - kernel.loans.turn;
-
-                MUST(which == turn && kernel.loans.lent == (due.lent > 0));
-                MUST(!due.lent || (kernel.loans.first[which] == due.block && kernel.loans.blocks[which] == due.begun));
-            }
-        } else {
-            MUST(turn == kernel.loans.turn);
         }
         check_error(told, &due, was_due, kernel.error_asked);
         MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
@@ -652,24 +486,17 @@ static void run(struct lrx_ring *s)
             known = kernel.damaged = 0;
         else
             known = was_due && !kernel.error; /* taken off the socket, it waits inside */
-        MUST(!kernel.loans.over);
         MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
         const struct block *block = &kernel.block[kernel.read];
         MUST(lrx_ring_held(s) == (block->owner == CLOSED && block->begun ? block->claimed - block->taken : 0));
         MUST(due.count || told || read != kernel.read || block->owner != CLOSED || room < 4096);
         free(region);
         header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
-        for (uint32_t k = 0; k < kernel.blocks; k++) {
-            if (kernel.lends && kernel.block[k].owner == LENT_OUT && take(kernel.in, 1)) {
-                lrx_ring_return(at_block(k));
-                kernel.block[k].owner = KERNELS;
-            }
-        }
         if (take(kernel.in, 7) == 1) {
             MUST(lrx_ring_drops(s) == kernel.drops);
             MUST(lrx_ring_freezes(s) == kernel.freezes);
         }
-        if (!kernel.in->left && !due.count && !told && read == kernel.read && !kernel.has_loans)
+        if (!kernel.in->left && !due.count && !told && read == kernel.read)
             break;
     }
     free(header);
@@ -687,14 +514,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     kernel.version = VERSION;
     kernel.blocks = 1 + take(&in, BLOCKS_MOST - 1);
     kernel.block_size = 256 + 8 * take(&in, (BLOCK_MOST - 256) / 8);
-    kernel.lends = take(&in, 1);
-    kernel.vnet = kernel.lends ? 0 : vnets[take(&in, 4)]; /* a borrowed socket has such headers, and lends nothing */
+    kernel.vnet = vnets[take(&in, 4)];
     kernel.capacity = take(&in, 1) ? BLOCK_MOST : take(&in, 300);
     kernel.wanted = (take(&in, 1) ? LRX_TIMESTAMP : 0) | (take(&in, 1) ? LRX_OUTGOING : 0);
     broken = take(&in, 15) == 1;
     kernel.steps_left = broken ? (int)take(&in, 4) : -1;
-    s = lrx_ring_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted,
-                             kernel.lends);
+    s = lrx_ring_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted);
     if (!s) {
         MUST(errno == (kernel.vnet > 12 ? EINVAL : kernel.failed) && errno);
         MUST(!kernel.memory && !kernel.has_ring && kernel.version == VERSION);
@@ -709,24 +534,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         lrx_ring_start(s);
         kernel.drops = kernel.freezes = 0;
     }
-    kernel.has_loans = !kernel.lends && take(&in, 1);
-    if (kernel.has_loans) {
-        kernel.loans.most = 1 + take(&in, 2);
-        kernel.loans.pause = take(&in, 3);
-        lrx_ring_lend(s, &kernel.loans);
-        MUST(kernel.loans.ring == (uintptr_t)kernel.memory);
-    }
     run(s);
     kernel.other = take(&in, 7) == 1; /* the number of the descriptor went to a stranger's socket */
     kernel.steps_left = -1;
-    uintptr_t ring = lrx_ring_memory(s);
-    size_t mapped = kernel.mapped;
     guard();
     lrx_ring_close(s);
-    MUST(!kernel.memory == !kernel.lends);
-    MUST(kernel.lends || kernel.other || (!kernel.has_ring && kernel.version == VERSION));
-    if (kernel.lends)
-        lrx_kept_unmap(&(struct lrx_kept){ring, mapped}, NULL);
     MUST(!kernel.memory);
+    MUST(kernel.other || (!kernel.has_ring && kernel.version == VERSION));
     return 0;
 }
