@@ -6,9 +6,9 @@ protocol and link addresses.
 
 from linkrx.batch import Batch
 from linkrx.buffers import BUFFER_SIZES, IovecBuffer
-from linkrx.capabilities import Capabilities, probe
+from linkrx.capabilities import Capabilities, HasFileno, probe
 from linkrx.choice import Choice, Verdict
-from linkrx.dispatcher import Dispatcher
+from linkrx.dispatcher import Batches, Deliver, Dispatcher
 from linkrx.errors import (
     BackendUnavailable,
     Busy,
@@ -19,9 +19,10 @@ from linkrx.errors import (
     UnsupportedSource,
 )
 from linkrx.factory import BackendInfo, backends, choose, open
+from linkrx.options import OpenOptions
 from linkrx.packet import Flags, Gso, Packet, Vlan, VnetHeader
 from linkrx.stats import End, Stats
-from linkrx.tuntap import TunTap
+from linkrx.tuntap import Offload, TunTap
 
 __version__ = "0.1.0"
 
@@ -30,17 +31,22 @@ __all__ = [
     "BackendInfo",
     "BackendUnavailable",
     "Batch",
+    "Batches",
     "Busy",
     "Capabilities",
     "Choice",
     "Closed",
+    "Deliver",
     "Dispatcher",
     "End",
     "Flags",
     "Gso",
+    "HasFileno",
     "IovecBuffer",
     "LinkrxError",
     "MissingPrivilege",
+    "Offload",
+    "OpenOptions",
     "Packet",
     "Stats",
     "TunTap",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from sys import getrefcount
 
 from linkrx import arena
@@ -23,7 +23,7 @@ class Batch(Columns):
     read, as of MSG_ZEROCOPY or io_uring, is given a `copy()`.
     """
 
-    __slots__: Mapping[str, str] = {
+    __slots__: Iterable[str] = {
         "_begin": "",
         "_buffer": "",
         "_table_at": "",

@@ -26,6 +26,8 @@ class IovecBuffer:
     def __init__(self, sizes: Sequence[int] = BUFFER_SIZES, vnet_header_size: int = 0) -> None:
         """Buffers of `sizes` bytes, behind one for a virtio-net header of `vnet_header_size` bytes if not 0."""
         self._sizes = checked_sizes(sizes)
+        if type(vnet_header_size) is not int:
+            raise TypeError(f"vnet_header_size={vnet_header_size!r}: give int")
         if vnet_header_size < 0:
             raise ValueError(f"vnet_header_size={vnet_header_size}: a size is 0 or more")
         self._header = [memoryview(bytearray(vnet_header_size))] if vnet_header_size else []
@@ -68,11 +70,13 @@ class IovecBuffer:
 
 
 def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The ladder as a tuple, or ValueError."""
-    ladder = tuple(sizes)
+    """The ladder as a tuple. Raises TypeError and ValueError."""
+    ladder = tuple(sizes) if isinstance(sizes, Sequence) else ()
+    if not isinstance(sizes, Sequence) or any(type(size) is not int for size in ladder):
+        raise TypeError(f"buffer_sizes={sizes!r}: give a sequence of int")
     if not 1 <= len(ladder) <= SIZES_MAX or min(ladder) < 1 or sum(ladder) > CAPACITY_MAX:
         raise ValueError(
-            f"buffer sizes {ladder}: give 1 to {SIZES_MAX} sizes of at least 1 byte, {CAPACITY_MAX} bytes in all at most"
+            f"buffer_sizes={ladder}: give 1 to {SIZES_MAX} sizes of at least 1 byte, {CAPACITY_MAX} bytes in all at most"
         )
     return ladder
 

@@ -19,7 +19,7 @@ class Claim:
     def is_live(self, function: object) -> bool:
         """Whether the call of `function` that made it, in this thread, still runs.
 
-        CPython 3.10 and 3.12 can skip a `finally` when a second signal handler raises as it is entered.
+        CPython 3.12 can skip a `finally` when a second signal handler raises as it is entered.
         """
         code = cast(FunctionType, function).__code__
         frame = inspect.currentframe()

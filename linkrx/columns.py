@@ -7,7 +7,7 @@ table is. `_core/columns.inc` lays them out the same way.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 from linkrx import _core
@@ -48,7 +48,7 @@ class Columns:
     `_count` rows from `_first` on, of `_rows` that the table has, which starts where `_table` (bytes) does.
     """
 
-    __slots__: Mapping[str, str] = {
+    __slots__: Iterable[str] = {
         "_count": "",
         "_first": "",
         "_rows": "",

@@ -11,7 +11,7 @@ def deadline_after(timeout: float | None) -> float | None:
         return None
     if not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
-    if timeout < 0:
+    if not timeout >= 0:  # nan neither
         raise ValueError(f"timeout={timeout!r}: give seconds, or None to wait for ever")
     return time.monotonic() + timeout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 from collections.abc import Iterator
@@ -11,11 +10,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from itertools import count
+from selectors import EVENT_READ, DefaultSelector
 
 import linkrx
 from linkrx.dispatcher import Dispatcher
 from linkrx.errors import BECOME_ROOT, LinkrxError, MissingPrivilege
-from linkrx.factory import BackendInfo, backends, choose
+from linkrx.factory import BackendInfo, backends, decide
 from linkrx.namespace import enter_private_network
 from linkrx.options import Options
 from linkrx.packet import ETHERTYPE_IPV4, Packet, mac
@@ -84,7 +84,7 @@ class Demo:
         self._responder = Responder(tap, RESPONDER_MAC, RESPONDER)
         self._queue_found, self._interface_found = linkrx.probe(tap), linkrx.probe(tap.name)
         # Not "auto": the demo runs every backend by name, so the environment has no say.
-        self._answering = choose(self._queue_found, backends(), Options()).backend
+        self._answering = decide(self._queue_found, backends(), Options()).backend
         self._sequences = count(1)
         self._start = time.monotonic()
         self._width = max(len(info.name) for info in backends())
@@ -141,18 +141,21 @@ class Demo:
         deadline = time.monotonic() + PATIENCE
         trial.sent += 1
         self._pinger.send(echo.message())
-        sources: list[Dispatcher | socket.socket] = [*readers, self._pinger]
         replied = False
-        while not (replied and trial.sequence == sequence):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            # One thread, as in any event loop: a dispatcher can be polled, and drain() never waits.
-            for ready in select.select(sources, [], [], left)[0]:
-                if isinstance(ready, Dispatcher):
-                    ready.drain()
-                else:
-                    replied |= Echo.parse(ready.recv(0xFFFF)) == echo.reply()
+        # One thread, as in any event loop: a dispatcher can be polled, and drain() never waits.
+        with DefaultSelector() as selector:
+            for reader in readers:
+                selector.register(reader, EVENT_READ, reader)
+            selector.register(self._pinger, EVENT_READ)
+            while not (replied and trial.sequence == sequence):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                for ready, _ in selector.select(left):
+                    if ready.data is not None:
+                        ready.data.drain()
+                    else:
+                        replied |= Echo.parse(self._pinger.recv(0xFFFF)) == echo.reply()
         trial.answered += 1
 
     def _show(

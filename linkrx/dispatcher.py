@@ -11,7 +11,7 @@ from functools import partial
 from itertools import repeat
 from sys import getrefcount
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from linkrx import aio, arena
 from linkrx.backend import Backend
@@ -125,9 +125,9 @@ class Dispatcher:
     def dispatch(self, timeout: float | None = None) -> bool:
         """Wait for packets, receive one batch and deliver it in order.
 
-        Waits `timeout` seconds at most, for ever with None. True: call again, also after a timeout with nothing
-        received. False: it is over, and `end` says why. What `deliver` raises comes out of here; the packets behind
-        are delivered first by the next call.
+        Waits `timeout` seconds at most, for ever with None: that is idle time, for what is there is delivered at once.
+        True: call again, also after a timeout with nothing received. False: it is over, and `end` says why. What
+        `deliver` raises comes out of here; the packets behind are delivered first by the next call.
         """
         self._dispatch(timeout)
         return not self._reception.over()
@@ -145,12 +145,16 @@ class Dispatcher:
         return end
 
     def batches(self, timeout: float | None = None) -> Batches:
-        """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet."""
+        """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet.
+
+        That is idle time: on a busy network it never runs out.
+        """
         self._check_open()
+        deadline_after(timeout)  # raises for what is none
         return Batches(self, timeout)
 
     def recv(self, timeout: float | None = None) -> Packet:
-        """The next packet. Raises TimeoutError after `timeout` seconds, EOFError when it is over."""
+        """The next packet. Raises TimeoutError after `timeout` seconds without one, EOFError when it is over."""
         deadline = deadline_after(timeout)
         while True:
             packet = self._step(seconds_left(deadline), self._take_packet)
@@ -170,7 +174,7 @@ class Dispatcher:
             if getrefcount(packet) != unheld:
                 packet = Packet()
             # From here to the yield nothing is called and nothing jumps back: CPython looks for signals there, and
-            # the exception of a handler would lose the packet. 3.10 does so behind calls of Python functions too.
+            # the exception of a handler would lose the packet.
             batch, index = reception.pending, reception.next
             if batch is None or self._owner or reception.stopping or self._closed:
                 packet, last = Packet(), Packet()  # these hold no arena
@@ -243,7 +247,7 @@ class Dispatcher:
         _alive.discard(self)
         self._released = True  # last: where an exception cut it short, close() can be called again
 
-    def __enter__(self) -> Dispatcher:
+    def __enter__(self) -> Self:
         self._check_open()
         return self
 

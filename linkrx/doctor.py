@@ -9,11 +9,8 @@ from pathlib import Path
 
 import linkrx
 from linkrx import _core
-from linkrx.capabilities import Capabilities
-from linkrx.choice import Choice
 from linkrx.errors import BECOME_ROOT, MissingPrivilege
 from linkrx.factory import BackendInfo, backends, choose, from_environment
-from linkrx.options import Options
 from linkrx.terminal import Terminal
 from linkrx.tuntap import DEVICE
 
@@ -39,8 +36,14 @@ def run(terminal: Terminal, source: str | None = None) -> bool:
             for info in infos
         ],
     )
+    failure = _core.build_failure()
+    if _core.reason is not None and failure is not None:
+        terminal.line()
+        terminal.heading("what the compiler said when the C core could not be built")
+        for line in failure.splitlines():
+            terminal.line(f"  {line}")
     if source is not None:
-        _explain(terminal, source, infos)
+        _explain(terminal, source)
     return any(info.supported for info in infos)
 
 
@@ -98,27 +101,19 @@ def _purpose(info: BackendInfo) -> str:
     return (info.backend.__doc__ or "").strip().partition("\n")[0]
 
 
-def _explain(terminal: Terminal, source: str, infos: tuple[BackendInfo, ...]) -> None:
+def _explain(terminal: Terminal, source: str) -> None:
     found = linkrx.probe(source)
     terminal.line()
     terminal.heading(f"what the probe found on {source}")
     terminal.table((), [(field.name, str(getattr(found, field.name))) for field in fields(found)])
     terminal.line()
     terminal.heading(f"what linkrx.open({source!r}) would take, and why")
-    for line in _choice(terminal, found, infos).explain().splitlines():
-        terminal.line(line, "green" if line.split()[1] == "chosen" else "")
-    if not _has(CAP_NET_RAW):
-        raise MissingPrivilege(f"opening a packet socket on {source!r}", "CAP_NET_RAW", BECOME_ROOT)
-
-
-def _choice(terminal: Terminal, found: Capabilities, infos: tuple[BackendInfo, ...]) -> Choice:
-    """As linkrx.open decides, environment included."""
     backend, avoid = from_environment()
     if backend != "auto":
         terminal.line(f"LINKRX_BACKEND={backend} is set, and replaces 'auto'")
     if avoid:
         terminal.line(f"LINKRX_AVOID={','.join(avoid)} is set")
-    options = Options()
-    choice = choose(found, infos, options, backend, avoid)
-    options.framing(found)  # raises for frames of a kind that linkrx does not know
-    return choice
+    for line in choose(source).explain().splitlines():
+        terminal.line(line, "green" if line.split()[1] == "chosen" else "")
+    if not _has(CAP_NET_RAW):
+        raise MissingPrivilege(f"opening a packet socket on {source!r}", "CAP_NET_RAW", BECOME_ROOT)

@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import Unpack
 
+from linkrx import _core
 from linkrx.backend import Backend
-from linkrx.capabilities import Capabilities, HasFileno
+from linkrx.capabilities import Capabilities, HasFileno, probe
 from linkrx.choice import Choice, Verdict
 from linkrx.dispatcher import Deliver, Dispatcher
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
-from linkrx.options import Keywords, Options
+from linkrx.options import OpenOptions, Options
 from linkrx.source import open_source
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # in typing from Python 3.11
 
 logger = logging.getLogger("linkrx")
 
@@ -33,7 +31,9 @@ _FOLDER: list[str] = list(import_module("linkrx.backends").__path__)
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend on this host. `reason` is the sentence that says why it is not supported, else None."""
+    """One backend on this host. `reason` is the sentence that says why it is not supported, else None. `honours` names
+    the options that not every backend has, `backend` is its class: for authors of backends, see `linkrx.backend`.
+    """
 
     name: str
     supported: bool
@@ -94,13 +94,13 @@ def _missing(backend: type[Backend]) -> str | None:
 
 
 def from_environment(backend: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """The backend asked for and those to avoid, as `choose` takes them: LINKRX_BACKEND replaces "auto" only."""
+    """The backend asked for and those to avoid, as `decide` takes them: LINKRX_BACKEND replaces "auto" only."""
     if backend == "auto":
         backend = os.environ.get("LINKRX_BACKEND") or "auto"
     return backend, tuple(filter(None, map(str.strip, os.environ.get("LINKRX_AVOID", "").split(","))))
 
 
-def choose(
+def decide(
     capabilities: Capabilities,
     infos: Sequence[BackendInfo],
     options: Options,
@@ -150,6 +150,29 @@ def choose(
     return Choice(capabilities.title, tuple(ladder), tuple(verdicts))
 
 
+def _decide_here(capabilities: Capabilities, options: Options, backend: str) -> Choice:
+    """On this host, with the environment's say."""
+    infos = backends()
+    name, avoid = from_environment(backend)
+    for unknown in set(avoid) - {info.name for info in infos}:
+        logger.warning("LINKRX_AVOID names %r, and there is no such backend", unknown)
+    try:
+        choice = decide(capabilities, infos, options, name, avoid)
+    except (BackendUnavailable, UnsupportedOption, UnsupportedSource) as error:
+        if name == backend:
+            raise
+        raise type(error)(f"LINKRX_BACKEND={name}: {error}") from error
+    if name == "auto" and _core.reason is not None:
+        _warn_without_core(_core.reason)
+    return choice
+
+
+@cache
+def _warn_without_core(reason: str) -> None:
+    """Once in a process."""
+    logger.warning("without its C core linkrx receives many times slower: %s", reason)
+
+
 def _check_named(info: BackendInfo, capabilities: Capabilities, options: Options) -> None:
     if not info.supported:
         raise BackendUnavailable(f"{info.name} is not available here: {info.reason}")
@@ -170,12 +193,38 @@ def _unhonoured(info: BackendInfo, options: Options) -> str | None:
     return f"{info.name} cannot honour {', '.join(missing)}" if missing else None
 
 
+def choose(source: int | str | HasFileno, *, backend: str = "auto", **options: Unpack[OpenOptions]) -> Choice:
+    """Which backend `open` would take with the same arguments, and why. Opens nothing and changes nothing.
+
+    The environment has its say as in `open`. Raises what `open` would raise for such a source and such options, as far
+    as probing can tell: not what the kernel answers when a mechanism is set up, and no MissingPrivilege for an interface.
+    """
+    wanted = _checked("choose", options)
+    found = probe(source)
+    wanted.check_source(found)
+    found = wanted.configured(found)
+    choice = _decide_here(found, wanted, backend)
+    wanted.framing(found)  # raises for frames of a kind that linkrx does not know
+    return choice
+
+
+def _checked(function: str, options: OpenOptions) -> Options:
+    """Raises TypeError for an option that there is not, and what Options does."""
+    known = Options.__dataclass_fields__
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{function}() has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+        )
+    return Options(**options)
+
+
 def open(  # noqa: A001
     source: int | str | HasFileno,
     deliver: Deliver | None = None,
     *,
     backend: str = "auto",
-    **options: Unpack[Keywords],
+    **options: Unpack[OpenOptions],
 ) -> Dispatcher:
     """Receive packets from `source`. Receiving is live when this returns.
 
@@ -185,7 +234,7 @@ def open(  # noqa: A001
 
     `backend`: "auto" takes the best that accepts the source, as `choice.explain()` of the result tells; a name is
     that backend or an error. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b takes
-    names from it. The options are the fields of `Options`:
+    names from it. The options are those of `OpenOptions`:
 
     `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
     `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`,
@@ -198,22 +247,13 @@ def open(  # noqa: A001
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
     """
-    unknown = sorted(set(options) - set(Options.__dataclass_fields__))
-    if unknown:
-        raise TypeError(
-            f"open() has no option {', '.join(map(repr, unknown))}; it has {', '.join(Options.__dataclass_fields__)}"
-        )
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
-    wanted = Options(**options)
-    infos = backends()
-    backend, avoid = from_environment(backend)
-    for name in set(avoid) - {info.name for info in infos}:
-        logger.warning("LINKRX_AVOID names %r, and there is no such backend", name)
+    wanted = _checked("open", options)
     opened = open_source(source, wanted)
     try:
-        choice = choose(opened.capabilities, infos, wanted, backend, avoid)
-        return Dispatcher(opened, wanted, choice, {info.name: info.backend for info in infos}, deliver)
+        choice = _decide_here(opened.capabilities, wanted, backend)
+        return Dispatcher(opened, wanted, choice, {one.name: one for one in _classes()}, deliver)
     except BaseException:
         opened.close()
         raise

@@ -1,4 +1,4 @@
-"""System calls that the oldest supported Python's `os` module lacks, through the C library.
+"""System calls that `os` has in later Pythons only, through the C library.
 
 `os` has `unshare` and `setns` from Python 3.12 and `timerfd_create` from 3.13.
 """

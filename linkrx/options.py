@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from linkrx.buffers import checked_sizes
@@ -22,8 +23,8 @@ _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps")
 _BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout", "latency")
 
 
-class Keywords(TypedDict, total=False):
-    """The options as keywords of `open`, for type checkers. A test holds them to the fields of Options."""
+class OpenOptions(TypedDict, total=False):
+    """The options that `open` and `choose` take as keywords, with their types. `help(linkrx.open)` says what each does."""
 
     batch_size: int | None
     ethernet: bool | None
@@ -66,8 +67,14 @@ class Options:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
         if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
             raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")
-        if self.latency <= 0:
+        if not 0 < self.latency < math.inf:  # nan is neither
             raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
+        wanted = self.vnet_header
+        if type(wanted) is int and wanted and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:
+            raise ValueError(
+                f"vnet_header={wanted}: a virtio-net header has {VNET_HEADER_BYTES} to {VNET_HEADER_MOST} bytes; "
+                "0 is for none"
+            )
         if self.buffer_sizes is not None:
             checked_sizes(self.buffer_sizes)
         if self.fanout is not None:
@@ -136,6 +143,11 @@ class Options:
             return VNET_HEADER_BYTES
         return self.vnet_header if self.vnet_header in PACKET_VNET_SIZES else 0
 
+    def configured(self, found: Capabilities) -> Capabilities:
+        """What a source is once it is set up as these options ask."""
+        size = self.vnet_header_to_set(found)
+        return replace(found, vnet_header_size=size, hardware_gso=True) if size else found
+
     def framing(self, capabilities: Capabilities) -> Framing:
         """What stands in front of the data: what the caller says where the probe does not know, never against it."""
         return Framing(
@@ -165,11 +177,6 @@ class Options:
         wanted, size = self.vnet_header, found.vnet_header_size
         if wanted is None:
             return size
-        if wanted is not True and wanted != 0 and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:
-            raise ValueError(
-                f"vnet_header={wanted}: a virtio-net header has {VNET_HEADER_BYTES} to {VNET_HEADER_MOST} bytes; "
-                "0 is for none"
-            )
         if found.kind in ("tap", "tun", "packet", "packet_cooked"):
             if bool(wanted) != bool(size) or (wanted is not True and wanted is not False and wanted != size):
                 raise UnsupportedOption(

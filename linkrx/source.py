@@ -12,7 +12,6 @@ import struct
 import termios
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from enum import Enum
 from functools import partial
 
@@ -308,8 +307,7 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
                 f"({'PACKET_VNET_HDR' if usual else 'PACKET_VNET_HDR_SZ, Linux 6.6'}): {error.strerror}"
                 + ("; it has a ring already" if error.errno == errno.EBUSY else "")
             ) from error
-        capabilities = replace(capabilities, vnet_header_size=size, hardware_gso=True)
-    return capabilities
+    return options.configured(capabilities)
 
 
 def _file_of(fd: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import struct
 from contextlib import suppress
 from enum import IntFlag
 from types import TracebackType
+from typing import Self
 
 from linkrx.capabilities import (
     IFF_MULTI_QUEUE,
@@ -101,7 +102,7 @@ class TunTap:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> TunTap:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

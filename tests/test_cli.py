@@ -6,6 +6,7 @@ import os
 import platform
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -133,7 +134,7 @@ def test_demo_without_the_core() -> None:
     assert summary_line(done.stdout, "os_readv")[2] == "2/2"
     for name in ("readv", "recvmmsg"):
         assert not packet_lines(done.stdout, name)
-        assert re.search(rf"^{name} .* unavailable: the C core was not built", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{name} .* unavailable: the C core cannot be loaded", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("devices")
@@ -142,6 +143,27 @@ def test_demo_is_not_swayed_by_the_environment() -> None:
     done = linkrx_command("demo", "--count", "1", LINKRX_BACKEND="recvmmsg", LINKRX_AVOID="readv,os_readv")
     assert done.returncode == 0
     assert all(summary_line(done.stdout, name)[2] == "1/1" for name in SUPPORTED)
+
+
+MANY = """
+import os, resource, sys
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+for _ in range(1100):
+    os.dup(0)
+from linkrx.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("arguments", [("demo", "--count", "1"), ("doctor", "lo")])
+def test_with_more_descriptors_than_select_knows(arguments: tuple[str, ...]) -> None:
+    """Demo and doctor work where descriptors have numbers above 1024, which select(2) cannot take."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
+        pytest.skip("the hard limit of descriptors is below 2048")
+    done = run("-c", MANY, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.usefixtures("devices")
@@ -324,7 +346,9 @@ def test_doctor_with_an_unknown_backend_named() -> None:
     """A LINKRX_BACKEND that does not exist is an error in one line, with exit code 1."""
     done = linkrx_command("doctor", "lo", LINKRX_BACKEND="carrier_pigeon")
     assert done.returncode == 1
-    assert done.stderr.startswith("linkrx: there is no backend 'carrier_pigeon'")
+    assert done.stderr.startswith(
+        "linkrx: LINKRX_BACKEND=carrier_pigeon: there is no backend 'carrier_pigeon'"
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -340,9 +364,9 @@ def test_doctor_without_the_core() -> None:
     """Without the C core the doctor gives the reason for the three that need it, and os_readv keeps the exit code 0."""
     done = run("-c", WITHOUT_CORE, "doctor")
     assert done.returncode == 0
-    assert re.search(r"^C core +no: the C core was not built", done.stdout, re.MULTILINE)
+    assert re.search(r"^C core +no: the C core cannot be loaded", done.stdout, re.MULTILINE)
     for name in ("packet_mmap", "readv", "recvmmsg"):
-        assert re.search(rf"^{name} +unavailable  the C core was not built", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{name} +unavailable  the C core cannot be loaded", done.stdout, re.MULTILINE)
     assert re.search(r"^os_readv +supported", done.stdout, re.MULTILINE)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx.options import Keywords, Options
+from linkrx.options import OpenOptions, Options
 
 PACKAGE = Path(linkrx.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
@@ -29,9 +29,7 @@ def recipe() -> str:
 def run(program: str, path: Path) -> str:
     """Run a program that finds `path` before all else, and return what it prints."""
     result = subprocess.run(
-        [sys.executable, "-P", "-c", program]
-        if sys.version_info >= (3, 11)
-        else [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         env={**os.environ, "PYTHONPATH": str(path), "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
         cwd=path,
         capture_output=True,
@@ -117,6 +115,6 @@ print([info.name for info in linkrx.backends()])
 
 def test_the_keywords_of_open_are_the_options() -> None:
     """What type checkers know of open's keywords is what Options takes."""
-    assert set(Keywords.__annotations__) == set(Options.__dataclass_fields__)
+    assert set(OpenOptions.__annotations__) == set(Options.__dataclass_fields__)
     with pytest.raises(TypeError, match="no option 'batchsize'; it has batch_size, ethernet"):
         linkrx.open(0, batchsize=3)  # type: ignore[call-arg]

@@ -973,7 +973,7 @@ def test_value_that_cannot_be(unix: socket.socket, name: str, value: float) -> N
 @pytest.mark.parametrize("sizes", [(), (0,), (1,) * 65])
 def test_ladder_that_cannot_be(unix: socket.socket, sizes: tuple[int, ...]) -> None:
     """A ladder that IovecBuffer would not take is a ValueError here too."""
-    with pytest.raises(ValueError, match="buffer sizes"):
+    with pytest.raises(ValueError, match="buffer_sizes"):
         linkrx.open(unix, buffer_sizes=sizes)
 
 

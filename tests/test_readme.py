@@ -51,7 +51,7 @@ def test_the_ten_line_program() -> None:
     assert rest[:10] == [
         f"0x0800 02:00:00:00:00:02 > 02:00:00:00:00:01 {64 + number} bytes" for number in range(10)
     ]
-    assert rest[10].startswith("stop() was called; dropped by the kernel: 0")
+    assert rest[10].startswith("End.STOPPED; dropped by the kernel: 0")
 
 
 @pytest.mark.usefixtures("devices")
@@ -146,6 +146,23 @@ def test_fanout() -> None:
     received = [int(packets) for _, _, packets in told]
     assert sum(received) == 200
     assert all(received)
+
+
+@pytest.mark.usefixtures("devices")
+def test_fanout_ends_on_a_busy_network() -> None:
+    """Both processes end while packets never stop, where an idle time alone would never be over."""
+    with veth() as (near, far), injector_on(far) as injector:
+        command = example("Fanout", near)
+        assert command[-1].count("time.monotonic() + 10") == 1
+        command[-1] = command[-1].replace("time.monotonic() + 10", "time.monotonic() + 0.2")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                for port in range(1000, 1100):
+                    injector.send(udp_packet(port, port, bytes(20)))
+            assert process.stdout is not None
+            told = process.stdout.read()
+        assert process.returncode == 0
+    assert told.count("received") == 2
 
 
 @pytest.mark.usefixtures("devices")

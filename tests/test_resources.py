@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import pytest
 from conftest import that_take
@@ -62,7 +63,7 @@ class FailingStep:
             raise Failed
         self.left -= 1
 
-    def __enter__(self) -> FailingStep:
+    def __enter__(self) -> Self:
         sys.setprofile(self)
         return self
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import linkrx
 
 HERE = Path(__file__).parent
 
@@ -64,6 +67,22 @@ def test_every_other_backend_says_why_it_is_missing() -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     for line, name in zip(lines, ("packet_mmap", "recvmmsg", "readv"), strict=False):
-        assert line.startswith(f"{name} False the C core was not built")
-        assert "apt install gcc python3-dev" in line
+        assert line.startswith(f"{name} False the C core cannot be loaded")
+        assert "pip install -e ." in line
     assert lines[3] == "os_readv True None"
+
+
+def test_a_python_without_rwf_nowait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python was built with headers that lack RWF_NOWAIT, os_readv polls, and a blocking source blocks nobody."""
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, backend="os_readv") as rx:
+        assert receiver.getblocking()
+        assert list(rx.batches(timeout=0)) == []
+        for number in range(3):
+            sender.send(bytes(14) + bytes([number]))
+        assert [bytes(packet.data) for batch in rx.batches(timeout=0) for packet in batch] == [
+            b"\0",
+            b"\1",
+            b"\2",
+        ]

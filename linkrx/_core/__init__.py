@@ -1,27 +1,80 @@
 """The compiled core, when it was built: the only module that says ffi.
 
 `lib` holds the C functions and `reason` is None; without the core `lib` is None and `reason` is a sentence
-that says why and what to type.
+that says why and what to type. A core that was compiled from other sources than this linkrx has counts as none.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-lib: Any
-_native: Any
-try:
-    _native = import_module("linkrx._core._native")
-except ImportError as error:
-    lib = None
-    reason: str | None = (
-        f"the C core was not built when linkrx was installed ({error}); install a C compiler and the "
-        "Python headers (Debian: apt install gcc python3-dev) and install linkrx again"
+from linkrx._core.sources import sources_hash
+
+_HERE = Path(__file__).resolve().parent
+_FAILURE = _HERE / "build_failure.txt"  # setup.py writes it
+
+
+def build_failure() -> str | None:
+    """What the compiler said when the core could not be built, a summary in the first line; None if it could."""
+    return _FAILURE.read_text() if _FAILURE.exists() else None
+
+
+def _wanted() -> str | None:
+    """The sources that this linkrx belongs to: those beside it in a checkout, else what setup.py wrote down."""
+    try:
+        return sources_hash() or str(import_module("linkrx._core._built").SOURCES)
+    except ImportError:
+        return None
+
+
+def _again() -> str:
+    """What to type for a core that fits."""
+    if sources_hash() is None:
+        return "install linkrx again, with `python3 -m pip install --force-reinstall linkrx`"
+    return f"type `python3 -m pip install -e .` in {_HERE.parent.parent}"
+
+
+def _why_missing(error: ImportError) -> str:
+    failure = build_failure()
+    if failure is not None:
+        summary = failure.partition("\n")[0]
+        return (
+            f"the C core could not be built when linkrx was installed: {summary}; `linkrx doctor` shows all that "
+            "the compiler said. Mend that, and install linkrx again"
+        )
+    if any(_HERE.glob("_native.*so")):
+        return f"the C core cannot be loaded ({error}): {_again()}"
+    if sources_hash() is not None:
+        return (
+            f"the C core was not built: Python took linkrx from the checkout in {_HERE.parent.parent}. Build it there with "
+            "`python3 -m pip install -e .`, or start the program in another directory to have the linkrx that is installed"
+        )
+    return f"the C core is not in {_HERE}: {_again()}"
+
+
+def _load(name: str, built_from: Callable[[Any], str]) -> tuple[Any, str | None]:
+    """An extension module of the core, or None and why there is none that fits. `built_from` is its LRX_SOURCES."""
+    try:
+        module = import_module(f"linkrx._core.{name}")
+    except ImportError as error:
+        return None, _why_missing(error)
+    wanted = _wanted()
+    try:
+        built = built_from(module)
+    except AttributeError:
+        built = "unknown"
+    if built == wanted:
+        return module, None
+    return None, (
+        f"the C core in {_HERE} was built from other sources ({built}) than this linkrx has ({wanted or 'unknown'}) and is "
+        f"not used: {_again()}"
     )
-else:
-    lib = _native.lib
-    reason = None
+
+
+_native, reason = _load("_native", lambda module: module.ffi.string(module.lib.lrx_sources()).decode())
+lib: Any = None if _native is None else _native.lib
 
 
 def new(declaration: str, **fields: object) -> Any:

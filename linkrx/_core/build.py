@@ -1,9 +1,10 @@
 """The cffi build of the C core: every header here is declared, every C file compiled.
 
-A backend that needs C adds `name.h` and `name.c`; nothing else is edited. The headers are read by cffi and
-by the compiler alike, so they hold plain declarations and numbers, no guards and no includes.
+A backend that needs C adds `name.h` and `name.c`; nothing else is edited. cffi knows no preprocessor: it is given the
+headers' declarations and numbers, the compiler reads the headers as they are. setup.py compiles, see there.
 """
 
+import re
 from pathlib import Path
 
 from cffi import FFI
@@ -12,16 +13,17 @@ HERE = Path(__file__).resolve().parent
 HEADERS = sorted(path.name for path in HERE.glob("*.h"))
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if path.name != "_native.c")
 
+# Lines that only the compiler needs: #include and #pragma.
+_FOR_THE_COMPILER = re.compile(r"^#\s*(include|pragma)\b.*$", re.MULTILINE)
+
 ffibuilder = FFI()
-ffibuilder.cdef("\n".join((HERE / name).read_text() for name in HEADERS))
+for name in HEADERS:
+    ffibuilder.cdef(_FOR_THE_COMPILER.sub("", (HERE / name).read_text()))
+ffibuilder.cdef("const char *lrx_sources(void);")
 ffibuilder.set_source(
     "linkrx._core._native",
-    "#include <stdint.h>\n" + "\n".join(f'#include "{name}"' for name in HEADERS),
+    "\n".join(f'#include "{name}"' for name in HEADERS)
+    + "\n/* linkrx/_core/sources.py; setup.py defines LRX_SOURCES. */"
+    + "\nstatic const char *lrx_sources(void) { return LRX_SOURCES; }\n",
     sources=[f"linkrx/_core/{name}" for name in SOURCES],
-    depends=[f"linkrx/_core/{name}" for name in HEADERS]
-    + [f"linkrx/_core/{path.name}" for path in HERE.glob("*.inc")],
-    include_dirs=["linkrx/_core"],
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
-    # Without a compiler linkrx still installs, and says at run time what is missing.
-    optional=True,
 )

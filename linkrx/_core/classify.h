@@ -1,3 +1,6 @@
+#pragma once
+#include <stdint.h>
+
 /* What the frames of one source look like, and where their classification goes. */
 struct lrx_classifier {
     uintptr_t descriptors;  /* header and table that the backend filled */

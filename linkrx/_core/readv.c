@@ -12,6 +12,14 @@
 #include "classify.h"
 #include "readv.h"
 
+/* musl has neither before 1.2.5. Both halves of the offset are -1: read where the file stands. */
+#ifndef RWF_NOWAIT
+#include <sys/syscall.h>
+#define RWF_NOWAIT 0x00000008 /* linux/fs.h, since Linux 4.14 */
+#define preadv2(fd, iov, count, offset, flags) \
+    syscall(SYS_preadv2, fd, iov, (long)(count), (long)(offset), (long)(offset), flags)
+#endif
+
 /* One buffer a byte longer than the capacity, or the ladder and that byte: a packet that reaches the
  * extra byte was cut, one that ends before it was not. */
 static int lay_out(const struct lrx_readv *r, uint8_t *at, struct iovec *iov)

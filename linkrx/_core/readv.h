@@ -1,3 +1,6 @@
+#pragma once
+#include <stdint.h>
+
 /* How one packet is received without waiting, by what the file descriptor allows. */
 #define LRX_READ 0    /* O_NONBLOCK is set: read() or readv() */
 #define LRX_NOWAIT 1  /* a blocking descriptor that is not ours to change: preadv2(RWF_NOWAIT) */

@@ -1,3 +1,6 @@
+#pragma once
+#include <stdint.h>
+
 /* Receive slots of its own: packets land here and move into the arena, so that what is kept of a batch
  * costs its length and not a slot. */
 struct lrx_recvmmsg;

@@ -1,3 +1,6 @@
+#pragma once
+#include <stdint.h>
+
 /* A TPACKET_V3 ring: put on a socket, counted, and taken off. */
 struct lrx_ring;
 

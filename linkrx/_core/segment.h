@@ -1,3 +1,6 @@
+#pragma once
+#include <stdint.h>
+
 /* Super-packets become the frames that the kernel would have made of them, and unfinished checksums are finished. */
 struct lrx_segmenter {
     uintptr_t taken;       /* descriptors that a backend filled */

@@ -47,8 +47,12 @@ class OsReadv(Backend):
         self._arguments: tuple[Iterator[int], ...] = ()
         self._ready: select.poll | None = None
         if not receive.capabilities.nonblocking:
-            self._read = os.preadv
-            self._arguments = (repeat(-1), repeat(os.RWF_NOWAIT))
+            nowait = getattr(os, "RWF_NOWAIT", None)  # a Python that was built with musl may lack it
+            if nowait is None:
+                self._ask_first()
+            else:
+                self._read = os.preadv
+                self._arguments = (repeat(-1), repeat(nowait))
         self._stride = STRIDE_LEAST  # between the starts of two packets
         self._made: dict[tuple[Arena, int, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
@@ -80,15 +84,19 @@ class OsReadv(Backend):
             if self._lengths:
                 self._descriptors.header[ERROR] = error.errno or 0  # behind what was read
             elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
-                # The driver knows no RWF_NOWAIT: ask before each read. Another reader of the same queue could
-                # still take the packet between the two, and make the read wait.
-                ready = select.poll()
-                ready.register(self._fd, select.POLLIN)
-                self._ready = ready  # first: without it the read below would wait
-                self._read, self._arguments = os.readv, ()
+                self._ask_first()  # the driver knows no RWF_NOWAIT
                 self._receive(arena, room)
             else:
                 raise
+
+    def _ask_first(self) -> None:
+        """Poll before each read, which cannot be told not to wait. Another reader of the same queue could still take the
+        packet between the two, and make the read wait.
+        """
+        ready = select.poll()
+        ready.register(self._fd, select.POLLIN)
+        self._ready = ready  # first: without it a read would wait
+        self._read, self._arguments = os.readv, ()
 
     def _buffers(self, arena: Arena, room: int) -> list[list[memoryview]]:
         """The iovecs of each read: a stride apart, and each with room for the largest packet.

@@ -1,0 +1,28 @@
+"""Which C sources a core was compiled from. setup.py runs this file, so it imports nothing of linkrx."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# What cffi writes from build.py; older versions of cffi's build leave it beside the sources.
+GENERATED = "_native.c"
+
+
+def sources_hash() -> str | None:
+    """The hash over build.py and all C sources beside this file; None in a wheel, which has none.
+
+    Python and C share structures and numbers that both write down. A core is used only where this hash is the same
+    as when it was compiled.
+    """
+    names = sorted(path.name for path in HERE.iterdir() if path.suffix in (".c", ".h", ".inc"))
+    names = [name for name in names if name != GENERATED]
+    if not names:
+        return None
+    hashed = hashlib.sha256()
+    for name in ["build.py", *names]:
+        text = (HERE / name).read_bytes()
+        hashed.update(f"{name} {len(text)}\n".encode() + text)
+    return hashed.hexdigest()[:16]

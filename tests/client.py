@@ -1,0 +1,89 @@
+"""What a typed program does with linkrx: every public name is used, and type checkers accept it. Not run."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import linkrx
+
+
+def refused(source: int | str | linkrx.HasFileno) -> str | None:
+    """Whether linkrx receives from a source, and if not why."""
+    try:
+        found: linkrx.Capabilities = linkrx.probe(source)
+        choice: linkrx.Choice = linkrx.choose(
+            source, backend="auto", timestamps=True, fanout=("auto", "hash")
+        )
+    except (linkrx.UnsupportedSource, linkrx.UnsupportedOption, linkrx.BackendUnavailable) as error:
+        return str(error)
+    except linkrx.MissingPrivilege as error:
+        return f"{error.capability}: {error.remedy}"
+    verdicts: tuple[linkrx.Verdict, ...] = choice.verdicts
+    return None if found.mtu or choice.backend else verdicts[0].reason + choice.explain()
+
+
+def names() -> list[str]:
+    """The backends of this host."""
+    infos: tuple[linkrx.BackendInfo, ...] = linkrx.backends()
+    return [info.name for info in infos if info.supported and "latency" in info.honours]
+
+
+def describe(packet: linkrx.Packet) -> Iterator[str]:
+    """What is known of a packet."""
+    vlan: linkrx.Vlan | None = packet.vlan
+    if vlan is not None:
+        yield f"{vlan.tci} {vlan.tpid}"
+    vnet: linkrx.VnetHeader | None = packet.vnet
+    if vnet is not None and vnet.gso == linkrx.Gso.TCPV4:
+        yield f"{vnet.gso_size}"
+    yield f"{packet.protocol:#x} {packet.data.nbytes} {packet.timestamp_ns} {bytes(packet.copy())!r}"
+
+
+def outgoing(batch: linkrx.Batch) -> int:
+    """How many packets of a batch this host sent."""
+    return sum(bool(flags & linkrx.Flags.OUTGOING) for flags in batch.flags)
+
+
+def deliver(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
+    """Show one packet."""
+    print(remote, local, protocol, *describe(packet))
+
+
+async def watch(rx: linkrx.Dispatcher) -> None:
+    """Both kinds of asynchronous iteration."""
+    async for batch in rx.batches(timeout=1.0):
+        print(outgoing(batch))
+    async for packet in rx:
+        print(*describe(packet))
+
+
+def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) -> linkrx.End | None:
+    """Every way to receive."""
+    call: linkrx.Deliver = deliver
+    with linkrx.open(source, call, backend="recvmmsg", **options) as rx:
+        try:
+            rx.run()
+            batches: linkrx.Batches = rx.batches()
+            frames = [batch.memory[batch.starts[0] :] for batch in batches]
+            print(frames, rx.recv(0.1), rx.drain(), rx.dispatch(1), rx.fileno())
+        except (linkrx.Busy, linkrx.Closed, linkrx.LinkrxError):
+            rx.stop()
+        stats: linkrx.Stats = rx.stats()
+        print(stats.kernel_drops, rx.choice.explain(), rx.capabilities.kind)
+        asyncio.run(watch(rx))
+        return rx.end
+
+
+def main() -> None:
+    """A device, a ladder, and what lends."""
+    buffer = linkrx.IovecBuffer(linkrx.BUFFER_SIZES)
+    with linkrx.TunTap("tap7", vnet_header=True, offload=True) as tap:
+        print(tap.offload & linkrx.Offload.TSO4, tap.name, buffer.next_iovecs(), refused(tap))
+        receive(tap, {"batch_size": 64, "latency": 0.5, "segment": True})
+    with linkrx.open("eth0", zero_copy=True) as rx:
+        for batch in rx.batches():
+            if isinstance(batch, linkrx.LentBatch):
+                with batch:
+                    print(len(batch))

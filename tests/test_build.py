@@ -1,0 +1,242 @@
+"""How the C core is built, and what a user is told where it was not, or does not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linkrx import _core
+from linkrx._core.sources import sources_hash
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "linkrx" / "_core"
+COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
+WARNINGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+# What GCC 14 makes errors by itself.
+WARNINGS += ["-Werror=implicit-function-declaration", "-Werror=int-conversion"]
+
+needs_sources = pytest.mark.skipif(not CORE.joinpath("ring.h").exists(), reason="the C sources are not here")
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python, finding what is in `cwd` before all else."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LINKRX_", "CFLAGS"))
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def reason(cwd: Path) -> str:
+    """Why the linkrx in a folder has no core, in its own words."""
+    told = python("-c", "from linkrx import _core; print(_core.lib is None, _core.reason)", cwd=cwd)
+    assert told.returncode == 0, told.stdout
+    missing, _, why = told.stdout.rstrip("\n").partition(" ")
+    assert missing == "True", told.stdout
+    return why
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the checkout, without what was built in it."""
+    generated = shutil.ignore_patterns("*.so", "__pycache__", "build_failure.txt", "_built.py")
+    shutil.copytree(ROOT / "linkrx", tmp_path / "linkrx", ignore=generated)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def installed(checkout: Path) -> Path:
+    """The same as a wheel leaves it: without the C sources, with a note of which they were."""
+    (checkout / "linkrx/_core/_built.py").write_text(f'SOURCES = "{sources_hash()}"\n')
+    for path in (checkout / "linkrx/_core").iterdir():
+        if path.suffix in (".c", ".h", ".inc"):
+            path.unlink()
+    return checkout
+
+
+def put_core(folder: Path) -> None:
+    """The core that was built here."""
+    (built,) = CORE.glob("_native*.so")
+    shutil.copy(built, folder / "linkrx/_core")
+
+
+@needs_sources
+@pytest.mark.skipif(not COMPILERS, reason="needs gcc or clang")
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_every_header_stands_on_its_own(compiler: str, tmp_path: Path) -> None:
+    """A file that includes one header of the core and nothing else compiles, and every C file does, without a warning."""
+    headers = sorted(path.name for path in CORE.iterdir() if path.suffix in (".h", ".inc"))
+    assert headers
+    files = []
+    for name in headers:
+        files.append(tmp_path / f"{name}.c")
+        files[-1].write_text(f'#include "{name}"\n')
+    command = [compiler, *WARNINGS, "-Wno-unused-function", f"-I{CORE}", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    sources = [str(path) for path in CORE.glob("*.c") if path.name != "_native.c"]
+    done = subprocess.run([compiler, *WARNINGS, *sources], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def build(checkout: Path, compiler: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `pip install -e .` does to the checkout, with whatever compiler."""
+    return python("setup.py", "build_ext", "--inplace", cwd=checkout, CC=compiler, **environment)
+
+
+def fake_compiler(folder: Path, failing: str) -> str:
+    """A compiler that compiles nothing, and fails on one file."""
+    path = folder / "fake-cc"
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *{failing}*) echo "{failing}:7:1: error: a comma is missing" >&2; exit 1;; esac\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@needs_sources
+def test_a_compiler_that_fails_on_the_core(checkout: Path) -> None:
+    """The install works, an old core is gone, and `open` and `doctor` tell what the compiler said."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
+    if _core.lib is not None:
+        put_core(checkout)
+    compiler = fake_compiler(checkout, "packet_mmap.c")
+    done = build(checkout, compiler)
+    assert done.returncode == 0, done.stdout
+    assert not list((checkout / "linkrx/_core").glob("*.so"))
+    why = reason(checkout)
+    assert why.startswith(
+        "the C core could not be built when linkrx was installed: packet_mmap.c:7:1: error: a comma is"
+    )
+    assert "`linkrx doctor` shows" in why
+    doctor = python("-m", "linkrx", "doctor", cwd=checkout)
+    assert doctor.returncode == 0, doctor.stdout
+    assert re.search(
+        r"^C core +no: the C core could not be built .* a comma is missing", doctor.stdout, re.MULTILINE
+    )
+    assert re.search(rf"^  {compiler} .*-c linkrx/_core/packet_mmap.c ", doctor.stdout, re.MULTILINE)
+    assert "\n  packet_mmap.c:7:1: error: a comma is missing\n" in doctor.stdout
+    # The next build takes back what this one said.
+    done = build(checkout, fake_compiler(checkout, "nothing.c"))
+    assert not (checkout / "linkrx/_core/build_failure.txt").exists(), done.stdout
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("/bin/false", "'/bin/false' failed and did not say why"),
+        ("/nowhere/cc", r"there is no C compiler '/nowhere/cc' \(Debian: apt install gcc python3-dev\)"),
+    ],
+)
+def test_without_a_compiler(checkout: Path, compiler: str, said: str) -> None:
+    """With a compiler that does nothing, or none, linkrx installs and says which; where the core is required it does not."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
+    done = build(checkout, compiler)
+    assert done.returncode == 0, done.stdout
+    assert re.match(f"the C core could not be built when linkrx was installed: {said}; ", reason(checkout))
+    done = build(checkout, compiler, LINKRX_REQUIRE_CORE="1")
+    assert done.returncode != 0
+    assert "error: linkrx._core._native could not be compiled" in done.stdout
+
+
+@needs_sources
+def test_a_checkout_that_was_not_built(checkout: Path) -> None:
+    """linkrx in a checkout without a core says that it is one, and what to type."""
+    why = reason(checkout)
+    assert why.startswith(f"the C core was not built: Python took linkrx from the checkout in {checkout}.")
+    assert "`python3 -m pip install -e .`" in why
+    doctor = python("-m", "linkrx", "doctor", cwd=checkout)
+    assert f"no: {why}" in doctor.stdout
+
+
+WARNED = """
+import logging, socket, linkrx
+logging.basicConfig(format="%(levelname)s %(message)s")
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+linkrx.open(receiver, backend="os_readv").close()
+print("named")
+for _ in range(2):
+    with linkrx.open(receiver) as rx:
+        print(rx.backend)
+"""
+
+
+def test_a_missing_core_is_told_once(installed: Path) -> None:
+    """The first open that chooses logs a warning with the reason; later ones, and those that name a backend, do not."""
+    why = reason(installed)
+    assert why == (
+        f"the C core is not in {installed}/linkrx/_core: install linkrx again, with `python3 -m pip install "
+        "--force-reinstall linkrx`"
+    )
+    told = python("-c", WARNED, cwd=installed).stdout.splitlines()
+    warning = f"WARNING without its C core linkrx receives many times slower: {why}"
+    assert sorted(told) == sorted(["named", warning, "os_readv", "os_readv"])
+
+
+STALE = "was built from other sources"
+
+
+@pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
+def test_a_core_of_another_version_in_a_wheel(installed: Path) -> None:
+    """A core beside other Python files than it was built with is refused with a sentence, and linkrx works without it."""
+    put_core(installed)
+    told = python("-c", "from linkrx import _core; print(_core.reason)", cwd=installed)
+    assert told.stdout == "None\n"
+    note = installed / "linkrx/_core/_built.py"
+    note.write_text('SOURCES = "0123456789abcdef"\n')
+    why = reason(installed)
+    assert STALE in why
+    assert (
+        f"({sources_hash()}) than this linkrx has (0123456789abcdef) and is not used: install linkrx again"
+        in why
+    )
+    assert python("-c", WARNED, cwd=installed).stdout.count("os_readv") == 2
+    note.unlink()
+    assert "than this linkrx has (unknown)" in reason(installed)
+
+
+@needs_sources
+@pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
+def test_a_core_of_another_version_in_a_checkout(checkout: Path) -> None:
+    """Once a C file is edited, the core that was built before is refused, and linkrx says that it must be built again."""
+    put_core(checkout)
+    told = python("-c", "from linkrx import _core; print(_core.reason)", cwd=checkout)
+    assert told.stdout == "None\n"
+    with (checkout / "linkrx/_core/readv.c").open("a") as file:
+        file.write("/* edited */\n")
+    why = reason(checkout)
+    assert STALE in why
+    assert why.endswith(f"type `python3 -m pip install -e .` in {checkout}")
+    doctor = python("-m", "linkrx", "doctor", cwd=checkout)
+    assert re.search(rf"^C core +no: the C core .* {STALE}", doctor.stdout, re.MULTILINE)
+
+
+def test_a_core_that_knows_no_version(installed: Path) -> None:
+    """A core from before there was such a note, and one that cannot be loaded, are told apart and refused."""
+    core = installed / "linkrx/_core"
+    (core / "_native.py").write_text("class lib: pass\nclass ffi: string = staticmethod(bytes)\n")
+    assert f"{STALE} (unknown)" in reason(installed)
+    (core / "_native.py").unlink()
+    (core / "_native.abi3.so").write_bytes(b"no library")
+    why = reason(installed)
+    assert why.startswith("the C core cannot be loaded (")
+    assert "_native.abi3.so" in why

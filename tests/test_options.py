@@ -1,0 +1,117 @@
+"""Numbers that cannot be are refused by every option and every timeout, with its name."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import socket
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+import linkrx
+
+# Options that take numbers, each with what else it takes that is none.
+NUMERIC: dict[str, tuple[object, ...]] = {
+    "batch_size": (None,),
+    "vnet_header": (None, True, False),
+    "buffer_sizes": (None,),
+    "fanout": (None, "auto"),
+    "receive_buffer": (None,),
+    "latency": (),
+}
+NUMBERS = [math.nan, math.inf, -math.inf, -1, -0.5, 2**80, -(2**80), 10**400, 1.5, 1e300, Decimal(1)]
+OTHERS = [
+    True,
+    None,
+    "",
+    "1",
+    [],
+    [1.0],
+    [math.nan],
+    [True],
+    (),
+    (-1,),
+    (math.inf, "hash"),
+    {},
+    {1},
+    1j,
+    object(),
+]
+
+
+@pytest.fixture
+def datagram() -> Iterator[socket.socket]:
+    """One end of a pair."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        yield receiver
+
+
+def test_the_numeric_options_are_these() -> None:
+    """Every option of open whose type has a number in it is tested below."""
+    types = {name: str(kind) for name, kind in linkrx.OpenOptions.__annotations__.items()}
+    assert {name for name, kind in types.items() if re.search(r"\b(int|float)\b", kind)} == set(NUMERIC)
+
+
+def is_one(name: str, value: Any) -> bool:
+    """Whether an option takes a value."""
+    if name == "latency":
+        return type(value) in (int, float) and 0 < value < math.inf
+    return any(value is other for other in NUMERIC[name])
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+@pytest.mark.parametrize("value", [*NUMBERS, *OTHERS], ids=lambda value: repr(value)[:20])
+def test_what_is_no_number_of_an_option(datagram: socket.socket, name: str, value: Any) -> None:
+    """A number out of range is a ValueError and what is no such number a TypeError, and each begins with the name."""
+    if is_one(name, value):
+        return
+    options: dict[str, Any] = {name: value}
+    number = type(value) is int or (type(value) is float and name == "latency")
+    kinds = ValueError if number and name != "buffer_sizes" else (TypeError, ValueError)
+    for call in (linkrx.open, linkrx.choose):
+        with pytest.raises(kinds, match=f"^{name}=") as caught:
+            call(datagram, **options)
+        assert not isinstance(caught.value, linkrx.LinkrxError)
+
+
+async def _first(batches: Any) -> None:
+    async for _ in batches:
+        return
+
+
+WAYS: dict[str, Callable[[linkrx.Dispatcher, Any], object]] = {
+    "dispatch": lambda rx, timeout: rx.dispatch(timeout),
+    "recv": lambda rx, timeout: rx.recv(timeout),
+    "batches": lambda rx, timeout: next(rx.batches(timeout)),
+    "async batches": lambda rx, timeout: asyncio.run(_first(rx.batches(timeout))),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("timeout", "kind"),
+    [(math.nan, ValueError), (-1, ValueError), (-math.inf, ValueError), ("1", TypeError), ([], TypeError)],
+)
+def test_what_is_no_timeout(datagram: socket.socket, way: str, timeout: Any, kind: type[Exception]) -> None:
+    """A timeout that is no time is refused with its name, in every way to receive."""
+    with linkrx.open(datagram, lambda *_: None) as rx, pytest.raises(kind, match=r"^timeout="):
+        WAYS[way](rx, timeout)
+
+
+@pytest.mark.parametrize("sizes", [(math.nan,), (1.5,), (True,), ("1",), 3, None])
+def test_what_is_no_ladder(sizes: Any) -> None:
+    """IovecBuffer refuses sizes that are no int with a TypeError that names them."""
+    with pytest.raises(TypeError, match=r"^buffer_sizes="):
+        linkrx.IovecBuffer(sizes)
+
+
+@pytest.mark.parametrize("size", [math.nan, 1.5, True, "1", None])
+def test_what_is_no_size_of_a_header(size: Any) -> None:
+    """So it does of the size of a virtio-net header."""
+    with pytest.raises(TypeError, match=r"^vnet_header_size="):
+        linkrx.IovecBuffer(vnet_header_size=size)

@@ -1,0 +1,131 @@
+"""What users write passes their type checkers, and the public names are these."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+
+import linkrx
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+# What nobody but linkrx makes: its constructor is not for users.
+MADE_BY_LINKRX = {
+    "BackendInfo",
+    "Batch",
+    "Batches",
+    "Choice",
+    "Dispatcher",
+    "LentBatch",
+    "Packet",
+    "Stats",
+    "Verdict",
+}
+# Classes in these are for authors of backends, who import from there.
+FOR_AUTHORS = {"linkrx.backend"}
+
+# Each line must be refused by every checker.
+MISTAKES = [
+    'linkrx.open("eth0", batch_sise=3)',
+    'linkrx.open("eth0", latency="long")',
+    "linkrx.choose(3.5)",
+    'linkrx.choose("eth0", timestamps=1.5)',
+    'linkrx.open("eth0", lambda packet: None)',
+    'linkrx.choose("eth0").backend = "readv"',
+    'linkrx.open("eth0").recv().remote.hex()',
+]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder with every program of the README, the client, and a file of mistakes from its second line on."""
+    for number, program in enumerate(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)):
+        (tmp_path / f"readme_{number}.py").write_text(program)
+    (tmp_path / "client.py").write_text((HERE / "client.py").read_text())
+    (tmp_path / "mistakes.py").write_text("\n".join(["import linkrx", *MISTAKES, ""]))
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    return tmp_path
+
+
+def refused(folder: Path, *command: str) -> set[tuple[str, int]]:
+    """File and line of each error that a type checker finds."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False
+    )
+    found = re.findall(r"(\w+\.py):(\d+).*?error:? ", done.stdout)
+    assert found, done.stdout + done.stderr
+    print(done.stdout)
+    return {(name, int(line)) for name, line in found}
+
+
+EXPECTED = {("mistakes.py", line) for line in range(2, 2 + len(MISTAKES))}
+
+
+def test_mypy(programs: Path) -> None:
+    """mypy --strict accepts what is right, and refuses each mistake."""
+    files = sorted(path.name for path in programs.glob("*.py"))
+    assert refused(programs, "mypy", "--strict", "--config-file=", "--no-pretty", *files) == EXPECTED
+
+
+def test_pyright(programs: Path) -> None:
+    """So does pyright, with its strict rules."""
+    assert refused(programs, "basedpyright", "--pythonpath", sys.executable) == EXPECTED
+
+
+def test_the_public_list() -> None:
+    """The client uses each name of linkrx.__all__, in which there is no other, and every name is there."""
+    used = set(re.findall(r"\blinkrx\.(\w+)", (HERE / "client.py").read_text()))
+    assert used == set(linkrx.__all__)
+    assert sorted(linkrx.__all__) == list(dict.fromkeys(sorted(linkrx.__all__)))
+    public = {name for name, value in vars(linkrx).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert public == set(linkrx.__all__)
+
+
+def shown(name: str) -> Iterator[tuple[str, Any]]:
+    """Every annotation that the public name shows, with where it stands."""
+    thing = getattr(linkrx, name)
+    names = {**vars(builtins), **vars(linkrx)}  # some modules import only for type checkers
+    if not inspect.isclass(thing):
+        hints = get_type_hints(thing, localns=names) if inspect.isfunction(thing) else {name: thing}
+        yield from ((f"{name}: {key}", hint) for key, hint in hints.items())
+        return
+    attributes = get_type_hints(thing, localns=names)
+    yield from ((f"{name}.{key}", hint) for key, hint in attributes.items() if not key.startswith("_"))
+    for key, member in inspect.getmembers_static(thing):
+        member = getattr(member, "fget", getattr(member, "__func__", member))
+        if not inspect.isfunction(member) or (key.startswith("_") and not key.startswith("__")):
+            continue
+        if key in ("__init__", "__new__") and name in MADE_BY_LINKRX:
+            continue
+        hints = get_type_hints(member, localns=names)
+        yield from ((f"{name}.{key}: {parameter}", hint) for parameter, hint in hints.items())
+
+
+def classes(hint: Any) -> Iterator[type]:
+    """Every class in a type."""
+    if isinstance(hint, list | tuple):
+        for part in hint:
+            yield from classes(part)
+    elif get_origin(hint) is not None:
+        yield from classes(get_args(hint))
+    elif inspect.isclass(hint):
+        yield hint
+
+
+@pytest.mark.parametrize("name", sorted(linkrx.__all__))
+def test_every_type_that_is_shown_is_exported(name: str) -> None:
+    """Each class of linkrx in the signature of a public function, method, property or attribute is a public name."""
+    public = {id(getattr(linkrx, one)) for one in linkrx.__all__}
+    for where, hint in shown(name):
+        for kind in classes(hint):
+            if kind.__module__.partition(".")[0] == "linkrx" and kind.__module__ not in FOR_AUTHORS:
+                assert id(kind) in public, f"{where} shows {kind.__module__}.{kind.__name__}"
