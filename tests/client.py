@@ -77,13 +77,8 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
 
 
 def main() -> None:
-    """A device, a ladder, and what lends."""
+    """A device and a ladder."""
     buffer = linkrx.IovecBuffer(linkrx.BUFFER_SIZES)
     with linkrx.TunTap("tap7", vnet_header=True, offload=True) as tap:
         print(tap.offload & linkrx.Offload.TSO4, tap.name, buffer.next_iovecs(), refused(tap))
         receive(tap, {"batch_size": 64, "latency": 0.5, "segment": True})
-    with linkrx.open("eth0", zero_copy=True) as rx:
-        for batch in rx.batches():
-            if isinstance(batch, linkrx.LentBatch):
-                with batch:
-                    print(len(batch))

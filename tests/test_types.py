@@ -25,7 +25,6 @@ MADE_BY_LINKRX = {
     "Batches",
     "Choice",
     "Dispatcher",
-    "LentBatch",
     "Packet",
     "Stats",
     "Verdict",

@@ -6,6 +6,7 @@ that says why and what to type. A core that was compiled from other sources than
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
