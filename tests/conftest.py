@@ -1,4 +1,7 @@
-"""One private network namespace for the whole run, and the rule that a skipped device test is no passed test."""
+"""A private network namespace for every process of a run, and the rule that a skipped device test is no passed test.
+
+Tests run in several processes, of pytest-xdist, unless `-n` says otherwise. Each has a network namespace of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,12 @@ from linkrx.capabilities import Capabilities
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 
+# Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
+PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
+
+# Set by --all.
+ALL = False
+
 # Outcomes of conformance cells: supported, refused, inapplicable or unavailable.
 cell_outcomes: Counter[str] = Counter()
 # What was compared with the kernel's own segmentation.
@@ -24,6 +34,8 @@ segmented: Counter[str] = Counter()
 
 def _enter() -> str | None:
     """Why device tests cannot run here; None when they can."""
+    if PARENTS_REASON in os.environ:
+        return os.environ[PARENTS_REASON]
     try:
         namespace.enter_private_network()
         from pyroute2 import IPRoute
@@ -32,12 +44,22 @@ def _enter() -> str | None:
             route.link("set", index=1, state="up")  # lo, for UDP
         linkrx.TunTap().close()
     except (linkrx.LinkrxError, OSError) as error:
+        os.environ[PARENTS_REASON] = str(error)
         return str(error)
     return None
 
 
+# When conftest is read, not in a fixture: entering a user namespace takes a process of one thread.
+NO_DEVICES = _enter()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The path of free-threaded builds and of PyPy, on this interpreter."""
+    """What is left out by default, and the path of free-threaded builds and of PyPy on this interpreter."""
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="also what repeats: walks through every instruction, thousands of opens, the inputs that fuzzing kept",
+    )
     parser.addoption(
         "--distrust-counts",
         action="store_true",
@@ -45,14 +67,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Several processes unless the command line says how many, or names single tests."""
+    undecided = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if undecided and not any("::" in argument for argument in config.args):
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each processor: half of the time a test waits for the kernel to take a device away."""
+    return 2 * min(len(os.sched_getaffinity(0)), 8)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything is opened."""
+    """Before anything is collected and opened."""
+    global ALL
+    ALL = config.getoption("--all")
     if config.getoption("--distrust-counts"):
         arena.REFERENCE_COUNTS_ARE_EXACT = False
 
 
-# When conftest is read, not in a fixture: entering a user namespace takes a process of one thread.
-NO_DEVICES = _enter()
+def pytest_report_header() -> str:
+    """What is run."""
+    return "tests: all" if ALL else "tests: the quick ones; --all runs every one"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what repeats, unless --all is given; begin with what takes longest."""
+    if not ALL:
+        left_out = [item for item in items if item.get_closest_marker("repeats")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("repeats")]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def points(most: int) -> range:
+    """Where to interrupt or to fail a call, one run after the other: everywhere with --all, else at every seventh."""
+    return range(0, most, 1 if ALL else 7)
 
 
 def that_take(kind: str) -> list[str]:
@@ -89,6 +143,22 @@ def no_descriptor_leaks() -> Iterator[None]:
     yield
     left = {number: what for number, what in opened().items() if number not in before}
     assert not left, f"left open: {left}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its counts to the process that prints the summary."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["counts"] = [dict(cell_outcomes), dict(segmented)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """That process adds them up. A worker that crashed has none; the test that it was at has failed."""
+    for counter, counts in zip(
+        (cell_outcomes, segmented), getattr(node, "workeroutput", {}).get("counts", ()), strict=False
+    ):
+        counter.update(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,7 +13,8 @@ from conftest import cell_outcomes
 import linkrx
 from linkrx import rigs, testing
 
-NAMES = [info.name for info in linkrx.backends()]
+SUPPORTED = {info.name: info.supported for info in linkrx.backends()}
+NAMES = list(SUPPORTED)
 ABOUT_LAYOUTS = ("ladder", "truncation")  # for backends that take one of the caller's
 README = Path(__file__).with_name("README.md")
 
@@ -40,7 +41,17 @@ def published(label: str) -> dict[str, dict[str, bool]]:
 
 def cells(kinds: tuple[rigs.MakeRig, ...]) -> list[object]:
     """One parameter for each backend, rig and check."""
-    return [pytest.param(cell, id=cell.name) for name in NAMES for cell in testing.cells(name, kinds)]
+    return [
+        pytest.param(cell, id=cell.name, marks=[pytest.mark.repeats] if repeats(cell) else [])
+        for name in NAMES
+        for cell in testing.cells(name, kinds)
+    ]
+
+
+def repeats(cell: testing.Cell) -> bool:
+    """Whether the first check's cell shows the same: that the backend does not take the source, or is not there."""
+    taken = published("backend").get(cell.backend, {}).get(cell.source, True)
+    return cell.check is not testing.CHECKS[0] and not (taken and SUPPORTED[cell.backend])
 
 
 def settle(cell: testing.Cell) -> None:

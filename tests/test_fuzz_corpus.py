@@ -41,6 +41,7 @@ def replayed(
     return subprocess.run([program, *seeds], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("name", run.NAMES)
 def test_corpus(compiler: str, tmp_path: Path, name: str) -> None:
     """Every kept input passes the oracle and both sanitizers."""
@@ -135,6 +136,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_harness_sees_defect(compiler: str, tmp_path: Path, defect: str) -> None:
     """A core with this defect does not pass."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import ring
-from conftest import that_take
+from conftest import points, that_take
 from super_packets import UDP, Super
 
 import linkrx
@@ -320,7 +320,7 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
 def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
     """After an interruption and stop() every packet was delivered, is counted, or is still in the ring."""
     with rigs.interface() as rig:
-        for point in range(2000):
+        for point in points(2000):
             packets: list[linkrx.Packet] = []
 
             def deliver(
@@ -432,7 +432,7 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) -> None:
     """The kernel tells once that a link is down: wherever an interruption comes, it counts, and its deletion ends it."""
-    for point in range(2000):
+    for point in points(2000):
         with kind() as rig, rig.open(backend, lambda *_: None, **FEW) as rx:
             assert rig.device is not None
             rig.device.set_down()

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Self
 
 import pytest
-from conftest import that_take
+from conftest import points, that_take
 from pyroute2 import IPRoute
 
 import linkrx
@@ -105,7 +105,7 @@ def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
         settings = settings_of(rig.source)
         rig.open(backend, **options).close()  # what is imported and cached on first use
         before, threads = descriptors(), threading.active_count()
-        for step in range(5000):
+        for step in points(5000):
             with FailingStep(step) as failing:
                 try:
                     opened = rig.open(backend, **options)
@@ -131,6 +131,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_thousands_of_dispatchers(backend: str) -> None:
     """Opening, receiving and closing thousands of times leaves descriptors, threads and memory as they were."""
@@ -173,6 +174,7 @@ def test_a_dispatcher_refers_to_nothing_that_refers_to_it(backend: str, kind: ri
         assert [one() for one in alive] == [None, None]
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("devices")
 def test_hundreds_of_queues() -> None:
     """TAP queues opened, received from and closed hundreds of times leave descriptors and memory as they were."""

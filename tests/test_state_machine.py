@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import conftest
 import pytest
 from framed import Setup
 from hypothesis import HealthCheck, settings
@@ -123,11 +124,11 @@ class TapQueue(Machine):
 
 
 def run(machine: type[Machine], examples: int) -> None:
-    """As often as the suite has time for; LINKRX_EXAMPLES sets another number."""
+    """That often with --all, else a third of it; LINKRX_EXAMPLES sets another number."""
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("LINKRX_EXAMPLES", examples)),
+            max_examples=int(os.environ.get("LINKRX_EXAMPLES", examples if conftest.ALL else examples // 3)),
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),

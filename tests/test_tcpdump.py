@@ -32,6 +32,7 @@ def records(saved: bytes) -> list[bytes]:
     return found
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("devices")
 @pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump")
 @pytest.mark.parametrize("backend", that_take("packet"))
