@@ -29,6 +29,9 @@ PROTOCOL = 0x88B5  # IEEE 802: local experimental use
 TAP_MTU = 65_521
 TUN_MTU = VETH_MTU = 65_535
 
+# Room for a hundred of the longest frames, where the kernel gives it.
+PACKET_BUFFER = 8 * 1024 * 1024
+
 _numbers = count()
 
 
@@ -250,7 +253,10 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
         injector_on(far) as injector,
         socket.socket(socket.AF_PACKET, kind, 0) as borrowed,
     ):
-        borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * 1024 * 1024)
+        try:
+            borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_BUFFER)
+        except PermissionError:  # root in a user namespace is not enough; net.core.rmem_max bounds what follows
+            borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PACKET_BUFFER)
         borrowed.bind((device.name, ETH_P_ALL))
         raw = kind == socket.SOCK_RAW
         head = b"" if raw else LOCAL + REMOTE + b"\x08\x00"

@@ -5,6 +5,7 @@ Tests run in several processes, of pytest-xdist, unless `-n` says otherwise. Eac
 
 from __future__ import annotations
 
+import getpass
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def _enter() -> str | None:
     """Why device tests cannot run here; None when they can."""
     if PARENTS_REASON in os.environ:
         return os.environ[PARENTS_REASON]
+    # In a user namespace everyone is root, and pytest would want root's folder of temporary files.
+    os.environ.setdefault("LOGNAME", getpass.getuser())
     try:
         namespace.enter_private_network()
         from pyroute2 import IPRoute
