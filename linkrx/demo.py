@@ -13,8 +13,9 @@ from itertools import count
 from selectors import EVENT_READ, DefaultSelector
 
 import linkrx
+from linkrx import remedies
 from linkrx.dispatcher import Dispatcher
-from linkrx.errors import BECOME_ROOT, LinkrxError, MissingPrivilege
+from linkrx.errors import LinkrxError, MissingPrivilege
 from linkrx.factory import BackendInfo, backends, decide
 from linkrx.namespace import enter_private_network
 from linkrx.options import Options
@@ -188,7 +189,7 @@ def _raw_socket() -> socket.socket:
         raise MissingPrivilege(
             "pinging from a raw socket",
             "CAP_NET_RAW",
-            BECOME_ROOT,
+            remedies.capability("CAP_NET_RAW"),
             error.errno,
         ) from error
 

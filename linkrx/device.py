@@ -6,17 +6,12 @@ Needs CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_priva
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
-import struct
 import time
 from typing import Any
 
-from linkrx.capabilities import IFNAMSIZ, IFREQ_BYTES
-from linkrx.source import IFF_UP, SIOCGIFFLAGS
-
-SIOCSIFFLAGS = 0x8914  # linux/sockios.h
+from linkrx.namespace import bring_up
 
 # The kernel looks at changes of carrier once a second: net/core/link_watch.c.
 CARRIER_PATIENCE = 30.0
@@ -98,10 +93,7 @@ def delete_if_there(name: str) -> None:
 def raised_injector(name: str) -> socket.socket:
     """Bring an interface up, and make a socket that sends on it; for work inside another namespace."""
     injector = injector_on(name)
-    request = struct.pack(f"{IFREQ_BYTES}s", name.encode())
-    (flags,) = struct.unpack_from("H", fcntl.ioctl(injector, SIOCGIFFLAGS, request), IFNAMSIZ)
-    request = struct.pack(f"{IFNAMSIZ}sH{IFREQ_BYTES - IFNAMSIZ - 2}x", name.encode(), flags | IFF_UP)
-    fcntl.ioctl(injector, SIOCSIFFLAGS, request)
+    bring_up(name, injector)
     # Binding to what was down has left an ENETDOWN behind.
     injector.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return injector

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import linkrx
-from linkrx import _core
-from linkrx.errors import BECOME_ROOT, MissingPrivilege
+from linkrx import _core, remedies
+from linkrx.errors import MissingPrivilege
 from linkrx.factory import BackendInfo, backends, choose, from_environment
 from linkrx.terminal import Terminal
 from linkrx.tuntap import DEVICE
@@ -54,10 +54,11 @@ def _host() -> list[tuple[str, str]]:
         ("Python", python),
         ("kernel", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("C core", "yes" if _core.reason is None else f"no: {_core.reason}"),
-        ("CAP_NET_RAW", _privilege(CAP_NET_RAW, "no interface can be opened by name")),
+        ("CAP_NET_RAW", _privilege("CAP_NET_RAW", CAP_NET_RAW, "no interface can be opened by name")),
         (
             "CAP_NET_ADMIN",
             _privilege(
+                "CAP_NET_ADMIN",
                 CAP_NET_ADMIN,
                 "no TAP or TUN device can be made, and net.core.rmem_max bounds receive buffers",
             ),
@@ -73,8 +74,8 @@ def _has(capability: int) -> bool:
     return bool(int(effective.split()[1], 16) >> capability & 1)
 
 
-def _privilege(capability: int, cost: str) -> str:
-    return "yes" if _has(capability) else f"no: {cost}; {BECOME_ROOT}"
+def _privilege(name: str, capability: int, cost: str) -> str:
+    return "yes" if _has(capability) else f"no: {cost}; {remedies.capability(name)}"
 
 
 def _user_namespace() -> str:
@@ -92,7 +93,7 @@ def _device() -> str:
     except FileNotFoundError:
         return f"no: load the driver with `sudo modprobe tun`; in a container add `--device {DEVICE}`"
     except OSError as error:
-        return f"no: {error.strerror}; run as root, or `sudo chmod 666 {DEVICE}`"
+        return f"no: {error.strerror}; {remedies.device_file(DEVICE)}"
     return "yes"
 
 
@@ -116,4 +117,6 @@ def _explain(terminal: Terminal, source: str) -> None:
     for line in choose(source).explain().splitlines():
         terminal.line(line, "green" if line.split()[1] == "chosen" else "")
     if not _has(CAP_NET_RAW):
-        raise MissingPrivilege(f"opening a packet socket on {source!r}", "CAP_NET_RAW", BECOME_ROOT)
+        raise MissingPrivilege(
+            f"opening a packet socket on {source!r}", "CAP_NET_RAW", remedies.capability("CAP_NET_RAW")
+        )

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 
-# How to get a capability, for messages.
-BECOME_ROOT = "run with sudo, or in a namespace of your own with `unshare -Urn`"
-
 
 class LinkrxError(Exception):
     """What all errors of linkrx have in common."""

@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from linkrx import libc
+from linkrx import libc, remedies
 from linkrx.errors import MissingPrivilege
 
 Result = TypeVar("Result")
 
+# linux/sockios.h
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 0x1  # linux/if.h
+IFREQ = struct.Struct("16sH22x")  # struct ifreq, of which this is the name and the flags
+
 
 def enter_private_network() -> None:
-    """Move this process (one thread, nothing open on the network) into a new network namespace.
+    """Move this process (one thread, nothing open on the network) into a new network namespace, in which `lo` is up.
 
     Without CAP_SYS_ADMIN a user namespace comes with it, in which the caller is root. IPv6 is off on interfaces made
-    from now on, so that the kernel sends nothing of its own. Raises MissingPrivilege where neither is allowed.
+    from now on, so that the kernel sends nothing of its own. Threads that run already stay where they are. Raises
+    MissingPrivilege where neither is allowed, and says which threads there are where they are what forbids it.
     """
     try:
         _unshare()
+        _silence()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            bring_up("lo", control)
     except OSError as error:
+        threads = _threads()
+        if error.errno == errno.EINVAL and len(threads) > 1:
+            raise MissingPrivilege(
+                f"a network namespace of one's own, in a process of {len(threads)} threads ({', '.join(threads)}),",
+                "CAP_SYS_ADMIN, or a user namespace, which only a process of one thread may enter",
+                "call enter_private_network() before anything starts a thread",
+                error.errno,
+            ) from error
         raise MissingPrivilege(
             f"a network namespace of one's own ({error.strerror})",
-            "CAP_SYS_ADMIN, or user namespaces for everyone",
-            "run with sudo, or `sudo sysctl kernel.unprivileged_userns_clone=1 "
-            "kernel.apparmor_restrict_unprivileged_userns=0` where these exist",
+            "CAP_SYS_ADMIN or a user namespace",
+            remedies.user_namespace(),
             error.errno,
         ) from error
-    _silence()
+
+
+def bring_up(interface: str, control: socket.socket) -> None:
+    """Set an interface up, in the network namespace of a socket of any kind."""
+    name, flags = IFREQ.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, IFREQ.pack(os.fsencode(interface), 0)))
+    fcntl.ioctl(control, SIOCSIFFLAGS, IFREQ.pack(name, flags | IFF_UP))
+
+
+def _threads() -> list[str]:
+    """What the threads of this process are called: by Python, or by the kernel if another library started them."""
+    known = {thread.native_id: thread.name for thread in threading.enumerate()}
+    tasks = sorted(Path("/proc/self/task").iterdir(), key=lambda task: int(task.name))
+    return [known.get(int(task.name)) or (task / "comm").read_text().strip() for task in tasks]
 
 
 def _silence() -> None:

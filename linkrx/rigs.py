@@ -255,7 +255,8 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
     ):
         try:
             borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_BUFFER)
-        except PermissionError:  # root in a user namespace is not enough; net.core.rmem_max bounds what follows
+        except PermissionError:
+            # Root in a user namespace is not enough. What follows is bounded by net.core.rmem_max.
             borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PACKET_BUFFER)
         borrowed.bind((device.name, ETH_P_ALL))
         raw = kind == socket.SOCK_RAW

@@ -15,6 +15,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import partial
 
+from linkrx import remedies
 from linkrx.capabilities import (
     IFNAMSIZ,
     IFREQ_BYTES,
@@ -27,20 +28,18 @@ from linkrx.capabilities import (
     probe,
     route_socket_for,
 )
-from linkrx.errors import BECOME_ROOT, MissingPrivilege, UnsupportedOption
+from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.fanout import Fanout
 from linkrx.framing import VNET_HEADER_BYTES
 from linkrx.libc import SocketOptions
+from linkrx.namespace import IFF_UP, SIOCGIFFLAGS
 from linkrx.options import Options
 
 logger = logging.getLogger("linkrx")
 
 ETH_P_ALL = 0x0003  # linux/if_ether.h
 
-# linux/sockios.h, linux/if.h
-SIOCGIFNAME = 0x8910
-SIOCGIFFLAGS = 0x8913
-IFF_UP = 0x1
+SIOCGIFNAME = 0x8910  # linux/sockios.h
 
 # linux/if_packet.h, asm-generic/socket.h
 PACKET_ADD_MEMBERSHIP = 1
@@ -254,7 +253,7 @@ def _packet_socket(interface: str) -> socket.socket:
         raise MissingPrivilege(
             f"opening a packet socket on {interface!r}",
             "CAP_NET_RAW",
-            BECOME_ROOT,
+            remedies.capability("CAP_NET_RAW"),
             error.errno,
         ) from error
 

@@ -11,6 +11,7 @@ from enum import IntFlag
 from types import TracebackType
 from typing import Self
 
+from linkrx import remedies
 from linkrx.capabilities import (
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
@@ -20,7 +21,7 @@ from linkrx.capabilities import (
     IFNAMSIZ,
     interface_name,
 )
-from linkrx.errors import BECOME_ROOT, LinkrxError, MissingPrivilege
+from linkrx.errors import LinkrxError, MissingPrivilege
 from linkrx.framing import VNET_HEADER_BYTES
 from linkrx.rtnetlink import RouteSocket
 
@@ -125,7 +126,7 @@ def _open_device() -> int:
         raise MissingPrivilege(
             f"opening {DEVICE}",
             "access to the device",
-            f"run as root, or `sudo chmod 666 {DEVICE}`",
+            remedies.device_file(DEVICE),
             error.errno,
         ) from error
     except FileNotFoundError as error:
@@ -144,7 +145,7 @@ def _attach(fd: int, wanted: bytes, flags: int) -> str:
         raise MissingPrivilege(
             f"attaching to the device {name!r}" if name else "making a device",
             "CAP_NET_ADMIN",
-            BECOME_ROOT,
+            remedies.capability("CAP_NET_ADMIN"),
             error.errno,
         ) from error
     except OSError as error:

@@ -41,10 +41,6 @@ def _enter() -> str | None:
     os.environ.setdefault("LOGNAME", getpass.getuser())
     try:
         namespace.enter_private_network()
-        from pyroute2 import IPRoute
-
-        with IPRoute() as route:
-            route.link("set", index=1, state="up")  # lo, for UDP
         linkrx.TunTap().close()
     except (linkrx.LinkrxError, OSError) as error:
         os.environ[PARENTS_REASON] = str(error)

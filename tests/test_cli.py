@@ -385,10 +385,12 @@ def test_doctor_without_privileges() -> None:
     done = run("-c", UNPRIVILEGED)
     assert done.returncode == 1
     assert re.search(
-        r"^CAP_NET_RAW +no: no interface can be opened by name; run with sudo", done.stdout, re.MULTILINE
+        r"^CAP_NET_RAW +no: no interface can be opened by name; `sudo setpriv .*=\+net_raw COMMAND`",
+        done.stdout,
+        re.MULTILINE,
     )
     assert re.search(r"^CAP_NET_ADMIN +no: no TAP or TUN device", done.stdout, re.MULTILINE)
-    assert done.stderr.startswith("linkrx: opening a packet socket on 'lo' needs CAP_NET_RAW; run with sudo")
+    assert done.stderr.startswith("linkrx: opening a packet socket on 'lo' needs CAP_NET_RAW; `sudo setpriv ")
 
 
 def test_help_is_complete() -> None:

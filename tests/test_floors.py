@@ -11,7 +11,7 @@ PACKAGE = Path(linkrx.__file__).parent
 
 # Floor by floor, lowest first. A module may import from lower floors and from its own.
 FLOORS = (
-    {"errnos", "errors", "ethtool", "libc", "_core"},
+    {"errnos", "errors", "ethtool", "libc", "remedies", "_core"},
     {
         "aio",
         "arena",

@@ -1,18 +1,23 @@
 """Conformance: what every backend must do on every source it accepts, for plug-in authors to call. No pytest inside.
 
-    linkrx.namespace.enter_private_network()
-    for cell in linkrx.testing.cells("mine"):
+    from linkrx import namespace, testing
+
+    namespace.enter_private_network()
+    for cell in testing.cells("mine"):
         print(cell.name, cell.run())
 
 A cell is one check on one kind of source. It holds, or the backend refuses the source, or the source has nothing of
 what it is about; or it raises AssertionError. To be called in the main thread, for signals are among what is checked.
+
+Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter_private_network` gives, and an open
+/dev/net/tun. `cells("mine", linkrx.rigs.PLAIN_RIGS)` are those that need none.
 """
 
 from __future__ import annotations
 
 from linkrx.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 from linkrx.testing import exceptions, lifetimes, links, packets, resources, stops
-from linkrx.testing.cells import Cell, Check, Inapplicable, row_of
+from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
 
 __all__ = ["CHECKS", "Cell", "Check", "Inapplicable", "cells", "row_of"]
 
@@ -56,5 +61,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 def cells(backend: str, rigs: tuple[MakeRig, ...] = PLAIN_RIGS + DEVICE_RIGS) -> list[Cell]:
-    """All cells of one backend."""
+    """All cells of one backend. Raises BackendUnavailable when there is none of that name."""
+    named(backend)
     return [Cell(backend, make_rig, check) for make_rig in rigs for check in CHECKS]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from linkrx.capabilities import probe
-from linkrx.errors import UnsupportedSource
-from linkrx.factory import backends
+from linkrx.errors import BackendUnavailable, UnsupportedSource
+from linkrx.factory import BackendInfo, backends
 from linkrx.rigs import MakeRig, Rig
 
 Check = Callable[[Rig, str], None]
@@ -44,9 +44,10 @@ class Cell:
         """Say "supported" after the check held, "refused" when the backend says why it does not take the source.
 
         "inapplicable" when the source, or the backend's options, have nothing of what the check is about. A refusal
-        must name both backend and reason. Raises AssertionError where the check does not hold.
+        must name both backend and reason. Raises AssertionError where the check does not hold, BackendUnavailable when there
+        is no such backend.
         """
-        info = next(info for info in backends() if info.name == self.backend)
+        info = named(self.backend)
         with self.make_rig() as rig:
             reason = info.backend.refuses(probe(rig.source))
             if reason is None:
@@ -64,6 +65,17 @@ class Cell:
             assert self.backend in told
             assert reason in told
             return "refused"
+
+
+def named(backend: str) -> BackendInfo:
+    """What is known of the backend of that name. Raises BackendUnavailable when there is none."""
+    known = {info.name: info for info in backends()}
+    if backend not in known:
+        raise BackendUnavailable(
+            f"there is no backend {backend!r}: there are {', '.join(known)}. One of your own is found in the folder "
+            "linkrx/backends, or as an entry point of an installed distribution, in the group linkrx.backends"
+        )
+    return known[backend]
 
 
 def row_of(check: Check) -> str:

@@ -1,0 +1,51 @@
+"""What to type where the kernel wants a privilege: the narrowest first, with what it opens up. The README has the rest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+MORE = 'linkrx\'s README, "Privileges", has other ways'
+
+
+def capability(name: str) -> str:
+    """For want of a capability, named as in capabilities(7)."""
+    flag = "+" + name.removeprefix("CAP_").lower()
+    return (
+        f"`sudo setpriv --reuid=$(id -u) --regid=$(id -g) --init-groups --inh-caps={flag} --ambient-caps={flag} COMMAND` "
+        f"gives it to that command alone, and `unshare -Urn COMMAND` has it in a network of its own; {MORE}"
+    )
+
+
+def device_file(path: str) -> str:
+    """For want of access to a device file."""
+    return (
+        f"`sudo chgrp GROUP {path} && sudo chmod 660 {path}` opens it to one group of yours, until the next start: what its "
+        f"members can do with it is use devices that are theirs, and make some where they have CAP_NET_ADMIN; {MORE}"
+    )
+
+
+def user_namespace(settings: Path = Path("/proc/sys")) -> str:
+    """For want of a user namespace; `settings` is where the kernel's settings are."""
+
+    def number(name: str) -> int | None:
+        try:
+            return int((settings / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+    interpreter = os.path.realpath(sys.executable)
+    if number("kernel/apparmor_restrict_unprivileged_userns") == 1:
+        return (
+            "AppArmor keeps user namespaces from programs without a profile: `echo 'abi <abi/4.0>, profile linkrx "
+            f"{interpreter} flags=(unconfined) {{ userns, }}' | sudo tee /etc/apparmor.d/linkrx && sudo apparmor_parser -r "
+            f"/etc/apparmor.d/linkrx` allows them to whatever runs in this interpreter, and to nothing else; {MORE}"
+        )
+    for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):
+        if number(name) == 0:
+            return (
+                f"{name.replace('/', '.')} is 0, which keeps user namespaces from all but root: run this one command with "
+                f"sudo, or allow them to everyone, and with them parts of the kernel that only root reaches otherwise; {MORE}"
+            )
+    return f"run this one command with sudo; in a container, add `--cap-add SYS_ADMIN` to its start; {MORE}"

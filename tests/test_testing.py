@@ -1,0 +1,186 @@
+"""linkrx.testing as the authors of plug-ins meet it, and the private network that its checks need."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import linkrx
+from linkrx import remedies, testing
+
+# A plug-in backend of another name that does what os_readv does.
+PLUG_IN = """
+from linkrx.backends.os_readv import OsReadv
+
+class Mine(OsReadv):
+    name = "mine"
+"""
+
+# Where the caller is root in a user namespace, and of the machine has what any user has.
+AS_ANYONE = """
+import os
+from pathlib import Path
+from linkrx import libc
+uid, gid = os.getuid(), os.getgid()
+libc.unshare(libc.CLONE_NEWUSER)
+Path("/proc/self/setgroups").write_text("deny")
+Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+"""
+
+# Without any capability, whoever runs the tests: capset(2), linux/capability.h.
+AS_NOBODY = """
+import ctypes, struct
+assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0
+"""
+
+ENTER = """
+import threading
+import linkrx
+from linkrx import namespace
+try:
+    namespace.enter_private_network()
+except linkrx.MissingPrivilege as error:
+    print(error)
+"""
+
+
+def run(program: str, path: Path | None = None) -> str:
+    """What a program of its own process prints; `path` is searched for modules and distributions."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **({} if path is None else {"PYTHONPATH": str(path)})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def documented() -> str:
+    """The program in the docstring of linkrx.testing."""
+    described = inspect.getdoc(testing) or ""
+    return textwrap.dedent("\n".join(line for line in described.splitlines() if line.startswith("    ")))
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("who", ["", AS_ANYONE], ids=["as_caller", "in_a_user_namespace"])
+def test_the_documented_program(who: str, tmp_path: Path) -> None:
+    """The program that linkrx.testing prints checks a plug-in backend on every kind of source, also without root."""
+    (tmp_path / "mine.py").write_text(PLUG_IN)
+    described = tmp_path / "mine-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[linkrx.backends]\nmine = mine:Mine\n")
+    program = documented()
+    assert 'testing.cells("mine")' in program
+    few = "from linkrx import testing\ntesting.CHECKS = testing.CHECKS[:1]\n"
+    told = run(who + few + program, tmp_path)
+    kinds = [make.__name__ for make in linkrx.rigs.PLAIN_RIGS + linkrx.rigs.DEVICE_RIGS]
+    assert told.splitlines() == [f"mine-{kind}-delivery supported" for kind in kinds]
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    """An unknown name is an error that lists the backends there are and says where one's own is found."""
+    for use in (
+        lambda: testing.cells("carrier_pigeon"),
+        testing.Cell("carrier_pigeon", linkrx.rigs.udp, testing.CHECKS[0]).run,
+    ):
+        with pytest.raises(linkrx.BackendUnavailable) as caught:
+            use()
+        assert str(caught.value).startswith(
+            "there is no backend 'carrier_pigeon': there are packet_mmap, recvmmsg, readv, os_readv. "
+        )
+        assert "the group linkrx.backends" in str(caught.value)
+
+
+@pytest.mark.usefixtures("devices")
+def test_the_private_network_has_its_loopback_interface() -> None:
+    """Behind enter_private_network UDP reaches 127.0.0.1, and no other interface is there."""
+    told = run(
+        ENTER + "import socket\n"
+        "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "one.bind(('127.0.0.1', 0))\n"
+        "one.sendto(b'here', one.getsockname())\n"
+        "print(one.recv(10), socket.if_nameindex())\n"
+    )
+    assert told == "b'here' [(1, 'lo')]\n"
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_process_with_threads_is_told_which() -> None:
+    """Where threads keep a process from a user namespace, the error names them and says what to do."""
+    before, after = ENTER.split("try:")
+    told = run(
+        AS_NOBODY
+        + before
+        + "done = threading.Event()\n"
+        + "threading.Thread(target=done.wait, name='the one that waits').start()\n"
+        + "try:"
+        + after
+        + "done.set()\n"
+    )
+    assert told == (
+        "[Errno 22] a network namespace of one's own, in a process of 2 threads (MainThread, the one that waits), needs "
+        "CAP_SYS_ADMIN, or a user namespace, which only a process of one thread may enter; call "
+        "enter_private_network() before anything starts a thread\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"kernel/apparmor_restrict_unprivileged_userns": "1\n"}, "sudo tee /etc/apparmor.d/linkrx"),
+        ({"kernel/unprivileged_userns_clone": "0\n"}, "kernel.unprivileged_userns_clone is 0"),
+        ({"user/max_user_namespaces": "0\n"}, "user.max_user_namespaces is 0"),
+        ({"kernel/apparmor_restrict_unprivileged_userns": "0\n"}, "--cap-add SYS_ADMIN"),
+        ({}, "--cap-add SYS_ADMIN"),
+    ],
+)
+def test_the_narrowest_remedy_for_user_namespaces(
+    settings: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    """What forbids user namespaces decides what is to be typed, and that is nothing that opens more than it must."""
+    for name, value in settings.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(value)
+    remedy = remedies.user_namespace(tmp_path)
+    assert told in remedy
+    assert "sysctl" not in remedy
+    assert "chmod 666" not in remedies.device_file("/dev/net/tun")
+
+
+def test_a_refusal_says_what_to_type() -> None:
+    """Where the kernel allows neither, the error has its reason, what is missing and what to type."""
+    told = run(
+        AS_NOBODY
+        + "from linkrx import libc\n"
+        + "def refuse(flags): raise PermissionError(1, 'Operation not permitted')\n"
+        + "libc.unshare = refuse\n"
+        + ENTER
+    )
+    assert told == (
+        "[Errno 1] a network namespace of one's own (Operation not permitted) needs CAP_SYS_ADMIN or a user "
+        f"namespace; {remedies.user_namespace()}\n"
+    )
+
+
+def test_threads_of_other_libraries_have_names_too() -> None:
+    """A thread that Python did not start is listed by what the kernel calls it, the main thread first."""
+    told = run(
+        "import _thread\n"
+        "from linkrx import namespace\n"
+        "lock = _thread.allocate_lock()\n"
+        "lock.acquire()\n"
+        "_thread.start_new_thread(lock.acquire, ())\n"
+        "print(namespace._threads())\n"
+    )
+    assert re.fullmatch(r"\['MainThread', 'python.*'\]\n", told)
