@@ -27,7 +27,8 @@ SOURCES_HASH = runpy.run_path(str(CORE / "sources.py"))["sources_hash"]()
 # A free-threaded build has no stable ABI before CPython 3.15, so only the others get an abi3 wheel.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
-# Beside the one that cffi makes from linkrx/_core/build.py.
+# Beside the one that cffi makes from linkrx/_core/build.py of all C files in that folder. BuildCore adds flags, include
+# folder and LRX_SOURCES to each. Sources of others lie in folders below.
 EXTENSIONS: list[Extension] = []
 
 KEPT_LINES = 200  # of what the compiler said

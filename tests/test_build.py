@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from linkrx._core.sources import sources_hash
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "linkrx" / "_core"
-COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
+MULTIARCH = sysconfig.get_config_var("MULTIARCH") or ""
+# musl has its own headers, and needs the kernel's.
+FLAGS = {
+    "gcc": [],
+    "clang": [],
+    "musl-gcc": ["-idirafter", "/usr/include", "-idirafter", f"/usr/include/{MULTIARCH}"],
+}
+COMPILERS = [name for name in FLAGS if shutil.which(name)]
 WARNINGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
 # What GCC 14 makes errors by itself.
 WARNINGS += ["-Werror=implicit-function-declaration", "-Werror=int-conversion"]
@@ -78,7 +86,7 @@ def put_core(folder: Path) -> None:
 
 
 @needs_sources
-@pytest.mark.skipif(not COMPILERS, reason="needs gcc or clang")
+@pytest.mark.skipif(not COMPILERS, reason="needs gcc, clang or musl-gcc")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_every_header_stands_on_its_own(compiler: str, tmp_path: Path) -> None:
     """A file that includes one header of the core and nothing else compiles, and every C file does, without a warning."""
@@ -88,11 +96,12 @@ def test_every_header_stands_on_its_own(compiler: str, tmp_path: Path) -> None:
     for name in headers:
         files.append(tmp_path / f"{name}.c")
         files[-1].write_text(f'#include "{name}"\n')
-    command = [compiler, *WARNINGS, "-Wno-unused-function", f"-I{CORE}", *map(str, files)]
+    flags = [*WARNINGS, *FLAGS[compiler]]
+    command = [compiler, *flags, "-Wno-unused-function", f"-I{CORE}", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     sources = [str(path) for path in CORE.glob("*.c") if path.name != "_native.c"]
-    done = subprocess.run([compiler, *WARNINGS, *sources], capture_output=True, text=True, check=False)
+    done = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -342,7 +342,7 @@ def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.M
         "linkrx.arena.mmap.mmap",
         "linkrx.reception.Reception._build",
         "linkrx.source.Source.link_state",
-        "linkrx.factory.choose",
+        "linkrx.factory.decide",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, refuse)

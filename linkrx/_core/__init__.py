@@ -37,7 +37,7 @@ def _again() -> str:
     return f"type `python3 -m pip install -e .` in {_HERE.parent.parent}"
 
 
-def _why_missing(error: ImportError) -> str:
+def _why_missing(name: str, error: ImportError) -> str:
     failure = build_failure()
     if failure is not None:
         summary = failure.partition("\n")[0]
@@ -45,7 +45,7 @@ def _why_missing(error: ImportError) -> str:
             f"the C core could not be built when linkrx was installed: {summary}; `linkrx doctor` shows all that "
             "the compiler said. Mend that, and install linkrx again"
         )
-    if any(_HERE.glob("_native.*so")):
+    if any(_HERE.glob(f"{name}.*so")):
         return f"the C core cannot be loaded ({error}): {_again()}"
     if sources_hash() is not None:
         return (
@@ -60,7 +60,7 @@ def _load(name: str, built_from: Callable[[Any], str]) -> tuple[Any, str | None]
     try:
         module = import_module(f"linkrx._core.{name}")
     except ImportError as error:
-        return None, _why_missing(error)
+        return None, _why_missing(name, error)
     wanted = _wanted()
     try:
         built = built_from(module)

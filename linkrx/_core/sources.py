@@ -12,13 +12,15 @@ GENERATED = "_native.c"
 
 
 def sources_hash() -> str | None:
-    """The hash over build.py and all C sources beside this file; None in a wheel, which has none.
+    """The hash over build.py and all C sources beside and below this file; None in a wheel, which has none.
 
     Python and C share structures and numbers that both write down. A core is used only where this hash is the same
     as when it was compiled.
     """
-    names = sorted(path.name for path in HERE.iterdir() if path.suffix in (".c", ".h", ".inc"))
-    names = [name for name in names if name != GENERATED]
+    paths = (
+        path.relative_to(HERE).as_posix() for path in HERE.rglob("*.*") if path.suffix in (".c", ".h", ".inc")
+    )
+    names = sorted(path for path in paths if path != GENERATED)
     if not names:
         return None
     hashed = hashlib.sha256()
