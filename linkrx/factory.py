@@ -157,14 +157,11 @@ def _decide_here(capabilities: Capabilities, options: Options, backend: str) -> 
     for unknown in set(avoid) - {info.name for info in infos}:
         logger.warning("LINKRX_AVOID names %r, and there is no such backend", unknown)
     try:
-        choice = decide(capabilities, infos, options, name, avoid)
+        return decide(capabilities, infos, options, name, avoid)
     except (BackendUnavailable, UnsupportedOption, UnsupportedSource) as error:
         if name == backend:
             raise
         raise type(error)(f"LINKRX_BACKEND={name}: {error}") from error
-    if name == "auto" and _core.reason is not None:
-        _warn_without_core(_core.reason)
-    return choice
 
 
 @cache
@@ -253,6 +250,8 @@ def open(  # noqa: A001
     opened = open_source(source, wanted)
     try:
         choice = _decide_here(opened.capabilities, wanted, backend)
+        if _core.reason is not None and from_environment(backend)[0] == "auto":
+            _warn_without_core(_core.reason)
         return Dispatcher(opened, wanted, choice, {one.name: one for one in _classes()}, deliver)
     except BaseException:
         opened.close()

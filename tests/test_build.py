@@ -73,7 +73,7 @@ def checkout(tmp_path: Path) -> Path:
 def installed(checkout: Path) -> Path:
     """The same as a wheel leaves it: without the C sources, with a note of which they were."""
     (checkout / "linkrx/_core/_built.py").write_text(f'SOURCES = "{sources_hash()}"\n')
-    for path in (checkout / "linkrx/_core").iterdir():
+    for path in list((checkout / "linkrx/_core").rglob("*.*")):
         if path.suffix in (".c", ".h", ".inc"):
             path.unlink()
     return checkout
@@ -146,6 +146,31 @@ def test_a_compiler_that_fails_on_the_core(checkout: Path) -> None:
     # The next build takes back what this one said.
     done = build(checkout, fake_compiler(checkout, "nothing.c"))
     assert not (checkout / "linkrx/_core/build_failure.txt").exists(), done.stdout
+
+
+@needs_sources
+def test_an_old_build_folder(checkout: Path) -> None:
+    """What an earlier build left in build/ is compiled anew, or not used: no wheel has a core that is out of date."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
+    done = python(
+        "setup.py", "build", "--build-lib", "lib", cwd=checkout, CC=fake_compiler(checkout, "nothing.c")
+    )
+    core = checkout / "lib/linkrx/_core"
+    note = (core / "_built.py").read_text()
+    (old,) = core.glob("_native*.so")
+    old.write_bytes(b"old")
+    done = python(
+        "setup.py", "build", "--build-lib", "lib", cwd=checkout, CC=fake_compiler(checkout, "nothing.c")
+    )
+    assert old.read_bytes() == b"", done.stdout
+    with (checkout / "linkrx/_core/readv.c").open("a") as file:
+        file.write("/* edited */\n")
+    done = python(
+        "setup.py", "build", "--build-lib", "lib", cwd=checkout, CC=fake_compiler(checkout, "readv.c")
+    )
+    assert not old.exists(), done.stdout
+    assert "a comma is missing" in (core / "build_failure.txt").read_text()
+    assert (core / "_built.py").read_text() != note
 
 
 @needs_sources
