@@ -62,14 +62,9 @@ class BuildCore(build_ext):
     failures: list[str]
     in_checkout: bool  # an editable install, or build_ext --inplace
 
-    def finalize_options(self) -> None:
-        """Compile everything anew: what an old build/ has may be of another version, whatever its times say."""
-        super().finalize_options()
-        self.force = True
-        self.failures = []
-
     def run(self) -> None:
         """Compile, then write down of which sources this is the package."""
+        self.failures = []
         self.in_checkout = bool(self.inplace or self.editable_mode)
         for extension in self.extensions:
             extension.optional = not REQUIRED
@@ -90,7 +85,7 @@ class BuildCore(build_ext):
         )
 
     def build_extension(self, extension: Extension) -> None:
-        """One of them. What an earlier build made of it goes first, so that a failure leaves nothing that is out of date."""
+        """One of them. What an earlier build made of it goes first: it may be of another version, whatever its time says."""
         for folder in [self.build_lib, *(["."] if self.in_checkout else [])]:
             (Path(folder) / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         said: list[str] = []
