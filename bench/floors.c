@@ -163,14 +163,15 @@ static void stamp(uint8_t *frame, uint64_t number)
         frame[STAMP + k] = (uint8_t)(number >> (24 - 8 * k));
 }
 
-/* Send so many frames, each with its number in it, from `distinct` of them in turn. Returns those that were taken. */
-long fill(int fd, uint8_t *frames, long size, long distinct, long packets)
+/* Send the frames from number `first` on, each with its number in it, from `distinct` of them in turn. Returns how many
+ * were taken. */
+long fill(int fd, uint8_t *frames, long size, long distinct, long first, long packets)
 {
-    for (long k = 0; k < packets; k++) {
+    for (long k = first; k < first + packets; k++) {
         uint8_t *frame = frames + k % distinct * size;
         stamp(frame, (uint64_t)k);
         if (send(fd, frame, (size_t)size, 0) != size)
-            return k;
+            return k - first;
     }
     return packets;
 }
@@ -203,6 +204,23 @@ void flood(int fd, uint8_t *frame, long size, uint64_t duration_ns, struct flood
     }
     result->took_ns = now - start;
     result->cpu_ns = clock_of(CLOCK_THREAD_CPUTIME_ID) - cpu;
+}
+
+/* Send so many frames as `fill` does, one every `interval_ns`, awake in between. What is late is sent at once. Returns
+ * those that were taken; `late` counts those that were sent an interval or more behind their time. */
+long send_paced(int fd, uint8_t *frames, long size, long distinct, long packets, uint64_t interval_ns, uint64_t *late)
+{
+    uint64_t start = clock_of(CLOCK_MONOTONIC);
+
+    for (long k = 0; k < packets; k++) {
+        uint64_t due = start + (uint64_t)k * interval_ns, now;
+        while ((now = clock_of(CLOCK_MONOTONIC)) < due)
+            ;
+        *late += now - due >= interval_ns;
+        if (fill(fd, frames, size, distinct, k, 1) != 1)
+            return k;
+    }
+    return packets;
 }
 
 /* Send frames one by one with a pause before each in which who receives falls asleep, and say when each was sent. */

@@ -108,27 +108,40 @@ class Frames:
         )
         return list(sent)
 
-    def send(self, injector: socket.socket, packets: int) -> int:
-        """Send so many; returns those that the kernel took."""
+    def send(self, injector: socket.socket, packets: int, first: int = 0) -> int:
+        """Send so many, numbered from `first` on; returns those that the kernel took."""
         call = library().fill
         call.restype = ctypes.c_long
-        return int(
-            call(
-                injector.fileno(),
-                self._address,
-                ctypes.c_long(self.size),
-                ctypes.c_long(self.distinct),
-                ctypes.c_long(packets),
-            )
+        numbers = map(ctypes.c_long, (self.size, self.distinct, first, packets))
+        return int(call(injector.fileno(), self._address, *numbers))
+
+    def send_paced(self, injector: socket.socket, packets: int, interval_ns: int) -> tuple[int, int]:
+        """Send so many, one every `interval_ns`; returns those that the kernel took, and how many of them were late."""
+        call, late = library().send_paced, ctypes.c_uint64(0)
+        call.restype = ctypes.c_long
+        sent = call(
+            injector.fileno(),
+            self._address,
+            *map(ctypes.c_long, (self.size, self.distinct, packets)),
+            ctypes.c_uint64(interval_ns),
+            ctypes.byref(late),
         )
+        return int(sent), late.value
+
+    def numbered(self, packets: int) -> Iterator[bytes]:
+        """What `send` sends."""
+        for number in range(packets):
+            at = number % self.distinct * self.size
+            yield (
+                self._memory[at : at + STAMP]
+                + struct.pack("!I", number)
+                + self._memory[at + STAMP + 4 : at + self.size]
+            )
 
     def check(self, packets: int) -> int:
         """The checksum of that many, in order."""
         check = 1
-        for number in range(packets):
-            at = number % self.distinct * self.size
-            frame = bytearray(self._memory[at : at + self.size])
-            struct.pack_into("!I", frame, STAMP, number)
+        for frame in self.numbered(packets):
             check = zlib.adler32(frame, check)
         return check
 

@@ -28,7 +28,22 @@ BUILD_SECONDS = 600
 
 
 class Missing(Exception):
-    """Why a peer cannot be measured here."""
+    """Why a reader cannot be measured here."""
+
+
+class Field:
+    """The readers that take part, and the reasons of those that do not."""
+
+    def __init__(self) -> None:
+        self.readers: dict[str, Reader] = {}
+        self.left_out: dict[str, str] = {}
+
+    def add(self, name: str, make: Callable[[], Reader]) -> None:
+        """Make a reader, if it can be made."""
+        try:
+            self.readers[name] = make()
+        except Missing as missing:
+            self.left_out[name] = str(missing)
 
 
 def package(name: str, install: str) -> Any:
@@ -62,34 +77,6 @@ def os_read(queue: Queue, fd: int) -> Reader:
         return queue.packets
 
     return loop(queue, bare, lambda: os.read(fd, ROOM))
-
-
-def os_read_parsed(queue: Queue, fd: int) -> Reader:
-    """os.read, the Ethernet header taken apart, and a call."""
-    unpack = struct.Struct("!6s6sH").unpack_from
-
-    def handle(remote: bytes, local: bytes, protocol: int, frame: bytes) -> None:
-        pass
-
-    def bare() -> int:
-        for _ in range(queue.packets):
-            frame = os.read(fd, ROOM)
-            local, remote, protocol = unpack(frame)
-            handle(remote, local, protocol, frame)
-        return queue.packets
-
-    return loop(queue, bare, lambda: os.read(fd, ROOM))
-
-
-def socket_recv(queue: Queue, source: socket.socket) -> Reader:
-    """socket.recv: one `bytes` each."""
-
-    def bare() -> int:
-        for _ in range(queue.packets):
-            source.recv(ROOM)
-        return queue.packets
-
-    return loop(queue, bare, lambda: source.recv(ROOM))
 
 
 def socket_recv_into(queue: Queue, source: socket.socket) -> Reader:
@@ -188,6 +175,18 @@ def pcapy_on(near: str) -> Any:
     reader.set_buffer_size(BUFFER)
     reader.activate()
     reader.setnonblock(1)
+    return reader
+
+
+def cypcap_on(near: str) -> Any:
+    """The same of cypcap."""
+    reader = package("cypcap", "cypcap").create(near)
+    reader.set_snaplen(65_536)
+    reader.set_promisc(False)
+    reader.set_timeout(0.001)
+    reader.set_buffer_size(BUFFER)
+    reader.activate()
+    reader.setnonblock(True)
     return reader
 
 

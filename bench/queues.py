@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Union
 
 from floors import Frames, loop_floor, ring_floor
 from race import Check, Drain, Queue, Reader
@@ -33,7 +33,8 @@ def packets_of(size: int, most: int = PACKETS, fill: int = FILL_BYTES) -> int:
     return min(most, max(64, fill // size // 64 * 64))
 
 
-Opened = tuple[Queue, "int | str | HasFileno", Reader]
+Source = Union[int, str, HasFileno]  # noqa: UP007
+Opened = tuple[Queue, Source, Reader]
 
 
 @contextmanager
@@ -186,7 +187,7 @@ Way = Callable[[linkrx.Dispatcher, int, Check | None], Drain]
 WAYS: dict[str, Way] = {"columns": columns, "batch": batch, "each": each, "deliver": deliver}
 
 
-def linkrx_reader(queue: Queue, source: int | str | HasFileno, way: Way, **options: Any) -> Reader:
+def linkrx_reader(queue: Queue, source: Source, way: Way, **options: Any) -> Reader:
     """linkrx on a source, in one way."""
 
     @contextmanager

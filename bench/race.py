@@ -11,7 +11,7 @@ import socket
 import statistics
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from linkrx import _core
 
-ROUNDS = 50
-WARMUP = 3
-ENOUGH = 10  # undisturbed rounds to take a median of, or else all rounds count
-CHECKED = 2  # rounds in which all bytes are looked at, before any is timed
+ROUNDS = 9
+DRAINS = 5  # of each reader in a round; their median is its figure for the round
+WARMUP = 3  # drains before the first round
+CHECKED = 2  # drains in which all bytes are looked at, before any is timed
 
 Buffer = bytes | bytearray | memoryview
 Drain = Callable[[], int]
@@ -36,6 +36,9 @@ class Sendable(Protocol):
 
     def send(self, injector: socket.socket, packets: int) -> int:
         """Send so many; returns those that the kernel took."""
+
+    def numbered(self, packets: int) -> Iterator[bytes]:
+        """What `send` sends."""
 
     def check(self, packets: int) -> int:
         """The checksum of that many, in order."""
@@ -106,15 +109,19 @@ def race(
     subject: str,
     *,
     floor: str = "C floor",
-    rounds: int = ROUNDS,
+    per_round: int = DRAINS,
+    warmup: int = WARMUP,
     **facts: object,
 ) -> None:
     """Measure readers beside each other; `subject` is the one that pytest-benchmark gets the time of.
 
-    In every round each drains its queue once, in random order. Filling is not timed. All that is drained must be what
-    was put in: the number in every round, in CHECKED rounds also the order and every byte. Drains in which the kernel took
-    the processor away for another process do not count, where ENOUGH others are left. The figures are in `extra_info`: `readers` has ns per packet (median and least) of each and the ratio of its median round to that of
-    `floor`; `ns`, `floor_ns` and `ratio` are the subject's.
+    There are ROUNDS rounds. In a round each reader drains its queue `per_round` times, in turn with all others and in
+    random order; the median of these is its figure for the round. Filling is not timed. What is drained must be what
+    was put in: the number every time, in CHECKED drains before also the order and every byte. A drain in which the
+    kernel took the processor away for another process does not count, unless all of its round are such.
+
+    The figures are in `extra_info`. `readers` has for each the nanoseconds per packet of every round, their median, the
+    least, and the median of the ratios to `floor` in the same round. `ns`, `floor_ns` and `ratio` are the subject's.
     """
     for name, reader in readers.items():
         verify(name, reader)
@@ -159,13 +166,19 @@ def race(
         gc.collect()
         gc.freeze()
         try:
-            benchmark.pedantic(drain, args=(subject,), setup=start_round, rounds=rounds, warmup_rounds=WARMUP)
+            benchmark.pedantic(
+                drain,
+                args=(subject,),
+                setup=start_round,
+                rounds=ROUNDS * per_round,
+                warmup_rounds=warmup,
+            )
             finish_round()
         finally:
             gc.unfreeze()
     note(benchmark, **facts)
     if benchmark.enabled:
-        timed = {name: took[WARMUP:] for name, took in spent.items()}
+        timed = {name: rounds_of(took[warmup:], per_round) for name, took in spent.items()}
         note(benchmark, **figures(timed, subject, floor))
 
 
@@ -187,26 +200,37 @@ def preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
-def figures(timed: dict[str, list[Drained]], subject: str, floor: str) -> dict[str, object]:
-    """Medians, minima, and ratios of the medians to the floor's; and how many rounds were disturbed."""
-    counted = {name: [ns for ns, disturbed in took if not disturbed] for name, took in timed.items()}
-    for name, took in timed.items():
-        if len(counted[name]) < ENOUGH:
-            counted[name] = [ns for ns, _ in took]
-    medians = {name: statistics.median(took) for name, took in counted.items()}
+def rounds_of(took: list[Drained], drains: int = DRAINS) -> list[float]:
+    """A figure for each round: the median of its drains that nobody disturbed, or of all."""
+    rounds = []
+    for first in range(0, len(took), drains):
+        one = took[first : first + drains]
+        undisturbed = [ns for ns, disturbed in one if not disturbed]
+        rounds.append(statistics.median(undisturbed or [ns for ns, _ in one]))
+    return rounds
+
+
+def ratio_of(one: list[float], other: list[float]) -> float:
+    """The median of the ratios of two readers, round by round."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def figures(rounds: dict[str, list[float]], subject: str, floor: str) -> dict[str, object]:
+    """Every round, the median and the least of each reader, and the ratio to the floor."""
+    readers = {
+        name: {
+            "ns": round(statistics.median(took), 1),
+            "least_ns": round(min(took), 1),
+            "ratio": round(ratio_of(took, rounds[floor]), 3),
+            "rounds": [round(ns, 1) for ns in took],
+        }
+        for name, took in rounds.items()
+    }
     return {
-        "readers": {
-            name: {
-                "ns": round(medians[name], 1),
-                "least_ns": round(min(took), 1),
-                "ratio": round(medians[name] / medians[floor], 3),
-                "disturbed": sum(disturbed for _, disturbed in timed[name]),
-            }
-            for name, took in counted.items()
-        },
-        "ns": round(medians[subject], 1),
-        "floor_ns": round(medians[floor], 1),
-        "ratio": round(medians[subject] / medians[floor], 3),
+        "readers": readers,
+        "ns": readers[subject]["ns"],
+        "floor_ns": readers[floor]["ns"],
+        "ratio": readers[subject]["ratio"],
     }
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from floors import Frames, receive_singly
 from queues import SOURCES
-from race import ROUNDS, note
+from race import note
 
 import linkrx
 
 CELLS = [(source, backend) for source, (_, backends) in SOURCES.items() for backend in backends]
+ROUNDS = 50
 SINGLE = 20  # packets of a round
 PAUSE_NS = (300_000, 900_000)  # before each of them, in which the receiver falls asleep
 WAKE_ROUNDS = 15

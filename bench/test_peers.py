@@ -5,14 +5,13 @@ The time that pytest-benchmark shows is that of linkrx's `deliver`; the others' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import peers
 import pytest
 from floors import Frames
-from peers import Missing
+from peers import Field
 from queues import (
     WAYS,
     linkrx_reader,
@@ -37,21 +36,6 @@ PCAPY = {
 }
 
 
-class Field:
-    """The readers that take part, and the reasons of those that do not."""
-
-    def __init__(self) -> None:
-        self.readers: dict[str, Reader] = {}
-        self.left_out: dict[str, str] = {}
-
-    def add(self, name: str, make: Callable[[], Reader]) -> None:
-        """Make a reader, if it can be made."""
-        try:
-            self.readers[name] = make()
-        except Missing as missing:
-            self.left_out[name] = str(missing)
-
-
 @SIZED
 def test_tap(benchmark: Any, size: int) -> None:
     """A TAP queue for everyone."""
@@ -69,9 +53,8 @@ def test_tap(benchmark: Any, size: int) -> None:
         field.readers["linkrx os_readv, deliver"] = linkrx_reader(
             queue, source, WAYS["deliver"], backend="os_readv"
         )
-        for name, make in (("os.read", peers.os_read), ("os.read, unpack, call", peers.os_read_parsed)):
-            queue, source, _ = own()
-            field.readers[name] = make(queue, source.fileno())
+        queue, source, _ = own()
+        field.readers["os.read"] = peers.os_read(queue, source.fileno())
 
         def pytun() -> Reader:
             device = stack.enter_context(peers.pytun_device())
@@ -103,9 +86,8 @@ def test_unix(benchmark: Any, size: int) -> None:
         for way in WAYS:
             queue, source, _ = own()
             field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, source, WAYS[way])
-        for name, make in (("socket.recv", peers.socket_recv), ("socket.recv_into", peers.socket_recv_into)):
-            queue, source, _ = own()
-            field.readers[name] = make(queue, source)
+        queue, source, _ = own()
+        field.readers["socket.recv_into"] = peers.socket_recv_into(queue, source)
         for mode in ("recvmmsg", "readv"):
 
             def gvisor(mode: str = mode) -> Reader:
@@ -135,9 +117,8 @@ def test_interface(benchmark: Any, size: int) -> None:
         for way in ("columns", "deliver"):
             alone, source, _ = own()
             field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(alone, source, WAYS[way])
-        for name, make in (("socket.recv", peers.socket_recv), ("socket.recv_into", peers.socket_recv_into)):
-            alone, source, _ = own()
-            field.readers[name] = make(alone, source)
+        alone, source, _ = own()
+        field.readers["socket.recv_into"] = peers.socket_recv_into(alone, source)
         for dissect, name in ((False, "scapy, raw"), (True, "scapy, dissected")):
 
             def scapy(dissect: bool = dissect) -> Reader:

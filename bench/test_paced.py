@@ -1,0 +1,59 @@
+"""A stream at a fixed rate on a TAP: processor time per packet of who receives, asleep in between where there is time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import pytest
+from floors import Frames
+from paced import Stream, in_loop, polled, run, sending
+from peers import Field
+from queues import tap
+from race import Reader, race
+
+import linkrx
+
+SIZE = 64
+SECONDS, SHORT_SECONDS = 0.2, 0.02  # of a stream
+LATENCY, LATENCY_RATE = 0.0005, 50_000
+
+
+@pytest.mark.parametrize("rate", [5_000, 50_000, 200_000])
+def test_paced(benchmark: Any, processors: list[int], rate: int) -> None:
+    """Every packet that was sent is received: by hand, by `run()`, and under asyncio."""
+    if len(processors) < 2:
+        pytest.skip("to send on another processor takes two")
+    packets = int(rate * (SECONDS if benchmark.enabled else SHORT_SECONDS))
+    field = Field()
+    with ExitStack() as stack:
+
+        def add(name: str, make: Callable[[Stream, linkrx.TunTap], Reader]) -> None:
+            queue, source, _ = stack.enter_context(tap(Frames(SIZE)))
+            assert isinstance(source, linkrx.TunTap)
+            sender = stack.enter_context(sending(queue, processors[0]))
+            stream = Stream(queue, source, sender, packets, rate)
+            field.add(name, lambda: make(stream, source))
+
+        add("poll, os.read", lambda stream, source: polled(stream, source.fileno()))
+        add("run, readv", partial(run, backend="readv"))
+        add("run, os_readv", partial(run, backend="os_readv"))
+        if rate == LATENCY_RATE:
+            add("run, latency=0.0005", partial(run, latency=LATENCY))
+        add("add_reader, os.read", partial(in_loop, way="os.read"))
+        add("add_reader, drain", partial(in_loop, way="drain"))
+        add("async for", partial(in_loop, way="async for"))
+        race(
+            benchmark,
+            field.readers,
+            "run, readv",
+            floor="poll, os.read",
+            per_round=1,
+            warmup=1,
+            rate=rate,
+            size=SIZE,
+            packets=packets,
+            left_out=field.left_out,
+        )
