@@ -206,16 +206,22 @@ void flood(int fd, uint8_t *frame, long size, uint64_t duration_ns, struct flood
     result->cpu_ns = clock_of(CLOCK_THREAD_CPUTIME_ID) - cpu;
 }
 
-/* Send so many frames as `fill` does, one every `interval_ns`, awake in between. What is late is sent at once. Returns
- * those that were taken; `late` counts those that were sent an interval or more behind their time. */
+#define SPIN_NS 100000   /* before a frame is due: a sleep ends that much late */
+
+/* Send so many frames as `fill` does, one every `interval_ns`. What is late is sent at once. Returns those that were taken;
+ * `late` counts those that were sent an interval or more behind their time. */
 long send_paced(int fd, uint8_t *frames, long size, long distinct, long packets, uint64_t interval_ns, uint64_t *late)
 {
     uint64_t start = clock_of(CLOCK_MONOTONIC);
 
     for (long k = 0; k < packets; k++) {
         uint64_t due = start + (uint64_t)k * interval_ns, now;
-        while ((now = clock_of(CLOCK_MONOTONIC)) < due)
-            ;
+        while ((now = clock_of(CLOCK_MONOTONIC)) < due) {
+            if (due - now > SPIN_NS) {
+                struct timespec pause = {0, (long)(due - now - SPIN_NS)};
+                nanosleep(&pause, NULL);
+            }
+        }
         *late += now - due >= interval_ns;
         if (fill(fd, frames, size, distinct, k, 1) != 1)
             return k;

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from queues import BUFFER
+from queues import BUFFER, BYTE
 from race import Buffer, Check, Drain, OwnClock, Queue, Reader
 
 from linkrx.source import SO_RCVBUFFORCE
@@ -193,8 +193,8 @@ def cypcap_on(near: str) -> Any:
 def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
     """A call of pcapy-ng that takes many packets without waiting, on a ring as large as linkrx's.
 
-    `next_batch` (metadata only), `next_batch_bytes` (and one `bytes` each), `dispatch` (a callback with header and
-    `bytes`), `loop_to_buffer` (all into one buffer: no object per packet).
+    `next_batch` (metadata only), `next_batch_byte` (and one byte of each), `next_batch_bytes` (and one `bytes` each),
+    `loop_to_buffer` (all into one buffer: no object per packet).
     """
     wanted = queue.packets
     package("pcapy", "pcapy-ng")  # says at once if it is not there
@@ -221,29 +221,21 @@ def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
                     data[start : start + length]
             return packets
 
+        def next_batch_byte() -> int:
+            packets = 0
+            while packets < wanted:
+                data, meta = reader.next_batch(1024)
+                packets += len(meta) // size
+                for _, _, start, _ in struct.iter_unpack("=4I", meta):
+                    data[start + BYTE]
+            return packets
+
         def next_batch_checked() -> int:
             packets = 0
             while packets < wanted:
                 for frame in _pcapy_records(*reader.next_batch(1024)):
                     show(frame)
                     packets += 1
-            return packets
-
-        def dispatch() -> int:
-            packets = 0
-
-            def take(header: object, data: bytes) -> None:
-                nonlocal packets
-                packets += 1
-
-            def take_checked(header: object, data: bytes) -> None:
-                nonlocal packets
-                packets += 1
-                show(data)
-
-            taker = take if check is None else take_checked
-            while packets < wanted:
-                reader.dispatch(-1, taker)
             return packets
 
         def loop_to_buffer() -> int:
@@ -258,8 +250,8 @@ def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
 
         calls = {
             "next_batch": next_batch if check is None else next_batch_checked,
+            "next_batch_byte": next_batch_byte if check is None else next_batch_checked,
             "next_batch_bytes": next_batch_bytes if check is None else next_batch_checked,
-            "dispatch": dispatch,
             "loop_to_buffer": loop_to_buffer,
         }
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = {"floor": "#8b949e", "linkrx": "#1f6feb", "peer": "#d29922"}
-LEGEND = {"floor": "bare C loop", "linkrx": "linkrx", "peer": "what else there is"}
+LEGEND = {"floor": "by hand", "linkrx": "linkrx", "peer": "what else there is"}
 WIDTH, NAMES, VALUES, LINE, GAP = 880, 300, 170, 20, 46
 WIDE = 10  # times as much as the least: beyond that a scale is logarithmic
 
@@ -19,7 +19,7 @@ def number(value: float) -> str:
 
 @dataclass
 class Bar:
-    """A reader: its name, nanoseconds per packet, times the floor, and a key of COLOURS."""
+    """A reader: its name, nanoseconds per packet, times what it is compared with, and a key of COLOURS."""
 
     name: str
     ns: float
@@ -60,7 +60,7 @@ class Scale:
 def svg(title: str, panels: list[Panel]) -> str:
     """The panels below each other, each on a scale of its own."""
     if not panels:
-        raise SystemExit("nothing to plot: test_peers.py was not measured")
+        raise SystemExit("nothing to plot: test_lone.py, test_paced.py and test_work.py were not measured")
     parts: list[str] = []
 
     def text(x: float, y: float, what: str, style: str = "") -> None:

@@ -21,11 +21,13 @@ from linkrx import _core
 
 ROUNDS = 9
 DRAINS = 5  # of each reader in a round; their median is its figure for the round
+ENOUGH = 3  # undisturbed rounds to take a median of, or else all rounds count
 WARMUP = 3  # drains before the first round
 CHECKED = 2  # drains in which all bytes are looked at, before any is timed
 
 Buffer = bytes | bytearray | memoryview
 Drain = Callable[[], int]
+Figures = dict[str, Any]  # of a reader, see `race`
 Drained = tuple[float, bool]  # ns per packet, and whether another process had the processor meanwhile
 
 
@@ -118,10 +120,12 @@ def race(
     There are ROUNDS rounds. In a round each reader drains its queue `per_round` times, in turn with all others and in
     random order; the median of these is its figure for the round. Filling is not timed. What is drained must be what
     was put in: the number every time, in CHECKED drains before also the order and every byte. A drain in which the
-    kernel took the processor away for another process does not count, unless all of its round are such.
+    kernel took the processor away for another process does not count, unless all of its round are such; such a round
+    does not count where ENOUGH others are left.
 
-    The figures are in `extra_info`. `readers` has for each the nanoseconds per packet of every round, their median, the
-    least, and the median of the ratios to `floor` in the same round. `ns`, `floor_ns` and `ratio` are the subject's.
+    The figures are in `extra_info`. `readers` has for each the nanoseconds per packet of every round, which of these were
+    disturbed, their median, the least, and the median of the ratios to `floor` in the same round. `ns`, `floor_ns` and
+    `ratio` are the subject's.
     """
     for name, reader in readers.items():
         verify(name, reader)
@@ -200,32 +204,40 @@ def preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
-def rounds_of(took: list[Drained], drains: int = DRAINS) -> list[float]:
-    """A figure for each round: the median of its drains that nobody disturbed, or of all."""
-    rounds = []
+def rounds_of(took: list[Drained], drains: int = DRAINS) -> Figures:
+    """The figures of a reader. Of a round: the median of its drains that nobody disturbed, or else of all."""
+    rounds: list[float] = []
+    disturbed: list[int] = []
     for first in range(0, len(took), drains):
         one = took[first : first + drains]
-        undisturbed = [ns for ns, disturbed in one if not disturbed]
-        rounds.append(statistics.median(undisturbed or [ns for ns, _ in one]))
-    return rounds
+        calm = [ns for ns, others in one if not others]
+        if not calm:
+            disturbed.append(len(rounds))
+        rounds.append(round(statistics.median(calm or [ns for ns, _ in one]), 1))
+    figures: Figures = {"ns": 0, "least_ns": min(rounds), "rounds": rounds, "disturbed": disturbed}
+    figures["ns"] = round(statistics.median(_calm(figures)), 1)
+    return figures
 
 
-def ratio_of(one: list[float], other: list[float]) -> float:
+def _calm(*readers: Figures) -> list[Any]:
+    """The rounds in which none of them was disturbed, where ENOUGH are left, or else all: of two, their ratios."""
+    lines = list(zip(*(one["rounds"] for one in readers), strict=True))
+    disturbed = {number for one in readers for number in one["disturbed"]}
+    calm = [line for number, line in enumerate(lines) if number not in disturbed]
+    chosen = calm if len(calm) >= ENOUGH else lines
+    return [line[0] if len(line) == 1 else line[0] / line[1] for line in chosen]
+
+
+def ratio_of(one: Figures, other: Figures) -> float:
     """The median of the ratios of two readers, round by round."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+    ratio: float = statistics.median(_calm(one, other))
+    return round(ratio, 3)
 
 
-def figures(rounds: dict[str, list[float]], subject: str, floor: str) -> dict[str, object]:
-    """Every round, the median and the least of each reader, and the ratio to the floor."""
-    readers = {
-        name: {
-            "ns": round(statistics.median(took), 1),
-            "least_ns": round(min(took), 1),
-            "ratio": round(ratio_of(took, rounds[floor]), 3),
-            "rounds": [round(ns, 1) for ns in took],
-        }
-        for name, took in rounds.items()
-    }
+def figures(readers: dict[str, Figures], subject: str, floor: str) -> dict[str, object]:
+    """Of all readers, with the ratio to the floor; and those of the subject."""
+    for one in readers.values():
+        one["ratio"] = ratio_of(one, readers[floor])
     return {
         "readers": readers,
         "ns": readers[subject]["ns"],

@@ -9,79 +9,23 @@ the table of that name. Of a benchmark that is in several FILEs the last counts.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plot import Bar, Panel, number, svg
+from plot import number, svg
+from results import SIZES, SOURCES, Lines, Results, figure, table
+from targets import targets_table
+from world import kept_table, lone_table, paced_table, panels, work_table, world_table
 
-Facts = dict[str, Any]
-Lines = list[str]
-
-SIZES = (64, 576, 1514, 9014, 65535)
 WAYS = {
     "columns": "`batches()`",
     "batch": "`for packet in batch`",
     "each": "`for packet in rx`",
     "deliver": "`deliver`",
 }
-SOURCES = {
-    "tap": "TAP",
-    "packet": "packet socket",
-    "ring": "interface, ring",
-    "unix": "AF_UNIX",
-    "interface": "interface",
-}
-
-
-class Results:
-    """What was measured, by the name of the test and what it was measured for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.machines: list[str] = []
-        self.facts: dict[str, Facts] = {}
-        for file in files:
-            report = json.loads(file.read_text())
-            commit = report.get("commit_info", {})
-            tree = f"{commit.get('id', '?')[:7]}{' and changes' if commit.get('dirty') else ''}"
-            for one in report["benchmarks"]:
-                facts = {**one["extra_info"], "test": one["name"].partition("[")[0]}
-                self.facts[one["fullname"]] = facts
-                machine = (
-                    f"Linux {facts['kernel']}, {facts['cpu']}, CPython {facts['python']}, "
-                    f"{'with' if facts['core'] else 'without'} the C core; commit {tree}, {report['datetime'][:10]}"
-                )
-                if machine not in self.machines:
-                    self.machines.append(machine)
-
-    def of(self, test: str, **wanted: object) -> list[Facts]:
-        """All of a test for which these facts hold."""
-        return [
-            facts
-            for facts in self.facts.values()
-            if facts["test"] == test and all(facts.get(name) == value for name, value in wanted.items())
-        ]
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Lines:
-    """In Markdown; nothing where there are no rows."""
-    head, body = list(head), [list(row) for row in rows]
-    if not body:
-        return []
-    return [row_of(head), row_of("---" if not n else "---:" for n, _ in enumerate(head)), *map(row_of, body)]
-
-
-def row_of(cells: Iterable[str]) -> str:
-    """A line of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def figure(value: float | None) -> str:
-    """Nothing for what was not measured."""
-    return "" if value is None else number(value)
 
 
 def race_table(results: Results, source: str) -> Lines:
@@ -222,69 +166,6 @@ def stream_table(results: Results) -> Lines:
     return table(head, rows)
 
 
-def targets_table(results: Results) -> Lines:
-    """What was aimed at, and what this run has."""
-    rows: list[Lines] = []
-
-    def aim(what: str, wanted: float, most: bool, found: float | None) -> None:
-        if found is not None:
-            met = found <= wanted if most else found >= wanted
-            bound = f"at {'most' if most else 'least'} {wanted:g}"
-            rows.append([what, bound, figure(found), "yes" if met else "no"])
-
-    def ratio(size: int, **wanted: object) -> float | None:
-        return next((one.get("ratio") for one in results.of("test_receive", size=size, **wanted)), None)
-
-    def ns(source: str, size: int, *names: str) -> float | None:
-        """Of the fastest of these readers."""
-        readers = next(iter(results.of(f"test_{source}", size=size)), {}).get("readers", {})
-        return min((one["ns"] for name, one in readers.items() if name in names), default=None)
-
-    def quotient(one: float | None, other: float | None) -> float | None:
-        return one / other if one and other else None
-
-    each = ("pcapy-ng next_batch, bytes each", "pcapy-ng dispatch")
-    all_of_pcapy = ("pcapy-ng loop_to_buffer", "pcapy-ng next_batch", *each)
-    for size in (64, 1514):
-        columns, walk = ns("interface", size, "linkrx packet_mmap, columns"), ns("interface", size, "C floor")
-        bare, batch = ns("interface", size, *each), ns("interface", size, "linkrx packet_mmap, batch")
-        fastest = ns("interface", size, *all_of_pcapy)
-        deliver = ns("interface", size, "linkrx packet_mmap, deliver")
-        tap = ratio(size, source="tap", backend="readv", way="columns")
-        packet = ratio(size, source="packet", backend="recvmmsg", way="columns")
-        aim(f"TAP, `readv`, `batches()` / C loop, {size} B", 1.03, True, tap)
-        if size == 64:
-            one = ratio(size, source="tap", backend="readv", way="deliver")
-            aim("TAP, `readv`, `deliver` / C loop, 64 B", 1.40, True, one)
-        hand = quotient(ns("tap", size, "linkrx os_readv, deliver"), ns("tap", size, "os.read, unpack, call"))
-        aim(f"TAP, `os_readv`, `deliver` / loop by hand, {size} B", 1.35, True, hand)
-        aim(f"packet socket, `recvmmsg`, `batches()` / C loop, {size} B", 1.05, True, packet)
-        if size == 64 and columns and walk:
-            aim("ring, columns - C walk, ns, 64 B", 30, True, columns - walk)
-        aim(f"pcapy-ng's fastest / ring, columns, {size} B", 2, False, quotient(fastest, columns))
-        aim(
-            f"the same with one `bytes` each / ring, `for packet in batch`, {size} B",
-            1.2 if size == 64 else 2,
-            False,
-            quotient(bare, batch),
-        )
-        aim(
-            f"the same / ring, `deliver`, {size} B",
-            1 if size == 64 else 1.5,
-            False,
-            quotient(bare, deliver),
-        )
-        go = quotient(ns("tap", size, "gVisor, readv"), ns("tap", size, "linkrx readv, deliver"))
-        aim(f"TAP, gVisor / `readv`, `deliver`, {size} B", 1, False, go)
-    for facts in results.of("test_super_packets"):
-        for what, found in facts.get("targets", {}).items():
-            if ", at " in what:
-                name, bound = what.split(", at ")
-                most, wanted = bound.split()
-                aim(f"{facts['transport']}: {name}", float(wanted), most == "most", found)
-    return table(["target", "", "this run", "met"], rows)
-
-
 def import_table(results: Results) -> Lines:
     """Milliseconds of a process that imports a library and ends."""
     rows = [
@@ -296,6 +177,14 @@ def import_table(results: Results) -> Lines:
 
 
 TABLES: dict[str, Callable[[Results], Lines]] = {
+    "world": world_table,
+    "targets": targets_table,
+    "lone": lone_table,
+    "paced": paced_table,
+    "work ring": lambda results: work_table(results, "ring"),
+    "work tap": lambda results: work_table(results, "tap"),
+    "work packet": lambda results: work_table(results, "packet"),
+    "kept": kept_table,
     "machine": lambda results: [f"{machine}." for machine in results.machines],
     "interface": lambda results: race_table(results, "interface"),
     "tap": lambda results: race_table(results, "tap"),
@@ -316,30 +205,8 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
     ),
     "import": import_table,
     "super-packets": split_table,
-    "targets": targets_table,
     "streams": stream_table,
 }
-
-
-def picture(results: Results) -> str:
-    """Every reader of TAP and interface at 64 and 1514 bytes."""
-    panels = []
-    for source in ("tap", "interface"):
-        for facts in results.of(f"test_{source}"):
-            if "readers" not in facts:
-                continue
-            bars = [
-                Bar(name, one["ns"], one["ratio"], kind_of(name)) for name, one in facts["readers"].items()
-            ]
-            panels.append(
-                Panel(f"{SOURCES[source]}, frames of {facts['size']} bytes", sorted(bars, key=lambda b: b.ns))
-            )
-    return svg("Nanoseconds per packet, and the ratio to the bare C loop", panels)
-
-
-def kind_of(name: str) -> str:
-    """Whose it is."""
-    return "floor" if name.startswith("C ") else "linkrx" if name.startswith("linkrx") else "peer"
 
 
 def write(file: Path, tables: dict[str, Lines]) -> None:
@@ -372,7 +239,9 @@ def main() -> None:
         if lines:
             print(f"<!-- report: {name} -->", *lines, "<!-- end -->\n", sep="\n")
     if asked.svg:
-        asked.svg.write_text(picture(results))
+        asked.svg.write_text(
+            svg("Nanoseconds per packet, and times what the loop by hand or pcapy-ng takes", panels(results))
+        )
     for file in asked.write:
         write(file, tables)
 

@@ -14,6 +14,7 @@ from floors import Frames
 from peers import Field
 from queues import (
     WAYS,
+    columns_byte,
     linkrx_reader,
     packet_socket,
     packets_of,
@@ -31,8 +32,8 @@ SLOW_PACKETS = 64  # in a fill for those that take many microseconds for each
 PCAPY = {
     "loop_to_buffer": "pcapy-ng loop_to_buffer",
     "next_batch": "pcapy-ng next_batch",
+    "next_batch_byte": "pcapy-ng next_batch and a byte of each",
     "next_batch_bytes": "pcapy-ng next_batch, bytes each",
-    "dispatch": "pcapy-ng dispatch",
 }
 
 
@@ -107,6 +108,9 @@ def test_interface(benchmark: Any, size: int) -> None:
         assert isinstance(near, str)
         for way in WAYS:
             field.readers[f"linkrx packet_mmap, {way}"] = linkrx_reader(queue, near, WAYS[way])
+        field.readers["linkrx packet_mmap, columns and a byte of each"] = linkrx_reader(
+            queue, near, columns_byte
+        )
         for call, name in PCAPY.items():
             field.add(name, lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
 

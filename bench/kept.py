@@ -1,0 +1,78 @@
+"""How much memory kept packets take, in a process of its own: `kept.py WHO SOURCE SIZE PACKETS EVERY`.
+
+WHO is `linkrx` or `bytes` (a loop by hand, on the same kind of source). Every EVERY-th packet is kept. Prints the bytes by
+which the process grew for each packet that it kept: anonymous memory, so that the kernel's ring is none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from floors import Frames
+from peers import ROOM
+from queues import SOURCES
+
+import linkrx
+
+WARM = 3  # fills of which nothing is kept
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory that are there."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError("no RssAnon in /proc/self/status")
+
+
+def main() -> None:
+    """The command."""
+    who, name = sys.argv[1:3]
+    size, packets, every = map(int, sys.argv[3:])
+    kept: list[Any] = []
+    seen, keeping = 0, False
+
+    def take(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if keeping and seen % every == 0:
+            kept.append(packet)
+
+    with SOURCES["packet" if who == "bytes" and name == "ring" else name][0](Frames(size)) as (
+        queue,
+        source,
+        _,
+    ):
+
+        def fill_and_drain(drain: Callable[[], object]) -> None:
+            queue.fill()
+            until = seen + queue.packets
+            while seen < until:
+                drain()
+
+        def run(drain: Callable[[], object]) -> int:
+            nonlocal keeping
+            for _ in range(WARM):
+                fill_and_drain(drain)
+            before, keeping = anonymous(), True
+            while len(kept) < packets // every:
+                fill_and_drain(drain)
+            return anonymous() - before
+
+        if who == "linkrx":
+            with linkrx.open(source, take) as rx:
+                grown = run(rx.drain)
+        else:
+            assert not isinstance(source, (int, str))
+            fd = source.fileno()
+            grown = run(lambda: take(None, None, 0, os.read(fd, ROOM)))
+        assert all(len(packet) == size for packet in kept)
+        print(round(grown / len(kept), 1))
+
+
+if __name__ == "__main__":
+    main()
