@@ -222,12 +222,13 @@ def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
             return packets
 
         def next_batch_byte() -> int:
-            packets = 0
+            packets = seen = 0
             while packets < wanted:
                 data, meta = reader.next_batch(1024)
                 packets += len(meta) // size
                 for _, _, start, _ in struct.iter_unpack("=4I", meta):
-                    data[start + BYTE]
+                    seen += data[start + BYTE]
+            assert seen == packets * socket.IPPROTO_UDP
             return packets
 
         def next_batch_checked() -> int:

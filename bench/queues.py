@@ -128,13 +128,14 @@ def columns_byte(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Dra
     source = rx.batches()
 
     def drain() -> int:
-        packets = 0
+        packets = seen = 0
         while packets < wanted:
             batch = next(source)
             memory = batch.memory
             for start in batch.starts:
-                memory[start + BYTE]
+                seen += memory[start + BYTE]
             packets += len(batch)
+        assert seen == packets * socket.IPPROTO_UDP
         return packets
 
     return drain if check is None else columns(rx, wanted, check)
