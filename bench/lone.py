@@ -232,7 +232,7 @@ def linkrx_in_loop(queue: Alone, source: Source, way: str, backend: str) -> Read
             if way == "drain":
                 loop.add_reader(fd, rx.drain)
             else:
-                packets = aiter_of(rx)
+                packets: Any = aiter(rx)  # kept: leaving a loop must not end it
 
                 async def iterate() -> None:
                     async for packet in packets:
@@ -246,11 +246,6 @@ def linkrx_in_loop(queue: Alone, source: Source, way: str, backend: str) -> Read
                 loop.remove_reader(fd)
 
     return Reader(queue, opened)
-
-
-def aiter_of(rx: linkrx.Dispatcher) -> Any:
-    """aiter(), which Python 3.10 has; kept, so that leaving the loop does not end the iteration."""
-    return rx.__aiter__()
 
 
 SYNCHRONOUS = {

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from floors import Frames
-from lone import Handle, aiter_of, new_loop, reading, shower
+from lone import Handle, new_loop, reading, shower
 from peers import Missing
 from queues import Source
 from race import Check, Drain, OwnClock, Queue, Reader, preemptions
@@ -244,7 +244,8 @@ def in_loop(stream: Stream, source: Source, way: str) -> Reader:
                     yield Timed(stream, counted, receive)
                     loop.remove_reader(fd)
                     return
-                packets, handle = aiter_of(rx), counted.handle
+                handle = counted.handle
+                packets: Any = aiter(rx)
 
                 async def iterate() -> None:
                     async for packet in packets:

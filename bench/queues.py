@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Union
+from typing import Any
 
 from floors import Frames, loop_floor, ring_floor
 from race import Check, Drain, Queue, Reader
@@ -34,7 +34,7 @@ def packets_of(size: int, most: int = PACKETS, fill: int = FILL_BYTES) -> int:
     return min(most, max(64, fill // size // 64 * 64))
 
 
-Source = Union[int, str, HasFileno]  # noqa: UP007
+Source = int | str | HasFileno
 Opened = tuple[Queue, Source, Reader]
 
 
