@@ -1,4 +1,4 @@
-"""What linkrx aims at, and what this machine has of it: `python bench/targets.py [--json FILE]`, in about two minutes.
+"""What linkrx aims at, and what this machine has of it: `python bench/targets.py [--json FILE]`, in two to three minutes.
 
 Prints Markdown: every target with what was reached, and the tables behind it. A target is met when the median of nine
 interleaved rounds is within 3 % of it. --json keeps all that was measured, every round of it, in the form that
@@ -206,7 +206,7 @@ def kept(results: Results) -> Iterator[Target]:
 
 
 def elsewhere(results: Results) -> Iterator[Target]:
-    """What linkrx has not, and what takes longer than two minutes."""
+    """What linkrx has not, and what takes longer."""
     capture = "there is no linkrx.CaptureFile" if not hasattr(linkrx, "CaptureFile") else "no benchmark yet"
     writer = "there is no linkrx.PcapWriter" if not hasattr(linkrx, "PcapWriter") else "no benchmark yet"
     yield Target("capture file, columns: times as fast as pcapy-ng", 3, least=True, why=capture)

@@ -134,7 +134,7 @@ def world_rows(results: Results) -> list[Row]:
 
     def work(source: str, size: int, name: str) -> Row:
         facts, peer = results.one("test_work", source=source, size=size, work=name), PEERS[source][0]
-        return f"{SOURCES[source]}, {size} B: {SAID[name]}", facts, "linkrx", peer
+        return f"`deliver`, {SOURCES[source]}, {size} B: {SAID[name]}", facts, "linkrx", peer
 
     return [
         ("one packet waiting on a TAP: `dispatch`", lone, "dispatch, readv", "os.read"),
@@ -162,9 +162,7 @@ def world_table(results: Results) -> Lines:
             rows.append(
                 [what, figure(ns_of(facts, ours)), f"`{theirs}`", figure(ns_of(facts, theirs)), figure(ratio)]
             )
-    return table(
-        ["what, ns per packet", "linkrx", "compared with", "it takes", "linkrx takes times that"], rows
-    )
+    return table(["ns per packet", "linkrx", "beside", "ns", "ratio"], rows)
 
 
 def panels(results: Results) -> list[Panel]:
