@@ -14,11 +14,13 @@ enter_private_network()
 # both of them again.
 PROCESSORS = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {PROCESSORS[-1]})
-# malloc() gives free memory at the end of the heap back to the kernel, or not, depending on what lies behind it: whoever
-# keeps packets for a while would be measured with or without page faults by chance. Here it never does.
-M_TRIM_THRESHOLD, TRIM_NEVER = -1, 2**30  # malloc.h
+# malloc() gives free memory back to the kernel, or not, depending on what lies behind it and on what was freed before:
+# whoever keeps packets for a while, or makes large blocks of bytes, would be measured with or without page faults by
+# chance. Here it never does. (Setting one of the two alone would end that the other adapts.)
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_MMAP_THRESHOLD": (-3, 32 * 2**20)}  # malloc.h
 if hasattr(ctypes.CDLL(None), "mallopt"):
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, TRIM_NEVER)
+    for parameter, value in MALLOPT.values():
+        assert ctypes.CDLL(None).mallopt(parameter, value) == 1
 
 
 @pytest.fixture(scope="session")
