@@ -27,6 +27,9 @@ PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
 # Set by --all.
 ALL = False
 
+# The test that runs.
+running: pytest.Item | None = None
+
 # Outcomes of conformance cells: supported, refused, inapplicable or unavailable.
 cell_outcomes: Counter[str] = Counter()
 # What was compared with the kernel's own segmentation.
@@ -103,9 +106,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+def thorough() -> bool:
+    """Whether the test that runs is to do all that it can: with --all. It is marked, so that --all can be had of it alone."""
+    assert running is not None
+    assert running.get_closest_marker("samples"), f"mark {running.name} with pytest.mark.samples"
+    return ALL
+
+
 def points(most: int) -> range:
     """Where to interrupt or to fail a call, one run after the other: everywhere with --all, else at every seventh."""
-    return range(0, most, 1 if ALL else 7)
+    return range(0, most, 1 if thorough() else 7)
 
 
 def that_take(kind: str) -> list[str]:
@@ -123,6 +133,13 @@ def devices() -> None:
         if DEVICES_REQUIRED:
             pytest.fail(f"device tests are required here, and cannot run: {NO_DEVICES}")
         pytest.skip(f"needs to make network devices: {NO_DEVICES}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """For `thorough`."""
+    global running
+    running = item
 
 
 @pytest.fixture(autouse=True)

@@ -315,6 +315,7 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
 
 
 @needs_ring
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)
 def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
@@ -425,6 +426,7 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
 # What is interrupted here is no receive: a deletion, a demotion, a close, silence of a source that yields nothing.
 
 
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     "kind", [rigs.interface, rigs.packet, rigs.packet_segment], ids=lambda kind: kind.__name__

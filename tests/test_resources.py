@@ -85,6 +85,7 @@ def collected() -> Iterator[None]:
 KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet, rigs.packet_segment]
 
 
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     ("backend", "kind"),

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import conftest
 import pytest
+from conftest import thorough
 from framed import Setup
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -128,7 +128,7 @@ def run(machine: type[Machine], examples: int) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("LINKRX_EXAMPLES", examples if conftest.ALL else examples // 3)),
+            max_examples=int(os.environ.get("LINKRX_EXAMPLES", examples if thorough() else examples // 3)),
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -136,16 +136,19 @@ def run(machine: type[Machine], examples: int) -> None:
     )
 
 
+@pytest.mark.samples
 def test_datagrams() -> None:
     """On AF_UNIX datagrams every frame is delivered in order or counted, and what is kept stays true."""
     run(Datagrams, 120)
 
 
+@pytest.mark.samples
 def test_records() -> None:
     """The same on seqpacket, where the peer may hang up at any time."""
     run(Records, 120)
 
 
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 def test_tap_queue() -> None:
     """The same on TAP, with its frames from a real interface."""

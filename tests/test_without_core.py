@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import conftest
 import pytest
+from conftest import thorough
 
 import linkrx
 
@@ -35,6 +35,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     "names",
@@ -54,7 +55,7 @@ def test_the_contract_holds(names: list[str]) -> None:
         "-n",
         "0",  # another process would have the core
         # How a device's deletion is noticed has nothing to do with the core.
-        *(["--all"] if conftest.ALL else ["-k", "not deleted_while"]),
+        *([] if thorough() else ["-k", "not deleted_while"]),
         *(str(HERE / name) for name in names),
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
