@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import linkrx
@@ -23,6 +24,12 @@ DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 
 # Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
 PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
+
+# Examples are not timed: a machine under load takes as long as it takes.
+hypothesis.settings.register_profile(
+    "linkrx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("linkrx")
 
 # Set by --all.
 ALL = False
