@@ -99,7 +99,9 @@ class BuildCore(build_ext):
     def _account(self, name: str, error: str, said: list[str]) -> str:
         """What is told of a failure. The first line is for error messages."""
         compiler = self.compiler.compiler_so[0]
-        summary = next((line for line in said if "error" in line), f"{compiler!r} failed and did not say why")
+        summary = next(
+            (line for line in said if "error:" in line), f"{compiler!r} failed and did not say why"
+        )
         if shutil.which(compiler) is None:
             summary = f"there is no C compiler {compiler!r} (Debian: apt install gcc python3-dev)"
         elif "Python.h" in summary:
