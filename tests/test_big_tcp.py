@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
+from test_segment_senders import local_route
 
 import linkrx
 from linkrx.device import Device, raised_injector
 from linkrx.namespace import inside, new_network
 from linkrx.rigs import veth
-from linkrx.testing.waiting import PATIENCE, running
+from linkrx.testing.waiting import PATIENCE, running, until
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -34,10 +36,12 @@ def give_address(name: str) -> None:
 
 
 def link_local(name: str) -> str:
-    """The address that the kernel has given the interface."""
+    """The address that the kernel has given the interface, once it is this host's."""
     for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines():
         digits, *_, device = line.split()
         if device == name and digits.startswith("fe80"):
+            # Local it is only when a worker of the kernel's has found that nobody is to be asked.
+            until(partial(local_route, digits, name))
             return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
     raise AssertionError(f"{name} has no address")
 
