@@ -39,7 +39,6 @@ _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 def _after_fork() -> None:
     for dispatcher in list(_alive):
         if not dispatcher._released:
-            dispatcher._forked = True
             dispatcher._reception.disown()
 
 
@@ -64,7 +63,7 @@ class Dispatcher:
     ) -> None:
         """Takes the source over once this succeeds."""
         self._closed = self._released = True  # until all is open there is nothing for __del__ to close
-        self._forked = False
+        self._process = os.getpid()
         self._deliver = deliver
         self._delivering = False
         self._owner: dict[str, Claim] = {}  # at most one, see _step
@@ -264,6 +263,11 @@ class Dispatcher:
         self.close()
 
     # Who may come in.
+
+    @property
+    def _forked(self) -> bool:
+        """Whether this is a child of the process that opened it. The C library's fork() tells Python nothing."""
+        return os.getpid() != self._process
 
     def _check_open(self) -> None:
         if self._forked:

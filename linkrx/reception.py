@@ -206,14 +206,14 @@ class Reception:
         table = begin + end
         batch = Batch(arena.memory, begin, table, rows, count, self.framing)
         following = table + ROW_BYTES * rows + 7 & ~7  # as align() does
-        # From here to the end nothing is called, so no signal handler can run.
+        tally = self._tally
+        batches, receives = tally.batches + 1, tally.receives + receives
+        # From here to the end nothing is called, so no signal handler can run, and nothing made, for want of memory.
         if count:
             self.pending = batch
             arena.cursor = following
         self.next = 0
-        tally = self._tally
-        tally.batches += 1
-        tally.receives += receives
+        tally.batches, tally.receives = batches, receives
         self._filling = None
         header[CLASSIFIED] = 0
 

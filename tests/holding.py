@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 import linkrx
 from linkrx import rigs
 from linkrx.rigs import MakeRig, Rig
-from linkrx.testing.waiting import PATIENCE
+from linkrx.testing.waiting import patiently
 
 SIZE = 1403  # no multiple of 8, so that frames that follow each other have something between them
 MARKED = 18  # bytes in front of those that `frame` fills: link header and mark
@@ -44,12 +44,15 @@ class Cell:
 
     @contextmanager
     def opened(self, deliver: Any = None, **options: Any) -> Iterator[tuple[Rig, linkrx.Dispatcher]]:
-        """A source and a dispatcher on it; of a ring a small one, so that it comes round soon."""
-        with ExitStack() as stack:
-            rig = stack.enter_context(self.kind())
-            if self.backend == "packet_mmap":
-                options["receive_buffer"] = RING_BYTES
-            yield rig, stack.enter_context(rig.open(self.backend, deliver, **options))
+        """A source and a dispatcher on it."""
+        with self.kind() as rig, self.open(rig, deliver, **options) as rx:
+            yield rig, rx
+
+    def open(self, rig: Rig, deliver: Any = None, **options: Any) -> linkrx.Dispatcher:
+        """A dispatcher on a source; of a ring a small one, so that it comes round soon."""
+        if self.backend == "packet_mmap":
+            options["receive_buffer"] = RING_BYTES
+        return rig.open(self.backend, deliver, **options)
 
 
 CELLS = tuple(
@@ -94,11 +97,15 @@ def receive(rig: Rig, rx: linkrx.Dispatcher, marks: range) -> list[linkrx.Batch]
     The timer of a ring may close all its blocks while a thread that sends waits for its turn.
     """
     before = rx.stats().kernel_drops or 0
-    send(rig, marks)
-    lost = (rx.stats().kernel_drops or 0) - before
     batches: list[linkrx.Batch] = []
-    while sum(map(len, batches)) < len(marks) - lost:
-        batches.append(next(rx.batches(PATIENCE)))
+
+    def all_there() -> bool:
+        lost = (rx.stats().kernel_drops or 0) - before
+        return sum(map(len, batches)) + lost == len(marks)
+
+    send(rig, marks)
+    for _ in patiently(all_there):
+        batches += islice(rx.batches(0.01), 1)
     sent = iter(marks)
     for packet in chain(*batches):
         assert mark_of(rig, packet) in sent, "a frame comes twice or out of order"
