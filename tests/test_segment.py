@@ -6,8 +6,8 @@ import struct
 from dataclasses import replace
 
 import pytest
+from interruptions import After, Interrupted
 from super_packets import ACK, CWR, ECE, FIN, NOISE, PSH, TCP, UDP, Bench, Make, Row, Super, ones_complement
-from test_interruption import After, Interrupted
 
 from linkrx import _core, segment
 from linkrx.columns import COUNT, ERROR, RECEIVES, Descriptors, align
