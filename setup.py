@@ -27,9 +27,16 @@ SOURCES_HASH = runpy.run_path(str(CORE / "sources.py"))["sources_hash"]()
 # A free-threaded build has no stable ABI before CPython 3.15, so only the others get an abi3 wheel.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
-# Beside the one that cffi makes from linkrx/_core/build.py of all C files in that folder. BuildCore adds flags, include
-# folder and LRX_SOURCES to each. Sources of others lie in folders below.
-EXTENSIONS: list[Extension] = []
+# Beside the one that cffi makes from linkrx/_core/build.py: the types that Python touches once per packet. CPython 3.11 is
+# the first whose limited API has the buffer protocol.
+EXTENSIONS = [
+    Extension(
+        "linkrx._core._types",
+        sorted(str(path) for path in (CORE / "types").glob("*.c")),
+        py_limited_api=not FREE_THREADED,
+        define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000")],
+    )
+]
 
 KEPT_LINES = 200  # of what the compiler said
 

@@ -4,7 +4,6 @@
 protocol and link addresses.
 """
 
-from linkrx.batch import Batch
 from linkrx.buffers import BUFFER_SIZES, IovecBuffer
 from linkrx.capabilities import Capabilities, HasFileno, probe
 from linkrx.choice import Choice, Verdict
@@ -19,8 +18,9 @@ from linkrx.errors import (
     UnsupportedSource,
 )
 from linkrx.factory import BackendInfo, backends, choose, open
+from linkrx.headers import Flags, Gso, Vlan, VnetHeader
 from linkrx.options import OpenOptions
-from linkrx.packet import Flags, Gso, Packet, Vlan, VnetHeader
+from linkrx.packets import Batch, Packet
 from linkrx.stats import End, Stats
 from linkrx.tuntap import Offload, TunTap
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from linkrx import _core
-from linkrx.arena import Arena
 from linkrx.buffers import Layout
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.options import Options
+from linkrx.packets import Owner
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Mechanism(ABC):
         return
 
     @abstractmethod
-    def fill(self, arena: Arena, room: int) -> int:
+    def fill(self, arena: Owner, room: int) -> int:
         """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.
 
         `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
@@ -54,6 +54,15 @@ class Mechanism(ABC):
     def held(self) -> int:
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
+
+    @property
+    def owner(self) -> Owner | None:
+        """The memory that the frames of the last `fill` lie in, where that is not the arena."""
+        return None
+
+    def copy_held(self) -> None:
+        """Before a fork: copy whatever is read in memory that a child will not have."""
+        return
 
     def drops(self) -> int:
         """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""
@@ -131,7 +140,7 @@ class CoreBackend(Backend):
         """As for C."""
         return self._function, _core.pointer(self._state)
 
-    def fill(self, arena: Arena, room: int) -> int:
+    def fill(self, arena: Owner, room: int) -> int:
         """One crossing: until nothing is there, the descriptors are full, or the next packet might not fit."""
         count: int = self._fill(
             self._state, self._descriptors, self._rows, arena.address + arena.cursor, room

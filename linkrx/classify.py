@@ -7,62 +7,47 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Iterator
-from itertools import repeat
+from collections.abc import Callable
 
 from linkrx import _core
-from linkrx.arena import Arena
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table
 from linkrx.framing import TUN_PKT_STRIP, Framing
-from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
+from linkrx.headers import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
+from linkrx.packets import Owner
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.stats import MALFORMED as COUNT_MALFORMED
 
-# Per packet, for delivery: remote and local address, protocol.
-ADDRESSES = struct.Struct("=6s6sH")
-
-_ETHERNET = struct.Struct("!6s6sH")
+_ETHERTYPE = struct.Struct("!H")
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 # Takes the arena and the number of descriptors; writes the batch's table behind the frames, and marks the descriptors as
 # classified.
-Classify = Callable[[Arena, int], None]
-
-
-def addresses_of(addresses: bytearray, first: int, count: int) -> Iterator[tuple[bytes, bytes, int]]:
-    """Remote, local and protocol of packets `first` to `count`.
-
-    Most batches come from one neighbour by one protocol: then all share the three objects made for the first.
-    """
-    known = bytes(addresses[first * ADDRESSES.size : count * ADDRESSES.size])
-    if known == known[: ADDRESSES.size] * (count - first):
-        return repeat(ADDRESSES.unpack_from(known), count - first)
-    return ADDRESSES.iter_unpack(known)
+Classify = Callable[[Owner, int], None]
 
 
 def classifier(
     descriptors: Descriptors,
     framing: Framing,
     counters: array[int],
-    addresses: bytearray,
     *,
+    interface: int = 0,
     at_once: bool = False,
 ) -> Classify:
-    """The best way on this host. `addresses` has room for one ADDRESSES per row, or is empty.
+    """The best way on this host. `interface` is the index of that of every packet, where the backend does not tell it.
 
     `at_once`: C code that fills may classify in the same call, for nobody has to look at what it received before.
     """
     if _core.lib is None:
-        return in_python(descriptors, framing, counters, addresses)
-    return in_c(descriptors, framing, counters, addresses, at_once=at_once)
+        return in_python(descriptors, framing, counters, interface=interface)
+    return in_c(descriptors, framing, counters, interface=interface, at_once=at_once)
 
 
 def in_c(
     descriptors: Descriptors,
     framing: Framing,
     counters: array[int],
-    addresses: bytearray,
     *,
+    interface: int = 0,
     at_once: bool = False,
 ) -> Classify:
     """One call per batch, about 5 ns per packet: for what C code has not filled, which calls the same by itself."""
@@ -73,7 +58,7 @@ def in_c(
         prefix=framing.prefix,
         packet_info=framing.packet_info_size,
         link_header=framing.link_header,
-        addresses=_core.address(addresses) if addresses else 0,
+        interface=interface,
         counters=_core.address(counters),
     )
     if at_once:
@@ -81,7 +66,7 @@ def in_c(
     header = descriptors.header
     lrx_classify = _core.lib.lrx_classify
 
-    def classify(arena: Arena, count: int) -> None:
+    def classify(arena: Owner, count: int) -> None:
         region = arena.address + arena.cursor
         lrx_classify(described, region, count, region + header[END])
 
@@ -89,13 +74,13 @@ def in_c(
 
 
 def in_python(
-    descriptors: Descriptors, framing: Framing, counters: array[int], addresses: bytearray
+    descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
 ) -> Classify:
     """The same, a microsecond per packet."""
     reported, header = descriptors.columns, descriptors.header
     prefix, link_header = framing.prefix, framing.link_header
 
-    def classify(arena: Arena, count: int) -> None:
+    def classify(arena: Owner, count: int) -> None:
         region = arena.view[arena.cursor :]
         end = header[END]
         table = Table(region[end : end + ROW_BYTES * count], count)
@@ -121,9 +106,7 @@ def in_python(
                 if length < ETH_HEADER_BYTES:
                     runts += 1
                     continue
-                local, remote, protocol = _ETHERNET.unpack_from(region, start)
-                if addresses:
-                    ADDRESSES.pack_into(addresses, row * ADDRESSES.size, remote, local, protocol)
+                (protocol,) = _ETHERTYPE.unpack_from(region, start + 12)
             else:
                 protocol = _IP_VERSIONS.get(region[start] >> 4, 0)
                 if not protocol:
@@ -133,6 +116,7 @@ def in_python(
             table.starts[row] = start
             table.lengths[row] = length
             table.wire_lengths[row] = wire_length
+            table.interfaces[row] = reported.interfaces[index] or interface
             table.protocols[row] = protocol
             table.flags[row] = flags
             table.vlan_tcis[row] = reported.vlan_tcis[index]

@@ -1,6 +1,6 @@
 """The table of packets that backends fill, classification writes and a batch shows, column by column.
 
-A table of n rows is eight columns, one behind the other, the widest first so that each is aligned when the
+A table of n rows is nine columns, one behind the other, the widest first so that each is aligned when the
 table is. `_core/columns.inc` lays them out the same way.
 """
 
@@ -12,8 +12,8 @@ from typing import Literal
 
 from linkrx import _core
 
-# Bytes of one row: timestamp 8; start, length, wire length 4 each; protocol, flags, VLAN TCI and TPID 2 each.
-ROW_BYTES = 28
+# Bytes of one row: timestamp 8; start, length, wire length, interface 4 each; protocol, flags, VLAN TCI and TPID 2 each.
+ROW_BYTES = 32
 
 # Words of the header in front of a backend's descriptors, and behind them the address of C's classifier.
 COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS = range(6)
@@ -33,17 +33,18 @@ _LAYOUT: dict[str, tuple[int, int, Literal["q", "I", "H"]]] = {
     "starts": (8, 4, "I"),
     "lengths": (12, 4, "I"),
     "wire_lengths": (16, 4, "I"),
-    "protocols": (20, 2, "H"),
-    "flags": (22, 2, "H"),
-    "vlan_tcis": (24, 2, "H"),
-    "vlan_tpids": (26, 2, "H"),
+    "interfaces": (20, 4, "I"),
+    "protocols": (24, 2, "H"),
+    "flags": (26, 2, "H"),
+    "vlan_tcis": (28, 2, "H"),
+    "vlan_tpids": (30, 2, "H"),
 }
 
 COLUMNS = tuple(_LAYOUT)
 
 
 class Columns:
-    """Rows of a table: eight columns, as memoryviews with native formats, each made when it is first asked for.
+    """Rows of a table: nine columns, as memoryviews with native formats, each made when it is first asked for.
 
     `_count` rows from `_first` on, of `_rows` that the table has, which starts where `_table` (bytes) does.
     """
@@ -53,6 +54,7 @@ class Columns:
         "_first": "",
         "_rows": "",
         "flags": "Each packet's `Flags`.",
+        "interfaces": "The index of each packet's interface, or 0.",
         "lengths": "Bytes of each frame, link header included.",
         "protocols": "Each packet's EtherType.",
         "starts": "Where each frame starts in `memory`.",
@@ -70,6 +72,7 @@ class Columns:
     starts: memoryview
     lengths: memoryview
     wire_lengths: memoryview
+    interfaces: memoryview
     protocols: memoryview
     flags: memoryview
     vlan_tcis: memoryview

@@ -17,9 +17,10 @@ from linkrx import remedies
 from linkrx.dispatcher import Dispatcher
 from linkrx.errors import LinkrxError, MissingPrivilege
 from linkrx.factory import BackendInfo, backends, decide
+from linkrx.headers import ETHERTYPE_IPV4, mac
 from linkrx.namespace import enter_private_network
 from linkrx.options import Options
-from linkrx.packet import ETHERTYPE_IPV4, Packet, mac
+from linkrx.packets import Packet
 from linkrx.responder import ECHO_REQUEST, ETHERTYPE_ARP, Echo, Responder
 from linkrx.terminal import Terminal, sentence
 from linkrx.tuntap import TunTap

@@ -6,24 +6,20 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
-from itertools import repeat
-from sys import getrefcount
 from types import TracebackType
 from typing import Self, TypeVar
 
-from linkrx import aio, arena
+from linkrx import aio
 from linkrx.backend import Backend
-from linkrx.batch import Batch
 from linkrx.capabilities import Capabilities
 from linkrx.choice import Choice
 from linkrx.claim import Claim
-from linkrx.classify import addresses_of
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.errors import Busy, Closed, LinkrxError
 from linkrx.options import Options
-from linkrx.packet import Packet
+from linkrx.packets import Batch, Packet
 from linkrx.reception import Reception
 from linkrx.source import Source
 from linkrx.stats import End, Stats
@@ -36,13 +32,19 @@ Taken = TypeVar("Taken")
 _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    for dispatcher in list(_alive):
+        if not dispatcher._released and not dispatcher._forked:
+            dispatcher._reception.copy_held()
+
+
 def _after_fork() -> None:
     for dispatcher in list(_alive):
         if not dispatcher._released:
             dispatcher._reception.disown()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 class Dispatcher:
@@ -65,11 +67,11 @@ class Dispatcher:
         self._closed = self._released = True  # until all is open there is nothing for __del__ to close
         self._process = os.getpid()
         self._deliver = deliver
-        self._delivering = False
         self._owner: dict[str, Claim] = {}  # at most one, see _step
         self._waiter: aio.Waiter | None = None
         _alive.add(self)
-        self._reception = Reception(source, options, choice, backends, deliver=deliver is not None)
+        self._reception = Reception(source, options, choice, backends, self._owner)
+        self._receiver = self._reception.receiver
         self._closed = self._released = False
 
     # What is known about it: readable after close as well, for that is when one asks why it ended.
@@ -98,7 +100,7 @@ class Dispatcher:
     def end(self) -> End | None:
         """Why it is over, or None while it is not."""
         reception = self._reception
-        return reception.end or (End.STOPPED if reception.stopping else None)
+        return reception.end or (End.STOPPED if self._receiver.stopping else None)
 
     def stats(self) -> Stats:
         """Counters since `open`."""
@@ -156,7 +158,7 @@ class Dispatcher:
         """The next packet. Raises TimeoutError after `timeout` seconds without one, EOFError when it is over."""
         deadline = deadline_after(timeout)
         while True:
-            packet = self._step(seconds_left(deadline), self._take_packet)
+            packet = self._step(seconds_left(deadline), self._receiver.take_packet)
             if packet is not None:
                 return packet
             end = self.end
@@ -166,38 +168,22 @@ class Dispatcher:
                 raise TimeoutError(f"no packet within {timeout} seconds")
 
     def __iter__(self) -> Iterator[Packet]:
-        reception = self._reception
-        packet, last = Packet(), Packet()  # in turn, as in Batch.__iter__
-        unheld = min(2, getrefcount(packet)) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
+        receiver = self._receiver
         while True:
-            if getrefcount(packet) != unheld:
-                packet = Packet()
-            # From here to the yield nothing is called and nothing jumps back: CPython looks for signals there, and
-            # the exception of a handler would lose the packet.
-            batch, index = reception.pending, reception.next
-            if batch is None or self._owner or reception.stopping or self._closed:
-                packet, last = Packet(), Packet()  # these hold no arena
-                if self._step(None, object) is None and self.end is not None:  # which takes nothing
-                    return
-                continue
-            packet._batch = batch
-            packet._index = index
-            if index + 1 == batch._count:
-                reception.pending = None
-            else:
-                reception.next = index + 1
-            yield packet
-            packet, last = last, packet
+            yield from receiver  # all that waits, unless it was stopped, or somebody receives
+            if self._closed or (self._step(None, object) is None and self.end is not None):
+                self._check_open()
+                return
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
         while True:
-            packet = self._take_packet(claimed=False)
+            packet = self._take_unclaimed()
             if packet is None:
                 if self.end is not None:
                     return
                 await self._readable(None)
-                packet = self._step(0, self._take_packet)
+                packet = self._step(0, self._receiver.take_packet)
                 if packet is None:
                     continue
             yield packet
@@ -292,7 +278,6 @@ class Dispatcher:
                 if owner.thread != claim.thread or owner.is_live(Dispatcher._step):
                     raise Busy(self._who_is_inside(owner))
                 self._owner["claim"] = claim
-                self._delivering = False
             if self._closed:
                 self._check_open()  # it was closed in between
             try:
@@ -311,7 +296,9 @@ class Dispatcher:
         if owner.thread != threading.get_ident():
             return "another thread is receiving: a dispatcher belongs to one thread at a time, only stop() is for all"
         where = (
-            "inside deliver" if self._delivering else "a signal handler while the same thread is receiving"
+            "inside deliver"
+            if self._receiver.delivering
+            else "a signal handler while the same thread is receiving"
         )
         return f"receiving from {where}: there, only stop() and close() may be called"
 
@@ -338,72 +325,23 @@ class Dispatcher:
         return self._step(timeout, partial(self._deliver_pending, deliver)) or 0
 
     def _deliver_pending(self, deliver: Deliver) -> int:
-        reception = self._reception
-        batch = reception.pending
-        assert batch is not None
-        first, count = reception.next, len(batch)
-        reached = first - 1
-        packet = Packet()  # one for all that are let go of, as in Batch.__iter__
-        unheld = min(2, getrefcount(packet)) if arena.REFERENCE_COUNTS_ARE_EXACT else 0
-        packet._batch = batch
-        known: Iterable[tuple[bytes | None, bytes | None, int]]
-        if reception.addresses:
-            known = addresses_of(reception.addresses, first, count)
-        else:
-            known = zip(repeat(None), repeat(None), batch.protocols[first:])
-        self._delivering = True
         try:
-            # `reached` moves on in the step before the call, with nothing between that a signal could interrupt. The
-            # call ends the loop's body: CPython 3.13.0 does not cover what stands between the last call and the
-            # jump back with the `finally`.
-            for index, (remote, local, protocol) in enumerate(known, first):
-                if getrefcount(packet) != unheld:
-                    packet = Packet()
-                    packet._batch = batch
-                packet._index = index
-                if reception.stopping:
-                    break
-                reached = index
-                deliver(remote, local, protocol, packet)
+            return self._receiver.deliver(deliver)
         finally:
-            reached += 1
-            if reached == count:
-                reception.pending = None
-            else:
-                reception.next = reached
-            self._delivering = False
-            if reception.polled:
-                reception.show_pending()
-        return reached - first
+            if self._reception.polled:
+                self._reception.show_pending()
 
-    def _take_packet(self, claimed: bool = True) -> Packet | None:
-        """The next pending packet. Without a claim, None if somebody has one or it was stopped or closed."""
-        reception = self._reception
-        packet = Packet()
-        # From here on nothing is called, so nobody comes between: the packet is handed over, or it is not.
-        batch, index = reception.pending, reception.next
-        if batch is None or (not claimed and (self._owner or reception.stopping or self._closed)):
-            return None
-        packet._batch = batch
-        packet._index = index
-        if index + 1 == batch._count:
-            reception.pending = None
-        else:
-            reception.next = index + 1
-        return packet
-
-    def _take_batch(self) -> Batch | None:
-        reception = self._reception
-        assert reception.pending is not None
-        rest = reception.pending.behind(reception.next) if reception.next else reception.pending
-        reception.pending = None
-        return rest
+    def _take_unclaimed(self) -> Packet | None:
+        """The next packet; None if none waits, if somebody receives, or if it was stopped or closed."""
+        return None if self._closed else next(self._receiver, None)
 
     def _next_batch(self, timeout: float | None) -> Batch | None:
         """The rest of the pending batch or the next one; None when it is over or no packet came in time."""
         deadline = None if timeout is None else deadline_after(timeout)
         while True:
-            batch = self._step(None if deadline is None else seconds_left(deadline), self._take_batch)
+            batch = self._step(
+                None if deadline is None else seconds_left(deadline), self._receiver.take_batch
+            )
             if batch is not None or self.end is not None or seconds_left(deadline) == 0:
                 return batch
 

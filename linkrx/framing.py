@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from linkrx.packet import ETH_HEADER_BYTES
+from linkrx.headers import ETH_HEADER_BYTES
 
 TUN_PI_BYTES = 4  # linux/if_tun.h struct tun_pi
 TUN_PKT_STRIP = 0x0001  # of its flags, which come first: the kernel cut the packet

@@ -8,21 +8,21 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from time import monotonic
+from typing import Any
 
 from linkrx import stats
-from linkrx.arena import Arena, Arenas
 from linkrx.backend import Backend, Mechanism, Receive
-from linkrx.batch import Batch
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
-from linkrx.classify import ADDRESSES, classifier
-from linkrx.columns import CLASSIFIED, COUNT, ERROR, HEADER, ROW_BYTES, Descriptors
+from linkrx.classify import classifier
+from linkrx.columns import CLASSIFIED, COUNT, ERROR, ROW_BYTES, Descriptors, align
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.dropwatch import DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
 from linkrx.errors import BackendUnavailable
+from linkrx.headers import MALFORMED
 from linkrx.options import Options
-from linkrx.packet import MALFORMED
+from linkrx.packets import ARENA_BYTES, ARENA_START, Owner, Receiver
 from linkrx.segmenting import SEGMENT_ROWS, Segmenting
 from linkrx.source import LinkState, Source
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, Tally, new_counters
@@ -40,12 +40,10 @@ _REST = 0.01
 
 
 class Reception:
-    """One source, the backend that reads it now, and the batch it received last.
+    """One source, the backend that reads it now, and the packets that wait to be handed over, in `receiver`.
 
-    `pending` is that batch, of which the first `next` packets were handed over; None when all were. Whoever hands
-    over moves `next` on, in such a way that an exception between any two steps, Ctrl-C included, neither loses a
-    packet nor hands one over twice: what a step produces is stored before, or in the same bytecode as, what it
-    consumes is given up.
+    An exception between any two steps, Ctrl-C included, neither loses a packet nor hands one over twice: how far a receive
+    came is told by the descriptors' header, and each step of the receiver is one call that is done or not done.
     """
 
     def __init__(
@@ -54,10 +52,9 @@ class Reception:
         options: Options,
         choice: Choice,
         backends: Mapping[str, type[Backend]],
-        *,
-        deliver: bool,
+        claims: dict[str, Any],
     ) -> None:
-        """`deliver`: remote and local addresses of every packet are wanted beside its batch."""
+        """While there is anything in `claims`, somebody receives."""
         self.source = source
         self.choice = choice
         self._backends = backends
@@ -68,21 +65,30 @@ class Reception:
         rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
         self._header = self._descriptors.header
-        self._arenas = Arenas(layout.capacity, rows)
-        self.addresses = bytearray(ADDRESSES.size * rows if deliver and framing.ethernet else 0)
+        # A backend reads one byte more than it keeps, to see whether a packet was cut.
+        self._room = ARENA_BYTES + align(layout.capacity + 1)
+        self.receiver = Receiver(
+            self._descriptors.memory,
+            ARENA_START + self._room + align(ROW_BYTES * rows),
+            claims,
+            framing.link_header,
+            framing.vnet_header_size,
+            not framing.vnet_little_endian,
+        )
         self._counters = new_counters()
         self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
+        found = source.capabilities
         self._classify = classifier(
-            self._descriptors, framing, self._counters, self.addresses, at_once=not self._may_hang_up
+            self._descriptors,
+            framing,
+            self._counters,
+            interface=(found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,
+            at_once=not self._may_hang_up,
         )
         self._drop_watch = DropWatch(source.capabilities)
 
-        self.pending: Batch | None = None
-        self.next = 0
-        self.stopping = False
         self.end: End | None = None
         self._end_behind: End | None = None  # the end that follows the pending batch
-        self._filling: Arena | None = None
         # Apart: an instance with more than thirty attributes looks each of them up in a dictionary of its own.
         self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
@@ -105,12 +111,12 @@ class Reception:
     # The next batch.
 
     def await_batch(self, timeout: float | None) -> bool:
-        """Make `pending` the next batch, waiting `timeout` seconds at most. False when the time is up or it is over.
+        """See that packets wait in the receiver, for `timeout` seconds at most. False when the time is up or it is over.
 
         False also after a receive that held no packet, only runts and their like: a flood of those must not keep
         the caller from looking at the clock.
         """
-        if self.pending is not None:
+        if self.receiver.left:
             return not self.over()
         idle = 0
         # What need not be called is not: whoever receives has the kernel's work in its caches, and not this.
@@ -118,13 +124,15 @@ class Reception:
         if not self._wakeup.listening:
             self._wakeup.listen()
         # As `over()` sees it, which is only called where there is something to see.
-        while (self.end is None and not self.stopping and self._end_behind is None) or not self.over():
+        while (
+            self.end is None and not self.receiver.stopping and self._end_behind is None
+        ) or not self.over():
             known_down = self._link_down and not self._header[ERROR]
             if self._receive():
                 self._vain = 0
                 if monotonic() >= self._drop_watch.due:
                     self._drop_watch.look(self._drops)
-                return self.pending is not None
+                return self.receiver.left > 0
             if known_down:  # not when it is told only now: that comes before what was queued
                 self._look_at_link()
             if timeout == 0 and self.polled:
@@ -147,9 +155,9 @@ class Reception:
     def over(self) -> bool:
         """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
         if self.end is None:
-            if self.stopping:
+            if self.receiver.stopping:
                 self._finish(End.STOPPED)
-            elif self._end_behind is not None and self.pending is None and not self._is_cut_short():
+            elif self._end_behind is not None and not self.receiver.left and not self._is_cut_short():
                 self._finish(self._end_behind)
         return self.end is not None
 
@@ -160,31 +168,28 @@ class Reception:
     def _receive(self) -> bool:
         """Fill and classify once. True if anything was received, packet or not.
 
-        The header tells how far a round came that an exception cut short, and `_filling` in which arena.
+        The header tells how far a round came that an exception cut short. The receiver gives the same arena until what is in
+        it was taken in.
         """
-        header, arena = self._header, self._filling
-        if arena is None:
-            arena = self._filling = self._arenas.next()
-            count = self._fill(arena)
-        else:
-            count = header[COUNT] or (0 if header[CLASSIFIED] else self._fill(arena))
+        header, arena = self._header, self.receiver.arena()
+        count = header[COUNT] or (0 if header[CLASSIFIED] else self._fill(arena))
         if not header[CLASSIFIED]:
             if self._may_hang_up:
                 count = self._without_hangup(count)
             if not count:
                 return False
             self._classify(arena, count)
-        self._take(arena)
+        self.receiver.take_in(self._mechanism.owner or arena)
         return True
 
-    def _fill(self, arena: Arena) -> int:
+    def _fill(self, arena: Owner) -> int:
         """Ask the backend, and once more behind each error that is no end: packets may wait behind it."""
         header = self._header
         for _ in range(_ERRORS_IN_A_ROW):
             count, told = 0, None
             if not header[ERROR] or self._mechanism.held:
                 try:
-                    count = self._mechanism.fill(arena, arena.limit - arena.cursor)
+                    count = self._mechanism.fill(arena, self._room)
                 except OSError as error:
                     if header[COUNT] or header[CLASSIFIED]:
                         raise  # a signal handler's: the kernel's comes without packets
@@ -196,26 +201,6 @@ class Reception:
             if self.end is not None:
                 break
         return 0
-
-    def _take(self, arena: Arena) -> None:
-        """Make a batch of what was classified."""
-        header = self._header
-        _, receives, end, _, classified, rows = HEADER.unpack_from(self._descriptors.memory)
-        count = classified - 1
-        begin = arena.cursor
-        table = begin + end
-        batch = Batch(arena.memory, begin, table, rows, count, self.framing)
-        following = table + ROW_BYTES * rows + 7 & ~7  # as align() does
-        tally = self._tally
-        batches, receives = tally.batches + 1, tally.receives + receives
-        # From here to the end nothing is called, so no signal handler can run, and nothing made, for want of memory.
-        if count:
-            self.pending = batch
-            arena.cursor = following
-        self.next = 0
-        tally.batches, tally.receives = batches, receives
-        self._filling = None
-        header[CLASSIFIED] = 0
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -322,33 +307,32 @@ class Reception:
 
     def stop(self) -> None:
         """End reception. Safe in any thread and in signal handlers."""
-        self.stopping = True
+        self.receiver.stop()
         event = self._wakeup.event
         if event is not None:
             event.set()
 
     def _finish(self, end: End) -> None:
-        if self._header[CLASSIFIED] and self._filling is not None:
-            self._take(self._filling)  # classified and counted, but cut short before it was a batch
-        count = size = 0
-        if self.pending is not None:
-            rest = self.pending.behind(self.next)
-            count, size = len(rest), sum(rest.lengths)
+        if self._header[CLASSIFIED] and not self.receiver.left:
+            self.receiver.take_in(
+                self._mechanism.owner or self.receiver.arena()
+            )  # it was cut short before that
         # What the backend received and nobody classified: packets or not, they were not delivered.
         held_back = self._mechanism.held + self._header[COUNT]
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see
-        # From here on nothing is called, so no signal handler can run.
-        self._tally.left_behind += count
-        self._tally.left_behind_bytes += size
-        self.pending = None
+        self.receiver.drop()
         self._tally.held_back = held_back
         self.end = end
 
+    def copy_held(self) -> None:
+        """Before a fork."""
+        self._mechanism.copy_held()
+
     def disown(self) -> None:
         """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
-        self.stopping = True
+        self.receiver.stop()
         self._wakeup.event = None
 
     def close(self, *, forked: bool) -> None:
@@ -357,6 +341,7 @@ class Reception:
         Where an exception cuts it short, the next call goes on.
         """
         self.over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
+        self.receiver.release()
         try:
             if forked:
                 self._mechanism.abandon()
@@ -384,7 +369,7 @@ class Reception:
         if not self.polled or event is None:
             return
         waiting = (
-            self.pending is not None
+            self.receiver.left > 0
             or self.end is not None
             or self._end_behind is not None
             or self._is_cut_short()
@@ -398,7 +383,7 @@ class Reception:
             event.set()
         else:
             event.clear()
-            if self.stopping:
+            if self.receiver.stopping:
                 event.set()  # stop() came while it was cleared
         self._shown = waiting
 
@@ -408,12 +393,12 @@ class Reception:
 
     def stats(self) -> Stats:
         """Counters since `open`."""
-        counters, tally = self._counters, self._tally
+        counters, tally, receiver = self._counters, self._tally, self.receiver
         return Stats(
-            packets=counters[PACKETS] - tally.left_behind,
-            bytes=counters[BYTES] - tally.left_behind_bytes,
-            batches=tally.batches,
-            receives=tally.receives,
+            packets=counters[PACKETS] - receiver.undelivered,
+            bytes=counters[BYTES] - receiver.undelivered_bytes,
+            batches=receiver.batches,
+            receives=receiver.receives,
             waits=tally.waits,
             runts=counters[RUNTS],
             empty=counters[EMPTY],
@@ -424,5 +409,5 @@ class Reception:
             ring_freezes=self._mechanism.freezes(),
             link_downs=tally.link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
-            undelivered=tally.left_behind + tally.held_back,
+            undelivered=receiver.undelivered + tally.held_back,
         )

@@ -8,7 +8,8 @@ import struct
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
-from linkrx.packet import ETHERTYPE_IPV4, Packet
+from linkrx.headers import ETHERTYPE_IPV4
+from linkrx.packets import Packet
 from linkrx.tuntap import TunTap
 
 ETHERTYPE_ARP = 0x0806  # linux/if_ether.h

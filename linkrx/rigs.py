@@ -17,7 +17,7 @@ from linkrx.capabilities import HasFileno
 from linkrx.device import Device, delete_if_there, injector_on
 from linkrx.dispatcher import Dispatcher
 from linkrx.factory import open
-from linkrx.packet import ETH_HEADER_BYTES
+from linkrx.headers import ETH_HEADER_BYTES
 from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
 from linkrx.tuntap import TunTap
 

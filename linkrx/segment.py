@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from linkrx import _core
-from linkrx.arena import Arena
 from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
 from linkrx.framing import TUN_PKT_STRIP, VNET_HEADER_BYTES, Framing
-from linkrx.packet import (
+from linkrx.headers import (
     CHECKSUM_UNFINISHED,
     ETHERTYPE_IPV4,
     ETHERTYPE_IPV6,
@@ -25,6 +24,7 @@ from linkrx.packet import (
     Gso,
     VnetHeader,
 )
+from linkrx.packets import Owner
 
 _ETHERTYPE_AT = 12
 _VLAN_TAGS = (0x8100, 0x88A8)
@@ -50,7 +50,7 @@ _UDP, _UDP_HEADER, _UDP_LENGTH_AT, _UDP_CHECKSUM_AT = 17, 8, 4, 6
 class Segmenter(Protocol):
     """Writes what a backend took as frames, and describes them, one arena after another."""
 
-    def segment(self, staging: Arena, arena: Arena, room: int) -> int:
+    def segment(self, staging: Owner, arena: Owner, room: int) -> int:
         """Fill up to `room` bytes of `arena`, from its cursor on, with what was taken into `staging` at its cursor.
 
         Returns how many rows were given. The next call goes on where this one ended, also within a super-packet.
@@ -100,7 +100,7 @@ class in_c:  # noqa: N801 - like in_python a way to make one
         state.taken_rows, state.staged, state.spare = at_once, staged, spare
         return True
 
-    def segment(self, staging: Arena, arena: Arena, room: int) -> int:
+    def segment(self, staging: Owner, arena: Owner, room: int) -> int:
         given: int = self._segment(
             self._state, staging.address + staging.cursor, arena.address + arena.cursor, room
         )
@@ -123,7 +123,7 @@ class in_python:  # noqa: N801
     def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
         return False
 
-    def segment(self, staging: Arena, arena: Arena, room: int) -> int:
+    def segment(self, staging: Owner, arena: Owner, room: int) -> int:
         taken, given = self._taken.header, self._given.header
         columns = self._given.columns
         received = staging.view[staging.cursor :]
@@ -145,6 +145,7 @@ class in_python:  # noqa: N801
                 columns.wire_lengths[rows] = outcome.wire_length
                 columns.flags[rows] = outcome.flags
                 columns.timestamps[rows] = self._taken.columns.timestamps[row]
+                columns.interfaces[rows] = self._taken.columns.interfaces[row]
                 columns.vlan_tcis[rows] = self._taken.columns.vlan_tcis[row]
                 columns.vlan_tpids[rows] = self._taken.columns.vlan_tpids[row]
                 rows, cursor, done = rows + 1, end, done + 1

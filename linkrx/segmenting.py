@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from errno import EIO
 
-from linkrx.arena import ARENA_BYTES, Arena
 from linkrx.backend import Backend, Mechanism, Receive
 from linkrx.columns import CLASSIFIED, COUNT, ERROR, Descriptors, align
 from linkrx.framing import Framing
+from linkrx.packets import ARENA_BYTES, Owner
 from linkrx.segment import segmenter
 
 # What headers, one for every frame, make of a super-packet on a link with an MTU of 1500 is at most a sixteenth more.
@@ -38,7 +38,7 @@ class Segmenting(Mechanism):
         self._segmenter = segmenter(self._taken, descriptors, framing)
         # A backend wants room for one packet of any size behind all others, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
-        self._staging = Arena(ARENA_BYTES + self._largest)
+        self._staging = Owner(ARENA_BYTES + self._largest)
         capacity, at_once = receive.layout.capacity, min(AT_ONCE, self._taken.rows)
         spare = min(STAGED_BYTES, at_once * (capacity + capacity // HEADERS_SHARE))
         self._backend = backend(receive, self._taken)
@@ -53,7 +53,7 @@ class Segmenting(Mechanism):
         """As the backend does."""
         self._backend.start()
 
-    def fill(self, arena: Arena, room: int) -> int:
+    def fill(self, arena: Owner, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
         if self._receives:
             return self._segmenter.segment(self._staging, arena, room)  # and receives as well

@@ -17,16 +17,12 @@ def new_counters() -> array[int]:
 
 @dataclass(slots=True)
 class Tally:
-    """What the loop itself counts, beside the classifier. `left_behind` and `held_back` by a stop: of the pending batch, with
-    its bytes, and of what the backend had; `indescribable` by a virtio-net header.
+    """What the loop itself counts, beside the classifier and the receiver. `held_back`: what the backend still had at a stop;
+    `indescribable` by a virtio-net header.
     """
 
-    batches: int = 0
-    receives: int = 0
     waits: int = 0
     link_downs: int = 0
-    left_behind: int = 0
-    left_behind_bytes: int = 0
     held_back: int = 0
     indescribable: int = 0
 

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 
 import linkrx
-from linkrx import arena, namespace
+from linkrx import namespace
 from linkrx.capabilities import Capabilities
 
 # CI sets this: there a device test that cannot run is a failure.
@@ -69,11 +69,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also what repeats: walks through every instruction, thousands of opens, the inputs that fuzzing kept",
     )
-    parser.addoption(
-        "--distrust-counts",
-        action="store_true",
-        help="take reference counts for inexact: no arena is used twice",
-    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -95,8 +90,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything is collected and opened."""
     global ALL
     ALL = config.getoption("--all")
-    if config.getoption("--distrust-counts"):
-        arena.REFERENCE_COUNTS_ARE_EXACT = False
 
 
 def pytest_report_header() -> str:

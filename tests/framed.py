@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from linkrx.batch import Batch
-from linkrx.packet import Packet
+from linkrx.packets import Batch, Packet
 
 # Holds something of linkrx's, and checks it.
 Check = Callable[[], None]

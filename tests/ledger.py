@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import linkrx
 from linkrx.dispatcher import Dispatcher
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 
 RUN_HERE = ("os_readv", "readv", "recvmmsg")
 BACKENDS = st.sampled_from(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from linkrx.arena import Arena
 from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
 from linkrx.framing import Framing
+from linkrx.packets import Owner
 from linkrx.segment import Segmenter
 
 LOCAL = bytes.fromhex("020000000001")
@@ -180,8 +180,8 @@ GUARD = 64
 
 
 @cache
-def _arenas(_: int) -> tuple[Arena, Arena]:
-    return Arena(1 << 20), Arena(1 << 20)
+def _arenas(_: int) -> tuple[Owner, Owner]:
+    return Owner(1 << 20), Owner(1 << 20)
 
 
 class Bench:

@@ -20,7 +20,7 @@ from typing import Any
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.packet import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, mac
+from linkrx.headers import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, mac
 from linkrx.responder import IPV4, checksum
 from linkrx.testing.waiting import PATIENCE, running
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from linkrx import Batch, Flags, Gso, Packet, Vlan, VnetHeader
 from linkrx.columns import ROW_BYTES, Table, align
 from linkrx.framing import Framing
-from linkrx.packet import header_bytes, mac
+from linkrx.headers import header_bytes, mac
 
 LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linkrx import _core, classify
-from linkrx.arena import Arena
 from linkrx.classify import ADDRESSES, Classify
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
 from linkrx.framing import Framing
-from linkrx.packet import MALFORMED, Flags
+from linkrx.headers import MALFORMED, Flags
+from linkrx.packets import Owner
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.stats import MALFORMED as COUNT_MALFORMED
 
@@ -70,7 +70,7 @@ class Outcome:
 def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
     """Lay the packets out as a backend does, and classify them."""
     descriptors = Descriptors(len(packets) + 3)
-    arena = Arena(2 * ROOM)
+    arena = Owner(2 * ROOM)
     arena.cursor = 64
     cursor = 0
     for index, packet in enumerate(packets):
@@ -275,7 +275,7 @@ def test_nothing_but_bad_packets(make: Make) -> None:
 @both
 def test_counters_add_up(make: Make) -> None:
     """The counters of one receive are added to those of the ones before."""
-    descriptors, counters, arena = Descriptors(1), new_counters(), Arena(ROOM)
+    descriptors, counters, arena = Descriptors(1), new_counters(), Owner(ROOM)
     one = make(descriptors, BARE, counters, bytearray())
     arena.view[arena.cursor] = 0x45
     for _ in range(3):
@@ -338,13 +338,13 @@ framings = st.builds(
     packet_info=st.booleans(),
 )
 
-_arenas: list[Arena] = []
+_arenas: list[Owner] = []
 
 
-def arena_pair() -> list[Arena]:
+def arena_pair() -> list[Owner]:
     """Two arenas, one for each implementation, made once."""
     while len(_arenas) < 2:
-        _arenas.append(Arena(8192))
+        _arenas.append(Owner(8192))
     return _arenas
 
 

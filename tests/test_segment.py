@@ -12,7 +12,7 @@ from super_packets import ACK, CWR, ECE, FIN, NOISE, PSH, TCP, UDP, Bench, Make,
 from linkrx import _core, segment
 from linkrx.columns import COUNT, ERROR, RECEIVES, Descriptors, align
 from linkrx.framing import Framing
-from linkrx.packet import CHECKSUM_UNFINISHED, MALFORMED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx.headers import CHECKSUM_UNFINISHED, MALFORMED, TIMESTAMP, TRUNCATED, VLAN
 
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 both = pytest.mark.parametrize(

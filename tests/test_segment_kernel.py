@@ -35,7 +35,7 @@ from super_packets import (
 from linkrx import _core, segment
 from linkrx.device import Device
 from linkrx.framing import VNET_HEADER_BYTES, Framing
-from linkrx.packet import MALFORMED
+from linkrx.headers import MALFORMED
 from linkrx.tuntap import TunTap
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -14,7 +14,7 @@ from super_packets import TCP, UDP, Bench, Make, Row, Super
 from linkrx import _core, segment
 from linkrx.columns import align
 from linkrx.framing import VNET_HEADER_BYTES, Framing
-from linkrx.packet import CHECKSUM_UNFINISHED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx.headers import CHECKSUM_UNFINISHED, TIMESTAMP, TRUNCATED, VLAN
 
 MAKES: tuple[Make, ...] = (segment.in_python, segment.in_c)
 PLAIN = Framing(ethernet=True, vnet_header_size=VNET_HEADER_BYTES)

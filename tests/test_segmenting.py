@@ -17,10 +17,10 @@ from super_packets import LOCAL, REMOTE, UDP, Super
 
 import linkrx
 from linkrx import rigs, segmenting
-from linkrx.arena import Arena
 from linkrx.backends.os_readv import OsReadv
 from linkrx.capabilities import PACKET_VNET_HDR, PACKET_VNET_HDR_SZ, SOL_PACKET
 from linkrx.device import Device
+from linkrx.packets import Owner
 from linkrx.source import ETH_P_ALL
 from linkrx.testing.waiting import PATIENCE
 
@@ -426,7 +426,7 @@ class Refusing(OsReadv):
     rank = 5
     calls = 0
 
-    def fill(self, arena: Arena, room: int) -> int:
+    def fill(self, arena: Owner, room: int) -> int:
         Refusing.calls += 1
         if Refusing.calls % 2:
             os.read(self._fd, 100_000)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from linkrx import _core, buffers, columns, options, packet, stats
+from linkrx import _core, buffers, columns, headers, options, stats
 
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
@@ -20,12 +20,12 @@ SHARED: dict[str, int] = {
     "LRX_ROWS": columns.ROWS,
     "LRX_CLASSIFIER_AT": columns.HEADER.size,
     "LRX_HEADER_BYTES": columns.HEADER_BYTES,
-    "LRX_TRUNCATED": packet.Flags.TRUNCATED,
-    "LRX_OUTGOING": packet.Flags.OUTGOING,
-    "LRX_VLAN": packet.Flags.VLAN,
-    "LRX_TIMESTAMP": packet.Flags.TIMESTAMP,
-    "LRX_CHECKSUM_UNFINISHED": packet.Flags.CHECKSUM_UNFINISHED,
-    "LRX_MALFORMED": packet.MALFORMED,
+    "LRX_TRUNCATED": headers.Flags.TRUNCATED,
+    "LRX_OUTGOING": headers.Flags.OUTGOING,
+    "LRX_VLAN": headers.Flags.VLAN,
+    "LRX_TIMESTAMP": headers.Flags.TIMESTAMP,
+    "LRX_CHECKSUM_UNFINISHED": headers.Flags.CHECKSUM_UNFINISHED,
+    "LRX_MALFORMED": headers.MALFORMED,
     "LRX_PACKETS": stats.PACKETS,
     "LRX_BYTES": stats.BYTES,
     "LRX_RUNTS": stats.RUNTS,
@@ -50,7 +50,7 @@ def test_number(name: str, number: int) -> None:
 @needs_core
 def test_shared_files_hold_nothing_else() -> None:
     """Every number of the header that declares what C and Python share is compared above."""
-    header = Path(_core.__file__).with_name("packet.h")
+    header = Path(_core.__file__).with_name("headers.h")
     if not header.exists():
         pytest.skip("installed from a wheel, which brings no C sources")
     assert set(re.findall(r"#define (LRX_\w+)", header.read_text())) <= set(SHARED)
@@ -58,10 +58,10 @@ def test_shared_files_hold_nothing_else() -> None:
 
 def test_plain_flags_are_the_enum() -> None:
     """The plain numbers that run once per packet are the members of Flags, in order."""
-    plain = (packet.TRUNCATED, packet.OUTGOING, packet.VLAN, packet.TIMESTAMP, packet.CHECKSUM_UNFINISHED)
-    assert plain == tuple(packet.Flags)
+    plain = (headers.TRUNCATED, headers.OUTGOING, headers.VLAN, headers.TIMESTAMP, headers.CHECKSUM_UNFINISHED)
+    assert plain == tuple(headers.Flags)
     assert all(type(number) is int for number in plain)
-    assert not packet.MALFORMED & sum(packet.Flags)
+    assert not headers.MALFORMED & sum(headers.Flags)
 
 
 def test_counters_have_a_slot_for_each() -> None:

@@ -1,7 +1,8 @@
 """The compiled core, when it was built: the only module that says ffi.
 
-`lib` holds the C functions and `reason` is None; without the core `lib` is None and `reason` is a sentence
-that says why and what to type. A core that was compiled from other sources than this linkrx has counts as none.
+`lib` holds the C functions that talk to the kernel, `types` those types that Python touches once per packet, and `reason`
+is None. Without the core, or with half of it, both are None, and `reason` is a sentence that says why and what to type. A
+core that was compiled from other sources than this linkrx has counts as none.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def _load(name: str, built_from: Callable[[Any], str]) -> tuple[Any, str | None]
 
 
 _native, reason = _load("_native", lambda module: module.ffi.string(module.lib.lrx_sources()).decode())
-lib: Any = None if _native is None else _native.lib
+types: Any = None
+if _native is not None:
+    types, reason = _load("_types", lambda module: module.SOURCES)
+lib: Any = None if types is None else _native.lib
 
 
 def new(declaration: str, **fields: object) -> Any:

@@ -5,7 +5,6 @@
 #include "columns.inc"
 #include "classify.h"
 
-#define ETHER_ADDR 6
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86DD
 /* linux/if_tun.h: the queue cut the packet to the buffer. Told only with packet information. */
@@ -17,7 +16,6 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
     const struct lrx_columns out = lrx_columns_at(table, count);
     uint32_t *header = lrx_header_at(c->descriptors);
     const uint8_t *memory = (const uint8_t *)region;
-    uint8_t *address = (uint8_t *)c->addresses;
     uint64_t *counters = (uint64_t *)c->counters;
     uint64_t bytes = 0;
     uint32_t n = 0;
@@ -56,12 +54,6 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
                 continue;
             }
             protocol = (uint16_t)(frame[12] << 8 | frame[13]);
-            if (address) {
-                memcpy(address, frame + ETHER_ADDR, ETHER_ADDR);
-                memcpy(address + ETHER_ADDR, frame, ETHER_ADDR);
-                memcpy(address + 2 * ETHER_ADDR, &protocol, sizeof protocol);
-                address += 2 * ETHER_ADDR + sizeof protocol;
-            }
         } else {
             switch (frame[0] >> 4) {
             case 4:
@@ -79,6 +71,7 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         out.starts[n] = in.starts[k] + c->prefix;
         out.lengths[n] = length;
         out.wire_lengths[n] = wire_length;
+        out.interfaces[n] = in.interfaces[k] ? in.interfaces[k] : c->interface;
         out.protocols[n] = protocol;
         out.flags[n] = flags;
         out.vlan_tcis[n] = in.vlan_tcis[k];
@@ -93,7 +86,8 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
     header[LRX_COUNT] = 0;
 }
 
-int lrx_received(uintptr_t descriptors, uintptr_t region, uint32_t count, uint32_t receives, uint32_t end)
+int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
+                 uint32_t end)
 {
     uint32_t *header = lrx_header_at(descriptors);
     const struct lrx_classifier *c = *(const struct lrx_classifier *const *)(descriptors + LRX_CLASSIFIER_AT);
@@ -103,6 +97,6 @@ int lrx_received(uintptr_t descriptors, uintptr_t region, uint32_t count, uint32
     header[LRX_RECEIVES] = receives;
     header[LRX_END] = end;
     if (c && count)
-        lrx_classify(c, region, count, region + end);
+        lrx_classify(c, frames, count, region + end);
     return (int)count;
 }

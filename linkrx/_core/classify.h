@@ -8,7 +8,7 @@ struct lrx_classifier {
     uint32_t prefix;        /* bytes in front of every frame: packet information, virtio-net header */
     uint32_t packet_info;   /* of these, the size of struct tun_pi: 4 or 0 */
     uint32_t link_header;   /* 14 for Ethernet, 0 for none */
-    uintptr_t addresses;    /* per packet 6 bytes remote, 6 bytes local, uint16_t protocol; or 0 */
+    uint32_t interface;     /* of every packet whose backend does not tell it; 0 where nobody knows */
     uintptr_t counters;     /* uint64_t slots, LRX_PACKETS and on */
 };
 
@@ -16,7 +16,9 @@ struct lrx_classifier {
  * what is not a packet, and mark the descriptors as classified. */
 void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table);
 
-/* The end of a fill: report `count` packets that took `receives` system calls and of `region` its first `end` bytes.
+/* The end of a fill: report `count` packets, whose starts count from `frames`, that took `receives` system calls and of
+ * `region` its first `end` bytes.
  * Where the descriptors name a classifier, that is one crossing with the fill, while the frames are in the cache; its
  * table goes behind `end`. Returns `count`. */
-int lrx_received(uintptr_t descriptors, uintptr_t region, uint32_t count, uint32_t receives, uint32_t end);
+int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
+                 uint32_t end);

@@ -11,6 +11,7 @@
 #define LRX_ROWS 5        /* rows of the table it wrote */
 #define LRX_CLASSIFIER_AT 24
 #define LRX_HEADER_BYTES 32
+#define LRX_ROW_BYTES 32  /* of the table behind the header: one element of each column */
 
 /* Bits of a packet's flags. */
 #define LRX_TRUNCATED 1

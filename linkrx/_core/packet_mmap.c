@@ -11,6 +11,10 @@
 #include "ring.inc"
 #include "packet_mmap.h"
 
+/* How far ahead memory is asked for: measured, see bench/README.md. */
+#define FRAMES_AHEAD 8
+#define BYTES_AHEAD 2048
+
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
@@ -23,10 +27,13 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 static bool begin_block(struct lrx_ring *s)
 {
     const struct tpacket_hdr_v1 *header = block_header(s);
+    uint32_t status;
+
+    if (s->slots[0].blocks + s->slots[1].blocks == s->blocks)
+        return false; /* that one is read already, and not released */
     /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
      * TP_STATUS_USER tell why it was closed. */
-    uint32_t status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
-
+    status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
     if (!(status & TP_STATUS_USER))
         return false;
     if (status & TP_STATUS_LOSING)
@@ -37,17 +44,35 @@ static bool begin_block(struct lrx_ring *s)
 }
 
 /* The kernel fills it again. */
-static void give_back(struct lrx_ring *s)
+static void release(struct lrx_ring *s, uint32_t block)
 {
-    struct tpacket_hdr_v1 *header = block_header(s);
+    struct tpacket_hdr_v1 *header = header_at(s, block);
 
     /* The kernel does this when it opens the block, which may be later; see pending_error(). */
     header->num_pkts = 0;
     /* Before this store everything that was read of the block has been read. */
     __atomic_store_n(&header->block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE);
+}
+
+/* The block is read to its end. In place, it is released with the slot that it belongs to. */
+static void end_block(struct lrx_ring *s)
+{
+    if (s->in_place)
+        s->slots[s->turn].blocks++;
+    else
+        release(s, s->block);
     s->left = 0;
     if (++s->block == s->blocks)
         s->block = 0;
+}
+
+void lrx_ring_release(struct lrx_ring *s, uint32_t slot)
+{
+    struct lrx_slot *lent = &s->slots[slot & 1];
+
+    for (uint32_t n = 0; n < lent->blocks; n++)
+        release(s, (lent->first + n) % s->blocks);
+    lent->blocks = 0;
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
@@ -60,7 +85,7 @@ static int pending_error(struct lrx_ring *s)
 
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
         return errno;
-    if (!s->error || ONCE(block_header(s)->num_pkts))
+    if (!s->error || s->slots[0].blocks + s->slots[1].blocks == s->blocks || ONCE(block_header(s)->num_pkts))
         return 0;
     error = s->error;
     s->error = 0;
@@ -101,6 +126,8 @@ static void copy(const struct lrx_ring *s, uint8_t *to, const uint8_t *frame, ui
 static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hdr *header,
                               const struct lrx_columns *out, uint32_t n)
 {
+    const struct sockaddr_ll *from =
+        (const struct sockaddr_ll *)((const uint8_t *)header + TPACKET_ALIGN(sizeof *header));
     uint32_t status = header->tp_status;
     uint16_t flags = 0;
 
@@ -116,13 +143,9 @@ static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hd
         flags |= LRX_TIMESTAMP;
         out->timestamps[n] = (int64_t)header->tp_sec * 1000000000 + header->tp_nsec;
     }
-    if (s->wanted & LRX_OUTGOING) {
-        const struct sockaddr_ll *from =
-            (const struct sockaddr_ll *)((const uint8_t *)header + TPACKET_ALIGN(sizeof *header));
-
-        if (from->sll_pkttype == PACKET_OUTGOING)
-            flags |= LRX_OUTGOING;
-    }
+    out->interfaces[n] = (uint32_t)from->sll_ifindex;
+    if (s->wanted & LRX_OUTGOING && from->sll_pkttype == PACKET_OUTGOING)
+        flags |= LRX_OUTGOING;
     return flags;
 }
 
@@ -130,10 +153,24 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
 {
     struct lrx_ring *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
+    struct lrx_slot *slot = &s->slots[s->turn];
     uint8_t *memory = (uint8_t *)region;
+    /* In place, starts count from the block that comes first. */
+    const uint8_t *frames = s->in_place ? s->memory + (size_t)s->block * s->block_size : memory;
+    const uint32_t most = s->in_place ? s->most : s->blocks;
     uint32_t cursor = 0, n = 0, begun = 0;
     int error = 0;
 
+    if (!*(const volatile uint32_t *)s->guard) {
+        lrx_header_at(descriptors)[LRX_ERROR] = EOWNERDEAD;
+        return -EOWNERDEAD; /* a child that was forked past Python's hooks: the ring is not mapped here */
+    }
+    if (s->in_place) {
+        if (slot->blocks)
+            return -EBUSY; /* lrx_ring_release() comes first */
+        slot->first = s->block;
+        slot->frames = (uintptr_t)frames;
+    }
     while (n < rows) {
         const uint8_t *block = s->memory + (size_t)s->block * s->block_size;
         const struct tpacket3_hdr *header;
@@ -141,35 +178,44 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         uint32_t snaplen, length, next;
 
         if (!s->left) {
-            if (begun == s->blocks || !begin_block(s))
+            /* Starts count forward, so a batch in place ends with the ring. */
+            if (begun == most || (s->in_place && begun && s->block == 0) || !begin_block(s))
                 break;
             begun++;
             if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
-                give_back(s);
+                end_block(s);
                 continue;
             }
+        } else if (!begun) {
+            begun = 1; /* the rest of a block */
         }
         header = (const struct tpacket3_hdr *)(block + s->offset);
         frame = frame_of(s, block, &snaplen);
         if (!frame) {
-            give_back(s);
+            end_block(s);
             s->error = EIO;
             break;
         }
-        lrx_prefetch_far((const uint8_t *)header, snaplen);
+        next = ONCE(header->tp_next_offset);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
-        if ((uint64_t)cursor + length > size)
-            break;
-        copy(s, memory + cursor, frame, length);
-        out.starts[n] = cursor;
-        cursor = lrx_align(cursor + length);
+        if (s->in_place) {
+            /* Of a frame that stays where it is the beginning is enough. */
+            lrx_prefetch_far((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);
+            out.starts[n] = (uint32_t)(frame - s->vnet - frames);
+        } else {
+            lrx_prefetch_far((const uint8_t *)header, BYTES_AHEAD, snaplen);
+            if ((uint64_t)cursor + length > size)
+                break;
+            copy(s, memory + cursor, frame, length);
+            out.starts[n] = cursor;
+            cursor = lrx_align(cursor + length);
+        }
         out.lengths[n] = length;
         out.wire_lengths[n] = s->vnet + header->tp_len;
         out.flags[n] = read_metadata(s, header, &out, n);
         n++;
-        next = ONCE(header->tp_next_offset);
         if (--s->left == 0)
-            give_back(s);
+            end_block(s);
         else if (next < TPACKET3_HDRLEN || next > s->block_size)
             s->offset = s->block_size; /* out of the block: found above */
         else
@@ -180,7 +226,11 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         error = pending_error(s);
     if (error)
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
-    if (n == 0)
+    if (n == 0) {
+        lrx_ring_release(s, s->turn); /* empty blocks */
         return -error;
-    return lrx_received(descriptors, region, n, begun, cursor);
+    }
+    if (s->in_place)
+        s->turn ^= 1;
+    return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
 }

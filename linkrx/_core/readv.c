@@ -107,5 +107,5 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
     lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
     if (error && n == 0)
         return -error;
-    return lrx_received(descriptors, region, n, n, cursor);
+    return lrx_received(descriptors, region, n, n, region, cursor);
 }

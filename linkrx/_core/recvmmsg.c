@@ -153,6 +153,9 @@ static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct
     out->timestamps[n] = 0;
     out->vlan_tcis[n] = 0;
     out->vlan_tpids[n] = 0;
+    out->interfaces[n] = 0;
+    if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_ifindex) + sizeof s->names[k].sll_ifindex)
+        out->interfaces[n] = (uint32_t)s->names[k].sll_ifindex;
     /* Before Linux 5.1 the name ends with the address: 18 bytes on Ethernet. */
     if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype) &&
         s->names[k].sll_pkttype == PACKET_OUTGOING)
@@ -232,5 +235,5 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         if (n == 0)
             return got;
     }
-    return lrx_received(descriptors, region, n, receives, cursor);
+    return lrx_received(descriptors, region, n, receives, region, cursor);
 }

@@ -91,6 +91,16 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
         goto refused;
     s->device = now.st_dev;
     s->inode = now.st_ino;
+    s->guard = mmap(NULL, PAGE_LEAST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (s->guard == MAP_FAILED) {
+        s->guard = NULL;
+        error = errno;
+        setsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
+        errno = error;
+        goto refused;
+    }
+    *s->guard = 1;
+    madvise(s->guard, PAGE_LEAST, MADV_WIPEONFORK);
     if (set_ring(s, retire_ms) < 0) {
         error = errno;
         setsockopt(fd, SOL_PACKET, PACKET_VERSION, &s->version, sizeof s->version);
@@ -114,22 +124,27 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
 
 refused:
     error = errno;
+    if (s->guard)
+        munmap(s->guard, PAGE_LEAST);
     free(s);
     errno = error;
     return NULL;
 }
 
-void lrx_ring_close(struct lrx_ring *s)
+void lrx_ring_close(struct lrx_ring *s, int unmap)
 {
     if (!s)
         return;
-    take_off(s);
+    if (unmap) {
+        take_off(s);
+        munmap(s->guard, PAGE_LEAST);
+    }
     free(s);
 }
 
 void lrx_ring_abandon(struct lrx_ring *s)
 {
-    free(s);
+    free(s); /* and not the guard, which is still asked by packets that could not be copied before the fork */
 }
 
 uint32_t lrx_ring_held(const struct lrx_ring *s)
@@ -149,9 +164,36 @@ uint64_t lrx_ring_freezes(struct lrx_ring *s)
     return s->freezes;
 }
 
-uintptr_t lrx_ring_memory(const struct lrx_ring *s)
+int lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
 {
-    return (uintptr_t)s->memory;
+    s->most = most;
+    s->in_place = s->vnet <= VNET_WRITTEN && most > 0;
+    return s->in_place;
+}
+
+uint64_t lrx_ring_size(const struct lrx_ring *s)
+{
+    return s->mapped;
+}
+
+uint32_t lrx_ring_last(const struct lrx_ring *s)
+{
+    return s->turn ^ 1;
+}
+
+uintptr_t lrx_ring_frames(const struct lrx_ring *s, uint32_t slot)
+{
+    return s->slots[slot & 1].frames;
+}
+
+uint32_t lrx_ring_lent(const struct lrx_ring *s, uint32_t slot)
+{
+    return s->slots[slot & 1].blocks;
+}
+
+uintptr_t lrx_ring_guard(const struct lrx_ring *s)
+{
+    return (uintptr_t)s->guard;
 }
 
 /* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and

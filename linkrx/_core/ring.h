@@ -17,8 +17,9 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
 void lrx_ring_shut(struct lrx_ring *s);
 void lrx_ring_start(struct lrx_ring *s);
 
-/* Take the ring off the socket, which gets back the PACKET_VERSION it had. */
-void lrx_ring_close(struct lrx_ring *s);
+/* Take the ring off the socket, which gets back the PACKET_VERSION it had. `unmap` is 0 where somebody still reads there:
+ * the mapping stays, and the socket keeps the ring. */
+void lrx_ring_close(struct lrx_ring *s, int unmap);
 
 /* In a forked child: the ring is the parent's. */
 void lrx_ring_abandon(struct lrx_ring *s);
@@ -30,5 +31,21 @@ uint32_t lrx_ring_held(const struct lrx_ring *s);
 uint64_t lrx_ring_drops(struct lrx_ring *s);
 uint64_t lrx_ring_freezes(struct lrx_ring *s);
 
-/* Where it is mapped. */
-uintptr_t lrx_ring_memory(const struct lrx_ring *s);
+/* From the next fill on packets are described where they lie, `most` blocks at a time. The two slots take turns: a fill
+ * that received something has used lrx_ring_last(), and the next will use the other one, which must be released before.
+ * 0 where the kernel writes no virtio-net header of that size, and all is copied as before. */
+int lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
+uint32_t lrx_ring_last(const struct lrx_ring *s);
+
+/* Where the frames of the slot's last fill start to count, and how many blocks wait for their release. */
+uintptr_t lrx_ring_frames(const struct lrx_ring *s, uint32_t slot);
+uint32_t lrx_ring_lent(const struct lrx_ring *s, uint32_t slot);
+
+/* Bytes of the ring. */
+uint64_t lrx_ring_size(const struct lrx_ring *s);
+
+/* Nobody reads there any more. */
+void lrx_ring_release(struct lrx_ring *s, uint32_t slot);
+
+/* The address of a word that is 0 in a child process, where the ring is not mapped, and else 1. */
+uintptr_t lrx_ring_guard(const struct lrx_ring *s);

@@ -294,6 +294,7 @@ static uint8_t *place(struct output *o, uint32_t length, const struct lrx_column
     o->columns.starts[n] = start;
     o->columns.lengths[n] = length;
     o->columns.wire_lengths[n] = in->wire_lengths[k];
+    o->columns.interfaces[n] = in->interfaces[k];
     o->columns.timestamps[n] = in->timestamps[k];
     o->columns.flags[n] = in->flags[k];
     o->columns.vlan_tcis[n] = in->vlan_tcis[k];
@@ -404,5 +405,5 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
             given[LRX_ERROR] = taken[LRX_ERROR];
         taken[LRX_ERROR] = 0;
     } while (!given[LRX_ERROR] && receive(s, staging, &o));
-    return lrx_received(s->given, region, o.n, receives, o.cursor);
+    return lrx_received(s->given, region, o.n, receives, region, o.cursor);
 }

@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Callable, Iterator
 from itertools import repeat
 
-from linkrx.arena import Arena
 from linkrx.backend import Backend, Receive
 from linkrx.capabilities import Capabilities
 from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
-from linkrx.packet import TRUNCATED
+from linkrx.headers import TRUNCATED
+from linkrx.packets import Owner
 
 # What preadv2 answers where a driver or the kernel does not have RWF_NOWAIT.
 _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
@@ -54,11 +54,11 @@ class OsReadv(Backend):
                 self._read = os.preadv
                 self._arguments = (repeat(-1), repeat(nowait))
         self._stride = STRIDE_LEAST  # between the starts of two packets
-        self._made: dict[tuple[Arena, int, int, int], list[list[memoryview]]] = {}
+        self._made: dict[tuple[Owner, int, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
         self._flagged = False
 
-    def fill(self, arena: Arena, room: int) -> int:
+    def fill(self, arena: Owner, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
         if not self._lengths:
             self._receive(arena, room)
@@ -72,7 +72,7 @@ class OsReadv(Backend):
         """Packets that were read when an exception came, and not reported yet."""
         return len(self._lengths)
 
-    def _receive(self, arena: Arena, room: int) -> None:
+    def _receive(self, arena: Owner, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
         # such as Ctrl-C, can run between two packets but never between a packet and its length.
         try:
@@ -98,7 +98,7 @@ class OsReadv(Backend):
         self._ready = ready  # first: without it a read would wait
         self._read, self._arguments = os.readv, ()
 
-    def _buffers(self, arena: Arena, room: int) -> list[list[memoryview]]:
+    def _buffers(self, arena: Owner, room: int) -> list[list[memoryview]]:
         """The iovecs of each read: a stride apart, and each with room for the largest packet.
 
         They overlap, so a packet longer than the stride must be the last. One byte more than what is kept: a packet

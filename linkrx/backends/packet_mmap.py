@@ -13,7 +13,8 @@ from linkrx.backend import CoreBackend, Receive
 from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
-from linkrx.packet import OUTGOING, TIMESTAMP
+from linkrx.headers import OUTGOING, TIMESTAMP
+from linkrx.packets import Owner
 from linkrx.rtnetlink import RouteSocket
 
 logger = logging.getLogger("linkrx")
@@ -34,6 +35,11 @@ BLOCK_MOST = 1024 * 1024
 HEADROOM = 4096  # far more than the kernel puts in front of a frame
 BLOCKS_MOST = 4096  # more are not made smaller for
 BLOCKS_LEAST = 2  # one to read while the other is filled
+
+# Blocks that one batch may read in place, and the share of the ring that this may be: two batches at most are in place, and
+# the kernel fills the rest meanwhile. Smaller rings are copied from.
+BLOCKS_IN_PLACE = 4
+SHARE_IN_PLACE = 8
 
 LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as the kernel likes
 RETIRE_MOST = 2**31 - 1
@@ -65,18 +71,61 @@ class PacketMmap(CoreBackend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
-        self._state, self._block = _ring(receive)
-        if self._joins:
-            try:
+        self._owners: tuple[Owner, ...] = ()
+        self._state, blocks = _ring(receive)
+        try:
+            most = min(BLOCKS_IN_PLACE, blocks // SHARE_IN_PLACE)
+            if not receive.options.segment and _core.lib.lrx_ring_read_in_place(self._state, most):
+                guard = _core.lib.lrx_ring_guard(self._state)
+                self._owners = (Owner(0, guard), Owner(0, guard))
+            if self._joins:
                 _core.lib.lrx_ring_shut(self._state)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """From now on this member of a fanout group takes its share."""
         if self._joins:
             _core.lib.lrx_ring_start(self._state)
+
+    def fill(self, arena: Owner, room: int) -> int:
+        """Until no closed block is left, the descriptors are full, or the next packet does not fit.
+
+        In place, at most two batches are in the ring. Before that, the older of the two is taken back. If nothing is there,
+        somebody is about to wait: poll(2) on the socket looks at the newest closed block alone, and says that it is readable
+        for as long as that block is not released. So all are taken back then.
+        """
+        if not self._owners:
+            return super().fill(arena, room)
+        last: int = _core.lib.lrx_ring_last(self._state)
+        self._take_back(last ^ 1)
+        if not self._owners[last].held:
+            self._take_back(last)
+        count = super().fill(arena, room)
+        if not count and _core.lib.lrx_ring_lent(self._state, last):
+            self._take_back(last)
+        return count
+
+    def _take_back(self, slot: int) -> None:
+        """Copy what is held of a slot's blocks, and give them back to the kernel."""
+        self._owners[slot].take_back()
+        _core.lib.lrx_ring_release(self._state, slot)
+
+    @property
+    def owner(self) -> Owner | None:
+        """The blocks that the last fill was about."""
+        if not self._owners:
+            return None
+        last = _core.lib.lrx_ring_last(self._state)
+        owner: Owner = self._owners[last]
+        owner.address = _core.lib.lrx_ring_frames(self._state, last)
+        return owner
+
+    def copy_held(self) -> None:
+        """A child does not have the ring."""
+        for owner in self._owners:
+            owner.take_back()
 
     @property
     def held(self) -> int:
@@ -97,8 +146,18 @@ class PacketMmap(CoreBackend):
     def close(self) -> None:
         """Take the ring off the socket."""
         state, self._state = self._state, None
-        if state is not None:
-            _core.lib.lrx_ring_close(state)
+        if state is None:
+            return
+        unmap = True
+        try:
+            self.copy_held()
+        except MemoryError:
+            unmap = False
+            logger.warning(
+                "packet_mmap: no memory to copy the packets that are still held, so the ring of %d bytes stays mapped",
+                _core.lib.lrx_ring_size(state),
+            )
+        _core.lib.lrx_ring_close(state, unmap)
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
@@ -126,7 +185,7 @@ def _largest(receive: Receive) -> int:
 
 
 def _ring(receive: Receive) -> tuple[Any, int]:
-    """A ring as large as was asked for, or as the kernel has memory for; and the size of its blocks."""
+    """A ring as large as was asked for, or as the kernel has memory for; and the number of its blocks."""
     options, found = receive.options, receive.capabilities
     if options.latency < LATENCY_LEAST:
         raise UnsupportedOption(
@@ -165,4 +224,4 @@ def _ring(receive: Receive) -> tuple[Any, int]:
             asked * block,
             blocks * block,
         )
-    return state, block
+    return state, blocks

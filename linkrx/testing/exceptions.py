@@ -12,7 +12,7 @@ from types import CodeType, FrameType
 
 from linkrx.dispatcher import Dispatcher
 from linkrx.errors import Busy, Closed
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 from linkrx.rigs import Rig
 from linkrx.testing.packets import sample
 from linkrx.testing.resources import descriptors

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from linkrx.batch import Batch
-from linkrx.packet import Packet
+from linkrx.packets import Batch, Packet
 from linkrx.rigs import Rig
 from linkrx.testing.waiting import PATIENCE, collect
 

@@ -12,7 +12,7 @@ from linkrx import rigs
 from linkrx.device import Device, raised_injector
 from linkrx.dispatcher import Dispatcher
 from linkrx.namespace import inside, new_network
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 from linkrx.rigs import TAP_MTU, Rig
 from linkrx.stats import End
 from linkrx.testing.cells import Check, Inapplicable

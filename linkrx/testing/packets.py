@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from linkrx.batch import Batch
 from linkrx.buffers import BUFFER_SIZES
 from linkrx.factory import backends
-from linkrx.packet import ETH_HEADER_BYTES, Packet
+from linkrx.headers import ETH_HEADER_BYTES
+from linkrx.packets import Batch, Packet
 from linkrx.rigs import LOCAL, PROTOCOL, REMOTE, Rig
 from linkrx.testing.cells import Inapplicable
 from linkrx.testing.waiting import PATIENCE, collect, patiently

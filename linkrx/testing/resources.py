@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from linkrx.capabilities import SOL_PACKET, probe
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 from linkrx.rigs import Rig
 from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
 from linkrx.testing.packets import sample

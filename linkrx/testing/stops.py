@@ -13,7 +13,7 @@ from linkrx.capabilities import probe
 from linkrx.dispatcher import Dispatcher
 from linkrx.errors import Closed
 from linkrx.factory import backends
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 from linkrx.rigs import Rig
 from linkrx.stats import End
 from linkrx.testing.cells import Inapplicable

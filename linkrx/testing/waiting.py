@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from linkrx.dispatcher import Dispatcher
-from linkrx.packet import Packet
+from linkrx.packets import Packet
 from linkrx.rigs import Rig
 
 PATIENCE = 30.0  # seconds until what should have happened never will

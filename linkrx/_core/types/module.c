@@ -1,0 +1,88 @@
+/* The module: its types, and what it needs of Python. No globals: everything is in the module's state. */
+#define _GNU_SOURCE
+#include "types.h"
+
+#include <dlfcn.h>
+
+static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+
+    if (type && PyModule_AddType(module, (PyTypeObject *)type) < 0)
+        Py_CLEAR(type);
+    return (PyTypeObject *)type;
+}
+
+static int execute(PyObject *module)
+{
+    State *state = PyModule_GetState(module);
+
+    *(void **)&state->vectorcall = dlsym(RTLD_DEFAULT, "PyObject_Vectorcall");
+    state->headers = PyImport_ImportModule("linkrx.headers");
+    if (!state->headers)
+        return -1;
+    state->owner_type = add_type(module, &lrx_owner_spec);
+    state->table_type = add_type(module, &lrx_table_spec);
+    state->packet_type = add_type(module, &lrx_packet_spec);
+    state->batch_type = add_type(module, &lrx_batch_spec);
+    state->batch_iterator_type = add_type(module, &lrx_batch_iterator_spec);
+    state->receiver_type = add_type(module, &lrx_receiver_spec);
+    if (!state->owner_type || !state->table_type || !state->packet_type || !state->batch_type ||
+        !state->batch_iterator_type || !state->receiver_type)
+        return -1;
+    return PyModule_AddStringConstant(module, "SOURCES", LRX_SOURCES);
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg)
+{
+    State *state = PyModule_GetState(module);
+
+    Py_VISIT((PyObject *)state->owner_type);
+    Py_VISIT((PyObject *)state->table_type);
+    Py_VISIT((PyObject *)state->packet_type);
+    Py_VISIT((PyObject *)state->batch_type);
+    Py_VISIT((PyObject *)state->batch_iterator_type);
+    Py_VISIT((PyObject *)state->receiver_type);
+    Py_VISIT(state->headers);
+    return 0;
+}
+
+static int clear(PyObject *module)
+{
+    State *state = PyModule_GetState(module);
+
+    Py_CLEAR(state->owner_type);
+    Py_CLEAR(state->table_type);
+    Py_CLEAR(state->packet_type);
+    Py_CLEAR(state->batch_type);
+    Py_CLEAR(state->batch_iterator_type);
+    Py_CLEAR(state->receiver_type);
+    Py_CLEAR(state->headers);
+    return 0;
+}
+
+static PyMethodDef functions[] = {
+    {"restore_packet", lrx_packet_restore, METH_VARARGS, "A packet from what its pickle has behind the version."},
+    {0},
+};
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, execute},
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "linkrx._core._types",
+    .m_doc = "The types that Python touches once per packet.",
+    .m_size = sizeof(State),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+};
+
+PyMODINIT_FUNC PyInit__types(void)
+{
+    return PyModuleDef_Init(&definition);
+}

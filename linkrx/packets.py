@@ -1,0 +1,41 @@
+"""The types that are touched once per packet: those of the C core where it was built, else those of `linkrx.plain`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from linkrx import _core
+
+if TYPE_CHECKING:
+    from linkrx._core._types import Batch, Owner, Packet, Receiver
+    from linkrx._core._types import restore_packet as _restore
+elif _core.types is None:
+    from linkrx.plain import Batch, Owner, Packet, Receiver
+    from linkrx.plain import restore as _restore
+
+    Packet.__module__ = Batch.__module__ = "linkrx"
+else:
+    Batch, Owner = _core.types.Batch, _core.types.Owner
+    Packet, Receiver = _core.types.Packet, _core.types.Receiver
+    _restore = _core.types.restore_packet
+
+__all__ = ["ARENA_BYTES", "ARENA_START", "Batch", "Owner", "Packet", "Receiver", "restore_packet"]
+
+# Of an arena that frames may take: room for a batch of 64 full Ethernet frames five times over, and small enough to stay in
+# a core's second-level cache. Behind it is address space for one frame more, touched only if that is a large one.
+ARENA_BYTES = 512 * 1024
+
+# Where they start: see _core/types/memory.c.
+ARENA_START = 64
+
+PICKLE_VERSION = 1
+
+
+def restore_packet(version: int, *state: Any) -> Packet:
+    """What pickles of packets call. The same pickle gives a packet with and without the C core."""
+    if version != PICKLE_VERSION:
+        raise ValueError(
+            f"a packet pickled in format {version}, and this linkrx reads format {PICKLE_VERSION}: "
+            "pickle and read it with the same version"
+        )
+    return _restore(*state)

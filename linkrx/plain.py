@@ -1,0 +1,418 @@
+"""Packet, Batch and Receiver in plain Python: what the types of the C core do, simple rather than fast.
+
+Read this first: `_core/types/` says the same in C. Here every packet has one `bytes` object of its own from the start, so
+there is no rule of memory to follow. One promise is weaker than in C: the exception of a signal handler may cost the rest of
+the batch at hand, which is then counted as undelivered. An exception of `deliver` costs nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from linkrx.columns import CLASSIFIED, END, HEADER, RECEIVES, ROW_BYTES, ROWS, Table
+from linkrx.headers import (
+    CHECKSUM_UNFINISHED,
+    ETH_ADDRESS_BYTES,
+    OUTGOING,
+    TIMESTAMP,
+    TRUNCATED,
+    VLAN,
+    Vlan,
+    VnetHeader,
+    describe,
+    tagged,
+    vnet_of,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+VNET_BYTES = 10  # linux/virtio_net.h struct virtio_net_hdr
+START = 64  # where frames begin in an arena, as in C
+
+_FORMATS = {
+    "timestamps": "q",
+    "starts": "I",
+    "lengths": "I",
+    "wire_lengths": "I",
+    "interfaces": "I",
+    "protocols": "H",
+    "flags": "H",
+    "vlan_tcis": "H",
+    "vlan_tpids": "H",
+}
+
+
+class Packet(bytes):
+    """One received frame with what is known about it. It never changes, however long it is kept."""
+
+    wire_length: int
+    interface: int
+    protocol: int
+    _timestamp: int
+    _flags: int
+    _vlan: Vlan
+    _link_header: int
+    _vnet: bytes  # struct virtio_net_hdr, or nothing
+    _big_endian: bool
+
+    def __new__(cls) -> Self:
+        """Packets are received, or restored from pickles."""
+        raise TypeError("cannot create 'linkrx.Packet' instances")
+
+    @classmethod
+    def _of(cls, frame: bytes) -> Packet:
+        return bytes.__new__(cls, frame)
+
+    @property
+    def frame(self) -> memoryview:
+        """The bytes as received, link header included."""
+        return memoryview(self)
+
+    @property
+    def link_header(self) -> memoryview:
+        """The Ethernet header, 14 bytes, or nothing where there is none."""
+        return memoryview(self)[: self._link_header]
+
+    @property
+    def data(self) -> memoryview:
+        """What follows the link header."""
+        return memoryview(self)[self._link_header :]
+
+    @property
+    def remote(self) -> bytes | None:
+        """The source MAC address, 6 bytes, or None without Ethernet."""
+        return self[ETH_ADDRESS_BYTES : 2 * ETH_ADDRESS_BYTES] if self._link_header else None
+
+    @property
+    def local(self) -> bytes | None:
+        """The destination MAC address, 6 bytes, or None without Ethernet."""
+        return self[:ETH_ADDRESS_BYTES] if self._link_header else None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the frame was longer than what was kept of it."""
+        return bool(self._flags & TRUNCATED)
+
+    @property
+    def outgoing(self) -> bool:
+        """Whether this host sent the frame."""
+        return bool(self._flags & OUTGOING)
+
+    @property
+    def checksum_unfinished(self) -> bool:
+        """Whether a local sender left the transport checksum to a device that the frame has not passed."""
+        return bool(self._flags & CHECKSUM_UNFINISHED)
+
+    @property
+    def timestamp_ns(self) -> int | None:
+        """Nanoseconds since 1970 at which the kernel received the frame, or None."""
+        return self._timestamp if self._flags & TIMESTAMP else None
+
+    @property
+    def vlan(self) -> Vlan | None:
+        """The VLAN tag that the kernel took out of the frame, or None."""
+        return self._vlan if self._flags & VLAN else None
+
+    @property
+    def vnet(self) -> VnetHeader | None:
+        """The virtio-net header that stood in front of the frame, or None where the source has none."""
+        return vnet_of(self._vnet, self._big_endian, self) if self._vnet else None
+
+    def tobytes(self) -> bytes:
+        """The frame as bytes."""
+        return bytes(self)
+
+    def tagged(self) -> bytes:
+        """The frame as it was on the wire: with the VLAN tag that the kernel took out put back."""
+        return tagged(self)
+
+    def u16(self, offset: int, /) -> int:
+        """The two bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no two."""
+        return self._number(operator.index(offset), 2)
+
+    def u32(self, offset: int, /) -> int:
+        """The four bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no four."""
+        return self._number(operator.index(offset), 4)
+
+    def _number(self, offset: int, size: int) -> int:
+        at = offset + len(self) if offset < 0 else offset
+        if not 0 <= at <= len(self) - size:
+            raise IndexError(f"{size} bytes at {offset} of a frame of {len(self)} bytes")
+        return int.from_bytes(self[at : at + size], "big")
+
+    def copy(self) -> Packet:
+        """The same packet."""
+        return self
+
+    def __copy__(self) -> Packet:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Packet:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from linkrx.packets import restore_packet
+
+        vnet = (2 if self._big_endian else 1) if self._vnet else 0
+        state = (
+            *(bytes(self), self._timestamp, self.wire_length, self.interface, self.protocol, self._flags),
+            *(self._vlan.tci, self._vlan.tpid, self._link_header, vnet, self._vnet),
+        )
+        return restore_packet, (1, *state)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, bytes):
+            return bytes.__eq__(self, other)
+        try:
+            view = memoryview(other)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return NotImplemented
+        return view.contiguous and view.tobytes() == bytes(self)
+
+    __hash__ = bytes.__hash__
+    __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: NotImplemented
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+
+def restore(
+    frame: bytes,
+    timestamp: int,
+    wire_length: int,
+    interface: int,
+    protocol: int,
+    flags: int,
+    tci: int,
+    tpid: int,
+    link_header: int,
+    vnet: int,
+    vnet_header: bytes,
+    /,
+) -> Packet:
+    """A packet from what its pickle has behind the version."""
+    if (
+        len(frame) < link_header
+        or link_header not in (0, 14)
+        or vnet not in (0, 1, 2)
+        or len(vnet_header) != (VNET_BYTES if vnet else 0)
+        or not 0 <= protocol | flags | tci | tpid < 1 << 16
+    ):
+        raise ValueError("this is no packet that linkrx has pickled")
+    packet = Packet._of(frame)
+    packet._timestamp = timestamp
+    packet.wire_length = wire_length
+    packet.interface = interface
+    packet.protocol = protocol
+    packet._flags = flags
+    packet._vlan = Vlan(tpid, tci)
+    packet._link_header = link_header
+    packet._big_endian = vnet == 2
+    packet._vnet = vnet_header
+    return packet
+
+
+class Batch:
+    """Packets received together. Index and iteration give packets; the columns have one element for each."""
+
+    memory: memoryview
+    timestamps: memoryview
+    starts: memoryview
+    lengths: memoryview
+    wire_lengths: memoryview
+    interfaces: memoryview
+    protocols: memoryview
+    flags: memoryview
+    vlan_tcis: memoryview
+    vlan_tpids: memoryview
+
+    def __new__(cls) -> Self:
+        """Batches are received."""
+        raise TypeError("cannot create 'linkrx.Batch' instances")
+
+    _packets: list[Packet]
+
+    @classmethod
+    def _of(cls, packets: list[Packet]) -> Batch:
+        batch = object.__new__(cls)
+        batch._packets = packets
+        batch.memory = memoryview(b"".join(packets))
+        starts, end = [], 0
+        for packet in packets:
+            starts.append(end)
+            end += len(packet)
+        values: dict[str, list[int]] = {
+            "timestamps": [packet._timestamp for packet in packets],
+            "starts": starts,
+            "lengths": [len(packet) for packet in packets],
+            "wire_lengths": [packet.wire_length for packet in packets],
+            "interfaces": [packet.interface for packet in packets],
+            "protocols": [packet.protocol for packet in packets],
+            "flags": [packet._flags for packet in packets],
+            "vlan_tcis": [packet._vlan.tci for packet in packets],
+            "vlan_tpids": [packet._vlan.tpid for packet in packets],
+        }
+        for name, form in _FORMATS.items():
+            setattr(batch, name, memoryview(array(form, values[name])).toreadonly())
+        return batch
+
+    def frames(self) -> list[bytes]:
+        """All frames, each as bytes."""
+        return [bytes(packet) for packet in self._packets]
+
+    def copy(self) -> Batch:
+        """The same packets, in memory of their own."""
+        return Batch._of(self._packets)
+
+    def __len__(self) -> int:
+        return len(self._packets)
+
+    def __getitem__(self, index: int) -> Packet:
+        index = operator.index(index)
+        if not -len(self._packets) <= index < len(self._packets):
+            raise IndexError(f"packet {index} of a batch of {len(self._packets)}")
+        return self._packets[index]
+
+    def __iter__(self) -> Iterator[Packet]:
+        return iter(self._packets)
+
+    def __repr__(self) -> str:
+        return f"<Batch of {len(self)} packets, {len(self.memory)} bytes>"
+
+
+class Owner:
+    """Memory that a mechanism fills: an arena of `size` bytes."""
+
+    cursor = START
+    held = False
+    address = 0
+
+    def __init__(self, size: int = 0) -> None:
+        self.limit = size
+        self.view = memoryview(bytearray(size))
+
+    def take_back(self) -> bool:
+        """Nobody reads here: packets have their own bytes."""
+        return True
+
+
+class Receiver:
+    """What was received and is not handed over yet, and the ways to hand it over."""
+
+    def __init__(
+        self,
+        descriptors: bytearray,
+        arena_size: int,
+        claims: dict[str, Any],
+        link_header: int,
+        vnet: int,
+        big_endian: bool,
+    ) -> None:
+        """`descriptors`: header and table that mechanisms report in. While `claims` is not empty, somebody receives."""
+        self._descriptors = descriptors
+        self._header = memoryview(descriptors)[: HEADER.size].cast("I")
+        self._arena = Owner(arena_size)
+        self._claims = claims
+        self._link_header, self._vnet, self._big_endian = link_header, vnet, big_endian
+        self._pending: list[Packet] = []
+        self._next = 0
+        self.stopping = self.delivering = False
+        self.batches = self.receives = self.undelivered = self.undelivered_bytes = 0
+
+    @property
+    def left(self) -> int:
+        """How many packets wait to be handed over."""
+        return len(self._pending) - self._next
+
+    def arena(self) -> Owner:
+        """The arena to fill now."""
+        return self._arena
+
+    def take_in(self, owner: Owner, /) -> bool:
+        """Make packets of what the descriptors tell. False: none."""
+        header, memory = self._header, owner.view[START:]
+        count, rows, end = header[CLASSIFIED] - 1, header[ROWS], header[END]
+        table = Table(memory[end : end + rows * ROW_BYTES], rows)
+        vnet = (2 if self._big_endian else 1) if self._vnet else 0
+        packets = []
+        for row in range(count):
+            start = table.starts[row]
+            packets.append(
+                restore(
+                    bytes(memory[start : start + table.lengths[row]]),
+                    table.timestamps[row],
+                    table.wire_lengths[row],
+                    table.interfaces[row],
+                    table.protocols[row],
+                    table.flags[row],
+                    table.vlan_tcis[row],
+                    table.vlan_tpids[row],
+                    self._link_header,
+                    vnet,
+                    bytes(memory[start - self._vnet :][:VNET_BYTES]) if vnet else b"",
+                )
+            )
+        self._pending, self._next = packets, 0
+        self.batches += 1
+        self.receives += header[RECEIVES]
+        header[CLASSIFIED] = 0
+        return count > 0
+
+    def deliver(self, deliver: Callable[..., object], /) -> int:
+        """Hand each packet that waits to `deliver(remote, local, protocol, packet)`. Returns how many."""
+        delivered = 0
+        self.delivering = True
+        try:
+            while self.left and not self.stopping:
+                packet = self._pending[self._next]
+                self._next += 1
+                delivered += 1
+                deliver(packet.remote, packet.local, packet.protocol, packet)
+        finally:
+            self.delivering = False
+        return delivered
+
+    def take_packet(self) -> Packet | None:
+        """The next packet, or None."""
+        return self._take() if self.left else None
+
+    def _take(self) -> Packet:
+        packet = self._pending[self._next]
+        self._next += 1
+        return packet
+
+    def __iter__(self) -> Receiver:
+        return self
+
+    def __next__(self) -> Packet:
+        if not self.left or self.stopping or self._claims:
+            raise StopIteration
+        return self._take()
+
+    def take_batch(self) -> Batch | None:
+        """All that waits, or None."""
+        packets = self._pending[self._next :]
+        self._pending, self._next = [], 0
+        return Batch._of(packets) if packets else None
+
+    def drop(self) -> None:
+        """Give up what waits, and count it as undelivered."""
+        rest = self._pending[self._next :]
+        self._pending, self._next = [], 0
+        self.undelivered += len(rest)
+        self.undelivered_bytes += sum(map(len, rest))
+
+    def stop(self) -> None:
+        """Hand nothing over any more. In any thread."""
+        self.stopping = True
+
+    def release(self) -> None:
+        """Give the memory up."""
+        self._pending, self._next = [], 0
