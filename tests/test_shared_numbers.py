@@ -58,7 +58,13 @@ def test_shared_files_hold_nothing_else() -> None:
 
 def test_plain_flags_are_the_enum() -> None:
     """The plain numbers that run once per packet are the members of Flags, in order."""
-    plain = (headers.TRUNCATED, headers.OUTGOING, headers.VLAN, headers.TIMESTAMP, headers.CHECKSUM_UNFINISHED)
+    plain = (
+        headers.TRUNCATED,
+        headers.OUTGOING,
+        headers.VLAN,
+        headers.TIMESTAMP,
+        headers.CHECKSUM_UNFINISHED,
+    )
     assert plain == tuple(headers.Flags)
     assert all(type(number) is int for number in plain)
     assert not headers.MALFORMED & sum(headers.Flags)
