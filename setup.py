@@ -32,7 +32,7 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 EXTENSIONS = [
     Extension(
         "linkrx._core._types",
-        sorted(str(path) for path in (CORE / "types").glob("*.c")),
+        [str(CORE / "classify.c"), *sorted(str(path) for path in (CORE / "types").glob("*.c"))],
         py_limited_api=not FREE_THREADED,
         define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000")],
     )

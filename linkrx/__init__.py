@@ -7,11 +7,12 @@ protocol and link addresses.
 from linkrx.buffers import BUFFER_SIZES, IovecBuffer
 from linkrx.capabilities import Capabilities, HasFileno, probe
 from linkrx.choice import Choice, Verdict
-from linkrx.dispatcher import Batches, Deliver, Dispatcher
+from linkrx.dispatcher import Batches, Dispatcher
 from linkrx.errors import (
     BackendUnavailable,
     Busy,
     Closed,
+    Ended,
     LinkrxError,
     MissingPrivilege,
     UnsupportedOption,
@@ -39,6 +40,7 @@ __all__ = [
     "Deliver",
     "Dispatcher",
     "End",
+    "Ended",
     "Flags",
     "Gso",
     "HasFileno",

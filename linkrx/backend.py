@@ -46,23 +46,20 @@ class Mechanism(ABC):
         """
 
     @property
-    def native(self) -> tuple[int, int] | None:
-        """Where C finds a fill of its own and that fill's state; None for what is written in Python."""
-        return None
+    def native(self) -> int:
+        """The address of a struct lrx_mechanism (_core/mechanism.h), which the receiver calls in place of `fill`; 0: none."""
+        return 0
+
+    # A packet may be held back for Options.latency by the mechanism itself.
+    holds_back = False
+
+    # Somebody still reads in memory of the mechanism, which could not be copied: close() must leave it.
+    held_by_others = False
 
     @property
     def held(self) -> int:
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
         return 0
-
-    @property
-    def owner(self) -> Owner | None:
-        """The memory that the frames of the last `fill` lie in, where that is not the arena."""
-        return None
-
-    def copy_held(self) -> None:
-        """Before a fork: copy whatever is read in memory that a child will not have."""
-        return
 
     def drops(self) -> int:
         """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""
@@ -85,7 +82,7 @@ class Backend(Mechanism):
     """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
 
     `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
-    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`, `latency`.
+    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`.
 
     `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
     in memory of the backend's own, so the buffer of a socket need not be large.
@@ -131,18 +128,18 @@ class CoreBackend(Backend):
         return _core.reason
 
     def _use(self, function: str, descriptors: Descriptors) -> None:
-        self._fill = getattr(_core.lib, function)
-        self._function = _core.pointer(_core.function(function))
+        self._mechanism = _core.new("struct lrx_mechanism *", fill=_core.function(function))
         self._descriptors, self._rows = descriptors.address(), descriptors.rows
 
     @property
-    def native(self) -> tuple[int, int]:
-        """As for C."""
-        return self._function, _core.pointer(self._state)
+    def native(self) -> int:
+        """See Mechanism."""
+        self._mechanism.state = self._state
+        return _core.pointer(self._mechanism)
 
     def fill(self, arena: Owner, room: int) -> int:
         """One crossing: until nothing is there, the descriptors are full, or the next packet might not fit."""
-        count: int = self._fill(
+        count: int = self._mechanism.fill(
             self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
         )
         return max(0, count)  # the header has the errno

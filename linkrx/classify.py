@@ -1,4 +1,4 @@
-"""Which of the received frames are packets, and what is known about each: in C, or in Python without the core.
+"""Which of the received frames are packets, and what is known about each: _core/classify.c in Python, for where there is no core.
 
 Both write the same table; a property test holds them to each other.
 """
@@ -8,75 +8,29 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from linkrx import _core
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table
 from linkrx.framing import TUN_PKT_STRIP, Framing
 from linkrx.headers import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, MALFORMED, TRUNCATED
-from linkrx.packets import Owner
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.stats import MALFORMED as COUNT_MALFORMED
+
+if TYPE_CHECKING:
+    from linkrx.packets import Owner
 
 _ETHERTYPE = struct.Struct("!H")
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 # Takes the arena and the number of descriptors; writes the batch's table behind the frames, and marks the descriptors as
 # classified.
-Classify = Callable[[Owner, int], None]
+Classify = Callable[["Owner", int], None]
 
 
 def classifier(
-    descriptors: Descriptors,
-    framing: Framing,
-    counters: array[int],
-    *,
-    interface: int = 0,
-    at_once: bool = False,
-) -> Classify:
-    """The best way on this host. `interface` is the index of that of every packet, where the backend does not tell it.
-
-    `at_once`: C code that fills may classify in the same call, for nobody has to look at what it received before.
-    """
-    if _core.lib is None:
-        return in_python(descriptors, framing, counters, interface=interface)
-    return in_c(descriptors, framing, counters, interface=interface, at_once=at_once)
-
-
-def in_c(
-    descriptors: Descriptors,
-    framing: Framing,
-    counters: array[int],
-    *,
-    interface: int = 0,
-    at_once: bool = False,
-) -> Classify:
-    """One call per batch, about 5 ns per packet: for what C code has not filled, which calls the same by itself."""
-    described = _core.new(
-        "struct lrx_classifier *",
-        descriptors=descriptors.address(),
-        rows=descriptors.rows,
-        prefix=framing.prefix,
-        packet_info=framing.packet_info_size,
-        link_header=framing.link_header,
-        interface=interface,
-        counters=_core.address(counters),
-    )
-    if at_once:
-        descriptors.classify_at_once(_core.pointer(described))
-    header = descriptors.header
-    lrx_classify = _core.lib.lrx_classify
-
-    def classify(arena: Owner, count: int) -> None:
-        region = arena.address + arena.cursor
-        lrx_classify(described, region, count, region + header[END])
-
-    return classify
-
-
-def in_python(
     descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
 ) -> Classify:
-    """The same, a microsecond per packet."""
+    """`interface` is the index of that of every packet, where the backend does not tell it."""
     reported, header = descriptors.columns, descriptors.header
     prefix, link_header = framing.prefix, framing.link_header
 

@@ -16,10 +16,11 @@ from linkrx import _core
 ROW_BYTES = 32
 
 # Words of the header in front of a backend's descriptors, and behind them the address of C's classifier.
-COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS = range(6)
-HEADER = struct.Struct("=6I")
-_CLASSIFIER = struct.Struct("@P")
-HEADER_BYTES = HEADER.size + 8  # the columns behind are aligned, where pointers are shorter as well
+COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS, HELD, MOST = range(8)
+HEADER = struct.Struct("=8I")
+HEADER_BYTES = (
+    HEADER.size + 3 * 8
+)  # and three pointers; the columns behind are aligned, where these are shorter as well
 
 
 def align(offset: int) -> int:
@@ -118,9 +119,10 @@ class Descriptors:
 
     __slots__ = ("columns", "header", "memory", "rows")
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, memory: bytearray | None = None) -> None:
+        """Over `memory` that another one made, or its own."""
         self.rows = rows
-        self.memory = bytearray(HEADER_BYTES + ROW_BYTES * rows)
+        self.memory = bytearray(HEADER_BYTES + ROW_BYTES * rows) if memory is None else memory
         whole = memoryview(self.memory)
         self.header = whole[: HEADER.size].cast("I")
         self.columns = Table(whole[HEADER_BYTES:], rows)
@@ -129,11 +131,12 @@ class Descriptors:
         """Where C finds it."""
         return _core.address(self.memory)
 
-    def classify_at_once(self, classifier: int) -> None:
-        """Tell C code that fills where its `struct lrx_classifier` is: one crossing does both."""
-        _CLASSIFIER.pack_into(self.memory, HEADER.size, classifier)
+    @property
+    def classified(self) -> bool:
+        """Whether a receive was classified, and nobody has taken it in."""
+        return self.header[CLASSIFIED] > 0
 
     def clear(self) -> None:
-        """Nothing reported, as it was made: before another backend writes."""
+        """Nothing reported, as it was made: before another backend writes. The address of C's classifier stays."""
         self.memory[: HEADER.size] = bytes(HEADER.size)
         self.memory[HEADER_BYTES:] = bytes(len(self.memory) - HEADER_BYTES)

@@ -33,8 +33,19 @@ class MissingPrivilege(LinkrxError, PermissionError):
         self.remedy = remedy
 
 
-class Closed(LinkrxError):
-    """The dispatcher was closed, or belongs to the process that forked this one."""
+class Closed(LinkrxError, ValueError):
+    """The dispatcher was closed, or belongs to the process that forked this one.
+
+    A ValueError as well, as `selectors` expects of what has no descriptor any more.
+    """
+
+
+class Ended(LinkrxError, OSError, EOFError):
+    """recv() behind the end: `end` of the dispatcher says why.
+
+    An OSError as well, with the errno that a socket would give (ENODEV for a deleted device, else ESHUTDOWN), and an
+    EOFError: loops that were written for either stop.
+    """
 
 
 class Busy(LinkrxError, RuntimeError):

@@ -16,9 +16,10 @@ from linkrx import _core
 from linkrx.backend import Backend
 from linkrx.capabilities import Capabilities, HasFileno, probe
 from linkrx.choice import Choice, Verdict
-from linkrx.dispatcher import Deliver, Dispatcher
+from linkrx.dispatcher import Dispatcher
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
 from linkrx.options import OpenOptions, Options
+from linkrx.packets import Deliver
 from linkrx.source import open_source
 
 logger = logging.getLogger("linkrx")

@@ -20,7 +20,7 @@ PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_H
 
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps")
-_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout", "latency")
+_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout")
 
 
 class OpenOptions(TypedDict, total=False):
@@ -37,7 +37,7 @@ class OpenOptions(TypedDict, total=False):
     timestamps: bool
     fanout: int | str | tuple[int | str, str] | None
     receive_buffer: int | None
-    latency: float
+    latency: float | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Options:
     timestamps: bool = False
     fanout: int | str | tuple[int | str, str] | None = None
     receive_buffer: int | None = None
-    latency: float = 0.001
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError and ValueError for values that no source could take."""
@@ -67,7 +67,7 @@ class Options:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
         if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
             raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")
-        if not 0 < self.latency < math.inf:  # nan is neither
+        if self.latency is not None and not 0 < self.latency < math.inf:  # nan is neither
             raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
         wanted = self.vnet_header
         if type(wanted) is int and wanted and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:
@@ -79,6 +79,11 @@ class Options:
             checked_sizes(self.buffer_sizes)
         if self.fanout is not None:
             Fanout.of(self.fanout)
+
+    @property
+    def held_back(self) -> float:
+        """Seconds that the receiver waits for more, once something is there."""
+        return self.latency or 0.0
 
     def needed(self) -> tuple[str, ...]:
         """The options set that not every backend honours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from linkrx import _core
@@ -10,8 +11,9 @@ if TYPE_CHECKING:
     from linkrx._core._types import Batch, Owner, Packet, Receiver
     from linkrx._core._types import restore_packet as _restore
 elif _core.types is None:
-    from linkrx.plain import Batch, Owner, Packet, Receiver
+    from linkrx.plain import Batch, Owner, Packet
     from linkrx.plain import restore as _restore
+    from linkrx.plain_receiver import Receiver
 
     Packet.__module__ = Batch.__module__ = "linkrx"
 else:
@@ -19,7 +21,7 @@ else:
     Packet, Receiver = _core.types.Packet, _core.types.Receiver
     _restore = _core.types.restore_packet
 
-__all__ = ["ARENA_BYTES", "ARENA_START", "Batch", "Owner", "Packet", "Receiver", "restore_packet"]
+__all__ = ["ARENA_BYTES", "ARENA_START", "Batch", "Deliver", "Owner", "Packet", "Receiver", "restore_packet"]
 
 # Of an arena that frames may take: room for a batch of 64 full Ethernet frames five times over, and small enough to stay in
 # a core's second-level cache. Behind it is address space for one frame more, touched only if that is a large one.
@@ -29,6 +31,9 @@ ARENA_BYTES = 512 * 1024
 ARENA_START = 64
 
 PICKLE_VERSION = 1
+
+# remote and local link address, protocol, packet
+Deliver = Callable[["bytes | None", "bytes | None", int, Packet], object]
 
 
 def restore_packet(version: int, *state: Any) -> Packet:

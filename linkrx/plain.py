@@ -1,18 +1,16 @@
-"""Packet, Batch and Receiver in plain Python: what the types of the C core do, simple rather than fast.
+"""Packet and Batch in plain Python: what the types of the C core do, simple rather than fast.
 
 Read this first: `_core/types/` says the same in C. Here every packet has one `bytes` object of its own from the start, so
-there is no rule of memory to follow. One promise is weaker than in C: the exception of a signal handler may cost the rest of
-the batch at hand, which is then counted as undelivered. An exception of `deliver` costs nothing.
+there is no rule of memory to follow.
 """
 
 from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Self
 
-from linkrx.columns import CLASSIFIED, END, HEADER, RECEIVES, ROW_BYTES, ROWS, Table
 from linkrx.headers import (
     CHECKSUM_UNFINISHED,
     ETH_ADDRESS_BYTES,
@@ -26,9 +24,6 @@ from linkrx.headers import (
     tagged,
     vnet_of,
 )
-
-if TYPE_CHECKING:
-    from typing import Self
 
 VNET_BYTES = 10  # linux/virtio_net.h struct virtio_net_hdr
 START = 64  # where frames begin in an arena, as in C
@@ -301,118 +296,3 @@ class Owner:
     def take_back(self) -> bool:
         """Nobody reads here: packets have their own bytes."""
         return True
-
-
-class Receiver:
-    """What was received and is not handed over yet, and the ways to hand it over."""
-
-    def __init__(
-        self,
-        descriptors: bytearray,
-        arena_size: int,
-        claims: dict[str, Any],
-        link_header: int,
-        vnet: int,
-        big_endian: bool,
-    ) -> None:
-        """`descriptors`: header and table that mechanisms report in. While `claims` is not empty, somebody receives."""
-        self._descriptors = descriptors
-        self._header = memoryview(descriptors)[: HEADER.size].cast("I")
-        self._arena = Owner(arena_size)
-        self._claims = claims
-        self._link_header, self._vnet, self._big_endian = link_header, vnet, big_endian
-        self._pending: list[Packet] = []
-        self._next = 0
-        self.stopping = self.delivering = False
-        self.batches = self.receives = self.undelivered = self.undelivered_bytes = 0
-
-    @property
-    def left(self) -> int:
-        """How many packets wait to be handed over."""
-        return len(self._pending) - self._next
-
-    def arena(self) -> Owner:
-        """The arena to fill now."""
-        return self._arena
-
-    def take_in(self, owner: Owner, /) -> bool:
-        """Make packets of what the descriptors tell. False: none."""
-        header, memory = self._header, owner.view[START:]
-        count, rows, end = header[CLASSIFIED] - 1, header[ROWS], header[END]
-        table = Table(memory[end : end + rows * ROW_BYTES], rows)
-        vnet = (2 if self._big_endian else 1) if self._vnet else 0
-        packets = []
-        for row in range(count):
-            start = table.starts[row]
-            packets.append(
-                restore(
-                    bytes(memory[start : start + table.lengths[row]]),
-                    table.timestamps[row],
-                    table.wire_lengths[row],
-                    table.interfaces[row],
-                    table.protocols[row],
-                    table.flags[row],
-                    table.vlan_tcis[row],
-                    table.vlan_tpids[row],
-                    self._link_header,
-                    vnet,
-                    bytes(memory[start - self._vnet :][:VNET_BYTES]) if vnet else b"",
-                )
-            )
-        self._pending, self._next = packets, 0
-        self.batches += 1
-        self.receives += header[RECEIVES]
-        header[CLASSIFIED] = 0
-        return count > 0
-
-    def deliver(self, deliver: Callable[..., object], /) -> int:
-        """Hand each packet that waits to `deliver(remote, local, protocol, packet)`. Returns how many."""
-        delivered = 0
-        self.delivering = True
-        try:
-            while self.left and not self.stopping:
-                packet = self._pending[self._next]
-                self._next += 1
-                delivered += 1
-                deliver(packet.remote, packet.local, packet.protocol, packet)
-        finally:
-            self.delivering = False
-        return delivered
-
-    def take_packet(self) -> Packet | None:
-        """The next packet, or None."""
-        return self._take() if self.left else None
-
-    def _take(self) -> Packet:
-        packet = self._pending[self._next]
-        self._next += 1
-        return packet
-
-    def __iter__(self) -> Receiver:
-        return self
-
-    def __next__(self) -> Packet:
-        if not self.left or self.stopping or self._claims:
-            raise StopIteration
-        return self._take()
-
-    def take_batch(self) -> Batch | None:
-        """All that waits, or None."""
-        packets = self._pending[self._next :]
-        self._pending, self._next = [], 0
-        return Batch._of(packets) if packets else None
-
-    def drop(self) -> None:
-        """Give up what waits, and count it as undelivered."""
-        rest = self._pending[self._next :]
-        self._pending, self._next = [], 0
-        self.undelivered += len(rest)
-        self.undelivered_bytes += sum(map(len, rest))
-
-    def stop(self) -> None:
-        """Hand nothing over any more. In any thread."""
-        self.stopping = True
-
-    def release(self) -> None:
-        """Give the memory up."""
-        self._pending, self._next = [], 0

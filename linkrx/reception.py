@@ -1,4 +1,8 @@
-"""The inner half of the loop: wait, receive, classify, count, and know when it is over. Written once, for all backends."""
+"""What is rare about receiving: building and replacing mechanisms, what an errno means, ends, links, polling, counters.
+
+The receiver under it (`_core/types/receive.c`, or `linkrx.plain`) fills, classifies, waits and hands over, and calls the
+methods here by the words that receive.c lists.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,19 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from time import monotonic
-from typing import Any
+from typing import NoReturn
 
 from linkrx import stats
 from linkrx.backend import Backend, Mechanism, Receive
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
-from linkrx.classify import classifier
-from linkrx.columns import CLASSIFIED, COUNT, ERROR, ROW_BYTES, Descriptors, align
-from linkrx.deadline import deadline_after, seconds_left
-from linkrx.dropwatch import DropWatch
+from linkrx.columns import COUNT, ERROR, HELD, Descriptors, align
+from linkrx.dropwatch import INTERVAL, DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
-from linkrx.errors import BackendUnavailable
+from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
 from linkrx.headers import MALFORMED
 from linkrx.options import Options
-from linkrx.packets import ARENA_BYTES, ARENA_START, Owner, Receiver
+from linkrx.packets import ARENA_BYTES, Deliver, Owner, Receiver
 from linkrx.segmenting import SEGMENT_ROWS, Segmenting
 from linkrx.source import LinkState, Source
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, End, Stats, Tally, new_counters
@@ -30,21 +31,15 @@ from linkrx.wakeup import Wakeup
 
 logger = logging.getLogger("linkrx")
 
-# A source that gives nothing but errors must not keep the caller from looking at the clock.
-_ERRORS_IN_A_ROW = 8
-
-# A source that says it is readable this often in a row and yields nothing, as a datagram socket does that was shut
-# down for reading, is from then on asked every _REST seconds only, by waits here and by those who poll.
-_IDLE_WAKES = 8
+# For how long a source is left out of the poll set that says it is readable and has nothing to read.
 _REST = 0.01
 
+# What recv() raises behind each end: the errno that a socket would give.
+_ENDED = {End.STOPPED: errno.ESHUTDOWN, End.EOF: errno.ESHUTDOWN, End.LINK_GONE: errno.ENODEV}
 
-class Reception:
-    """One source, the backend that reads it now, and the packets that wait to be handed over, in `receiver`.
 
-    An exception between any two steps, Ctrl-C included, neither loses a packet nor hands one over twice: how far a receive
-    came is told by the descriptors' header, and each step of the receiver is one call that is done or not done.
-    """
+class Reception(Receiver):
+    """One source, and the mechanism that reads it now."""
 
     def __init__(
         self,
@@ -52,13 +47,12 @@ class Reception:
         options: Options,
         choice: Choice,
         backends: Mapping[str, type[Backend]],
-        claims: dict[str, Any],
+        deliver: Deliver | None,
     ) -> None:
-        """While there is anything in `claims`, somebody receives."""
         self.source = source
         self.choice = choice
         self._backends = backends
-        self.framing = framing = options.framing(source.capabilities)
+        self._framing = framing = options.framing(source.capabilities)
         layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
         self._facts = Receive(source.fd, source.capabilities, layout, options)
         usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
@@ -67,140 +61,62 @@ class Reception:
         self._header = self._descriptors.header
         # A backend reads one byte more than it keeps, to see whether a packet was cut.
         self._room = ARENA_BYTES + align(layout.capacity + 1)
-        self.receiver = Receiver(
-            self._descriptors.memory,
-            ARENA_START + self._room + align(ROW_BYTES * rows),
-            claims,
-            framing.link_header,
-            framing.vnet_header_size,
-            not framing.vnet_little_endian,
-        )
         self._counters = new_counters()
-        self._may_hang_up = source.capabilities.kind in ("unix_seqpacket", "pipe")
-        found = source.capabilities
-        self._classify = classifier(
-            self._descriptors,
-            framing,
-            self._counters,
-            interface=(found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,
-            at_once=not self._may_hang_up,
-        )
         self._drop_watch = DropWatch(source.capabilities)
-
-        self.end: End | None = None
-        self._end_behind: End | None = None  # the end that follows the pending batch
-        # Apart: an instance with more than thirty attributes looks each of them up in a dictionary of its own.
+        self._end: End | None = None
+        self._end_behind: End | None = None  # the end that follows what was received
         self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
-        self._link_down = False
-        self.polled = False
-        self._shown: bool | None = False  # whether `show_pending` made the polled descriptor readable
-        self._vain = 0  # drains in a row that an event loop made for nothing
-
+        self._forked = self._released = False
+        found = source.capabilities
         with ExitStack() as undo:
             self._wakeup = Wakeup(source.fd)
             undo.callback(self._wakeup.close)
             self._mechanism, self.choice = self._build(choice)
             undo.callback(self._mechanism.close)
+            assert self._wakeup.event is not None
+            self._prepare(
+                deliver,
+                self._descriptors.memory,
+                rows,
+                self._counters,
+                self._room,
+                framing.prefix,
+                framing.packet_info_size,
+                framing.link_header,
+                framing.vnet_header_size,
+                not framing.vnet_little_endian,
+                (found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,
+                found.kind in ("unix_seqpacket", "pipe"),
+                source.fd,
+                self._wakeup.event.fd,
+                self._wakeup.fileno(),
+                0.0 if self._mechanism.holds_back else options.held_back,
+            )
+            self._use(self._mechanism.native)
             source.start()
             self._mechanism.start()
             if source.link_state() is not LinkState.UP:
                 self._watch_link(down=True)
             undo.pop_all()
 
-    # The next batch.
-
-    def await_batch(self, timeout: float | None) -> bool:
-        """See that packets wait in the receiver, for `timeout` seconds at most. False when the time is up or it is over.
-
-        False also after a receive that held no packet, only runts and their like: a flood of those must not keep
-        the caller from looking at the clock.
-        """
-        if self.receiver.left:
-            return not self.over()
-        idle = 0
-        # What need not be called is not: whoever receives has the kernel's work in its caches, and not this.
-        deadline = None if timeout is None else deadline_after(timeout)
-        if not self._wakeup.listening:
-            self._wakeup.listen()
-        # As `over()` sees it, which is only called where there is something to see.
-        while (
-            self.end is None and not self.receiver.stopping and self._end_behind is None
-        ) or not self.over():
-            known_down = self._link_down and not self._header[ERROR]
-            if self._receive():
-                self._vain = 0
-                if monotonic() >= self._drop_watch.due:
-                    self._drop_watch.look(self._drops)
-                return self.receiver.left > 0
-            if known_down:  # not when it is told only now: that comes before what was queued
-                self._look_at_link()
-            if timeout == 0 and self.polled:
-                self._vain += 1
-                if self._vain > _IDLE_WAKES and self._wakeup.wait(0):
-                    self._wakeup.look_away(_REST)
-            if timeout == 0 or self.over():
-                break
-            left = seconds_left(deadline)
-            if left == 0:
-                break
-            self.show_pending()  # nothing waits here now: the event must not end this wait at once
-            self._tally.waits += 1
-            if idle < _IDLE_WAKES:
-                idle += self._wakeup.wait(left)
-            else:
-                self._wakeup.rest(_REST if left is None else min(_REST, left))
-        return False
-
-    def over(self) -> bool:
-        """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
-        if self.end is None:
-            if self.receiver.stopping:
-                self._finish(End.STOPPED)
-            elif self._end_behind is not None and not self.receiver.left and not self._is_cut_short():
-                self._finish(self._end_behind)
-        return self.end is not None
-
-    def _is_cut_short(self) -> bool:
-        """Whether an exception came between receiving packets and making a batch of them."""
-        return self._header[COUNT] > 0 or self._header[CLASSIFIED] > 0
-
-    def _receive(self) -> bool:
-        """Fill and classify once. True if anything was received, packet or not.
-
-        The header tells how far a round came that an exception cut short. The receiver gives the same arena until what is in
-        it was taken in.
-        """
-        header, arena = self._header, self.receiver.arena()
-        count = header[COUNT] or (0 if header[CLASSIFIED] else self._fill(arena))
-        if not header[CLASSIFIED]:
-            if self._may_hang_up:
-                count = self._without_hangup(count)
-            if not count:
-                return False
-            self._classify(arena, count)
-        self.receiver.take_in(self._mechanism.owner or arena)
-        return True
+    # A mechanism that is written in Python.
 
     def _fill(self, arena: Owner) -> int:
-        """Ask the backend, and once more behind each error that is no end: packets may wait behind it."""
-        header = self._header
-        for _ in range(_ERRORS_IN_A_ROW):
-            count, told = 0, None
-            if not header[ERROR] or self._mechanism.held:
-                try:
-                    count = self._mechanism.fill(arena, self._room)
-                except OSError as error:
-                    if header[COUNT] or header[CLASSIFIED]:
-                        raise  # a signal handler's: the kernel's comes without packets
-                    header[ERROR] = error.errno or errno.EIO
-                    told = error
-            if count or not header[ERROR]:
-                return count
-            self._weigh(told)
-            if self.end is not None:
-                break
-        return 0
+        """Ask the mechanism. What the kernel says goes into the header, to be handled behind what was received."""
+        header, mechanism = self._header, self._mechanism
+        try:
+            count = mechanism.fill(arena, self._room)
+        except OSError as error:
+            if header[COUNT] or self._is_classified():
+                raise  # a signal handler's: the kernel's comes without packets
+            header[ERROR] = error.errno or errno.EIO
+            count = 0
+        header[HELD] = mechanism.held
+        return header[COUNT] or count
+
+    def _is_classified(self) -> bool:
+        return self._descriptors.classified
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -213,23 +129,23 @@ class Reception:
         def is_empty(index: int) -> bool:
             return columns.lengths[index] == 0 and not columns.flags[index] & MALFORMED
 
-        if count and is_empty(count - 1) and not self._mechanism.held and self.source.hung_up():
+        if is_empty(count - 1) and not self._mechanism.held and self.source.hung_up():
             while count and is_empty(count - 1):
                 count -= 1
             self._header[COUNT] = count
             self._end_behind = End.EOF
+            self._end_follows = True
         return count
 
     # What the kernel says instead of packets.
 
-    def _weigh(self, told: OSError | None) -> None:
-        """Decide what an error means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
+    def _handle_error(self) -> None:
+        """Decide what an errno means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
 
         It stays in the header until that is done, however often an exception comes in between.
         """
         header, kind = self._header, self.source.capabilities.kind
         code = header[ERROR]
-        error = told or OSError(code, os.strerror(code))
         gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
         if code in gone:
             self._finish(End.LINK_GONE)
@@ -237,17 +153,22 @@ class Reception:
             self._watch_link(down=True)
             self._tally.link_downs += 1
         elif code in REFUSED:
-            self._demote(error)
-        elif code == errno.EINVAL and self.framing.vnet_header_size:
+            self._demote(OSError(code, os.strerror(code)))
+        elif code == errno.EINVAL and self._framing.vnet_header_size:
             # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
             self._tally.indescribable += 1
-        elif code not in PASSING:
-            failure = OSError(
-                code,
-                f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {error.strerror}",
-            )
+        elif code == errno.EOWNERDEAD:
             header[ERROR] = 0
-            raise failure from told
+            raise RuntimeError(
+                f"receiving from the {self.source.capabilities.title}: the ring belongs to the parent process, and this child "
+                "was forked without os.fork(). Open the source again here"
+            )
+        elif code not in PASSING:
+            header[ERROR] = 0
+            raise OSError(
+                code,
+                f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {os.strerror(code)}",
+            )
         header[ERROR] = 0
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
@@ -258,7 +179,7 @@ class Reception:
                 if not chosen.has_queue:
                     self.source.enlarge_queue()
                 if self._facts.options.segment:
-                    return Segmenting(chosen, self._facts, self._descriptors, self.framing), choice
+                    return Segmenting(chosen, self._facts, self._descriptors, self._framing), choice
                 return chosen(self._facts, self._descriptors), choice
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
@@ -270,8 +191,9 @@ class Reception:
         refused = self._mechanism
         mechanism, choice = self._build(self._next_choice(self.choice, error))
         self._descriptors.clear()  # backends rely on columns that they never write
-        # Both at once: an exception in between would have the next backend refused for what this one was.
+        # All at once: an exception in between would have the next backend refused for what this one was.
         self._mechanism, self.choice = mechanism, choice
+        self._use(mechanism.native)
         refused.close()
 
     def _next_choice(self, choice: Choice, error: OSError) -> Choice:
@@ -303,87 +225,117 @@ class Reception:
         elif state is LinkState.UP:
             self._watch_link(down=False)
 
+    def _look_at_drops(self) -> float:
+        self._drop_watch.look(self._drops)
+        return INTERVAL
+
     # Ends.
 
-    def stop(self) -> None:
-        """End reception. Safe in any thread and in signal handlers."""
-        self.receiver.stop()
-        event = self._wakeup.event
-        if event is not None:
-            event.set()
+    def _over(self) -> bool:
+        """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
+        if self._end is None:
+            if self._stopping:
+                self._finish(End.STOPPED)
+            elif self._end_behind is not None and not self._left and not self._is_cut_short():
+                self._finish(self._end_behind)
+        return self._end is not None
+
+    def _is_cut_short(self) -> bool:
+        """Whether an exception came between receiving packets and making a batch of them."""
+        return self._header[COUNT] > 0 or self._is_classified()
 
     def _finish(self, end: End) -> None:
-        if self._header[CLASSIFIED] and not self.receiver.left:
-            self.receiver.take_in(
-                self._mechanism.owner or self.receiver.arena()
-            )  # it was cut short before that
         # What the backend received and nobody classified: packets or not, they were not delivered.
         held_back = self._mechanism.held + self._header[COUNT]
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see
-        self.receiver.drop()
+        self._drop()
         self._tally.held_back = held_back
-        self.end = end
+        self._end = end
+        self._ended = True
 
-    def copy_held(self) -> None:
-        """Before a fork."""
-        self._mechanism.copy_held()
+    def _raise_ended(self) -> NoReturn:
+        end = self._end or End.STOPPED
+        raise Ended(_ENDED[end], f"reception is over: {end.value}")
 
-    def disown(self) -> None:
+    def _without_deliver(self) -> NoReturn:
+        raise LinkrxError(
+            "nothing to deliver to: pass deliver= to linkrx.open, or iterate over the dispatcher"
+        )
+
+    def _refuse(self, same_thread: bool) -> NoReturn:
+        self._check_open()
+        if not same_thread:
+            raise Busy(
+                "another thread is receiving: a dispatcher belongs to one thread at a time, only stop(), close() and "
+                "stats() are for all"
+            )
+        where = (
+            "inside deliver"
+            if self._delivering
+            else "a signal handler or finalizer while the same thread is receiving"
+        )
+        raise Busy(f"receiving from {where}: there, only stop() and close() may be called")
+
+    def _check_open(self) -> None:
+        if self._forked:
+            raise Closed(
+                "this dispatcher belongs to the parent process: after fork() a child may only close() it"
+            )
+        if self._closed:
+            raise Closed("this dispatcher was closed: linkrx.open makes a new one")
+
+    def _disown(self) -> None:
         """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
-        self.receiver.stop()
+        self._forked = self._closed = self._stopping = True
         self._wakeup.event = None
 
-    def close(self, *, forked: bool) -> None:
+    def _release_all(self) -> None:
         """Release everything. In a forked child nothing is restored: the parent still uses it.
 
         Where an exception cuts it short, the next call goes on.
         """
-        self.over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
-        self.receiver.release()
+        if not self._forked:
+            self._over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
+        all_copied = self._release()
         try:
-            if forked:
+            if self._forked:
                 self._mechanism.abandon()
             else:
+                self._mechanism.held_by_others = not all_copied
                 self._mechanism.close()
         finally:
             self._wakeup.close()
-            if forked:
+            if self._forked:
                 self.source.abandon()
             else:
                 self.source.close()
+        self._released = True  # last: where an exception cut it short, close() can be called again
 
     # For those who poll.
 
-    def fileno(self) -> int:
-        """What to poll. From the first call on, it is kept readable while packets wait here."""
-        self.polled = True
-        self.show_pending()
+    def _listen(self) -> None:
         self._wakeup.listen()
-        return self._wakeup.fileno()
+        self._looking_away = False
 
-    def show_pending(self) -> None:
+    def _vain(self) -> None:
+        """Leave a source out of the poll set for a while that says it is readable, and is not."""
+        if self._wakeup.wait(0):
+            self._looking_away = True
+            self._wakeup.look_away(_REST)
+
+    def _show(self) -> None:
         """Make the polled descriptor readable while there is something that does not need the source."""
         event = self._wakeup.event
-        if not self.polled or event is None:
+        if event is None:
             return
-        waiting = (
-            self.receiver.left > 0
-            or self.end is not None
-            or self._end_behind is not None
-            or self._is_cut_short()
-            or self._header[ERROR] > 0
-            or self._mechanism.held > 0
-        )
-        if waiting == self._shown:
-            return
-        self._shown = None  # should an exception come in between, the next time does it again
+        waiting = self._has_something
         if waiting:
             event.set()
         else:
             event.clear()
-            if self.receiver.stopping:
+            if self._stopping:
                 event.set()  # stop() came while it was cleared
         self._shown = waiting
 
@@ -392,14 +344,15 @@ class Reception:
         return None if drops is None else drops + self._mechanism.drops()
 
     def stats(self) -> Stats:
-        """Counters since `open`."""
-        counters, tally, receiver = self._counters, self._tally, self.receiver
+        """Counters since `open`. For any thread."""
+        self._check_open()
+        counters, tally = self._counters, self._tally
         return Stats(
-            packets=counters[PACKETS] - receiver.undelivered,
-            bytes=counters[BYTES] - receiver.undelivered_bytes,
-            batches=receiver.batches,
-            receives=receiver.receives,
-            waits=tally.waits,
+            packets=counters[PACKETS] - self._undelivered,
+            bytes=counters[BYTES] - self._undelivered_bytes,
+            batches=self._batches,
+            receives=self._receives,
+            waits=self._waits,
             runts=counters[RUNTS],
             empty=counters[EMPTY],
             unknown_protocol=counters[UNKNOWN_PROTOCOL],
@@ -409,5 +362,5 @@ class Reception:
             ring_freezes=self._mechanism.freezes(),
             link_downs=tally.link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
-            undelivered=receiver.undelivered + tally.held_back,
+            undelivered=self._undelivered + tally.held_back,
         )

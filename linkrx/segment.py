@@ -62,7 +62,7 @@ class Segmenter(Protocol):
         """Rows of what was taken that are not used up."""
         ...
 
-    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+    def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
         """Whether `segment` from now on takes more by itself, by a backend's `native`: into `staged` bytes, so many at once,
         and again while there is room for `spare` bytes of frames.
         """
@@ -94,9 +94,9 @@ class in_c:  # noqa: N801 - like in_python a way to make one
         )
         self._segment = _core.lib.lrx_segment
 
-    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+    def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
         state = self._state
-        state.fill, state.source = native
+        state.mechanism = _core.at("struct lrx_mechanism *", native)
         state.taken_rows, state.staged, state.spare = at_once, staged, spare
         return True
 
@@ -120,7 +120,7 @@ class in_python:  # noqa: N801
         self._next = 0  # the row of what was taken that comes next
         self._done = 0  # frames of it that are out already
 
-    def receive_by(self, native: tuple[int, int], at_once: int, staged: int, spare: int) -> bool:
+    def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
         return False
 
     def segment(self, staging: Owner, arena: Owner, room: int) -> int:

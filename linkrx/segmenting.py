@@ -44,7 +44,7 @@ class Segmenting(Mechanism):
         self._backend = backend(receive, self._taken)
         try:
             native, staged = self._backend.native, self._staging.limit - self._staging.cursor
-            self._receives = native is not None and self._segmenter.receive_by(native, at_once, staged, spare)
+            self._receives = native != 0 and self._segmenter.receive_by(native, at_once, staged, spare)
         except BaseException:
             self._backend.close()
             raise

@@ -97,6 +97,11 @@ def pointer(thing: object) -> int:
     return int(_native.ffi.cast("uintptr_t", thing))
 
 
+def at(declaration: str, address: int) -> Any:
+    """The C object that is there. Whoever takes it keeps that alive."""
+    return _native.ffi.cast(declaration, address)
+
+
 def function(name: str) -> Any:
     """A function of `lib` as C sees it, for `pointer`."""
     return _native.ffi.addressof(lib, name)

@@ -9,8 +9,11 @@
 #define LRX_ERROR 3       /* an errno that follows these packets */
 #define LRX_CLASSIFIED 4  /* one more than the packets that classification left; 0 before it */
 #define LRX_ROWS 5        /* rows of the table it wrote */
-#define LRX_CLASSIFIER_AT 24
-#define LRX_HEADER_BYTES 32
+#define LRX_HELD 6        /* packets that the backend has received and keeps for the next fill */
+#define LRX_MOST 7        /* how many packets the next fill may receive; 0: as many as there are rows */
+#define LRX_CLASSIFIER_AT 32
+#define LRX_MANY_AT 40      /* void (*)(void *) and its argument, or NULL: see lrx_tell_many() */
+#define LRX_HEADER_BYTES 56
 #define LRX_ROW_BYTES 32  /* of the table behind the header: one element of each column */
 
 /* Bits of a packet's flags. */

@@ -29,7 +29,7 @@ static bool begin_block(struct lrx_ring *s)
     const struct tpacket_hdr_v1 *header = block_header(s);
     uint32_t status;
 
-    if (s->slots[0].blocks + s->slots[1].blocks == s->blocks)
+    if (s->places.lent[0] + s->places.lent[1] == s->blocks)
         return false; /* that one is read already, and not released */
     /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
      * TP_STATUS_USER tell why it was closed. */
@@ -58,7 +58,7 @@ static void release(struct lrx_ring *s, uint32_t block)
 static void end_block(struct lrx_ring *s)
 {
     if (s->in_place)
-        s->slots[s->turn].blocks++;
+        s->places.lent[s->places.turn]++;
     else
         release(s, s->block);
     s->left = 0;
@@ -66,13 +66,14 @@ static void end_block(struct lrx_ring *s)
         s->block = 0;
 }
 
-void lrx_ring_release(struct lrx_ring *s, uint32_t slot)
+void lrx_ring_release(void *state, uint32_t slot)
 {
-    struct lrx_slot *lent = &s->slots[slot & 1];
+    struct lrx_ring *s = state;
 
-    for (uint32_t n = 0; n < lent->blocks; n++)
-        release(s, (lent->first + n) % s->blocks);
-    lent->blocks = 0;
+    slot &= 1;
+    for (uint32_t n = 0; n < s->places.lent[slot]; n++)
+        release(s, (s->first[slot] + n) % s->blocks);
+    s->places.lent[slot] = 0;
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
@@ -85,7 +86,7 @@ static int pending_error(struct lrx_ring *s)
 
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
         return errno;
-    if (!s->error || s->slots[0].blocks + s->slots[1].blocks == s->blocks || ONCE(block_header(s)->num_pkts))
+    if (!s->error || s->places.lent[0] + s->places.lent[1] == s->blocks || ONCE(block_header(s)->num_pkts))
         return 0;
     error = s->error;
     s->error = 0;
@@ -153,11 +154,12 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
 {
     struct lrx_ring *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
-    struct lrx_slot *slot = &s->slots[s->turn];
+    const uint32_t slot = s->places.turn;
     uint8_t *memory = (uint8_t *)region;
     /* In place, starts count from the block that comes first. */
     const uint8_t *frames = s->in_place ? s->memory + (size_t)s->block * s->block_size : memory;
     const uint32_t most = s->in_place ? s->most : s->blocks;
+    const uint32_t limit = lrx_most(descriptors, rows);
     uint32_t cursor = 0, n = 0, begun = 0;
     int error = 0;
 
@@ -166,12 +168,12 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         return -EOWNERDEAD; /* a child that was forked past Python's hooks: the ring is not mapped here */
     }
     if (s->in_place) {
-        if (slot->blocks)
+        if (s->places.lent[slot])
             return -EBUSY; /* lrx_ring_release() comes first */
-        slot->first = s->block;
-        slot->frames = (uintptr_t)frames;
+        s->first[slot] = s->block;
+        s->places.frames[slot] = (uintptr_t)frames;
     }
-    while (n < rows) {
+    while (n < limit) {
         const uint8_t *block = s->memory + (size_t)s->block * s->block_size;
         const struct tpacket3_hdr *header;
         const uint8_t *frame;
@@ -221,16 +223,18 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         else
             s->offset += next;
     }
+    lrx_header_at(descriptors)[LRX_HELD] = s->left;
     /* Behind packets it is told as well, for nothing else may wake who polls. */
     if (n == 0 || (s->error && !s->left))
         error = pending_error(s);
     if (error)
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
     if (n == 0) {
-        lrx_ring_release(s, s->turn); /* empty blocks */
+        if (s->in_place)
+            lrx_ring_release(s, slot); /* empty blocks */
         return -error;
     }
     if (s->in_place)
-        s->turn ^= 1;
+        s->places.turn ^= 1;
     return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
 }

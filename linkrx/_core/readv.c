@@ -76,13 +76,18 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
     struct lrx_readv *r = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
+    const uint32_t most = lrx_most(descriptors, rows);
     uint32_t cursor = 0, n = 0;
     int error = 0;
 
     if (r->sizes_count > LRX_SIZES_MAX)
         return -EINVAL;
-    while (n < rows && (uint64_t)cursor + r->capacity < size) {
-        ssize_t got = receive(r, memory + cursor);
+    while (n < most && (uint64_t)cursor + r->capacity < size) {
+        ssize_t got;
+
+        if (n == LRX_FEW)
+            lrx_tell_many(descriptors);
+        got = receive(r, memory + cursor);
 
         if (got < 0) {
             if (errno == EINTR)

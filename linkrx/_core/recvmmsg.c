@@ -196,16 +196,19 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
     struct lrx_recvmmsg *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     uint8_t *memory = (uint8_t *)region;
+    const uint32_t most = lrx_most(descriptors, rows);
     uint32_t cursor = 0, n = 0, receives = 0, wanted = 0;
     int got = 0;
 
-    for (; n < rows; s->next++, n++) {
+    for (; n < most; s->next++, n++) {
         uint32_t k, wire_length, length, head;
 
         if (s->next == s->ready) {
             if (receives && (uint32_t)got < wanted)
                 break; /* the queue was empty then */
-            wanted = rows - n < s->messages ? rows - n : s->messages;
+            if (receives == 1)
+                lrx_tell_many(descriptors);
+            wanted = most - n < s->messages ? most - n : s->messages;
             got = receive(s, wanted);
             if (got <= 0)
                 break;
@@ -230,6 +233,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         out.wire_lengths[n] = wire_length;
         cursor = lrx_align(cursor + length);
     }
+    lrx_header_at(descriptors)[LRX_HELD] = s->ready - s->next;
     if (got < 0 && got != -EAGAIN) {
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)-got;
         if (n == 0)

@@ -164,36 +164,19 @@ uint64_t lrx_ring_freezes(struct lrx_ring *s)
     return s->freezes;
 }
 
-int lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
+struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
 {
+    if (s->vnet > VNET_WRITTEN || most == 0)
+        return NULL;
+    s->in_place = true;
     s->most = most;
-    s->in_place = s->vnet <= VNET_WRITTEN && most > 0;
-    return s->in_place;
+    s->places.guard = (uintptr_t)s->guard;
+    return &s->places;
 }
 
 uint64_t lrx_ring_size(const struct lrx_ring *s)
 {
     return s->mapped;
-}
-
-uint32_t lrx_ring_last(const struct lrx_ring *s)
-{
-    return s->turn ^ 1;
-}
-
-uintptr_t lrx_ring_frames(const struct lrx_ring *s, uint32_t slot)
-{
-    return s->slots[slot & 1].frames;
-}
-
-uint32_t lrx_ring_lent(const struct lrx_ring *s, uint32_t slot)
-{
-    return s->slots[slot & 1].blocks;
-}
-
-uintptr_t lrx_ring_guard(const struct lrx_ring *s)
-{
-    return (uintptr_t)s->guard;
 }
 
 /* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and

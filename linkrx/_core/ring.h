@@ -1,6 +1,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "mechanism.h"
+
 /* A TPACKET_V3 ring: put on a socket, counted, and taken off. */
 struct lrx_ring;
 
@@ -31,21 +33,12 @@ uint32_t lrx_ring_held(const struct lrx_ring *s);
 uint64_t lrx_ring_drops(struct lrx_ring *s);
 uint64_t lrx_ring_freezes(struct lrx_ring *s);
 
-/* From the next fill on packets are described where they lie, `most` blocks at a time. The two slots take turns: a fill
- * that received something has used lrx_ring_last(), and the next will use the other one, which must be released before.
- * 0 where the kernel writes no virtio-net header of that size, and all is copied as before. */
-int lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
-uint32_t lrx_ring_last(const struct lrx_ring *s);
-
-/* Where the frames of the slot's last fill start to count, and how many blocks wait for their release. */
-uintptr_t lrx_ring_frames(const struct lrx_ring *s, uint32_t slot);
-uint32_t lrx_ring_lent(const struct lrx_ring *s, uint32_t slot);
+/* From the next fill on packets are described where they lie, `most` blocks at a time: what lrx_mechanism needs for that, or
+ * NULL where the kernel writes no virtio-net header of that size, and all is copied as before. */
+struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
 
 /* Bytes of the ring. */
 uint64_t lrx_ring_size(const struct lrx_ring *s);
 
-/* Nobody reads there any more. */
-void lrx_ring_release(struct lrx_ring *s, uint32_t slot);
-
-/* The address of a word that is 0 in a child process, where the ring is not mapped, and else 1. */
-uintptr_t lrx_ring_guard(const struct lrx_ring *s);
+/* Nobody reads there any more: the blocks of the slot go back to the kernel. `state` is the ring. */
+void lrx_ring_release(void *state, uint32_t slot);

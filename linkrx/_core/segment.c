@@ -366,15 +366,13 @@ static int give(struct lrx_segmenter *s, const uint8_t *received, const struct l
     return 1;
 }
 
-typedef int fill_function(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size);
-
 /* A few super-packets at a time, so that they are split while they are in the cache. False when there is nothing. */
 static int receive(const struct lrx_segmenter *s, uintptr_t staging, const struct output *o)
 {
-    fill_function *fill = (fill_function *)s->fill;
+    const struct lrx_mechanism *m = s->mechanism;
 
-    return fill && o->n < o->rows && (o->n == 0 || o->size - o->cursor >= s->spare) &&
-           (fill((void *)s->source, s->taken, s->taken_rows, staging, s->staged) > 0 ||
+    return m && o->n < o->rows && (o->n == 0 || o->size - o->cursor >= s->spare) &&
+           (m->fill(m->state, s->taken, s->taken_rows, staging, s->staged) > 0 ||
             lrx_header_at(s->taken)[LRX_ERROR]);
 }
 

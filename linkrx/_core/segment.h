@@ -1,6 +1,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "mechanism.h"
+
 /* Super-packets become the frames that the kernel would have made of them, and unfinished checksums are finished. */
 struct lrx_segmenter {
     uintptr_t taken;       /* descriptors that a backend filled */
@@ -13,8 +15,7 @@ struct lrx_segmenter {
     uint32_t given_rows;
     uint32_t next;         /* the row of `taken` that comes next */
     uint32_t done;         /* segments of it that are out already */
-    uintptr_t fill;        /* a backend's, of the type that lrx_readv_fill() has, or 0 */
-    uintptr_t source;      /* its state */
+    struct lrx_mechanism *mechanism; /* a backend, or NULL */
     uint32_t staged;       /* bytes that it may fill */
     uint32_t spare;        /* bytes that there must be room for if it is asked again: what becomes of it is likely less */
 };

@@ -13,7 +13,7 @@ from itertools import repeat
 
 from linkrx.backend import Backend, Receive
 from linkrx.capabilities import Capabilities
-from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
+from linkrx.columns import COUNT, END, ERROR, MOST, RECEIVES, Descriptors, align
 from linkrx.headers import TRUNCATED
 from linkrx.packets import Owner
 
@@ -106,7 +106,8 @@ class OsReadv(Backend):
         the next time, which is in the same place when nothing is held.
         """
         last = room - self._layout.capacity - 1
-        starts = range(0, last + 1, self._stride)[: self._descriptors.rows]
+        most = self._descriptors.header[MOST] or self._descriptors.rows
+        starts = range(0, last + 1, self._stride)[:most]
         key = (arena, arena.cursor, self._stride, len(starts))
         buffers = self._made.get(key)
         if buffers is None:

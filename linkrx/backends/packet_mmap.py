@@ -14,7 +14,6 @@ from linkrx.capabilities import Capabilities
 from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
 from linkrx.headers import OUTGOING, TIMESTAMP
-from linkrx.packets import Owner
 from linkrx.rtnetlink import RouteSocket
 
 logger = logging.getLogger("linkrx")
@@ -50,9 +49,10 @@ class PacketMmap(CoreBackend):
 
     name = "packet_mmap"
     rank = 40
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout", "latency"})
+    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout"})
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True
+    holds_back = True
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
@@ -71,13 +71,12 @@ class PacketMmap(CoreBackend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
-        self._owners: tuple[Owner, ...] = ()
         self._state, blocks = _ring(receive)
         try:
-            most = min(BLOCKS_IN_PLACE, blocks // SHARE_IN_PLACE)
-            if not receive.options.segment and _core.lib.lrx_ring_read_in_place(self._state, most):
-                guard = _core.lib.lrx_ring_guard(self._state)
-                self._owners = (Owner(0, guard), Owner(0, guard))
+            if not receive.options.segment:
+                most = min(BLOCKS_IN_PLACE, blocks // SHARE_IN_PLACE)
+                self._mechanism.places = _core.lib.lrx_ring_read_in_place(self._state, most)
+                self._mechanism.release = _core.function("lrx_ring_release")
             if self._joins:
                 _core.lib.lrx_ring_shut(self._state)
         except BaseException:
@@ -88,44 +87,6 @@ class PacketMmap(CoreBackend):
         """From now on this member of a fanout group takes its share."""
         if self._joins:
             _core.lib.lrx_ring_start(self._state)
-
-    def fill(self, arena: Owner, room: int) -> int:
-        """Until no closed block is left, the descriptors are full, or the next packet does not fit.
-
-        In place, at most two batches are in the ring. Before that, the older of the two is taken back. If nothing is there,
-        somebody is about to wait: poll(2) on the socket looks at the newest closed block alone, and says that it is readable
-        for as long as that block is not released. So all are taken back then.
-        """
-        if not self._owners:
-            return super().fill(arena, room)
-        last: int = _core.lib.lrx_ring_last(self._state)
-        self._take_back(last ^ 1)
-        if not self._owners[last].held:
-            self._take_back(last)
-        count = super().fill(arena, room)
-        if not count and _core.lib.lrx_ring_lent(self._state, last):
-            self._take_back(last)
-        return count
-
-    def _take_back(self, slot: int) -> None:
-        """Copy what is held of a slot's blocks, and give them back to the kernel."""
-        self._owners[slot].take_back()
-        _core.lib.lrx_ring_release(self._state, slot)
-
-    @property
-    def owner(self) -> Owner | None:
-        """The blocks that the last fill was about."""
-        if not self._owners:
-            return None
-        last = _core.lib.lrx_ring_last(self._state)
-        owner: Owner = self._owners[last]
-        owner.address = _core.lib.lrx_ring_frames(self._state, last)
-        return owner
-
-    def copy_held(self) -> None:
-        """A child does not have the ring."""
-        for owner in self._owners:
-            owner.take_back()
 
     @property
     def held(self) -> int:
@@ -148,16 +109,12 @@ class PacketMmap(CoreBackend):
         state, self._state = self._state, None
         if state is None:
             return
-        unmap = True
-        try:
-            self.copy_held()
-        except MemoryError:
-            unmap = False
+        if self.held_by_others:
             logger.warning(
                 "packet_mmap: no memory to copy the packets that are still held, so the ring of %d bytes stays mapped",
                 _core.lib.lrx_ring_size(state),
             )
-        _core.lib.lrx_ring_close(state, unmap)
+        _core.lib.lrx_ring_close(state, not self.held_by_others)
 
     def abandon(self) -> None:
         """The ring is the parent's: it is not mapped in the child."""
@@ -187,12 +144,13 @@ def _largest(receive: Receive) -> int:
 def _ring(receive: Receive) -> tuple[Any, int]:
     """A ring as large as was asked for, or as the kernel has memory for; and the number of its blocks."""
     options, found = receive.options, receive.capabilities
-    if options.latency < LATENCY_LEAST:
+    latency = LATENCY_LEAST if options.latency is None else options.latency
+    if latency < LATENCY_LEAST:
         raise UnsupportedOption(
-            f"latency={options.latency} on the {found.title}: packet_mmap can promise {LATENCY_LEAST} at the least, "
+            f"latency={latency} on the {found.title}: packet_mmap can promise {LATENCY_LEAST} at the least, "
             "for the kernel counts milliseconds; backend='recvmmsg' holds nothing back"
         )
-    retire = int(min(options.latency * 1000, RETIRE_MOST))
+    retire = int(min(latency * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
     block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked

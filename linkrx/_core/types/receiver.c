@@ -1,344 +1,431 @@
-/* What was received and is not handed over yet, and the ways to hand it over. */
+/* The receiver as Python sees it: who may come in, and the ways to receive. */
 #include "types.h"
 
+#include <math.h>
 #include <string.h>
 
-/* Objects that a delivery needs beside the packet: made once per neighbour and protocol. */
-typedef struct {
-    uint8_t header[ETHER_HEADER];
-    PyObject *remote;
-    PyObject *local;
-    PyObject *protocol; /* NULL: this place is free */
-} Neighbour;
+/* Who may come in: one call at a time. The claim is a flag, set and taken back while the interpreter's lock is held. */
 
-#define NEIGHBOURS 16
-
-typedef struct {
-    PyObject_HEAD
-    State *state;
-    Py_buffer descriptors;  /* what mechanisms report: header words and a table */
-    PyObject *claims;       /* a dict; while there is anything in it, somebody receives */
-    Framing framing;
-    size_t arena_size;
-    Owner *arenas[2];       /* made when first needed */
-    unsigned current;       /* which one was filled last */
-    bool filling;           /* that one is being filled, or describes what is not taken in yet */
-    Batch *pending;         /* what is to be handed over, from packet `next` on; or NULL */
-    uint32_t next;
-    volatile bool stopping;
-    bool delivering;
-    Packet *delivered;      /* used for one delivery after the other */
-    Packet *turns[2];       /* these two for what is asked for packet by packet */
-    unsigned turn;
-    uint64_t batches, receives;
-    uint64_t undelivered, undelivered_bytes; /* packets that drop() gave up */
-    Neighbour neighbours[NEIGHBOURS];
-} Receiver;
-
-/* Taking in what a mechanism has filled. */
-
-static void forget_pending(Receiver *r)
+static bool enter(Receiver *r)
 {
-    Batch *b = r->pending;
-
-    r->pending = NULL;
-    r->next = 0;
-    Py_XDECREF((PyObject *)b);
-}
-
-/* A packet that only this receiver has shows nothing from here on. One that somebody else has too is theirs. */
-static void let_go(Packet **slot)
-{
-    if (!*slot)
-        return;
-    if (Py_REFCNT((PyObject *)*slot) > 1)
-        Py_CLEAR(*slot);
-    else
-        lrx_packet_reset(*slot);
-}
-
-static void let_go_of_all(Receiver *r)
-{
-    let_go(&r->delivered);
-    let_go(&r->turns[0]);
-    let_go(&r->turns[1]);
-}
-
-/* The arena to fill next. One arena is enough, and stays in the cache, for those who hold nothing. Who holds the last batch,
- * as a loop variable does, has two take turns. */
-static Owner *arena_of(Receiver *r)
-{
-    Owner *o = r->arenas[r->current];
-
-    if (r->filling)
-        return o;
-    let_go_of_all(r);
-    if (!o || !lrx_owner_is_free(o)) {
-        const unsigned other = o ? !r->current : r->current;
-
-        o = r->arenas[other];
-        if (o) {
-            switch (lrx_owner_take_back(o)) {
-            case TAKEN_NOT:
-                return NULL;
-            case GIVEN_AWAY:
-                r->arenas[other] = NULL;
-                Py_DECREF((PyObject *)o);
-                o = NULL;
-                break;
-            case TAKEN_BACK:
-                break;
-            }
-        }
-        if (!o)
-            o = r->arenas[other] = lrx_owner_new(r->state, r->arena_size);
-        if (!o)
-            return NULL;
-        r->current = other;
+    if (r->prepared && !r->claimed && !r->closed) {
+        r->claimed = true;
+        r->thread = PyThread_get_thread_ident();
+        return true;
     }
-    r->filling = true;
-    return o;
-}
-
-static PyObject *receiver_arena(PyObject *self, PyObject *unused)
-{
-    PyObject *arena = (PyObject *)arena_of((Receiver *)self);
-
-    (void)unused;
-    Py_XINCREF(arena);
-    return arena;
-}
-
-static PyObject *receiver_take_in(PyObject *self, PyObject *memory)
-{
-    Receiver *r = (Receiver *)self;
-    uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
-    Owner *owner = (Owner *)memory, *arena = r->arenas[r->current];
-    uint32_t count, end = header[LRX_END], rows = header[LRX_ROWS];
-    struct lrx_columns columns;
-    const uint8_t *base;
-    Batch *b = NULL;
-
-    if (Py_TYPE(memory) != r->state->owner_type || !r->filling || r->pending || !header[LRX_CLASSIFIED]) {
-        PyErr_SetString(PyExc_ValueError, "nothing to take in: fill and classify first");
-        return NULL;
-    }
-    count = header[LRX_CLASSIFIED] - 1;
-    if (count > rows || ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES > arena->mapped) {
-        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u of an arena of %zu", rows, end,
-                     arena->mapped);
-        return NULL;
-    }
-    if (count) {
-        columns = lrx_columns_at((uintptr_t)arena->memory + ARENA_START + end, rows);
-        base = owner == arena ? arena->memory + ARENA_START : owner->memory;
-        b = lrx_batch_new(r->state, owner, base, owner == arena ? end : UINT32_MAX, &columns, count, r->framing);
-        if (!b)
-            return NULL;
-    }
-    r->pending = b;
-    r->next = 0;
-    r->batches++;
-    r->receives += header[LRX_RECEIVES];
-    r->filling = false;
-    header[LRX_CLASSIFIED] = 0;
-    return PyBool_FromLong(b != NULL);
-}
-
-/* Handing over. */
-
-/* The objects for the packet that was set last. */
-static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
-{
-    uint8_t header[ETHER_HEADER] = {0};
-    unsigned sum = 0;
-    Neighbour *n;
-
-    if (p->link_header) {
-        memcpy(header, p->frame, ETHER_HEADER);
+    if (!r->prepared) {
+        PyErr_SetString(PyExc_ValueError, "this dispatcher was never opened: linkrx.open makes one");
     } else {
-        header[12] = (uint8_t)(p->protocol >> 8);
-        header[13] = (uint8_t)p->protocol;
+        PyObject *answer = PyObject_CallMethod((PyObject *)r, "_refuse", "O", r->thread == PyThread_get_thread_ident() ? Py_True : Py_False);
+
+        Py_XDECREF(answer);
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_RuntimeError, "_refuse() has not raised");
     }
-    for (int k = 0; k < ETHER_HEADER; k++)
-        sum = sum * 31 + header[k];
-    n = &r->neighbours[sum % NEIGHBOURS];
-    if (n->protocol && memcmp(n->header, header, ETHER_HEADER) == 0)
-        return n;
-    Py_CLEAR(n->remote);
-    Py_CLEAR(n->local);
-    Py_CLEAR(n->protocol);
-    memcpy(n->header, header, ETHER_HEADER);
-    if (p->link_header) {
-        n->remote = PyBytes_FromStringAndSize((const char *)header + ETHER_ADDRESS, ETHER_ADDRESS);
-        n->local = PyBytes_FromStringAndSize((const char *)header, ETHER_ADDRESS);
-    } else {
-        n->remote = Py_None;
-        n->local = Py_None;
-        Py_INCREF(Py_None);
-        Py_INCREF(Py_None);
-    }
-    if (n->remote && n->local)
-        n->protocol = PyLong_FromLong(p->protocol);
-    return n->protocol ? n : NULL;
+    return false;
 }
 
-static PyObject *call(const State *state, PyObject *deliver, const Neighbour *n, Packet *p)
+/* Whether there is something to hand over, or to tell, that does not need the source. */
+static bool has_something(const Receiver *r)
 {
-    PyObject *arguments[] = {n->remote, n->local, n->protocol, (PyObject *)p};
-    PyObject *result;
+    const uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
 
-    /* `deliver` may receive, and a neighbour may lose its place meanwhile. */
-    for (int k = 0; k < 3; k++)
-        Py_INCREF(arguments[k]);
-    result = state->vectorcall ? state->vectorcall(deliver, arguments, 4, NULL)
-                               : PyObject_CallFunctionObjArgs(deliver, arguments[0], arguments[1], arguments[2],
-                                                              arguments[3], NULL);
-    for (int k = 0; k < 3; k++)
-        Py_DECREF(arguments[k]);
+    return r->pending || r->ended || r->end_follows || r->stopping || header[LRX_COUNT] || header[LRX_CLASSIFIED] ||
+           header[LRX_ERROR] || header[LRX_HELD];
+}
+
+/* An exception that is on its way goes on. What the words say meanwhile is told where nobody can catch it. */
+static void tell(Receiver *r, const char *word)
+{
+    PyObject *type, *value, *trace, *answer;
+
+    PyErr_Fetch(&type, &value, &trace);
+    answer = PyObject_CallMethod((PyObject *)r, word, NULL);
+    Py_XDECREF(answer);
+    if (PyErr_Occurred() && type)
+        PyErr_WriteUnraisable((PyObject *)r);
+    if (type)
+        PyErr_Restore(type, value, trace);
+}
+
+/* `result` unless what is done on leaving raises. */
+static PyObject *leave(Receiver *r, PyObject *result)
+{
+    if (r->polled && has_something(r) != r->shown)
+        tell(r, "_show");
+    r->claimed = false;
+    if (r->leaving || r->closed)
+        tell(r, "_left_by_all");
+    if (result && PyErr_Occurred())
+        Py_CLEAR(result);
     return result;
 }
 
-/* The position moves on before each call, so what `deliver` raises costs no packet, and repeats none. */
-static PyObject *receiver_deliver(PyObject *self, PyObject *deliver)
+/* Seconds; less than 0 for None, which waits for ever. NAN and an exception for what is no timeout. */
+static double seconds_of(PyObject *timeout)
 {
-    Receiver *r = (Receiver *)self;
-    Batch *b = r->pending;
-    Py_ssize_t delivered = 0;
-    PyObject *result;
+    double seconds;
 
-    if (!b)
-        return PyLong_FromLong(0);
-    Py_INCREF((PyObject *)b);
-    r->delivering = true;
-    while (r->pending == b && !r->stopping) {
-        Packet *p = lrx_packet_in(r->state, &r->delivered);
-        const Neighbour *n;
-
-        if (!p || lrx_packet_set(p, b, r->next) < 0 || !(n = neighbour_of(r, p)))
-            goto failed;
-        if (++r->next == (uint32_t)b->table->count)
-            forget_pending(r);
-        Py_INCREF((PyObject *)p);
-        result = call(r->state, deliver, n, p);
-        delivered++;
-        /* Whoever has the packet still has a copy from here on. Without memory for it, it reads in place until the memory is
-         * taken back. */
-        if (Py_REFCNT((PyObject *)p) > 2 || r->delivered != p) {
-            if (result && lrx_packet_own(p) < 0)
-                PyErr_Clear();
-        }
-        Py_DECREF((PyObject *)p);
-        if (!result)
-            goto failed;
-        Py_DECREF(result);
+    if (!timeout || timeout == Py_None)
+        return -1;
+    if (!PyFloat_Check(timeout) && !PyLong_Check(timeout)) {
+        PyErr_Format(PyExc_TypeError, "timeout=%R: give seconds, or None to wait for ever", timeout);
+        return NAN;
     }
-    r->delivering = false;
-    Py_DECREF((PyObject *)b);
-    return PyLong_FromSsize_t(delivered);
-
-failed:
-    r->delivering = false;
-    Py_DECREF((PyObject *)b);
-    return NULL;
+    seconds = PyFloat_AsDouble(timeout);
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError))
+        PyErr_Clear();
+    else if (seconds >= 0)
+        return seconds < 1e9 ? seconds : 1e9;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "timeout=%R: give seconds, or None to wait for ever", timeout);
+    return NAN;
 }
 
-static Packet *next_packet(Receiver *r)
+/* The one argument of most methods: timeout=None. */
+static double timeout_of(PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    Packet **slot = &r->turns[r->turn & 1];
-    Packet *p = lrx_packet_in(r->state, slot);
+    const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
 
-    if (!p || lrx_packet_set(p, r->pending, r->next) < 0)
-        return NULL;
-    r->turn++;
-    if (++r->next == (uint32_t)r->pending->table->count)
-        forget_pending(r);
-    Py_INCREF((PyObject *)p);
-    return p;
+    if (count + named > 1) {
+        PyErr_Format(PyExc_TypeError, "one argument at most, timeout, and %zd were given", count + named);
+        return NAN;
+    }
+    if (named && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "timeout") != 0) {
+        PyErr_Format(PyExc_TypeError, "there is no argument %R, only timeout", PyTuple_GetItem(names, 0));
+        return NAN;
+    }
+    return seconds_of(count + named ? args[0] : NULL);
 }
 
-static PyObject *receiver_take_packet(PyObject *self, PyObject *unused)
+/* Ways to receive. */
+
+static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all)
 {
     Receiver *r = (Receiver *)self;
+    PyObject *result = NULL;
+
+    if (!enter(r))
+        return NULL;
+    if (!r->deliver) {
+        result = PyObject_CallMethod(self, "_without_deliver", NULL);
+        return leave(r, result);
+    }
+    switch (lrx_await(r, timeout, all)) {
+    case FAILED:
+        break;
+    case READY:
+        result = lrx_deliver(r);
+        break;
+    default:
+        result = PyLong_FromLong(0);
+    }
+    return leave(r, result);
+}
+
+static PyObject *receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Receiver *r = (Receiver *)self;
+    const double timeout = timeout_of(args, count, names);
+    PyObject *delivered;
+    bool over;
+
+    if (isnan(timeout))
+        return NULL;
+    delivered = deliver_what_comes(self, timeout, false);
+    if (!delivered)
+        return NULL;
+    Py_DECREF(delivered);
+    over = r->ended;
+    if (!over && (r->stopping || r->end_follows) && !r->closed) {
+        PyObject *answer = PyObject_CallMethod(self, "_over", NULL);
+        const int truth = answer ? PyObject_IsTrue(answer) : -1;
+
+        Py_XDECREF(answer);
+        if (truth < 0)
+            return NULL;
+        over = truth;
+    }
+    return PyBool_FromLong(!over && !r->closed);
+}
+
+static PyObject *receiver_drain(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return deliver_what_comes(self, 0, true);
+}
+
+static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Receiver *r = (Receiver *)self;
+    const double timeout = timeout_of(args, count, names), deadline = timeout > 0 ? lrx_now() + timeout : 0;
+    double left = timeout;
+    PyObject *result = NULL;
+
+    if (isnan(timeout) || !enter(r))
+        return NULL;
+    for (;;) {
+        switch (lrx_await(r, left, false)) {
+        case FAILED:
+            break;
+        case READY:
+            result = (PyObject *)lrx_next_packet(r);
+            break;
+        case OVER:
+            result = PyObject_CallMethod(self, "_raise_ended", NULL);
+            break;
+        case NOTHING:
+            if (timeout > 0)
+                left = deadline - lrx_now();
+            if (timeout < 0 || (timeout > 0 && left > 0))
+                continue;
+            PyErr_Format(PyExc_TimeoutError, "no packet within %R seconds", count ? args[0] : args[count]);
+            break;
+        }
+        return leave(r, result);
+    }
+}
+
+static PyObject *receiver_next(PyObject *self)
+{
+    Receiver *r = (Receiver *)self;
+    PyObject *result = NULL;
+
+    if (!enter(r))
+        return NULL;
+    for (;;) {
+        const enum outcome outcome = lrx_await(r, -1, false);
+
+        if (outcome == NOTHING)
+            continue;
+        if (outcome == READY)
+            result = (PyObject *)lrx_next_packet(r);
+        return leave(r, result);
+    }
+}
+
+/* next_batch(timeout): the next batch, or the rest of the one at hand; None at the end or when the time is up. */
+static PyObject *receiver_next_batch(PyObject *self, PyObject *timeout_given)
+{
+    Receiver *r = (Receiver *)self;
+    const double timeout = seconds_of(timeout_given), deadline = timeout > 0 ? lrx_now() + timeout : 0;
+    double left = timeout;
+    PyObject *result = NULL;
+
+    if (isnan(timeout) || !enter(r))
+        return NULL;
+    for (;;) {
+        switch (lrx_await(r, left, true)) {
+        case FAILED:
+            break;
+        case READY:
+            result = (PyObject *)lrx_take_batch(r);
+            break;
+        case OVER:
+            Py_INCREF(Py_None);
+            result = Py_None;
+            break;
+        case NOTHING:
+            if (timeout > 0)
+                left = deadline - lrx_now();
+            if (timeout < 0 || (timeout > 0 && left > 0))
+                continue;
+            Py_INCREF(Py_None);
+            result = Py_None;
+            break;
+        }
+        return leave(r, result);
+    }
+}
+
+/* For event loops that read packet by packet: see that what is there now waits here. True: something does, or it is over. */
+static PyObject *receiver_poll(PyObject *self, PyObject *unused)
+{
+    Receiver *r = (Receiver *)self;
+    enum outcome outcome;
 
     (void)unused;
-    if (!r->pending)
-        Py_RETURN_NONE;
-    return (PyObject *)next_packet(r);
+    if (!enter(r))
+        return NULL;
+    outcome = lrx_await(r, 0, true);
+    return leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 
-static PyObject *receiver_iternext(PyObject *self)
+/* A packet that waits, or None; receives nothing. */
+static PyObject *receiver_take(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
+    PyObject *result;
 
-    if (!r->pending || r->stopping || PyDict_Size(r->claims))
+    (void)unused;
+    if (!enter(r))
         return NULL;
-    return (PyObject *)next_packet(r);
+    if (r->pending && !r->stopping) {
+        result = (PyObject *)lrx_next_packet(r);
+    } else {
+        Py_INCREF(Py_None);
+        result = Py_None;
+    }
+    return leave(r, result);
 }
 
 static PyObject *receiver_iterate(PyObject *self)
 {
+    if (!enter((Receiver *)self))
+        return NULL;
     Py_INCREF(self);
-    return self;
+    return leave((Receiver *)self, self);
 }
 
-static PyObject *receiver_take_batch(PyObject *self, PyObject *unused)
+/* For the subclass. */
+
+/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, vnet, big_endian, interface,
+ *          may_hang_up, source, event, epoll, latency) */
+static PyObject *receiver_prepare(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
-    Batch *b = r->pending;
+    PyObject *deliver, *descriptors, *counters;
+    unsigned rows, room, prefix, packet_info, link_header, vnet, interface;
+    int big_endian, may_hang_up;
 
-    (void)unused;
-    if (!b)
-        Py_RETURN_NONE;
-    if (r->next)
-        lrx_batch_skip(b, r->next);
-    r->pending = NULL;
-    r->next = 0;
-    return (PyObject *)b;
+    if (r->prepared) {
+        PyErr_SetString(PyExc_ValueError, "_prepare() was called before");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "OOIOIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
+                          &packet_info, &link_header, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
+                          &r->epoll, &r->latency))
+        return NULL;
+    if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
+        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || prefix != vnet + packet_info) {
+        PyErr_SetString(PyExc_ValueError, "no such rows, room, or headers in front of frames");
+        return NULL;
+    }
+    if (PyObject_GetBuffer(descriptors, &r->descriptors, PyBUF_WRITABLE) < 0 ||
+        PyObject_GetBuffer(counters, &r->counters, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (r->descriptors.len < (Py_ssize_t)(LRX_HEADER_BYTES + (size_t)rows * LRX_ROW_BYTES) ||
+        r->counters.len < (Py_ssize_t)((LRX_COUNT_MALFORMED + 1) * sizeof(uint64_t))) {
+        PyErr_SetString(PyExc_ValueError, "descriptors or counters are too short");
+        return NULL;
+    }
+    r->rows = r->most = rows;
+    r->room = room;
+    r->arena_size = ARENA_START + (size_t)room + (size_t)rows * LRX_ROW_BYTES;
+    r->may_hang_up = may_hang_up;
+    r->framing = (Framing){.link_header = (uint8_t)link_header, .big_endian = big_endian != 0, .vnet = vnet};
+    r->classifier = (struct lrx_classifier){
+        .descriptors = (uintptr_t)r->descriptors.buf,
+        .rows = rows,
+        .prefix = prefix,
+        .packet_info = packet_info,
+        .link_header = link_header,
+        .interface = interface,
+        .counters = (uintptr_t)r->counters.buf,
+    };
+    if (!may_hang_up) { /* C code that fills classifies as well, while the frames are in the cache */
+        const struct lrx_classifier *classifier = &r->classifier;
+
+        memcpy((char *)r->descriptors.buf + LRX_CLASSIFIER_AT, &classifier, sizeof classifier);
+    }
+    if (deliver != Py_None) {
+        Py_INCREF(deliver);
+        r->deliver = deliver;
+    }
+    r->prepared = true;
+    Py_RETURN_NONE;
+}
+
+static int leave_mechanism(Receiver *r)
+{
+    if (lrx_copy_places(r) < 0)
+        return -1;
+    r->mechanism = NULL;
+    r->reads_memory = false;
+    Py_CLEAR(r->slots[0]);
+    Py_CLEAR(r->slots[1]);
+    return 0;
+}
+
+/* _use(address of a struct lrx_mechanism, or 0 for _fill()) */
+static PyObject *receiver_use(PyObject *self, PyObject *address)
+{
+    Receiver *r = (Receiver *)self;
+    struct lrx_mechanism *m = PyLong_AsVoidPtr(address);
+
+    if (PyErr_Occurred() || leave_mechanism(r) < 0)
+        return NULL;
+    if (m && m->places) {
+        for (int slot = 0; slot < 2; slot++) {
+            r->slots[slot] = lrx_owner_new(r->state, 0);
+            if (!r->slots[slot])
+                return NULL;
+            r->slots[slot]->guard = (const volatile uint32_t *)m->places->guard;
+        }
+        r->reads_memory = true;
+    }
+    r->mechanism = m;
+    Py_RETURN_NONE;
 }
 
 static PyObject *receiver_drop(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
-    const Batch *b = r->pending;
 
     (void)unused;
-    if (b) {
-        r->undelivered += (uint64_t)b->table->count - r->next;
-        for (Py_ssize_t k = r->next; k < b->table->count; k++)
-            r->undelivered_bytes += b->table->lengths[k];
-        forget_pending(r);
-    }
+    if (lrx_header_at((uintptr_t)r->descriptors.buf)[LRX_CLASSIFIED] && !r->pending && lrx_take_in(r) == FAILED)
+        return NULL; /* it was cut short before that */
+    lrx_drop(r);
     Py_RETURN_NONE;
 }
 
-/* Not named close(): a generator that is closed calls that of what it yields from. */
+/* Not named close(): Dispatcher has that. */
 static PyObject *receiver_release(PyObject *self, PyObject *unused)
+{
+    Receiver *r = (Receiver *)self;
+    bool all = true;
+
+    (void)unused;
+    lrx_forget_pending(r);
+    lrx_let_go(r);
+    r->filling = false;
+    if (leave_mechanism(r) < 0) {
+        PyErr_Clear();
+        all = false;
+    }
+    for (int k = 0; k < 2; k++) {
+        /* Without memory for copies the arena stays for as long as somebody reads there. */
+        if (r->arenas[k] && lrx_owner_take_back(r->arenas[k]) == TAKEN_NOT)
+            PyErr_Clear();
+        Py_CLEAR(r->arenas[k]);
+    }
+    return PyBool_FromLong(all);
+}
+
+static PyObject *receiver_copy_held(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (lrx_copy_places((Receiver *)self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *receiver_claim(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
 
     (void)unused;
-    forget_pending(r);
-    let_go_of_all(r);
-    r->filling = false;
-    for (int k = 0; k < 2; k++) {
-        Owner *o = r->arenas[k];
-
-        if (!o)
-            continue;
-        /* Without memory for copies the arena stays, for as long as somebody reads there. */
-        if (lrx_owner_take_back(o) == TAKEN_NOT)
-            PyErr_Clear();
-        r->arenas[k] = NULL;
-        Py_DECREF((PyObject *)o);
-    }
-    Py_RETURN_NONE;
+    if (r->claimed)
+        Py_RETURN_FALSE;
+    r->claimed = true;
+    r->thread = PyThread_get_thread_ident();
+    Py_RETURN_TRUE;
 }
 
-static PyObject *receiver_stop(PyObject *self, PyObject *unused)
+static PyObject *receiver_unclaim(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    ((Receiver *)self)->stopping = true;
+    ((Receiver *)self)->claimed = false;
     Py_RETURN_NONE;
 }
 
@@ -352,16 +439,37 @@ static PyObject *receiver_left(PyObject *self, void *unused)
     return PyLong_FromSsize_t(r->pending ? r->pending->table->count - r->next : 0);
 }
 
-static PyObject *receiver_stopping(PyObject *self, void *unused)
+static PyObject *receiver_thread(PyObject *self, void *unused)
 {
+    const Receiver *r = (Receiver *)self;
+
     (void)unused;
-    return PyBool_FromLong(((Receiver *)self)->stopping);
+    if (!r->claimed)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLong(r->thread);
 }
 
-static PyObject *receiver_delivering(PyObject *self, void *unused)
+static PyObject *receiver_busy(PyObject *self, void *unused)
 {
     (void)unused;
-    return PyBool_FromLong(((Receiver *)self)->delivering);
+    return PyBool_FromLong(has_something((Receiver *)self));
+}
+
+static PyObject *receiver_flag(PyObject *self, void *offset)
+{
+    return PyBool_FromLong(*((const bool *)((const char *)self + (uintptr_t)offset)));
+}
+
+static int receiver_set_flag(PyObject *self, PyObject *value, void *offset)
+{
+    const int truth = value ? PyObject_IsTrue(value) : -1;
+
+    if (!value)
+        PyErr_SetString(PyExc_AttributeError, "a flag is set or not");
+    if (truth < 0)
+        return -1;
+    *((bool *)((char *)self + (uintptr_t)offset)) = truth != 0;
+    return 0;
 }
 
 static PyObject *receiver_count(PyObject *self, void *offset)
@@ -371,102 +479,146 @@ static PyObject *receiver_count(PyObject *self, void *offset)
 
 /* Making one. */
 
-/* Receiver(descriptors, rows, arena_size, claims, link_header, vnet, big_endian) */
 static PyObject *receiver_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"descriptors", "arena_size", "claims", "link_header", "vnet", "big_endian", NULL};
-    State *state = PyType_GetModuleState(type);
-    PyObject *descriptors, *claims;
-    Py_ssize_t arena_size;
-    unsigned link_header, vnet;
-    int big_endian;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    State *state = NULL;
     Receiver *r;
 
-    if (!state || !PyArg_ParseTupleAndKeywords(args, keywords, "OnO!IIp:Receiver", names, &descriptors, &arena_size,
-                                               &PyDict_Type, &claims, &link_header, &vnet, &big_endian))
-        return NULL;
-    if (arena_size <= ARENA_START || arena_size > UINT32_MAX || (link_header != 0 && link_header != ETHER_HEADER) ||
-        (vnet != 0 && (vnet < VNET_HEADER || vnet > UINT16_MAX))) {
-        PyErr_SetString(PyExc_ValueError, "no such arena, link header or virtio-net header");
-        return NULL;
+    (void)args, (void)keywords;
+    /* A subclass has no module state: that is the base's. */
+    for (PyTypeObject *base = type; base && !state; base = PyType_GetSlot(base, Py_tp_base)) {
+        state = PyType_GetModuleState(base);
+        if (!state || state->receiver_type != base) {
+            PyErr_Clear();
+            state = NULL;
+        }
     }
-    r = PyObject_New(Receiver, type);
+    r = state ? (Receiver *)allocate(type, 0) : NULL;
+    if (!state)
+        PyErr_SetString(PyExc_TypeError, "no subclass of linkrx's Receiver");
     if (!r)
         return NULL;
-    memset((char *)r + offsetof(Receiver, state), 0, sizeof *r - offsetof(Receiver, state));
     r->state = state;
-    if (PyObject_GetBuffer(descriptors, &r->descriptors, PyBUF_WRITABLE) < 0)
-        goto refused;
-    if (r->descriptors.len < LRX_HEADER_BYTES) {
-        PyErr_SetString(PyExc_ValueError, "descriptors begin with a header");
-        goto refused;
-    }
-    Py_INCREF(claims);
-    r->claims = claims;
-    r->arena_size = (size_t)arena_size;
-    r->framing = (Framing){.link_header = (uint8_t)link_header, .big_endian = big_endian != 0, .vnet = vnet};
+    r->source = r->event = r->epoll = -1;
     return (PyObject *)r;
+}
 
-refused:
-    Py_DECREF((PyObject *)r);
-    return NULL;
+static int receiver_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Receiver *r = (Receiver *)self;
+
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    Py_VISIT(r->deliver);
+    return 0;
+}
+
+static int receiver_clear(PyObject *self)
+{
+    Receiver *r = (Receiver *)self;
+
+    Py_CLEAR(r->deliver);
+    return 0;
 }
 
 static void receiver_dealloc(PyObject *self)
 {
     Receiver *r = (Receiver *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
-    forget_pending(r);
+    PyObject_GC_UnTrack(self);
+    receiver_clear(self);
+    lrx_forget_pending(r);
     Py_CLEAR(r->delivered);
     Py_CLEAR(r->turns[0]);
     Py_CLEAR(r->turns[1]);
-    Py_CLEAR(r->arenas[0]);
-    Py_CLEAR(r->arenas[1]);
+    for (int k = 0; k < 2; k++) {
+        Py_CLEAR(r->arenas[k]);
+        Py_CLEAR(r->slots[k]);
+    }
     for (int k = 0; k < NEIGHBOURS; k++) {
         Py_CLEAR(r->neighbours[k].remote);
         Py_CLEAR(r->neighbours[k].local);
         Py_CLEAR(r->neighbours[k].protocol);
     }
-    Py_CLEAR(r->claims);
-    PyBuffer_Release(&r->descriptors);
-    lrx_free(self);
+    if (r->descriptors.obj)
+        PyBuffer_Release(&r->descriptors);
+    if (r->counters.obj)
+        PyBuffer_Release(&r->counters);
+    free(self);
+    Py_DECREF((PyObject *)type);
 }
 
-#define COUNT(name, text) {#name, receiver_count, NULL, text, (void *)offsetof(Receiver, name)}
-
 static PyGetSetDef receiver_attributes[] = {
-    {"left", receiver_left, NULL, "How many packets wait to be handed over.", NULL},
-    {"stopping", receiver_stopping, NULL, "Whether stop() was called.", NULL},
-    {"delivering", receiver_delivering, NULL, "Whether deliver() is running.", NULL},
-    COUNT(batches, "How often something was taken in."),
-    COUNT(receives, "System calls that received it, or blocks of a ring."),
-    COUNT(undelivered, "Packets that drop() gave up."),
-    COUNT(undelivered_bytes, "Bytes of these."),
+    {"_left", receiver_left, NULL, "How many packets wait to be handed over.", NULL},
+    {"_thread", receiver_thread, NULL, "The thread that is inside, or None.", NULL},
+    {"_has_something", receiver_busy, NULL, "Whether anything waits here that does not need the source.", NULL},
+    {"_stopping", receiver_flag, receiver_set_flag, "Whether stop() was called.", (void *)offsetof(Receiver, stopping)},
+    {"_delivering", receiver_flag, NULL, "Whether `deliver` is running.", (void *)offsetof(Receiver, delivering)},
+    {"_closed", receiver_flag, receiver_set_flag, "Nobody comes in any more.", (void *)offsetof(Receiver, closed)},
+    {"_leaving", receiver_flag, receiver_set_flag, "_left_by_all() is to be called when nobody is inside.",
+     (void *)offsetof(Receiver, leaving)},
+    {"_end_follows", receiver_flag, receiver_set_flag, "An end follows what was received.",
+     (void *)offsetof(Receiver, end_follows)},
+    {"_ended", receiver_flag, receiver_set_flag, "It is over.", (void *)offsetof(Receiver, ended)},
+    {"_link_down", receiver_flag, receiver_set_flag, "The link is down.", (void *)offsetof(Receiver, link_down)},
+    {"_looking_away", receiver_flag, receiver_set_flag, "The source is left out of the poll set.",
+     (void *)offsetof(Receiver, looking_away)},
+    {"_looped", receiver_flag, receiver_set_flag, "An event loop of this process watches it.",
+     (void *)offsetof(Receiver, looped)},
+    {"_polled", receiver_flag, receiver_set_flag, "Somebody polls fileno().", (void *)offsetof(Receiver, polled)},
+    {"_shown", receiver_flag, receiver_set_flag, "fileno() is readable, for something waits here.",
+     (void *)offsetof(Receiver, shown)},
+    {"_batches", receiver_count, NULL, "How often something was taken in.", (void *)offsetof(Receiver, batches)},
+    {"_receives", receiver_count, NULL, "System calls that received it, or blocks of a ring.",
+     (void *)offsetof(Receiver, receives)},
+    {"_waits", receiver_count, NULL, "Calls that slept.", (void *)offsetof(Receiver, waits)},
+    {"_undelivered", receiver_count, NULL, "Packets that _drop() gave up.", (void *)offsetof(Receiver, undelivered)},
+    {"_undelivered_bytes", receiver_count, NULL, "Bytes of these.", (void *)offsetof(Receiver, undelivered_bytes)},
     {0},
 };
 
+#define FAST(function) (PyCFunction)(void (*)(void))function
+
 static PyMethodDef receiver_methods[] = {
-    {"arena", receiver_arena, METH_NOARGS,
-     "arena($self, /)\n--\n\nThe arena to fill now. What is still read there is copied first. Raises MemoryError, and loses nothing."},
-    {"take_in", receiver_take_in, METH_O,
-     "take_in($self, owner, /)\n--\n\nMake a batch of what the descriptors tell, whose frames lie in memory of `owner`. False: no packet."},
-    {"deliver", receiver_deliver, METH_O,
-     "deliver($self, deliver, /)\n--\n\nCall deliver(remote, local, protocol, packet) for each packet that waits. Returns how many."},
-    {"take_packet", receiver_take_packet, METH_NOARGS, "take_packet($self, /)\n--\n\nThe next packet, or None."},
-    {"take_batch", receiver_take_batch, METH_NOARGS, "take_batch($self, /)\n--\n\nAll that waits, or None."},
-    {"drop", receiver_drop, METH_NOARGS, "drop($self, /)\n--\n\nGive up what waits, and count it as undelivered."},
-    {"stop", receiver_stop, METH_NOARGS, "stop($self, /)\n--\n\nHand nothing over any more. In any thread."},
-    {"release", receiver_release, METH_NOARGS, "release($self, /)\n--\n\nGive the memory up. What is held of it is copied."},
+    {"dispatch", FAST(receiver_dispatch), METH_FASTCALL | METH_KEYWORDS,
+     "dispatch($self, /, timeout=None)\n--\n\n"
+     "Wait for packets, receive one batch and deliver it in order.\n\n"
+     "Waits `timeout` seconds at most, for ever with None. True: call again, also when nothing came in time. False: it is\n"
+     "over, and `end` says why. What `deliver` raises comes out of here; the packets behind are delivered first by the next\n"
+     "call. Raises Busy while another call receives, Closed after close(), and OSError for what the kernel says and linkrx\n"
+     "cannot mend."},
+    {"drain", receiver_drain, METH_NOARGS,
+     "drain($self, /)\n--\n\nDeliver at most one batch of what is there now, without waiting. Returns how many packets that was."},
+    {"recv", FAST(receiver_recv), METH_FASTCALL | METH_KEYWORDS,
+     "recv($self, /, timeout=None)\n--\n\n"
+     "The next packet.\n\nRaises TimeoutError after `timeout` seconds without one, and Ended when it is over."},
+    {"_next_batch", receiver_next_batch, METH_O,
+     "_next_batch($self, timeout, /)\n--\n\nThe next batch; None at the end or after `timeout` seconds without one."},
+    {"_poll", receiver_poll, METH_NOARGS,
+     "_poll($self, /)\n--\n\nReceive what is there now, without waiting. Whether packets wait here, or it is over."},
+    {"_take", receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA packet that waits here, or None."},
+    {"_prepare", receiver_prepare, METH_VARARGS, "What the source looks like."},
+    {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
+    {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nGive up what waits here, and count it."},
+    {"_release", receiver_release, METH_NOARGS,
+     "_release($self, /)\n--\n\nGive all memory up; what is held is copied. False: not all, for want of memory."},
+    {"_copy_held", receiver_copy_held, METH_NOARGS,
+     "_copy_held($self, /)\n--\n\nCopy what is read in place in memory that a child process will not have."},
+    {"_claim", receiver_claim, METH_NOARGS, "_claim($self, /)\n--\n\nCome in, if nobody is inside."},
+    {"_unclaim", receiver_unclaim, METH_NOARGS, "_unclaim($self, /)\n--\n\nThe end of _claim()."},
     {0},
 };
 
 static PyType_Slot receiver_slots[] = {
-    {Py_tp_doc, "Receiver(descriptors, arena_size, claims, link_header, vnet, big_endian)\n--\n\n"
-                "What was received and is not handed over yet, and the ways to hand it over."},
+    {Py_tp_doc, "One open source as far as it is touched once per packet or once per wake-up."},
     {Py_tp_new, receiver_new},
     {Py_tp_dealloc, receiver_dealloc},
+    {Py_tp_traverse, receiver_traverse},
+    {Py_tp_clear, receiver_clear},
     {Py_tp_iter, receiver_iterate},
-    {Py_tp_iternext, receiver_iternext},
+    {Py_tp_iternext, receiver_next},
     {Py_tp_getset, receiver_attributes},
     {Py_tp_methods, receiver_methods},
     {0, NULL},
@@ -475,6 +627,6 @@ static PyType_Slot receiver_slots[] = {
 PyType_Spec lrx_receiver_spec = {
     .name = "linkrx._core._types.Receiver",
     .basicsize = sizeof(Receiver),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = receiver_slots,
 };

@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "../classify.h"
+#include "../mechanism.h"
 #include "../packet.h"
 #include "../columns.inc"
 
@@ -138,6 +140,97 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
 /* Leave the first `n` packets out. Only for a batch that nobody has seen. */
 void lrx_batch_skip(Batch *b, uint32_t n);
 int lrx_batch_own(Batch *b);
+
+/* What a delivery needs beside the packet: made once per neighbour and protocol. */
+typedef struct {
+    uint8_t header[ETHER_HEADER];
+    PyObject *remote;
+    PyObject *local;
+    PyObject *protocol; /* NULL: this place is free */
+} Neighbour;
+
+#define NEIGHBOURS 16
+
+/* One open source as far as it is touched once per packet or once per wake-up. What is rare is written in Python, in methods
+ * of a subclass: see receive.c for the words. */
+typedef struct {
+    PyObject_HEAD
+    State *state;
+    PyObject *deliver; /* NULL: none */
+    bool prepared;     /* until then every call is refused */
+    Framing framing;
+
+    /* Who is inside, and whether anybody may be: receiver.c. */
+    bool claimed;
+    bool delivering;
+    bool closed;     /* close() was called: nobody comes in any more */
+    bool leaving;    /* somebody wants to know when nobody is inside any more */
+    unsigned long thread; /* that has claimed it */
+
+    /* Filling: receive.c. */
+    Py_buffer descriptors;
+    uint32_t rows;
+    struct lrx_classifier classifier;
+    Py_buffer counters;
+    struct lrx_mechanism *mechanism; /* NULL: it is written in Python */
+    Owner *slots[2];                 /* of a mechanism that describes packets where they lie */
+    size_t arena_size;
+    uint32_t room;                   /* bytes of an arena that frames may take */
+    Owner *arenas[2];                /* made when first needed */
+    unsigned current;                /* which one was filled last */
+    bool filling;                    /* that one is being filled, or describes what is not taken in yet */
+    bool may_hang_up;                /* an empty packet may be the end */
+    bool reads_memory;               /* a fill makes no system call, so it is always tried first */
+
+    /* How much to ask for: receive.c. */
+    uint32_t most, grow_wait, grow_hold;
+    uint32_t eager_wait, eager_hold;
+
+    /* Waiting: receive.c. */
+    int source, event, epoll;
+    double latency;
+    bool link_down, looking_away, polled, looped, shown;
+    unsigned vain;                   /* drains in a row that an event loop made for nothing */
+    int64_t drops_due;               /* when to look at the kernel's counters, in nanoseconds */
+
+    /* What waits to be handed over, and why nothing more will come: deliver.c. */
+    Batch *pending;
+    uint32_t next;
+    volatile bool stopping;
+    bool end_follows; /* behind what was received */
+    bool ended;
+    Packet *delivered;
+    Packet *turns[2];
+    unsigned turn;
+    Neighbour neighbours[NEIGHBOURS];
+
+    uint64_t batches, receives, waits, undelivered, undelivered_bytes;
+} Receiver;
+
+/* What a step came to. */
+enum outcome {
+    FAILED = -1, /* with an exception */
+    NOTHING,     /* nothing to hand over, or not in time */
+    READY,
+    OVER,        /* nothing more will come */
+};
+
+/* receive.c */
+/* See that packets wait in `pending`, for `timeout` seconds at most: 0 not at all, less than 0 for ever. `all`: whoever asks
+ * wants all that is there, up to a batch. */
+enum outcome lrx_await(Receiver *r, double timeout, bool all);
+enum outcome lrx_take_in(Receiver *r);
+/* Copy what is held of memory that is not this receiver's own. */
+int lrx_copy_places(Receiver *r);
+double lrx_now(void);
+
+/* deliver.c */
+PyObject *lrx_deliver(Receiver *r);
+Packet *lrx_next_packet(Receiver *r);
+Batch *lrx_take_batch(Receiver *r);
+void lrx_drop(Receiver *r);
+void lrx_forget_pending(Receiver *r);
+void lrx_let_go(Receiver *r);
 
 /* receiver.c */
 extern PyType_Spec lrx_receiver_spec;

@@ -1,0 +1,157 @@
+/* Handing over what was received. */
+#include "types.h"
+
+#include <string.h>
+
+void lrx_forget_pending(Receiver *r)
+{
+    Batch *b = r->pending;
+
+    r->pending = NULL;
+    r->next = 0;
+    Py_XDECREF((PyObject *)b);
+}
+
+/* A packet that only this receiver has shows nothing from here on. One that somebody else has too is theirs. */
+static void let_go(Packet **slot)
+{
+    if (!*slot)
+        return;
+    if (Py_REFCNT((PyObject *)*slot) > 1)
+        Py_CLEAR(*slot);
+    else
+        lrx_packet_reset(*slot);
+}
+
+void lrx_let_go(Receiver *r)
+{
+    let_go(&r->delivered);
+    let_go(&r->turns[0]);
+    let_go(&r->turns[1]);
+}
+
+static void step(Receiver *r)
+{
+    if (++r->next == (uint32_t)r->pending->table->count)
+        lrx_forget_pending(r);
+}
+
+/* The objects for a packet that was set. */
+static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
+{
+    uint8_t header[ETHER_HEADER] = {0};
+    unsigned sum = 0;
+    Neighbour *n;
+
+    if (p->link_header) {
+        memcpy(header, p->frame, ETHER_HEADER);
+    } else {
+        header[12] = (uint8_t)(p->protocol >> 8);
+        header[13] = (uint8_t)p->protocol;
+    }
+    for (int k = 5; k < ETHER_HEADER; k += 3) /* ends of both addresses, and the protocol's */
+        sum = sum * 31 + header[k] + header[k - 1];
+    n = &r->neighbours[sum % NEIGHBOURS];
+    if (n->protocol && memcmp(n->header, header, ETHER_HEADER) == 0)
+        return n;
+    Py_CLEAR(n->remote);
+    Py_CLEAR(n->local);
+    Py_CLEAR(n->protocol);
+    memcpy(n->header, header, ETHER_HEADER);
+    if (p->link_header) {
+        n->remote = PyBytes_FromStringAndSize((const char *)header + ETHER_ADDRESS, ETHER_ADDRESS);
+        n->local = PyBytes_FromStringAndSize((const char *)header, ETHER_ADDRESS);
+    } else {
+        n->remote = Py_None;
+        n->local = Py_None;
+        Py_INCREF(Py_None);
+        Py_INCREF(Py_None);
+    }
+    if (n->remote && n->local)
+        n->protocol = PyLong_FromLong(p->protocol);
+    return n->protocol ? n : NULL;
+}
+
+static PyObject *call(const Receiver *r, const Neighbour *n, Packet *p)
+{
+    PyObject *arguments[] = {n->remote, n->local, n->protocol, (PyObject *)p};
+    PyObject *result;
+
+    for (int k = 0; k < 3; k++)
+        Py_INCREF(arguments[k]);
+    result = r->state->vectorcall ? r->state->vectorcall(r->deliver, arguments, 4, NULL)
+                                  : PyObject_CallFunctionObjArgs(r->deliver, arguments[0], arguments[1], arguments[2],
+                                                                 arguments[3], NULL);
+    for (int k = 0; k < 3; k++)
+        Py_DECREF(arguments[k]);
+    return result;
+}
+
+/* The position moves on before each call, so what `deliver` raises costs no packet, and repeats none. */
+PyObject *lrx_deliver(Receiver *r)
+{
+    Batch *b = r->pending;
+    Py_ssize_t delivered = 0;
+
+    Py_INCREF((PyObject *)b);
+    r->delivering = true;
+    while (r->pending == b && !r->stopping) {
+        Packet *p = lrx_packet_in(r->state, &r->delivered);
+        const Neighbour *n;
+        PyObject *result;
+
+        if (!p || lrx_packet_set(p, b, r->next) < 0 || !(n = neighbour_of(r, p)))
+            break;
+        step(r);
+        Py_INCREF((PyObject *)p);
+        result = call(r, n, p);
+        delivered++;
+        /* Whoever still has the packet has a copy from here on. Without memory for that it reads in place until the memory is
+         * taken back, and so it does when `deliver` has raised: its frame is part of the traceback. */
+        if (result && Py_REFCNT((PyObject *)p) > 2 && lrx_packet_own(p) < 0)
+            PyErr_Clear();
+        Py_DECREF((PyObject *)p);
+        if (!result)
+            break;
+        Py_DECREF(result);
+    }
+    r->delivering = false;
+    Py_DECREF((PyObject *)b);
+    return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(delivered);
+}
+
+Packet *lrx_next_packet(Receiver *r)
+{
+    Packet *p = lrx_packet_in(r->state, &r->turns[r->turn & 1]);
+
+    if (!p || lrx_packet_set(p, r->pending, r->next) < 0)
+        return NULL;
+    r->turn++;
+    step(r);
+    Py_INCREF((PyObject *)p);
+    return p;
+}
+
+Batch *lrx_take_batch(Receiver *r)
+{
+    Batch *b = r->pending;
+
+    if (r->next)
+        lrx_batch_skip(b, r->next);
+    r->pending = NULL;
+    r->next = 0;
+    return b;
+}
+
+/* Give up what waits, and count it. */
+void lrx_drop(Receiver *r)
+{
+    const Batch *b = r->pending;
+
+    if (!b)
+        return;
+    r->undelivered += (uint64_t)b->table->count - r->next;
+    for (Py_ssize_t k = r->next; k < b->table->count; k++)
+        r->undelivered_bytes += b->table->lengths[k];
+    lrx_forget_pending(r);
+}

@@ -1,0 +1,452 @@
+/* Receiving: fill, classify, take in, and wait.
+ *
+ * How far a receive came is told by the header of the descriptors, whatever interrupts it: COUNT packets are filled and not
+ * classified, or CLASSIFIED is set and they are not taken in, or an errno waits in ERROR. Each step begins where the last one
+ * ended, and nothing is received while something waits.
+ *
+ * What is rare is Python: the receiver calls methods of its subclass, linkrx/reception.py, by these words:
+ *   _fill(arena)         a mechanism that is written in Python; returns how many packets it has filled
+ *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are left
+ *   _handle_error()      an errno waits in the header
+ *   _over()              whether a stop, or the end that follows, is due now
+ *   _look_at_link()      the link was down when nothing was received
+ *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
+ *   _listen()            the source was left out of the poll set
+ *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
+ *   _show()              what waits here has changed, and somebody polls
+ * and, from receiver.c:
+ *   _refuse(same_thread) somebody is inside, or it is closed: raises
+ *   _left_by_all()       nobody is inside any more
+ *   _without_deliver()   there is nothing to deliver to: raises
+ *   _raise_ended()       recv() behind the end: raises
+ *
+ * A read never waits. A fill keeps the interpreter's lock for the first few packets, for a thread that gives it up beside a busy
+ * one gets it back after 5 ms; a fill of many gives it up for the rest. */
+#define _GNU_SOURCE
+#include "types.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <time.h>
+
+#define MOST_HOLD 31
+/* A source that gives nothing but errors must not keep the caller from looking at the clock. */
+#define ERRORS_IN_A_ROW 8
+/* A source that says it is readable this often in a row and yields nothing is from then on asked every REST seconds only. */
+#define IDLE_WAKES 8
+#define REST 0.01
+/* A signal that comes between the last look and the wait is seen this much later. */
+#define SLICE 1.0
+#define SECOND 1000000000LL
+
+double lrx_now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static uint32_t *header_of(const Receiver *r)
+{
+    return lrx_header_at((uintptr_t)r->descriptors.buf);
+}
+
+static int ask(Receiver *r, const char *word)
+{
+    PyObject *answer = PyObject_CallMethod((PyObject *)r, word, NULL);
+    int truth = answer ? PyObject_IsTrue(answer) : -1;
+
+    Py_XDECREF(answer);
+    return truth;
+}
+
+/* The arena to fill next. One arena is enough, and stays in the cache, for those who hold nothing. Who holds the last batch,
+ * as a loop variable does, has two take turns. */
+static Owner *arena_of(Receiver *r)
+{
+    Owner *o = r->arenas[r->current];
+
+    if (r->filling)
+        return o;
+    lrx_let_go(r);
+    if (!o || !lrx_owner_is_free(o)) {
+        const unsigned other = o ? !r->current : r->current;
+
+        o = r->arenas[other];
+        if (o) {
+            const enum taken taken = lrx_owner_take_back(o);
+
+            if (taken == TAKEN_NOT)
+                return NULL;
+            if (taken == GIVEN_AWAY)
+                Py_CLEAR(r->arenas[other]);
+        }
+        if (!r->arenas[other])
+            r->arenas[other] = lrx_owner_new(r->state, r->arena_size);
+        o = r->arenas[other];
+        if (!o)
+            return NULL;
+        r->current = other;
+    }
+    r->filling = true;
+    return o;
+}
+
+static int take_back(Receiver *r, uint32_t slot)
+{
+    if (lrx_owner_take_back(r->slots[slot]) == TAKEN_NOT)
+        return -1;
+    r->mechanism->release(r->mechanism->state, slot);
+    return 0;
+}
+
+int lrx_copy_places(Receiver *r)
+{
+    for (int slot = 0; slot < 2; slot++)
+        if (r->slots[slot] && lrx_owner_take_back(r->slots[slot]) == TAKEN_NOT)
+            return -1;
+    return 0;
+}
+
+/* How many packets to ask for is learned where packets are wanted one by one, for the read that finds nothing costs as much as one that finds something. A fill
+ * that was given as many as it asked for may ask for twice as many the next time. One that was given fewer asks for so many;
+ * and each time that this was in vain it is twice as long before more is asked for. So packets that come one by one cost a read
+ * each, and a queue that has filled up is found within 31 of them. */
+static void learn(Receiver *r, uint32_t asked, uint32_t got)
+{
+    if (got < asked) {
+        r->most = got;
+        r->grow_hold = r->grow_hold * 2 + 1 < MOST_HOLD ? r->grow_hold * 2 + 1 : MOST_HOLD;
+        r->grow_wait = r->grow_hold;
+    } else if (r->grow_wait) {
+        r->grow_wait--;
+    } else {
+        if (asked > 1)
+            r->grow_hold = 0;
+        r->most = asked < r->rows / 2 ? 2 * asked : r->rows;
+    }
+}
+
+static void give_up_lock(void *thread)
+{
+    PyThreadState **saved = thread;
+
+    if (!*saved)
+        *saved = PyEval_SaveThread();
+}
+
+static int fill_in_c(Receiver *r, const Owner *arena, uint32_t asked)
+{
+    struct lrx_mechanism *m = r->mechanism;
+    const uintptr_t descriptors = (uintptr_t)r->descriptors.buf;
+    PyThreadState *saved = NULL;
+    void **many = (void **)(descriptors + LRX_MANY_AT);
+    int count;
+
+    header_of(r)[LRX_MOST] = asked;
+    *(void (**)(void *))many = give_up_lock;
+    many[1] = &saved;
+    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START, r->room);
+    many[0] = many[1] = NULL;
+    if (saved)
+        PyEval_RestoreThread(saved);
+    return count < 0 ? 0 : count; /* the header has the errno */
+}
+
+/* In place, at most two batches are in the mechanism's memory; before a fill the older is taken back. If nothing is there,
+ * somebody is about to wait: poll(2) on a packet socket looks at the newest closed block of a ring alone, and says that it is
+ * readable for as long as that block is not released. So all are taken back then. */
+static int fill_in_place(Receiver *r, const Owner *arena)
+{
+    const struct lrx_places *places = r->mechanism->places;
+    const uint32_t last = places->turn ^ 1;
+    int count;
+
+    if (take_back(r, places->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
+        return -1;
+    count = fill_in_c(r, arena, r->rows); /* which makes no system call */
+    if (!count && places->lent[last] && take_back(r, last) < 0)
+        return -1;
+    return count;
+}
+
+static int fill_in_python(Receiver *r, Owner *arena, uint32_t asked)
+{
+    PyObject *answer;
+    long count;
+
+    header_of(r)[LRX_MOST] = asked;
+    answer = PyObject_CallMethod((PyObject *)r, "_fill", "O", arena);
+    count = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    if (!PyErr_Occurred() && (count < 0 || count > (long)r->rows)) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %ld packets, and has %u descriptors", count, r->rows);
+        return -1;
+    }
+    return (int)count;
+}
+
+static int fill(Receiver *r, bool all)
+{
+    const uint32_t asked = all ? r->rows : r->most;
+    Owner *arena = arena_of(r);
+    int count;
+
+    if (!arena)
+        return -1;
+    if (r->mechanism && r->mechanism->places)
+        return fill_in_place(r, arena);
+    count = r->mechanism ? fill_in_c(r, arena, asked) : fill_in_python(r, arena, asked);
+    if (!all && count > 0)
+        learn(r, asked, (uint32_t)count);
+    return count;
+}
+
+/* Make a batch of what is classified. */
+enum outcome lrx_take_in(Receiver *r)
+{
+    uint32_t *header = header_of(r);
+    Owner *arena = r->arenas[r->current], *owner = arena;
+    const uint8_t *base = arena->memory + ARENA_START;
+    const uint32_t count = header[LRX_CLASSIFIED] - 1, end = header[LRX_END], rows = header[LRX_ROWS];
+    uint32_t size = end;
+    Batch *b = NULL;
+
+    if (count > rows || ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES > arena->mapped) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u of an arena of %zu", rows, end,
+                     arena->mapped);
+        return FAILED;
+    }
+    if (count) {
+        const struct lrx_columns columns = lrx_columns_at((uintptr_t)base + end, rows);
+
+        if (r->mechanism && r->mechanism->places) {
+            const uint32_t slot = r->mechanism->places->turn ^ 1;
+
+            owner = r->slots[slot];
+            base = (const uint8_t *)r->mechanism->places->frames[slot];
+            size = UINT32_MAX;
+        }
+        b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing);
+        if (!b)
+            return FAILED;
+    }
+    r->pending = b;
+    r->next = 0;
+    r->batches++;
+    r->receives += header[LRX_RECEIVES];
+    r->filling = false;
+    header[LRX_CLASSIFIED] = 0;
+    return b ? READY : NOTHING;
+}
+
+static int without_hangup(Receiver *r, int count)
+{
+    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
+    PyObject *answer;
+
+    if (!r->may_hang_up || columns.lengths[count - 1])
+        return count;
+    answer = PyObject_CallMethod((PyObject *)r, "_without_hangup", "i", count);
+    count = answer ? (int)PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    return count;
+}
+
+/* Once, without waiting. READY: something was received, be it no packet. */
+static enum outcome receive(Receiver *r, bool all)
+{
+    uint32_t *header = header_of(r);
+
+    for (int errors = 0; errors < ERRORS_IN_A_ROW; errors++) {
+        int count = (int)header[LRX_COUNT];
+
+        if (!count && !header[LRX_CLASSIFIED] && (!header[LRX_ERROR] || header[LRX_HELD]))
+            count = fill(r, all);
+        if (count < 0)
+            return FAILED;
+        if (count && !header[LRX_CLASSIFIED]) {
+            const Owner *arena = r->arenas[r->current];
+            const uintptr_t region = (uintptr_t)arena->memory + ARENA_START;
+
+            count = without_hangup(r, count);
+            if (count < 0)
+                return FAILED;
+            if (!count)
+                return NOTHING;
+            /* What a mechanism in Python reports is looked at before it is believed. */
+            if (header[LRX_END] > r->room || header[LRX_END] % 8) {
+                PyErr_Format(PyExc_ValueError, "the backend reports %d packets that end at byte %u, and was given %u", count,
+                             header[LRX_END], r->room);
+                return FAILED;
+            }
+            lrx_classify(&r->classifier, region, (uint32_t)count, region + header[LRX_END]);
+        }
+        if (header[LRX_CLASSIFIED])
+            return lrx_take_in(r) == FAILED ? FAILED : READY;
+        if (!header[LRX_ERROR])
+            return NOTHING;
+        if (ask(r, "_handle_error") < 0)
+            return FAILED;
+        if (r->ended)
+            return NOTHING;
+    }
+    return NOTHING;
+}
+
+static int look_at_drops(Receiver *r)
+{
+    struct timespec t;
+    PyObject *answer;
+    double seconds;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    if (t.tv_sec * SECOND + t.tv_nsec < r->drops_due)
+        return 0;
+    answer = PyObject_CallMethod((PyObject *)r, "_look_at_drops", NULL);
+    seconds = answer ? PyFloat_AsDouble(answer) : -1;
+    Py_XDECREF(answer);
+    if (PyErr_Occurred())
+        return -1;
+    r->drops_due = t.tv_sec * SECOND + t.tv_nsec + (int64_t)(seconds * 1e9);
+    return 0;
+}
+
+/* Until one of the descriptors is ready, or the time is up. Returns how many are, or -1 with what a signal handler raised. */
+static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
+{
+    struct timespec t = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
+    int ready;
+
+    Py_BEGIN_ALLOW_THREADS
+    ready = ppoll(fds, count, &t, NULL);
+    Py_END_ALLOW_THREADS
+    if (ready < 0)
+        return PyErr_CheckSignals() < 0 ? -1 : 0;
+    return ready;
+}
+
+/* For as long as somebody might stop it, and no longer than `seconds`, without looking at the source. */
+static int rest(const Receiver *r, double seconds)
+{
+    struct pollfd event = {.fd = r->event, .events = POLLIN};
+
+    return sleep_on(&event, 1, seconds) < 0 || PyErr_CheckSignals() < 0 ? -1 : 0;
+}
+
+/* Until something happens, or `seconds` are up. 1: the source says that it is readable. */
+static int wait(Receiver *r, double seconds)
+{
+    struct epoll_event events[4];
+    int count, error, readable = 0;
+    const int milliseconds = seconds < SLICE ? (int)(seconds * 1000 + 0.999) : (int)(SLICE * 1000);
+
+    Py_BEGIN_ALLOW_THREADS
+    count = epoll_wait(r->epoll, events, 4, milliseconds);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    if (PyErr_CheckSignals() < 0)
+        return -1;
+    if (count < 0 && error != EINTR) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    for (int k = 0; k < count; k++)
+        readable |= events[k].data.fd == r->source;
+    if (readable && r->latency > 0)
+        return rest(r, r->latency) < 0 ? -1 : 1;
+    return readable;
+}
+
+/* Whether to read before waiting is learned as well: where that was in vain, it is left out ever longer. */
+static bool read_first(Receiver *r, double timeout)
+{
+    const uint32_t *header = header_of(r);
+
+    if (timeout == 0 || r->reads_memory || header[LRX_COUNT] || header[LRX_CLASSIFIED] ||
+        header[LRX_ERROR] || header[LRX_HELD] || r->link_down)
+        return true;
+    if (!r->eager_wait)
+        return true;
+    r->eager_wait--;
+    return false;
+}
+
+static void learn_to_wait(Receiver *r, bool in_vain)
+{
+    r->eager_hold = !in_vain ? 0 : r->eager_hold * 2 + 1 < MOST_HOLD ? r->eager_hold * 2 + 1 : MOST_HOLD;
+    r->eager_wait = r->eager_hold;
+}
+
+enum outcome lrx_await(Receiver *r, double timeout, bool all)
+{
+    const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
+    bool reads = r->pending || read_first(r, timeout), first = true;
+    unsigned idle = 0;
+
+    if (r->looking_away && ask(r, "_listen") < 0)
+        return FAILED;
+    for (;;) {
+        double left = SLICE;
+        int readable;
+
+        if (r->ended)
+            return OVER;
+        if (r->stopping || r->end_follows) {
+            const int over = ask(r, "_over");
+
+            if (over)
+                return over < 0 ? FAILED : OVER;
+        }
+        if (r->pending)
+            return READY;
+        if (reads) {
+            const bool known_down = r->link_down && !header_of(r)[LRX_ERROR];
+
+            switch (receive(r, all)) {
+            case FAILED:
+                return FAILED;
+            case READY:
+                r->vain = 0;
+                if (first)
+                    learn_to_wait(r, false);
+                if (look_at_drops(r) < 0)
+                    return FAILED;
+                return r->pending ? READY : NOTHING;
+            default:
+                break;
+            }
+            if (known_down && ask(r, "_look_at_link") < 0) /* not when it is told only now: that comes before what was queued */
+                return FAILED;
+            if (r->ended || r->stopping || r->end_follows)
+                continue;
+            if (timeout == 0) {
+                if ((r->polled || r->looped) && ++r->vain > IDLE_WAKES && ask(r, "_vain") < 0)
+                    return FAILED;
+                return NOTHING;
+            }
+            if (first)
+                learn_to_wait(r, true);
+        }
+        first = false;
+        if (timeout > 0) {
+            left = deadline - lrx_now();
+            if (left <= 0)
+                return NOTHING;
+        }
+        if (r->shown && ask(r, "_show") < 0) /* nothing waits here now: the event must not end this wait at once */
+            return FAILED;
+        r->waits++;
+        if (idle < IDLE_WAKES)
+            readable = wait(r, left);
+        else
+            readable = rest(r, left < REST ? left : REST);
+        if (readable < 0)
+            return FAILED;
+        idle += (unsigned)readable;
+        reads = true;
+    }
+}
