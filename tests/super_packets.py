@@ -175,8 +175,7 @@ class Row:
 
 Make = Callable[[Descriptors, Descriptors, Framing], Segmenter]
 
-STAGING_AT, ARENA_AT = 64, 128
-GUARD = 64
+GUARD = 64  # as much as an arena has in front of its cursor
 
 
 @cache
@@ -191,7 +190,6 @@ class Bench:
         """Benches with another number for their arenas work side by side."""
         self.taken, self.given = Descriptors(64), Descriptors(given_rows)
         self.staging, self.arena = _arenas(arenas)
-        self.staging.cursor, self.arena.cursor = STAGING_AT, ARENA_AT
         self.segmenter = make(self.taken, self.given, framing)
 
     def take(self, rows: Iterable[Row], receives: int = 1, error: int = 0) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linkrx import _core, classify
-from linkrx.classify import ADDRESSES, Classify
+from linkrx.classify import Classify
 from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
 from linkrx.framing import Framing
 from linkrx.headers import MALFORMED, Flags
@@ -21,7 +22,15 @@ from linkrx.packets import Owner
 from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.stats import MALFORMED as COUNT_MALFORMED
 
-Make = Callable[[Descriptors, Framing, "array[int]", bytearray], Classify]
+
+class Make(Protocol):
+    """One of the two implementations."""
+
+    def __call__(
+        self, descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
+    ) -> Classify: ...
+
+
 
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 IMPLEMENTATIONS = [
@@ -50,6 +59,7 @@ class Received:
     timestamp: int = 0
     vlan_tci: int = 0
     vlan_tpid: int = 0
+    interface: int = 0
 
 
 @dataclass
@@ -59,7 +69,6 @@ class Outcome:
     count: int
     table: Table
     counters: array[int]
-    addresses: list[tuple[bytes, bytes, int]] = field(default_factory=list)
     frames: list[bytes] = field(default_factory=list)
 
     def counted(self) -> dict[int, int]:
@@ -67,11 +76,10 @@ class Outcome:
         return {slot: number for slot, number in enumerate(self.counters) if number}
 
 
-def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
+def run(make: Make, framing: Framing, packets: Sequence[Received], interface: int = 0) -> Outcome:
     """Lay the packets out as a backend does, and classify them."""
     descriptors = Descriptors(len(packets) + 3)
     arena = Owner(2 * ROOM)
-    arena.cursor = 64
     cursor = 0
     for index, packet in enumerate(packets):
         arena.view[arena.cursor + cursor : arena.cursor + cursor + len(packet.data)] = packet.data
@@ -83,12 +91,12 @@ def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
         columns.timestamps[index] = packet.timestamp
         columns.vlan_tcis[index] = packet.vlan_tci
         columns.vlan_tpids[index] = packet.vlan_tpid
+        columns.interfaces[index] = packet.interface
         cursor = align(cursor + len(packet.data))
     descriptors.header[COUNT] = len(packets)
     descriptors.header[END] = cursor
     counters = new_counters()
-    addresses = bytearray(ADDRESSES.size * descriptors.rows if framing.ethernet else 0)
-    make(descriptors, framing, counters, addresses)(arena, len(packets))
+    make(descriptors, framing, counters, interface=interface)(arena, len(packets))
 
     assert descriptors.header[COUNT] == 0
     assert descriptors.header[ROWS] == len(packets)
@@ -101,8 +109,6 @@ def run(make: Make, framing: Framing, packets: Sequence[Received]) -> Outcome:
         bytes(region[start : start + length])
         for start, length in zip(table.starts, table.lengths, strict=True)
     ]
-    if framing.ethernet:
-        outcome.addresses = list(ADDRESSES.iter_unpack(addresses))[:count]
     return outcome
 
 
@@ -113,11 +119,10 @@ def frame(protocol: int = 0x0800, payload: bytes = b"payload") -> bytes:
 
 @both
 def test_ethernet_frame(make: Make) -> None:
-    """Protocol, remote and local come from the header: the destination is local, the source remote."""
+    """The protocol comes from the header."""
     got = run(make, ETHERNET, [Received(frame(0x88B5))])
     assert got.frames == [frame(0x88B5)]
     assert list(got.table.protocols) == [0x88B5]
-    assert got.addresses == [(REMOTE, LOCAL, 0x88B5)]
     assert got.counted() == {PACKETS: 1, BYTES: len(frame())}
 
 
@@ -128,7 +133,7 @@ def test_runt(make: Make, length: int) -> None:
     good = [Received(frame(1537)), Received(frame(1538))]
     got = run(make, ETHERNET, [good[0], Received(b"\x42" * length), good[1]])
     assert list(got.table.protocols) == [1537, 1538]
-    assert [protocol for _, _, protocol in got.addresses] == [1537, 1538]
+    assert got.frames == [frame(1537), frame(1538)]
     assert got.counted() == {PACKETS: 2, BYTES: 2 * len(frame()), RUNTS: 1}
 
 
@@ -254,6 +259,14 @@ def test_metadata_goes_with_its_packet(make: Make) -> None:
 
 
 @both
+def test_interface(make: Make) -> None:
+    """A packet's interface is the one that the backend tells; where it tells none, the source's."""
+    packets = [Received(frame(), interface=interface) for interface in (0, 7, 2**32 - 1)]
+    assert list(run(make, ETHERNET, packets).table.interfaces) == [0, 7, 2**32 - 1]
+    assert list(run(make, ETHERNET, packets, interface=3).table.interfaces) == [3, 7, 2**32 - 1]
+
+
+@both
 @pytest.mark.parametrize("framing", [ETHERNET, BARE, Framing(True, 10, True)])
 def test_malformed_rows_are_counted_and_not_read(make: Make, framing: Framing) -> None:
     """A row with MALFORMED is one malformed packet whatever its length, and cut if it says so; it never flags a packet."""
@@ -276,7 +289,7 @@ def test_nothing_but_bad_packets(make: Make) -> None:
 def test_counters_add_up(make: Make) -> None:
     """The counters of one receive are added to those of the ones before."""
     descriptors, counters, arena = Descriptors(1), new_counters(), Owner(ROOM)
-    one = make(descriptors, BARE, counters, bytearray())
+    one = make(descriptors, BARE, counters)
     arena.view[arena.cursor] = 0x45
     for _ in range(3):
         descriptors.columns.lengths[0] = 20
@@ -288,14 +301,14 @@ def test_counters_add_up(make: Make) -> None:
 def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiled core the classifier is the Python one."""
     monkeypatch.setattr(_core, "lib", None)
-    made = classify.classifier(Descriptors(1), BARE, new_counters(), bytearray())
+    made = classify.classifier(Descriptors(1), BARE, new_counters())
     assert made.__qualname__.startswith("in_python.")
 
 
 @needs_core
 def test_with_the_core() -> None:
     """With the compiled core the classifier is the C one."""
-    made = classify.classifier(Descriptors(1), BARE, new_counters(), bytearray())
+    made = classify.classifier(Descriptors(1), BARE, new_counters())
     assert made.__qualname__.startswith("in_c.")
 
 
@@ -311,6 +324,7 @@ class Descriptor:
     timestamp: int
     vlan_tci: int
     vlan_tpid: int
+    interface: int
     first_byte: int | None  # written where the frame starts, so that known versions are not rare
     tun_pi_flags: int | None  # written where packet information would stand
 
@@ -328,6 +342,7 @@ descriptor_of_anything = st.builds(
     timestamp=st.integers(-(2**63), 2**63 - 1),
     vlan_tci=uint16,
     vlan_tpid=uint16,
+    interface=st.integers(0, 2**32 - 1),
     first_byte=st.one_of(st.none(), st.sampled_from([0x40, 0x4F, 0x60, 0x6F])),
     tun_pi_flags=st.one_of(st.none(), st.sampled_from([0, 1, 2, 3, 0x0100, 0xFFFF])),
 )
@@ -355,8 +370,7 @@ def arena_pair() -> list[Owner]:
     packets=st.lists(descriptor_of_anything, max_size=8),
     seed=st.integers(0, 2**32 - 1),
     spare_rows=st.integers(0, 3),
-    cursor=st.integers(0, 64).map(lambda words: 8 * words),
-    addresses=st.booleans(),
+    interface=st.integers(0, 2**32 - 1),
     counted=st.integers(0, 2**40),
 )
 def test_c_and_python_agree(
@@ -364,16 +378,15 @@ def test_c_and_python_agree(
     packets: list[Descriptor],
     seed: int,
     spare_rows: int,
-    cursor: int,
-    addresses: bool,
+    interface: int,
     counted: int,
 ) -> None:
-    """Both leave the same memory, table and all, the same addresses, counters and header behind."""
+    """Both leave the same memory, table and all, the same counters and header behind."""
     memory = random.Random(seed).randbytes(MEMORY)
-    left: list[tuple[bytes, bytes, list[int], list[int]]] = []
+    left: list[tuple[bytes, list[int], list[int]]] = []
     for make, arena in zip((classify.in_python, classify.in_c), arena_pair(), strict=True):
-        arena.view[:] = b"\xa5" * len(arena.memory)
-        arena.cursor = cursor
+        arena.view[:] = b"\xa5" * arena.limit
+        cursor = arena.cursor
         arena.view[cursor : cursor + len(memory)] = memory
         descriptors = Descriptors(max(1, len(packets) + spare_rows))
         columns = descriptors.columns
@@ -386,6 +399,7 @@ def test_c_and_python_agree(
             columns.timestamps[index] = packet.timestamp
             columns.vlan_tcis[index] = packet.vlan_tci
             columns.vlan_tpids[index] = packet.vlan_tpid
+            columns.interfaces[index] = packet.interface
             at = cursor + packet.start
             if packet.tun_pi_flags is not None:
                 struct.pack_into("=H", arena.view, at, packet.tun_pi_flags)
@@ -394,12 +408,11 @@ def test_c_and_python_agree(
         descriptors.header[COUNT] = len(packets)
         descriptors.header[END] = MEMORY
         counters = array("Q", [counted] * 7)
-        room = bytearray(b"\xa5" * (ADDRESSES.size * descriptors.rows if addresses else 0))
-        make(descriptors, framing, counters, room)(arena, len(packets))
-        left.append((bytes(arena.view), bytes(room), list(counters), list(descriptors.header)))
+        make(descriptors, framing, counters, interface=interface)(arena, len(packets))
+        left.append((bytes(arena.view), list(counters), list(descriptors.header)))
     in_python, in_c = left
     assert in_python == in_c
     # Every packet was counted exactly once, as one thing or another.
-    slots = in_c[2]
+    slots = in_c[1]
     kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED)
     assert sum(slots[slot] - counted for slot in kinds) == len(packets)
