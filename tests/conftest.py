@@ -63,7 +63,7 @@ NO_DEVICES = _enter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What is left out by default, and the path of free-threaded builds and of PyPy on this interpreter."""
+    """What is left out by default."""
     parser.addoption(
         "--all",
         action="store_true",

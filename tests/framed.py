@@ -73,12 +73,15 @@ def check_packet(packet: Packet, framed: Framed, setup: Setup) -> None:
 
 
 def hold_packet(packet: Packet, framed: Framed, setup: Setup) -> Check:
-    """A packet, and a slice of its frame."""
-    piece, shown = packet.frame[3:9], framed.frame[3:9]
+    """A packet; and of every other a slice of its frame, which has the packet make a copy."""
+    shown = framed.frame[3:9]
+    piece = packet.frame[3:9] if len(packet) % 2 else shown
 
     def check() -> None:
-        check_packet(packet, framed, setup)
+        assert packet[3:9] == shown
         assert piece == shown
+        if piece is not shown:
+            check_packet(packet, framed, setup)
 
     return check
 

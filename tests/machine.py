@@ -125,9 +125,9 @@ class Machine(Ledger):
             if not number or not self.due:
                 break
 
-    @rule(copied=st.booleans(), number=st.integers(1, 3))
+    @rule(copied=st.booleans(), viewed=st.booleans(), number=st.integers(1, 3))
     @precondition(Ledger.is_open)
-    def batches(self, copied: bool, number: int) -> None:
+    def batches(self, copied: bool, viewed: bool, number: int) -> None:
         """Whole batches, and what is left of one."""
         self.calls += 1
         assert self.rx is not None
@@ -136,7 +136,8 @@ class Machine(Ledger):
             framed = [self.take(packet) for packet in batch]
             assert framed, "a batch is never empty"
             held = batch.copy() if copied else batch
-            self.keep(hold_arrays(held, framed))
+            if viewed:
+                self.keep(hold_arrays(held, framed))
             self.keep(hold_batch(held, framed, self.setup))
             number -= 1
             if not number:

@@ -394,8 +394,8 @@ def test_metadata(wire: Wire) -> None:
             assert [packet.outgoing for packet in got] == [True, False, False]
             assert [packet.vlan for packet in got] == [
                 None,
-                linkrx.Vlan(7, 0x88A8),
-                linkrx.Vlan(0, 0x8100),
+                linkrx.Vlan(0x88A8, 7),
+                linkrx.Vlan(0x8100, 0),
             ]
             assert [packet.protocol for packet in got] == [0x88B5, 0x8100, 0x88B5]
             assert [len(packet) for packet in got] == [60, len(tagged) - 4, 64]

@@ -303,7 +303,7 @@ def test_a_tag_goes_with_every_frame(backend: str) -> None:
         got: list[linkrx.Packet] = []
         while len(got) < len(case.frames()):
             got += [p for p in next(rx.batches(PATIENCE)) if is_ours(p)]
-        assert {p.vlan for p in got} == {linkrx.Vlan(0x2005, 0x8100)}
+        assert {p.vlan for p in got} == {linkrx.Vlan(0x8100, 0x2005)}
         assert len({p.timestamp_ns for p in got}) == 1
         assert not any(p.checksum_unfinished for p in got)
         untagged = [frame[:12] + frame[16:] for frame in case.frames()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from linkrx import _core, buffers, columns, headers, options, stats
+from linkrx import _core, buffers, columns, headers, options, packets, plain, stats
 
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
@@ -20,6 +20,7 @@ SHARED: dict[str, int] = {
     "LRX_ROWS": columns.ROWS,
     "LRX_CLASSIFIER_AT": columns.HEADER.size,
     "LRX_HEADER_BYTES": columns.HEADER_BYTES,
+    "LRX_ROW_BYTES": columns.ROW_BYTES,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,
     "LRX_VLAN": headers.Flags.VLAN,
@@ -50,10 +51,16 @@ def test_number(name: str, number: int) -> None:
 @needs_core
 def test_shared_files_hold_nothing_else() -> None:
     """Every number of the header that declares what C and Python share is compared above."""
-    header = Path(_core.__file__).with_name("headers.h")
+    header = Path(_core.__file__).with_name("packet.h")
     if not header.exists():
         pytest.skip("installed from a wheel, which brings no C sources")
     assert set(re.findall(r"#define (LRX_\w+)", header.read_text())) <= set(SHARED)
+
+
+def test_arenas_start_alike() -> None:
+    """Frames start at one place in every arena, in C and in Python."""
+    starts = {packets.ARENA_START, packets.Owner(4096).cursor, plain.START, plain.Owner(4096).cursor}
+    assert starts == {packets.ARENA_START}
 
 
 def test_plain_flags_are_the_enum() -> None:
@@ -102,7 +109,7 @@ def test_header_has_a_word_for_each() -> None:
 
 
 def test_row_is_the_sum_of_its_columns() -> None:
-    """The eight columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
+    """The nine columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
     table = bytearray(columns.ROW_BYTES)
     row = columns.Table(memoryview(table), 1)
     views = [getattr(row, name) for name in columns.COLUMNS]
