@@ -115,7 +115,7 @@ def test_every_file_of_the_types_compiles(compiler: str, limited: bool, tmp_path
     """So do the types, their header alone included, with the limited API and, as for free-threaded builds, without."""
     alone = tmp_path / "alone.c"
     alone.write_text('#include "types.h"\n')
-    flags = [*WARNINGS, "-Wno-unused-function", "-DLRX_SOURCES=\"test\"", f"-I{CORE}", f"-I{CORE / 'types'}"]
+    flags = [*WARNINGS, "-Wno-unused-function", '-DLRX_SOURCES="test"', f"-I{CORE}", f"-I{CORE / 'types'}"]
     flags += ["-DPy_LIMITED_API=0x030B0000"] * limited + [f"-isystem{sysconfig.get_path('include')}"]
     files = [str(path) for path in [alone, *CORE.glob("types/*.c")]]
     assert len(files) > 5

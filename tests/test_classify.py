@@ -31,7 +31,6 @@ class Make(Protocol):
     ) -> Classify: ...
 
 
-
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 IMPLEMENTATIONS = [
     pytest.param(classify.in_python, id="python"),

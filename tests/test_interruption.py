@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import errno
-import gc
+import inspect
 import select
 import signal
 import socket
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from types import FrameType
 from typing import Any
 
 import pytest
 import ring
 from conftest import points, that_take
+from interruptions import After, Interrupted
 from super_packets import UDP, Super
 
 import linkrx
-from linkrx import _core, dispatcher, rigs, segment, segmenting
+from linkrx import dispatcher, reception, rigs, segment, segmenting
 from linkrx.rigs import LOCAL, REMOTE
-from linkrx.testing.resources import descriptors, settings_of
+from linkrx.testing.resources import descriptors
 from linkrx.testing.waiting import until
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
@@ -32,54 +35,11 @@ NUMBERS = [0, 1, 2, 3, 4]
 RUNTS = 2
 
 
-class Interrupted(Exception):
-    """What the signal handler raises."""
-
-
 class Unreachable(ConnectionRefusedError):
     """The same of a handler that uses a socket of its own: an OSError, with an errno that means nothing to reception."""
 
     def __init__(self) -> None:
         super().__init__(errno.ECONNREFUSED, "somebody else's")
-
-
-class After:
-    """Raises Interrupted inside `with` at the n-th point where CPython runs signal handlers, and then no more.
-
-    These points are behind calls into C and at the start of functions in Python.
-    """
-
-    def __init__(self, events: int, error: type[Exception] = Interrupted) -> None:
-        self.left = events
-        self.error = error
-        self.raised = False
-
-    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "c_return" or (event == "call" and frame.f_lasti <= 0):
-            self.count(frame)
-
-    def count(self, frame: FrameType) -> None:
-        """One such point. Inside `deliver` the packet has been handed over; what a `__del__` raises Python loses."""
-        callers = [frame.f_code.co_name, frame.f_back.f_code.co_name if frame.f_back else ""]
-        if (
-            frame.f_code in (After.__enter__.__code__, After.__exit__.__code__)
-            or "deliver" in callers
-            or "__del__" in callers
-        ):
-            return
-        if not self.left:
-            sys.setprofile(None)
-            self.raised = True
-            raise self.error
-        self.left -= 1
-
-    def __enter__(self) -> None:
-        gc.disable()  # what is collected meanwhile is somebody else's
-        sys.setprofile(self)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-        gc.enable()
 
 
 def number_of(packet: linkrx.Packet) -> int:
@@ -122,27 +82,45 @@ WAYS = [
 ]
 
 
-Pull = Callable[[linkrx.Dispatcher, list[linkrx.Packet]], None]
+Taken = list["linkrx.Packet | linkrx.Batch"]
+Pull = Callable[[linkrx.Dispatcher, Taken], None]
 
 
-def drain(rx: linkrx.Dispatcher, _: list[linkrx.Packet]) -> None:
+def numbers_of(taken: Taken) -> list[int]:
+    """The numbers of packets, and of those in batches."""
+    packets = [[one] if isinstance(one, linkrx.Packet) else list(one) for one in taken]
+    return [number_of(packet) for packet in chain(*packets)]
+
+
+def drain(rx: linkrx.Dispatcher, _: Taken) -> None:
     """Deliver one batch."""
     rx.drain()
 
 
-def dispatch(rx: linkrx.Dispatcher, _: list[linkrx.Packet]) -> None:
+def dispatch(rx: linkrx.Dispatcher, _: Taken) -> None:
     """Deliver one batch."""
     rx.dispatch(0)
 
 
-def recv(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+def recv(rx: linkrx.Dispatcher, got: Taken) -> None:
     """Take one packet."""
     got.append(rx.recv(0))
 
 
-def batches(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
-    """Take one batch."""
-    got.extend(packet for batch in rx.batches(0) for packet in batch)
+def batches(rx: linkrx.Dispatcher, got: Taken) -> None:
+    """Take all batches, and look at none before that is done."""
+    for batch in rx.batches(0):
+        got.append(batch)
+
+
+def end(rx: linkrx.Dispatcher, got: Taken) -> None:
+    """Stop with packets at hand."""
+    got.append(rx.recv(0))
+    rx.stop()
+    rx.dispatch(0)
+
+
+PULLS = (drain, dispatch, recv, batches)
 
 
 @dataclass
@@ -150,13 +128,13 @@ class Cut:
     """A dispatcher whose call was cut short, with both ends of its source and what was delivered."""
 
     rx: linkrx.Dispatcher
-    packets: list[linkrx.Packet]
+    taken: Taken
     receiver: socket.socket | None
 
     @property
     def got(self) -> list[int]:
         """The numbers of what was delivered."""
-        return [number_of(packet) for packet in self.packets]
+        return numbers_of(self.taken)
 
     def readable(self) -> bool:
         """Whether an event loop would call."""
@@ -180,11 +158,9 @@ def each_point(way: Way, backend: str, pull: Pull, error: type[Exception] = Inte
     """One that was interrupted at its first event, one at its second, and so on."""
     for point in range(5000):
         receiver, sender = socket.socketpair(socket.AF_UNIX, way.kind)
-        got: list[linkrx.Packet] = []
+        got: Taken = []
 
-        def deliver(
-            _r: object, _l: object, _p: int, packet: linkrx.Packet, into: list[linkrx.Packet] = got
-        ) -> None:
+        def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet, into: Taken = got) -> None:
             into.append(packet)
 
         with receiver, sender, linkrx.open(receiver, deliver, backend=backend, **way.options) as rx:
@@ -204,18 +180,7 @@ def each_point(way: Way, backend: str, pull: Pull, error: type[Exception] = Inte
     raise AssertionError("the call never ended")
 
 
-def end(rx: linkrx.Dispatcher, _: list[linkrx.Packet]) -> None:
-    """Stop with packets at hand."""
-    rx.recv(0)
-    rx.stop()
-    rx.dispatch(0)
-
-
-# Pulling gives a packet up to CPython's own return to the caller: one that is cut short there is counted as delivered.
-MAY_LOSE: dict[Pull, int] = {drain: 0, dispatch: 0, recv: 1, batches: len(NUMBERS)}
-
-
-@pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("pull", PULLS, ids=lambda pull: pull.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
@@ -226,10 +191,9 @@ def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
             cut.rx.drain()
             turns += 1
             assert turns < 20, "readable for ever"
-        assert cut.got == sorted(set(cut.got))
+        assert cut.got == NUMBERS
         told = cut.rx.stats()
         assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
-        assert 0 <= told.packets - len(cut.got) <= MAY_LOSE[pull]
         assert cut.queued() == 0 if way.kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
 
 
@@ -246,7 +210,7 @@ def test_an_oserror_of_a_handler_is_not_the_kernels(way: Way, backend: str, pull
         assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
 
 
-@pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("pull", [*PULLS, end], ids=lambda pull: pull.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "way", [way for way in WAYS if way.name in ("dgram", "segment")], ids=lambda way: way.name
@@ -257,8 +221,43 @@ def test_a_stop_counts_what_is_left(way: Way, backend: str, pull: Pull) -> None:
         cut.rx.stop()
         assert cut.rx.dispatch(0) is False
         told = cut.rx.stats()
-        assert 0 <= told.packets - len(cut.got) <= MAY_LOSE.get(pull, 1)
+        assert told.packets == len(cut.got)
         assert told.packets + told.undelivered + told.runts + cut.queued() == len(NUMBERS) + RUNTS
+
+
+# Where a step has been stored and what it is about is not handed over yet: a call there is a place to lose it. The line
+# before which one is put, and who then sees it.
+PLACES: list[tuple[type, str, str, Pull]] = [
+    (dispatcher.Dispatcher, "recv", "return packet", recv),
+    (dispatcher.Dispatcher, "_step", 'del self._owner["claim"]', recv),
+    (dispatcher.Dispatcher, "_take_packet", "return packet", recv),
+    (dispatcher.Dispatcher, "_take_batch", "return rest", batches),
+    (dispatcher.Dispatcher, "_next_batch", "return batch", batches),
+    (dispatcher.Dispatcher, "_deliver_pending", "deliver(remote, local", drain),
+    (reception.Reception, "_take", "self.next = 0", drain),
+    (reception.Reception, "_take", "header[CLASSIFIED] = 0", drain),
+]
+
+
+@pytest.mark.parametrize("call", ["object()", "len(())", "(lambda: None)()"])
+@pytest.mark.parametrize(("owner", "name", "line", "pull"), PLACES)
+def test_a_call_in_a_wrong_place_is_seen(
+    owner: type, name: str, line: str, pull: Pull, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a call between what is stored and what is handed over, of a type, of C or of Python, the walk above fails."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(line) == 1
+    before, indented, behind = source.rpartition(
+        "\n" + source[: source.index(line)].rpartition("\n")[2] + line
+    )
+    space = indented.removesuffix(line)
+    module = sys.modules[owner.__module__]
+    changed: dict[str, Any] = {}
+    code = "from __future__ import annotations\n" + before + space + call + indented + behind
+    exec(compile(code, str(module.__file__), "exec"), vars(module), changed)
+    monkeypatch.setattr(owner, name, changed[name])
+    with pytest.raises((AssertionError, IndexError)):  # of a batch whose packets are empty
+        test_an_event_loop_goes_on(DGRAM, BACKENDS[-1], pull)
 
 
 # A ring: batches of three leave a block half read, and the kernel closes one every 10 ms.
@@ -275,17 +274,16 @@ def send_into_ring(rig: rigs.Rig) -> None:
 
 @needs_ring
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("pull", MAY_LOSE, ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("pull", PULLS, ids=lambda pull: pull.__name__)
 def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
     """The same on a ring, again and again on the same one: each packet once, and silent when it is empty."""
-    packets: list[linkrx.Packet] = []
+    packets: Taken = []
 
     def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
         packets.append(packet)
 
     with rigs.interface() as rig, linkrx.open(rig.source, deliver, **RING) as rx:
         rx.fileno()
-        lost = 0
         for point in range(2000):
             send_into_ring(rig)
             packets.clear()
@@ -301,9 +299,7 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
                 rx.drain()
                 turns += 1
                 assert turns < 10, "readable for ever"
-            assert cut.got == sorted(set(cut.got))
-            assert len(NUMBERS) - len(cut.got) <= MAY_LOSE[pull]
-            lost += len(NUMBERS) - len(cut.got)
+            assert cut.got == NUMBERS
             told = rx.stats()
             assert (told.packets, told.undelivered) == (len(NUMBERS) * (point + 1), 0)
             assert ring.waiting() == []
@@ -316,15 +312,15 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
 
 @needs_ring
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("pull", [*MAY_LOSE, end], ids=lambda pull: pull.__name__)
+@pytest.mark.parametrize("pull", [*PULLS, end], ids=lambda pull: pull.__name__)
 def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
     """After an interruption and stop() every packet was delivered, is counted, or is still in the ring."""
     with rigs.interface() as rig:
         for point in points(2000):
-            packets: list[linkrx.Packet] = []
+            packets: Taken = []
 
             def deliver(
-                _r: object, _l: object, _p: int, packet: linkrx.Packet, into: list[linkrx.Packet] = packets
+                _r: object, _l: object, _p: int, packet: linkrx.Packet, into: Taken = packets
             ) -> None:
                 into.append(packet)
 
@@ -339,11 +335,9 @@ def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
                 rx.stop()
                 assert rx.dispatch(0) is False
                 told = rx.stats()
-                assert 0 <= told.packets - len(packets) <= MAY_LOSE.get(pull, 1)
-                # Blocks that are read in place are given back later, and what is held of one that was begun is counted.
-                mechanism: Any = rx._reception._mechanism
-                read = sum(_core.lib.lrx_ring_lent(mechanism._state, slot) for slot in (0, 1))
-                left = ring.waiting()[read + (1 if mechanism.held else 0) :]
+                assert told.packets == len(numbers_of(packets))
+                # What is held of the block that was begun is counted already.
+                left = ring.waiting()[1 if rx._reception._mechanism.held else 0 :]
                 assert told.packets + told.undelivered + sum(left) == len(NUMBERS)
             if not interrupted:
                 break
@@ -422,116 +416,6 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-# What is interrupted here is no receive: a deletion, a demotion, a close, silence of a source that yields nothing.
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize(
-    "kind", [rigs.interface, rigs.packet, rigs.packet_segment], ids=lambda kind: kind.__name__
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) -> None:
-    """The kernel tells once that a link is down: wherever an interruption comes, it counts, and its deletion ends it."""
-    for point in points(2000):
-        with kind() as rig, rig.open(backend, lambda *_: None, **FEW) as rx:
-            assert rig.device is not None
-            rig.device.set_down()
-            try:
-                with After(point):
-                    rx.dispatch(0)
-                    rx.dispatch(0)
-            except Interrupted:
-                rx.dispatch(0)
-                assert rx.stats().link_downs == 1, point
-                rig.device.delete()
-                turns = 0
-                while rx.dispatch(1):
-                    turns += 1
-                    assert turns < 10, f"not noticed after {point}"
-                assert rx.end is linkrx.End.LINK_GONE
-            else:
-                break
-    assert point > 10
-
-
-@pytest.mark.skipif(len(BACKENDS) < 3, reason="the C core was not built")
-@pytest.mark.parametrize("ladder", ["", "os_readv"])
-def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever an interruption comes in a demotion, the next backend takes over, and none behind it."""
-    monkeypatch.setenv("LINKRX_AVOID", ladder)
-    for point in range(2000):
-        with rigs.unix_dgram() as rig, linkrx.open(rig.source, lambda *_: None) as rx:
-            refused = rx._reception._mechanism
-
-            def refuse(*_: object) -> int:
-                raise OSError(errno.ENOSYS, "refused")
-
-            refused.fill = refuse  # type: ignore[method-assign,assignment]
-            rig.send(rig.frame(60))
-            try:
-                with After(point):
-                    rx.drain()
-            except Interrupted:
-                rx.drain()
-                assert (rx.backend, rx.stats().demotions) == ("readv", 1), point
-                assert rx.stats().packets == 1
-            else:
-                break
-    assert point > 20
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize(
-    "kind", [rigs.unix_dgram, rigs.packet, rigs.interface], ids=lambda kind: kind.__name__
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_close_can_be_done_again(backend: str, kind: rigs.MakeRig) -> None:
-    """Wherever an interruption comes in close, another close releases and restores the rest."""
-    if backend == "packet_mmap" and kind is rigs.unix_dgram:
-        return  # refused, as the conformance cells show
-    with kind() as rig:
-        options = {"receive_buffer": 123_456} | (
-            {} if kind is rigs.unix_dgram else {"timestamps": backend != "readv"}
-        )
-        if backend == "os_readv":
-            options.pop("timestamps", None)
-        before, settings = descriptors(), settings_of(rig.source)
-        for point in range(2000):
-            rx = rig.open(backend, **options)
-            try:
-                with After(point):
-                    rx.close()
-                break
-            except Interrupted:
-                pass  # its traceback holds on to what was at work: look when that has gone
-            rx.close()
-            assert descriptors() == before, point
-            assert settings_of(rig.source) == settings, point
-        assert point > 3
-
-
-def test_looking_away_can_be_interrupted() -> None:
-    """Wherever an interruption comes while a source is left alone that yields nothing, packets still come later."""
-    for point in range(4000):
-        receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        receiver.shutdown(socket.SHUT_RD)
-        with receiver, sender, linkrx.open(receiver, lambda *_: None) as rx:
-            rx.fileno()
-            try:
-                with After(point):
-                    for _ in range(20):
-                        rx.drain()
-            except Interrupted:
-                for _ in range(3):
-                    rx.drain()
-                assert rx.end is None
-                rx.stop()
-                assert rx.dispatch() is False
-            else:
-                break
-    assert point > 20
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.split], ids=lambda way: way.name)
