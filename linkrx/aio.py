@@ -61,6 +61,8 @@ class Reader:
             self._waiter = None
             if timer is not None:
                 timer.cancel()
+            if waiter.cancelled():
+                self._unregister()
 
     def _register(self) -> None:
         if not self._registered:
