@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -103,41 +103,26 @@ class Dispatcher(Reception):
         state = "closed" if self._closed else self.end.name if self.end else "open"
         return f"<Dispatcher {self.backend} on {self.capabilities.title}, {state}>"
 
-    # Ways to receive, beside those of the receiver: dispatch, drain, recv, and iteration.
-
-    def run(self) -> End:
-        """`dispatch()` until it is over, and say why."""
-        while self.dispatch():
-            pass
-        end = self.end
-        assert end is not None
-        return end
+    # Ways to receive, beside those of the receiver: dispatch, run, drain, recv, and iteration.
 
     def batches(self, timeout: float | None = None) -> Batches:
         """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet."""
         self._check_open()
         return Batches(self, timeout)
 
-    async def __aiter__(self) -> AsyncIterator[Packet]:
+    def __aiter__(self) -> AsyncPackets:
         self._check_open()
-        while True:
-            packet = self._take()
-            if packet is not None:
-                yield packet
-            elif self.end is not None and self._over():
-                return
-            else:
-                await self._readable(None)
+        return AsyncPackets(self)
 
-    async def _readable(self, timeout: float | None) -> bool:
-        """Until packets wait in the receiver, or it is over. False after `timeout` seconds without."""
+    def _reader_here(self) -> aio.Reader:
+        """What waits in the event loop that runs in this thread."""
         self._check_open()
         reader = self._reader
         if reader is None or not reader.is_here():
             if reader is not None:
                 reader.check_free()
             reader = self._reader = aio.Reader(self)
-        return await reader.wait(timeout)
+        return reader
 
     # Ways to end.
 
@@ -211,6 +196,26 @@ class Dispatcher(Reception):
         self.close()
 
 
+class AsyncPackets:
+    """What `async for` over a dispatcher goes through."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def __aiter__(self) -> AsyncPackets:
+        return self
+
+    async def __anext__(self) -> Packet:
+        dispatcher = self._dispatcher
+        while True:
+            packet = dispatcher._take()
+            if packet is not None:
+                return packet
+            if dispatcher.end is not None and dispatcher._over():
+                raise StopAsyncIteration
+            await dispatcher._reader_here().wait(None)
+
+
 class Batches:
     """What `Dispatcher.batches` returns: an iterator of Batch, also an asynchronous one."""
 
@@ -235,7 +240,7 @@ class Batches:
         dispatcher._check_open()
         deadline = deadline_after(self._timeout)
         while not (dispatcher.end is not None and dispatcher._over()):
-            if not await dispatcher._readable(seconds_left(deadline)):
+            if not await dispatcher._reader_here().wait(seconds_left(deadline)):
                 break
             batch = dispatcher._next_batch(0)
             if batch is not None:

@@ -19,6 +19,7 @@ from linkrx.columns import CLASSIFIED, COUNT, END, ERROR, HELD, RECEIVES, ROW_BY
 from linkrx.deadline import deadline_after, seconds_left
 from linkrx.framing import Framing
 from linkrx.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
+from linkrx.stats import End
 from linkrx.wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Receiver:
     _left_by_all: Callable[[], None]
     _without_deliver: Callable[[], NoReturn]
     _raise_ended: Callable[[], NoReturn]
+    end: Any
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Nothing is received before _prepare()."""
@@ -244,6 +246,13 @@ class Receiver:
         self._inside(lambda: self._deliver_what_comes(timeout))
         over = self._ended or ((self._stopping or self._end_follows) and not self._closed and self._over())
         return not over and not self._closed
+
+    def run(self) -> End:
+        """`dispatch()` until it is over. Returns why."""
+        while self.dispatch():
+            pass
+        end: End = self.end
+        return end
 
     def drain(self) -> int:
         """Deliver at most one batch of what is there now, without waiting. Returns how many packets that was."""

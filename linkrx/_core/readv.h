@@ -2,10 +2,9 @@
 #include <stdint.h>
 
 /* How one packet is received without waiting, by what the file descriptor allows. */
-#define LRX_READ 0    /* O_NONBLOCK is set: read() or readv() */
-#define LRX_NOWAIT 1  /* a blocking descriptor that is not ours to change: preadv2(RWF_NOWAIT) */
-#define LRX_RECV 2    /* a socket: recvmsg(MSG_DONTWAIT | MSG_TRUNC), which tells the true length */
-#define LRX_POLL 3    /* a blocking descriptor whose driver knows no RWF_NOWAIT: poll() before read() */
+#define LRX_READ 0    /* preadv2(RWF_NOWAIT), and read() or readv() behind it while O_NONBLOCK is set */
+#define LRX_RECV 1    /* a socket: recvmsg(MSG_DONTWAIT | MSG_TRUNC), which tells the true length */
+#define LRX_POLL 2    /* a driver that knows no RWF_NOWAIT: poll() before read() */
 
 #define LRX_SIZES_MAX 64
 

@@ -17,6 +17,9 @@ from linkrx.columns import COUNT, END, ERROR, MOST, RECEIVES, Descriptors, align
 from linkrx.headers import TRUNCATED
 from linkrx.packets import Owner
 
+# A Python that was built with musl may lack it.
+RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+
 # What preadv2 answers where a driver or the kernel does not have RWF_NOWAIT.
 _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -41,18 +44,13 @@ class OsReadv(Backend):
         self._fd = receive.fd
         self._layout = receive.layout
         self._descriptors = descriptors
-        # The call, and its arguments behind the descriptor and the buffers. A blocking descriptor is not ours to
-        # change: O_NONBLOCK would show in every process that shares it.
-        self._read: Callable[..., int] = os.readv
-        self._arguments: tuple[Iterator[int], ...] = ()
+        # The call, and its arguments behind the descriptor and the buffers. O_NONBLOCK is no help: it belongs to all who have
+        # the open file, and any of them may clear it at any time. With RWF_NOWAIT no read waits, whatever they do.
+        self._read: Callable[..., int] = os.preadv
+        self._arguments: tuple[Iterator[int], ...] = (repeat(-1), repeat(RWF_NOWAIT or 0))
         self._ready: select.poll | None = None
-        if not receive.capabilities.nonblocking:
-            nowait = getattr(os, "RWF_NOWAIT", None)  # a Python that was built with musl may lack it
-            if nowait is None:
-                self._ask_first()
-            else:
-                self._read = os.preadv
-                self._arguments = (repeat(-1), repeat(nowait))
+        if RWF_NOWAIT is None:
+            self._ask_first()
         self._stride = STRIDE_LEAST  # between the starts of two packets
         self._made: dict[tuple[Owner, int, int, int], list[list[memoryview]]] = {}
         self._lengths: list[int] = []
@@ -60,11 +58,14 @@ class OsReadv(Backend):
 
     def fill(self, arena: Owner, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
-        if not self._lengths:
+        lengths = self._lengths
+        if not lengths:
             self._receive(arena, room)
-        count = len(self._lengths)
-        if count:
+        count = len(lengths)
+        if count > 1 or (count and lengths[0] > self._layout.capacity):
             self._report(count)
+        elif count:
+            self._report_one(lengths[0])
         return count
 
     @property
@@ -126,6 +127,18 @@ class OsReadv(Backend):
             yield buffer
             if lengths[-1] > stride:
                 return
+
+    def _report_one(self, length: int) -> None:
+        """A packet that came alone, and was not cut."""
+        columns, header = self._descriptors.columns, self._descriptors.header
+        if self._flagged:
+            columns.flags[0] = 0
+        columns.starts[0] = 0
+        columns.lengths[0] = length
+        header[RECEIVES] = 1
+        header[END] = align(length)
+        header[COUNT] = 1
+        self._lengths.clear()
 
     def _report(self, count: int) -> None:
         descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride

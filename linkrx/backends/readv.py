@@ -24,12 +24,7 @@ class Readv(CoreBackend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         lib, found = _core.lib, receive.capabilities
         sizes = receive.layout.sizes or ()
-        if found.socket:
-            method = lib.LRX_RECV
-        elif found.nonblocking:
-            method = lib.LRX_READ
-        else:
-            method = lib.LRX_NOWAIT
+        method = lib.LRX_RECV if found.socket else lib.LRX_READ
         self._use("lrx_readv_fill", descriptors)
         self._state = _core.new(
             "struct lrx_readv *",

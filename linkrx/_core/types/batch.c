@@ -39,14 +39,9 @@ static void *column_of(const Table *t, int column, char **format, Py_ssize_t *wi
 
 #define ROW (sizeof(int64_t) + 5 * sizeof(uint32_t) + 4 * sizeof(uint16_t))
 
-static Table *table_new(State *state, uint32_t count)
+static void table_lay_out(Table *t, uint32_t count)
 {
-    Table *t = PyObject_NewVar(Table, state->table_type, (Py_ssize_t)(ROW * count));
-
-    if (!t)
-        return NULL;
     t->count = count;
-    t->column = 0;
     t->timestamps = (int64_t *)(t + 1);
     t->places = (uint32_t *)(t->timestamps + count);
     t->starts = t->places + count;
@@ -57,6 +52,17 @@ static Table *table_new(State *state, uint32_t count)
     t->flags = t->protocols + count;
     t->vlan_tcis = t->flags + count;
     t->vlan_tpids = t->vlan_tcis + count;
+}
+
+static Table *table_new(State *state, uint32_t count)
+{
+    Table *t = PyObject_NewVar(Table, state->table_type, (Py_ssize_t)(ROW * count));
+
+    if (!t)
+        return NULL;
+    t->room = count;
+    t->column = 0;
+    table_lay_out(t, count);
     return t;
 }
 
@@ -154,9 +160,9 @@ static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_
 }
 
 Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
-                     uint32_t count, Framing framing)
+                     uint32_t count, Framing framing, Batch **spare)
 {
-    Batch *b;
+    Batch *b = *spare;
     Table *t;
     uint32_t end = 0;
 
@@ -164,7 +170,14 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
         PyErr_SetString(PyExc_BufferError, "another batch reads here still: take_back() first");
         return NULL;
     }
-    b = batch_new(state, columns, count, framing);
+    if (b && b->table->room >= count) {
+        *spare = NULL;
+        b->settled = b->tidy = false;
+        table_lay_out(b->table, count);
+        copy_columns(b->table, columns);
+    } else {
+        b = batch_new(state, columns, count, framing);
+    }
     if (!b)
         return NULL;
     t = b->table;
@@ -207,6 +220,17 @@ static void leave_owner(Batch *b)
     if (owner->batch == b)
         owner->batch = NULL;
     Py_DECREF((PyObject *)owner);
+}
+
+/* A view of a column refers to the table, one of the frames to the batch, and a copy is not used again. */
+void lrx_batch_give_up(Batch *b, Batch **spare)
+{
+    if (!*spare && Py_REFCNT((PyObject *)b) == 1 && Py_REFCNT((PyObject *)b->table) == 1 && !b->own) {
+        leave_owner(b);
+        *spare = b;
+    } else {
+        Py_DECREF((PyObject *)b);
+    }
 }
 
 static void batch_dealloc(PyObject *self)

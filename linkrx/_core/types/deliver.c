@@ -9,7 +9,8 @@ void lrx_forget_pending(Receiver *r)
 
     r->pending = NULL;
     r->next = 0;
-    Py_XDECREF((PyObject *)b);
+    if (b)
+        lrx_batch_give_up(b, &r->spare);
 }
 
 /* A packet that only this receiver has shows nothing from here on. One that somebody else has too is theirs. */
@@ -116,7 +117,10 @@ PyObject *lrx_deliver(Receiver *r)
         Py_DECREF(result);
     }
     r->delivering = false;
-    Py_DECREF((PyObject *)b);
+    if (!r->pending)
+        lrx_batch_give_up(b, &r->spare);
+    else
+        Py_DECREF((PyObject *)b);
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(delivered);
 }
 

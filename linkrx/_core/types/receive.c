@@ -229,7 +229,7 @@ enum outcome lrx_take_in(Receiver *r)
             base = (const uint8_t *)r->mechanism->places->frames[slot];
             size = UINT32_MAX;
         }
-        b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing);
+        b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing, &r->spare);
         if (!b)
             return FAILED;
     }

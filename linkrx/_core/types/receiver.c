@@ -149,10 +149,28 @@ static PyObject *receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssi
     return PyBool_FromLong(!over && !r->closed);
 }
 
+static PyObject *receiver_run(PyObject *self, PyObject *unused)
+{
+    static PyObject *const forever[1] = {NULL};
+    PyObject *more;
+    int truth;
+
+    (void)unused;
+    do {
+        more = receiver_dispatch(self, forever, 0, NULL);
+        truth = more ? PyObject_IsTrue(more) : -1;
+        Py_XDECREF(more);
+    } while (truth > 0);
+    if (truth < 0)
+        return NULL;
+    return PyObject_GetAttrString(self, "end");
+}
+
 static PyObject *receiver_drain(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    return deliver_what_comes(self, 0, true);
+    /* An event loop that polls fileno() calls again while more is there. */
+    return deliver_what_comes(self, 0, !((Receiver *)self)->polled);
 }
 
 static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
@@ -530,6 +548,7 @@ static void receiver_dealloc(PyObject *self)
     PyObject_GC_UnTrack(self);
     receiver_clear(self);
     lrx_forget_pending(r);
+    Py_CLEAR(r->spare);
     Py_CLEAR(r->delivered);
     Py_CLEAR(r->turns[0]);
     Py_CLEAR(r->turns[1]);
@@ -589,6 +608,7 @@ static PyMethodDef receiver_methods[] = {
      "over, and `end` says why. What `deliver` raises comes out of here; the packets behind are delivered first by the next\n"
      "call. Raises Busy while another call receives, Closed after close(), and OSError for what the kernel says and linkrx\n"
      "cannot mend."},
+    {"run", receiver_run, METH_NOARGS, "run($self, /)\n--\n\n`dispatch()` until it is over. Returns why, an `End`."},
     {"drain", receiver_drain, METH_NOARGS,
      "drain($self, /)\n--\n\nDeliver at most one batch of what is there now, without waiting. Returns how many packets that was."},
     {"recv", FAST(receiver_recv), METH_FASTCALL | METH_KEYWORDS,

@@ -51,6 +51,7 @@ struct Owner {
 struct Table {
     PyObject_VAR_HEAD
     Py_ssize_t count; /* of rows; the shape of every column */
+    uint32_t room;    /* rows that there is memory for */
     int column;       /* which one the next view is of */
     int64_t *timestamps;
     uint32_t *places; /* where each frame lies behind the batch's base; not shown */
@@ -134,9 +135,11 @@ Packet *lrx_packet_in(State *state, Packet **slot);
 /* batch.c */
 extern PyType_Spec lrx_table_spec, lrx_batch_spec, lrx_batch_iterator_spec;
 /* The first `count` rows of `columns`, whose frames lie in the first `size` bytes at `base`, in memory of `owner`, where no
- * other batch is. ValueError for frames that do not. */
+ * other batch is. ValueError for frames that do not. `spare` may have a batch to use again. */
 Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
-                     uint32_t count, Framing framing);
+                     uint32_t count, Framing framing, Batch **spare);
+/* Give a batch up: into `spare`, where the next one finds it, if nobody else has it or a view of it. */
+void lrx_batch_give_up(Batch *b, Batch **spare);
 /* Leave the first `n` packets out. Only for a batch that nobody has seen. */
 void lrx_batch_skip(Batch *b, uint32_t n);
 int lrx_batch_own(Batch *b);
@@ -195,6 +198,7 @@ typedef struct {
 
     /* What waits to be handed over, and why nothing more will come: deliver.c. */
     Batch *pending;
+    Batch *spare;     /* nobody has it: for use again */
     uint32_t next;
     volatile bool stopping;
     bool end_follows; /* behind what was received */
