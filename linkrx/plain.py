@@ -58,10 +58,6 @@ class Packet(bytes):
         """Packets are received, or restored from pickles."""
         raise TypeError("cannot create 'linkrx.Packet' instances")
 
-    @classmethod
-    def _of(cls, frame: bytes) -> Packet:
-        return bytes.__new__(cls, frame)
-
     @property
     def frame(self) -> memoryview:
         """The bytes as received, link header included."""
@@ -166,13 +162,26 @@ class Packet(bytes):
         if isinstance(other, bytes):
             return bytes.__eq__(self, other)
         try:
-            view = memoryview(other)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+            return memoryview(other).tobytes() == bytes(self)  # type: ignore[arg-type]
+        except (TypeError, ValueError, BufferError):
             return NotImplemented
-        return view.contiguous and view.tobytes() == bytes(self)
+
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
 
     __hash__ = bytes.__hash__
-    __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: NotImplemented
+
+    def __lt__(self, other: object) -> bool:
+        raise TypeError("order is not supported between packets")
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"'linkrx.Packet' object attribute {name!r} is read-only")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"'linkrx.Packet' object attribute {name!r} is read-only")
 
     def __repr__(self) -> str:
         return describe(self)
@@ -194,23 +203,28 @@ def restore(
 ) -> Packet:
     """A packet from what its pickle has behind the version."""
     if (
-        len(frame) < link_header
+        type(frame) is not bytes
+        or len(frame) < link_header
         or link_header not in (0, 14)
         or vnet not in (0, 1, 2)
         or len(vnet_header) != (VNET_BYTES if vnet else 0)
         or not 0 <= protocol | flags | tci | tpid < 1 << 16
+        or not 0 <= wire_length | interface < 1 << 32
+        or not -(1 << 63) <= operator.index(timestamp) < 1 << 63
     ):
         raise ValueError("this is no packet that linkrx has pickled")
-    packet = Packet._of(frame)
-    packet._timestamp = timestamp
-    packet.wire_length = wire_length
-    packet.interface = interface
-    packet.protocol = protocol
-    packet._flags = flags
-    packet._vlan = Vlan(tpid, tci)
-    packet._link_header = link_header
-    packet._big_endian = vnet == 2
-    packet._vnet = vnet_header
+    packet = bytes.__new__(Packet, frame)
+    vars(packet).update(
+        wire_length=wire_length,
+        interface=interface,
+        protocol=protocol,
+        _timestamp=timestamp,
+        _flags=flags,
+        _vlan=Vlan(tpid, tci),
+        _link_header=link_header,
+        _big_endian=vnet == 2,
+        _vnet=vnet_header,
+    )
     return packet
 
 
