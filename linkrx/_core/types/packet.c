@@ -27,8 +27,7 @@ static void link_packet(Packet *p, Owner *owner)
     owner->packets = p;
 }
 
-/* In a child that was forked past Python's hooks a ring is not mapped. */
-static bool readable(const Packet *p)
+bool lrx_packet_is_readable(const Packet *p)
 {
     if (!p->owner || !p->owner->guard || *p->owner->guard)
         return true;
@@ -59,7 +58,7 @@ static void packet_dealloc(PyObject *self)
 int lrx_packet_own(Packet *p)
 {
     if (!p->own) {
-        if (!readable(p))
+        if (!lrx_packet_is_readable(p))
             return -1;
         p->own = PyBytes_FromStringAndSize((const char *)p->frame, p->length);
         if (!p->own)
@@ -101,7 +100,7 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
         link_packet(p, batch->owner);
     }
     if (batch->framing.vnet) {
-        if (!readable(p))
+        if (!lrx_packet_is_readable(p))
             return -1;
         memcpy(p->vnet, p->frame - batch->framing.vnet, VNET_HEADER);
         p->has_vnet = batch->framing.big_endian ? 2 : 1;
@@ -155,7 +154,7 @@ static const uint8_t *bytes_at(const Packet *p, Py_ssize_t offset, int size)
         out_of_range(p, offset, size);
         return NULL;
     }
-    return readable(p) ? p->frame + at : NULL;
+    return lrx_packet_is_readable(p) ? p->frame + at : NULL;
 }
 
 static PyObject *packet_item(PyObject *self, Py_ssize_t index)
@@ -178,7 +177,7 @@ static PyObject *packet_slice(const Packet *p, PyObject *slice)
         return NULL;
     /* No Python code can run behind this, so the frame stays where it is. */
     count = PySlice_AdjustIndices(p->length, &start, &stop, step);
-    if (!readable(p))
+    if (!lrx_packet_is_readable(p))
         return NULL;
     if (step == 1)
         return PyBytes_FromStringAndSize((const char *)p->frame + start, count);
@@ -234,7 +233,7 @@ static PyObject *address(PyObject *self, int offset)
 
     if (!p->link_header)
         Py_RETURN_NONE;
-    if (!readable(p))
+    if (!lrx_packet_is_readable(p))
         return NULL;
     return PyBytes_FromStringAndSize((const char *)p->frame + offset, ETHER_ADDRESS);
 }
@@ -315,7 +314,7 @@ static PyObject *packet_compare(PyObject *self, PyObject *other, int how)
     if (Py_TYPE(other) == Py_TYPE(self)) {
         Packet *q = (Packet *)other;
 
-        if (p->length == q->length && (!readable(p) || !readable(q)))
+        if (p->length == q->length && (!lrx_packet_is_readable(p) || !lrx_packet_is_readable(q)))
             return NULL;
         equal = p->length == q->length && memcmp(p->frame, q->frame, p->length) == 0;
     } else if (PyObject_CheckBuffer(other)) {
@@ -324,7 +323,7 @@ static PyObject *packet_compare(PyObject *self, PyObject *other, int how)
             Py_RETURN_NOTIMPLEMENTED;
         }
         /* A buffer written in Python may have run anything: look only now. */
-        if ((Py_ssize_t)p->length == view.len && !readable(p)) {
+        if ((Py_ssize_t)p->length == view.len && !lrx_packet_is_readable(p)) {
             PyBuffer_Release(&view);
             return NULL;
         }
@@ -478,22 +477,25 @@ static PyObject *packet_reduce(PyObject *self, PyObject *unused)
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    long long timestamp;
-    unsigned wire_length, interface, protocol, flags, tci, tpid, link_header, has_vnet;
+    /* Unlike unsigned numbers, these are looked at before they are cut to their size. */
+    long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_header, has_vnet;
     PyObject *frame;
     const char *vnet;
     Py_ssize_t vnet_size;
     Packet *p;
 
-    if (!PyArg_ParseTuple(args, "SLIIIIIIIIy#:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
-                          &flags, &tci, &tpid, &link_header, &has_vnet, &vnet, &vnet_size))
-        return NULL;
-    if (PyBytes_Size(frame) < (Py_ssize_t)link_header || PyBytes_Size(frame) > UINT32_MAX ||
-        (link_header != 0 && link_header != ETHER_HEADER) || has_vnet > 2 ||
-        vnet_size != (has_vnet ? VNET_HEADER : 0) || (protocol | flags | tci | tpid) > UINT16_MAX) {
-        PyErr_SetString(PyExc_ValueError, "this is no packet that linkrx has pickled");
-        return NULL;
+    if (!PyArg_ParseTuple(args, "SLLLLLLLLLy#:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
+                          &flags, &tci, &tpid, &link_header, &has_vnet, &vnet, &vnet_size)) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return NULL;
+        PyErr_Clear();
+        goto damaged;
     }
+    if (!PyBytes_CheckExact(frame) || PyBytes_Size(frame) < link_header || PyBytes_Size(frame) > UINT32_MAX ||
+        (link_header != 0 && link_header != ETHER_HEADER) || has_vnet < 0 || has_vnet > 2 ||
+        vnet_size != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid) & ~UINT16_MAX) ||
+        ((wire_length | interface) & ~(long long)UINT32_MAX))
+        goto damaged;
     p = lrx_packet_new(state);
     if (!p)
         return NULL;
@@ -502,8 +504,8 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     p->frame = (const uint8_t *)PyBytes_AsString(frame);
     p->length = (uint32_t)PyBytes_Size(frame);
     p->timestamp = timestamp;
-    p->wire_length = wire_length;
-    p->interface = interface;
+    p->wire_length = (uint32_t)wire_length;
+    p->interface = (uint32_t)interface;
     p->protocol = (uint16_t)protocol;
     p->flags = (uint16_t)flags;
     p->vlan_tci = (uint16_t)tci;
@@ -512,6 +514,10 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     p->has_vnet = (uint8_t)has_vnet;
     memcpy(p->vnet, vnet, (size_t)vnet_size);
     return (PyObject *)p;
+
+damaged:
+    PyErr_SetString(PyExc_ValueError, "this is no packet that linkrx has pickled");
+    return NULL;
 }
 
 static PyGetSetDef packet_attributes[] = {

@@ -124,6 +124,8 @@ extern PyType_Spec lrx_packet_spec;
 Packet *lrx_packet_new(State *state);
 /* Make it packet `index` of a batch. Nobody else may have it. */
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index);
+/* Or RuntimeError: in a child that was forked past Python's hooks a ring is not mapped. */
+bool lrx_packet_is_readable(const Packet *p);
 /* The frame becomes the packet's own. */
 int lrx_packet_own(Packet *p);
 /* It shows nothing any more. Nobody else may have it. */
