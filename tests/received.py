@@ -1,0 +1,223 @@
+"""Packets and batches of chosen rows, made as reception makes them: by the types in C, and by those in plain Python."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from linkrx import _core, packets, plain
+from linkrx.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.framing import Framing
+
+if TYPE_CHECKING:
+    from linkrx._core import _types as annotations
+
+LOCAL = bytes.fromhex("020000000001")
+REMOTE = bytes.fromhex("020000000002")
+ETHERNET = Framing(ethernet=True)
+BARE = Framing(ethernet=False)
+ROOM = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One implementation of the types."""
+
+    name: str
+    module: Any
+
+    @property
+    def restore(self) -> Callable[..., annotations.Packet]:
+        """What makes a packet of what its pickle has behind the version."""
+        made: Callable[..., annotations.Packet] = getattr(self.module, "restore_packet", None) or self.module.restore
+        return made
+
+
+C = Kind("c", _core.types)
+PLAIN = Kind("plain", plain)
+
+needs_core = pytest.mark.skipif(_core.types is None, reason=f"of the types in C: {_core.reason}")
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(C, id=C.name, marks=needs_core), pytest.param(PLAIN, id=PLAIN.name)]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packet as it is to lie in a batch."""
+
+    frame: bytes
+    prefix: bytes = b""
+    wire_length: int = 0
+    protocol: int = 0x88B5
+    flags: int = 0
+    timestamp: int = 0
+    interface: int = 0
+    vlan_tci: int = 0
+    vlan_tpid: int = 0
+
+
+def frame(payload: bytes = b"payload", protocol: int = 0x88B5) -> bytes:
+    """An Ethernet frame."""
+    return LOCAL + REMOTE + protocol.to_bytes(2, "big") + payload
+
+
+def numbered(number: int, size: int = 64) -> bytes:
+    """An Ethernet frame of `size` bytes that differs from those of other numbers in every word."""
+    return frame(number.to_bytes(4, "big") * (size // 4))[:size]
+
+
+class Source:
+    """A receiver, and the part of reception that fills and classifies."""
+
+    def __init__(self, kind: Kind, framing: Framing = ETHERNET, rows: int = 64) -> None:
+        self.kind = kind
+        self.framing = framing
+        self.descriptors = Descriptors(rows)
+        self.claims: dict[str, Any] = {}
+        self.receiver: annotations.Receiver = kind.module.Receiver(
+            self.descriptors.memory,
+            packets.ARENA_START + ROOM + align(ROW_BYTES * rows),
+            self.claims,
+            framing.link_header,
+            framing.vnet_header_size,
+            not framing.vnet_little_endian,
+        )
+
+    def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
+        """Receive these rows: each frame behind its prefix, `gap` in front of both, and what was there between them."""
+        arena = self.receiver.arena()
+        view, at, starts = arena.view, arena.cursor, []
+        for row in rows:
+            assert len(row.prefix) == self.framing.prefix
+            data = gap + row.prefix + row.frame
+            view[at : at + len(data)] = data
+            starts.append(at - arena.cursor + len(gap) + len(row.prefix))
+            at = align(at + len(data))
+        count = len(rows) + spare
+        self.describe(rows, starts, view[at : at + ROW_BYTES * count], count, at - arena.cursor)
+        return self.receiver.take_in(arena)
+
+    def describe(
+        self, rows: Sequence[Row], starts: Sequence[int], memory: memoryview, count: int, end: int
+    ) -> None:
+        """Write the table of `count` rows as classification does, and the header."""
+        memory[:] = b"\xee" * len(memory)
+        columns = Table(memory, count)
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            columns.timestamps[index] = row.timestamp
+            columns.starts[index] = start
+            columns.lengths[index] = len(row.frame)
+            columns.wire_lengths[index] = row.wire_length or len(row.frame)
+            columns.interfaces[index] = row.interface
+            columns.protocols[index] = row.protocol
+            columns.flags[index] = row.flags
+            columns.vlan_tcis[index] = row.vlan_tci
+            columns.vlan_tpids[index] = row.vlan_tpid
+        header = self.descriptors.header
+        header[CLASSIFIED], header[ROWS], header[END], header[RECEIVES] = len(rows) + 1, count, end, 1
+
+    def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> annotations.Batch:
+        """All of them together."""
+        assert self.fill(rows, spare, gap)
+        batch = self.receiver.take_batch()
+        assert batch is not None
+        return batch
+
+    def batch_of(self, *numbers: int, size: int = 64) -> annotations.Batch:
+        """Numbered frames together."""
+        return self.batch([Row(numbered(number, size)) for number in numbers])
+
+    def packet_of(self, number: int, size: int = 64) -> annotations.Packet:
+        """A numbered frame, as `recv` gives it."""
+        assert self.fill([Row(numbered(number, size))])
+        packet = self.receiver.take_packet()
+        assert packet is not None
+        return packet
+
+
+class Ring(Source):
+    """The same with frames in memory that is not the receiver's, as a ring's is; for the types in C."""
+
+    SIZE = 64 * 1024
+
+    def __init__(self, framing: Framing = ETHERNET) -> None:
+        super().__init__(C, framing)
+        self.memory = (ctypes.c_uint8 * (3 * self.SIZE))()
+        self.guard = ctypes.c_uint32(1)
+        self.owners = [C.module.Owner(0, ctypes.addressof(self.guard)) for _ in range(2)]
+        self.turn = 0
+
+    def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
+        """Into one half of the ring's memory and then the other; what is held of it is copied before that."""
+        arena = self.receiver.arena()
+        owner, first = self.owners[self.turn], self.turn * self.SIZE
+        owner.take_back()
+        owner.address = ctypes.addressof(self.memory) + first
+        self.turn ^= 1
+        memory = memoryview(self.memory).cast("B")[first : first + 2 * self.SIZE]
+        memory[: self.SIZE] = b"\xbb" * self.SIZE
+        at, starts = 0, []
+        for row in rows:
+            data = gap + row.prefix + row.frame
+            memory[at : at + len(data)] = data
+            starts.append(at + len(gap) + len(row.prefix))
+            at += len(data) + 48  # a header for each
+        count = len(rows) + spare
+        table = arena.view[arena.cursor : arena.cursor + ROW_BYTES * count]
+        self.describe(rows, starts, table, count, 0)
+        return self.receiver.take_in(owner)
+
+
+
+
+def batch_of(kind: Kind, rows: Sequence[Row], framing: Framing = ETHERNET, spare: int = 2) -> annotations.Batch:
+    """A batch of these rows."""
+    return Source(kind, framing).batch(rows, spare)
+
+
+def one(kind: Kind, row: Row, framing: Framing = ETHERNET) -> annotations.Packet:
+    """The packet of a batch of one."""
+    return batch_of(kind, [row], framing)[0]
+
+
+FIELDS = (
+    "frame",
+    "link_header",
+    "data",
+    "protocol",
+    "remote",
+    "local",
+    "wire_length",
+    "interface",
+    "truncated",
+    "outgoing",
+    "checksum_unfinished",
+    "timestamp_ns",
+    "vlan",
+    "vnet",
+)
+
+
+def fields(packet: annotations.Packet) -> dict[str, Any]:
+    """Everything that a packet tells, views as bytes."""
+    return {
+        name: bytes(value) if isinstance(value := getattr(packet, name), memoryview) else value for name in FIELDS
+    }
+
+
+def vnet_bytes(*words: int) -> bytes:
+    """struct virtio_net_hdr as a little-endian kernel writes it."""
+    return struct.pack("<BBHHHH", *words)
+
+
+def loaded_in(kind: Kind, patch: pytest.MonkeyPatch) -> ModuleType:
+    """From here on pickles become packets of that implementation."""
+    patch.setattr(packets, "_restore", kind.restore)
+    return packets
