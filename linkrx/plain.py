@@ -121,11 +121,11 @@ class Packet(bytes):
         """The frame as it was on the wire: with the VLAN tag that the kernel took out put back."""
         return tagged(self)
 
-    def u16(self, offset: int, /) -> int:
+    def u16(self, offset: SupportsIndex, /) -> int:
         """The two bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no two."""
         return self._number(operator.index(offset), 2)
 
-    def u32(self, offset: int, /) -> int:
+    def u32(self, offset: SupportsIndex, /) -> int:
         """The four bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no four."""
         return self._number(operator.index(offset), 4)
 
@@ -251,8 +251,7 @@ class Batch:
     @classmethod
     def _of(cls, packets: list[Packet]) -> Batch:
         batch = object.__new__(cls)
-        batch._packets = packets
-        batch.memory = memoryview(b"".join(packets))
+        vars(batch).update(_packets=packets, memory=memoryview(b"".join(packets)))
         starts, end = [], 0
         for packet in packets:
             starts.append(end)
@@ -269,8 +268,14 @@ class Batch:
             "vlan_tpids": [packet._vlan.tpid for packet in packets],
         }
         for name, form in _FORMATS.items():
-            setattr(batch, name, memoryview(array(form, values[name])).toreadonly())
+            vars(batch)[name] = memoryview(array(form, values[name])).toreadonly()
         return batch
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"'linkrx.Batch' object attribute {name!r} is read-only")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"'linkrx.Batch' object attribute {name!r} is read-only")
 
     def frames(self) -> list[bytes]:
         """All frames, each as bytes."""
