@@ -185,7 +185,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     for (uint32_t k = 0; k < count; k++) {
         const uint32_t place = t->places[k], length = t->lengths[k];
 
-        if (place < framing.vnet || length > size || place > size - length) {
+        if (place < framing.vnet || length < framing.link_header || length > size || place > size - length) {
             PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
                          place, length, size);
             Py_DECREF((PyObject *)b);

@@ -83,16 +83,23 @@ bool lrx_owner_is_free(const Owner *o)
     return !o->packets && !o->batch;
 }
 
-enum taken lrx_owner_take_back(Owner *o)
+int lrx_owner_copy_packets(Owner *o)
 {
-    Batch *b;
-
     while (o->packets) {
         Packet *p = o->packets;
 
         if (lrx_packet_own(p) < 0)
-            return TAKEN_NOT;
+            return -1;
     }
+    return 0;
+}
+
+enum taken lrx_owner_take_back(Owner *o)
+{
+    Batch *b;
+
+    if (lrx_owner_copy_packets(o) < 0)
+        return TAKEN_NOT;
     b = o->batch;
     if (!b)
         return TAKEN_BACK;

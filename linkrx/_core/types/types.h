@@ -115,6 +115,8 @@ enum taken { TAKEN_NOT = -1, TAKEN_BACK, GIVEN_AWAY };
 extern PyType_Spec lrx_owner_spec;
 Owner *lrx_owner_new(State *state, size_t size);
 bool lrx_owner_is_free(const Owner *o);
+/* Packets that read in place here become their own. */
+int lrx_owner_copy_packets(Owner *o);
 /* Whatever still reads in place here is copied. GIVEN_AWAY: somebody looks at the arena itself, which is theirs from now
  * on. TAKEN_NOT and MemoryError: nothing is lost, and the memory must not be used again yet. */
 enum taken lrx_owner_take_back(Owner *o);
