@@ -16,7 +16,7 @@ from linkrx.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descripto
 from linkrx.framing import Framing
 
 if TYPE_CHECKING:
-    from linkrx._core import _types as annotations
+    from linkrx._core import _types
 
 LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")
@@ -33,9 +33,11 @@ class Kind:
     module: Any
 
     @property
-    def restore(self) -> Callable[..., annotations.Packet]:
+    def restore(self) -> Callable[..., _types.Packet]:
         """What makes a packet of what its pickle has behind the version."""
-        made: Callable[..., annotations.Packet] = getattr(self.module, "restore_packet", None) or self.module.restore
+        made: Callable[..., _types.Packet] = (
+            getattr(self.module, "restore_packet", None) or self.module.restore
+        )
         return made
 
 
@@ -81,7 +83,7 @@ class Source:
         self.framing = framing
         self.descriptors = Descriptors(rows)
         self.claims: dict[str, Any] = {}
-        self.receiver: annotations.Receiver = kind.module.Receiver(
+        self.receiver: _types.Receiver = kind.module.Receiver(
             self.descriptors.memory,
             packets.ARENA_START + ROOM + align(ROW_BYTES * rows),
             self.claims,
@@ -102,7 +104,7 @@ class Source:
             at = align(at + len(data))
         count = len(rows) + spare
         self.describe(rows, starts, view[at : at + ROW_BYTES * count], count, at - arena.cursor)
-        return self.receiver.take_in(arena)
+        return bool(self.receiver.take_in(arena))
 
     def describe(
         self, rows: Sequence[Row], starts: Sequence[int], memory: memoryview, count: int, end: int
@@ -123,18 +125,18 @@ class Source:
         header = self.descriptors.header
         header[CLASSIFIED], header[ROWS], header[END], header[RECEIVES] = len(rows) + 1, count, end, 1
 
-    def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> annotations.Batch:
+    def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> _types.Batch:
         """All of them together."""
         assert self.fill(rows, spare, gap)
         batch = self.receiver.take_batch()
         assert batch is not None
         return batch
 
-    def batch_of(self, *numbers: int, size: int = 64) -> annotations.Batch:
+    def batch_of(self, *numbers: int, size: int = 64) -> _types.Batch:
         """Numbered frames together."""
         return self.batch([Row(numbered(number, size)) for number in numbers])
 
-    def packet_of(self, number: int, size: int = 64) -> annotations.Packet:
+    def packet_of(self, number: int, size: int = 64) -> _types.Packet:
         """A numbered frame, as `recv` gives it."""
         assert self.fill([Row(numbered(number, size))])
         packet = self.receiver.take_packet()
@@ -172,17 +174,15 @@ class Ring(Source):
         count = len(rows) + spare
         table = arena.view[arena.cursor : arena.cursor + ROW_BYTES * count]
         self.describe(rows, starts, table, count, 0)
-        return self.receiver.take_in(owner)
+        return bool(self.receiver.take_in(owner))
 
 
-
-
-def batch_of(kind: Kind, rows: Sequence[Row], framing: Framing = ETHERNET, spare: int = 2) -> annotations.Batch:
+def batch_of(kind: Kind, rows: Sequence[Row], framing: Framing = ETHERNET, spare: int = 2) -> _types.Batch:
     """A batch of these rows."""
     return Source(kind, framing).batch(rows, spare)
 
 
-def one(kind: Kind, row: Row, framing: Framing = ETHERNET) -> annotations.Packet:
+def one(kind: Kind, row: Row, framing: Framing = ETHERNET) -> _types.Packet:
     """The packet of a batch of one."""
     return batch_of(kind, [row], framing)[0]
 
@@ -205,10 +205,11 @@ FIELDS = (
 )
 
 
-def fields(packet: annotations.Packet) -> dict[str, Any]:
+def fields(packet: _types.Packet) -> dict[str, Any]:
     """Everything that a packet tells, views as bytes."""
     return {
-        name: bytes(value) if isinstance(value := getattr(packet, name), memoryview) else value for name in FIELDS
+        name: bytes(value) if isinstance(value := getattr(packet, name), memoryview) else value
+        for name in FIELDS
     }
 
 

@@ -1,136 +1,137 @@
-"""A batch and its packets: columns, fields, copies."""
+"""A batch, in C and in plain Python: columns over one memory, packets by index and in order, copies."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+import socket
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from received import (
+    BARE,
+    ETHERNET,
+    C,
+    Kind,
+    Ring,
+    Row,
+    Source,
+    batch_of,
+    every_kind,
+    fields,
+    frame,
+    needs_core,
+    numbered,
+    vnet_bytes,
+)
 
-from linkrx import Batch, Flags, Gso, Packet, Vlan, VnetHeader
-from linkrx.columns import ROW_BYTES, Table, align
+import linkrx
+from linkrx import VnetHeader, packets
+from linkrx.columns import CLASSIFIED, END, ROW_BYTES, ROWS, Descriptors
 from linkrx.framing import Framing
-from linkrx.headers import header_bytes, mac
+from linkrx.headers import header_bytes
 
-LOCAL = bytes.fromhex("020000000001")
-REMOTE = bytes.fromhex("020000000002")
-ETHERNET = Framing(ethernet=True)
-BARE = Framing(ethernet=False)
-
-FORMATS = {
+FORMATS: dict[str, tuple[str, type[np.generic]]] = {
     "timestamps": ("q", np.int64),
     "starts": ("I", np.uint32),
     "lengths": ("I", np.uint32),
     "wire_lengths": ("I", np.uint32),
+    "interfaces": ("I", np.uint32),
     "protocols": ("H", np.uint16),
     "flags": ("H", np.uint16),
+    "vlan_tcis": ("H", np.uint16),
+    "vlan_tpids": ("H", np.uint16),
 }
+every_column = pytest.mark.parametrize("name", FORMATS)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One packet as it is to lie in a batch."""
-
-    frame: bytes
-    prefix: bytes = b""
-    wire_length: int = 0
-    protocol: int = 0x0800
-    flags: int = 0
-    timestamp: int = 0
-    vlan_tci: int = 0
-    vlan_tpid: int = 0
+def some(count: int) -> list[Row]:
+    """So many rows, each with numbers of its own."""
+    return [
+        Row(numbered(n, 14 + n), b"", 2000 + n, 1000 + n, n, -n, 3000 + n, 4000 + n, 5000 + n)
+        for n in range(1, count + 1)
+    ]
 
 
-def frame(payload: bytes = b"payload", protocol: int = 0x88B5) -> bytes:
-    """An Ethernet frame."""
-    return LOCAL + REMOTE + protocol.to_bytes(2, "big") + payload
+# Columns.
 
 
-def batch_of(rows: list[Row], framing: Framing = ETHERNET, spare: int = 2) -> Batch:
-    """A batch over memory as classification leaves it: frames, then a table with `spare` rows unused."""
-    frames = bytearray()
-    starts = []
-    for row in rows:
-        assert len(row.prefix) == framing.prefix
-        starts.append(len(frames) + framing.prefix)
-        frames += row.prefix + row.frame
-        frames += bytes(align(len(frames)) - len(frames))
-    count = len(rows) + spare
-    table = bytearray(b"\xee" * (ROW_BYTES * count))
-    columns = Table(memoryview(table), count)
-    for index, row in enumerate(rows):
-        columns.timestamps[index] = row.timestamp
-        columns.starts[index] = starts[index]
-        columns.lengths[index] = len(row.frame)
-        columns.wire_lengths[index] = row.wire_length or len(row.frame)
-        columns.protocols[index] = row.protocol
-        columns.flags[index] = row.flags
-        columns.vlan_tcis[index] = row.vlan_tci
-        columns.vlan_tpids[index] = row.vlan_tpid
-    return Batch(bytes(frames + table), 0, len(frames), count, len(rows), framing)
-
-
-def one(row: Row, framing: Framing = ETHERNET) -> Packet:
-    """The packet of a batch of one."""
-    return batch_of([row], framing)[0]
-
-
-def fields(packet: Packet) -> dict[str, Any]:
-    """Everything that a packet tells, views as bytes."""
-    return {
-        name: bytes(value) if isinstance(value := getattr(packet, name), memoryview) else value
-        for name in (
-            "frame",
-            "link_header",
-            "data",
-            "protocol",
-            "remote",
-            "local",
-            "wire_length",
-            "truncated",
-            "outgoing",
-            "checksum_unfinished",
-            "timestamp_ns",
-            "vlan",
-            "vnet",
+@every_kind
+@every_column
+def test_column(kind: Kind, name: str) -> None:
+    """Each column is a read-only memoryview of its native format with one element per packet, whatever table it was read from."""
+    for spare in (0, 1, 7):
+        column = getattr(batch_of(kind, some(3), spare=spare), name)
+        assert type(column) is memoryview
+        form, dtype = FORMATS[name]
+        assert (column.format, column.shape, column.strides) == (form, (3,), (column.itemsize,))
+        assert (column.itemsize, column.readonly, column.c_contiguous) == (
+            np.dtype(dtype).itemsize,
+            True,
+            True,
         )
-    }
+        with pytest.raises(TypeError, match="read-only"):
+            column[0] = 1
+        assert column.cast("B").nbytes == 3 * column.itemsize
 
 
-# Table.
+@every_kind
+def test_columns_tell_the_rows(kind: Kind) -> None:
+    """A column has its number of each row, in order."""
+    rows = some(5)
+    batch = batch_of(kind, rows)
+    assert batch.lengths.tolist() == [len(row.frame) for row in rows]
+    assert batch.wire_lengths.tolist() == [row.wire_length for row in rows]
+    assert batch.protocols.tolist() == [row.protocol for row in rows]
+    assert batch.flags.tolist() == [row.flags for row in rows]
+    assert batch.timestamps.tolist() == [row.timestamp for row in rows]
+    assert batch.interfaces.tolist() == [row.interface for row in rows]
+    assert batch.vlan_tcis.tolist() == [row.vlan_tci for row in rows]
+    assert batch.vlan_tpids.tolist() == [row.vlan_tpid for row in rows]
 
 
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name, (form, _) in FORMATS.items()])
-def test_column_format(name: str, form: str) -> None:
-    """Each column is a read-only memoryview of its format with one element per packet."""
-    column = getattr(batch_of([Row(frame())] * 3), name)
-    assert isinstance(column, memoryview)
-    assert (column.format, column.shape, column.readonly) == (form, (3,), True)
-    with pytest.raises(TypeError, match="read-only"):
-        column[0] = 1
-
-
+@every_kind
+@every_column
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, kind) in FORMATS.items()])
-def test_column_as_array(name: str, kind: type[np.generic], copied: bool) -> None:
-    """numpy.frombuffer takes each column, and the array is read-only and says the same."""
-    rows = [Row(frame(b"x" * n), b"", 2000 + n, 1000 + n, n, -n) for n in range(5)]
-    batch = batch_of(rows)
+def test_column_as_array(kind: Kind, name: str, copied: bool) -> None:
+    """numpy.frombuffer and numpy.asarray take each column, and the array is read-only and says the same."""
+    batch = batch_of(kind, some(5))
     column = getattr(batch.copy() if copied else batch, name)
-    array = np.frombuffer(column, dtype=kind)
-    assert array.tolist() == list(column)
-    assert len(array) == 5
-    assert not array.flags.writeable
+    for array in (np.frombuffer(column, dtype=FORMATS[name][1]), np.asarray(column)):
+        assert array.dtype == FORMATS[name][1]
+        assert array.tolist() == column.tolist()
+        assert not array.flags.writeable
 
 
-def test_columns_after_use_as_arrays() -> None:
-    """Whole frames can be taken out of memory by the columns alone."""
+@every_kind
+@every_column
+def test_columns_outlive_the_batch(kind: Kind, name: str) -> None:
+    """A column shows the same when the batch is gone and its memory is used again."""
+    source = Source(kind)
+    batch = source.batch(some(5))
+    column = getattr(batch, name)
+    wanted = column.tolist()
+    part = column[1:3]
+    del batch
+    for _ in range(4):
+        source.batch([Row(bytes(14))] * 9)
+    assert column.tolist() == wanted
+    assert part.tolist() == wanted[1:3]
+
+
+@every_kind
+def test_whole_frames_by_columns(kind: Kind) -> None:
+    """memory[start : start + length] is a frame, also for NumPy."""
     rows = [Row(frame(bytes([n]) * n)) for n in range(9)]
-    batch = batch_of(rows)
+    batch = batch_of(kind, rows)
+    taken = [
+        bytes(batch.memory[start : start + n]) for start, n in zip(batch.starts, batch.lengths, strict=True)
+    ]
+    assert taken == [row.frame for row in rows]
     starts = np.frombuffer(batch.starts, dtype=np.uint32)
     lengths = np.frombuffer(batch.lengths, dtype=np.uint32)
     memory = np.frombuffer(batch.memory, dtype=np.uint8)
@@ -138,274 +139,223 @@ def test_columns_after_use_as_arrays() -> None:
     assert taken == [row.frame for row in rows]
 
 
-def test_memory_is_read_only_bytes() -> None:
-    """The memory is one read-only memoryview of bytes."""
-    memory = batch_of([Row(frame())]).memory
-    assert (memory.format, memory.ndim, memory.readonly) == ("B", 1, True)
+@every_kind
+def test_memory_is_read_only_bytes(kind: Kind) -> None:
+    """The memory is one read-only memoryview of bytes that ends with the last frame."""
+    batch = batch_of(kind, some(3))
+    memory = batch.memory
+    assert (type(memory), memory.format, memory.ndim, memory.readonly) == (memoryview, "B", 1, True)
+    assert len(memory) == batch.starts[2] + batch.lengths[2]
+    with pytest.raises(TypeError, match="read-only"):
+        memory[0] = 1
+    if kind is C:
+        assert memoryview(batch) == memory
 
 
-# The batch as a sequence.
+def other_bytes(batch: Any, prefix: int) -> bytes:
+    """What `memory` has beside frames and the virtio-net headers in front of them."""
+    shown = bytearray(batch.memory)
+    for start, length in zip(batch.starts, batch.lengths, strict=True):
+        shown[start - prefix : start + length] = bytes(prefix + length)
+    return bytes(shown)
 
 
-def test_indexing() -> None:
+@every_kind
+@pytest.mark.parametrize("framing", [ETHERNET, Framing(True, 10), Framing(True, 12, True)], ids=str)
+def test_memory_shows_no_other_frame(kind: Kind, framing: Framing) -> None:
+    """Between frames there are zeroes: nothing of earlier batches, of runts, of packet information, or of what came first."""
+    source = Source(kind, framing)
+    secret = Row(b"\xaa" * 500, b"\xaa" * framing.prefix)
+    for _ in range(3):
+        source.batch([secret] * 20)
+    rows = [Row(numbered(n, 15 + n), bytes(framing.prefix)) for n in range(10)]
+    batch = source.batch(rows, gap=b"\xaa" * 24)
+    assert b"\xaa" not in bytes(batch.memory)
+    assert not any(other_bytes(batch, framing.vnet_header_size if kind is C else 0))
+    assert batch.frames() == [row.frame for row in rows]
+    # The rest of a batch, of which some packets were taken before.
+    source.fill([secret, secret, *rows])
+    for _ in range(2):
+        source.receiver.take_packet()
+    rest = source.receiver.take_batch()
+    assert rest is not None
+    assert b"\xaa" not in bytes(rest.memory)
+    assert rest.frames() == [row.frame for row in rows]
+    assert b"\xaa" not in bytes(rest.copy().memory)
+
+
+@every_kind
+def test_memory_of_a_rest_does_not_clear_what_was_taken(kind: Kind) -> None:
+    """Packets that were taken before the rest of their batch show what they were when its memory is looked at."""
+    source = Source(kind)
+    source.fill([Row(numbered(n)) for n in range(6)])
+    taken = [source.receiver.take_packet() for _ in range(4)]
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+        taken.append(packet)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        source.receiver.deliver(deliver)
+    rest = source.receiver.take_batch()
+    assert rest is not None
+    assert bytes(rest.memory[rest.starts[0] :]) == numbered(5)
+    assert [packet[:] for packet in taken if packet] == [numbered(n) for n in range(5)]
+    assert taken == [numbered(n) for n in range(5)]
+
+
+# A sequence of packets.
+
+
+@every_kind
+def test_indexing(kind: Kind) -> None:
     """Packets are found by index from both ends, as in a list."""
     rows = [Row(frame(bytes([n]))) for n in range(4)]
-    batch = batch_of(rows)
+    batch = batch_of(kind, rows)
     for index in range(-4, 4):
-        assert bytes(batch[index]) == rows[index].frame
+        assert batch[index] == rows[index].frame
+    assert batch[np.int64(2)] == rows[2].frame
 
 
-@pytest.mark.parametrize("index", [3, 4, -4, -5, 2**70])
-def test_index_out_of_range(index: int) -> None:
+@every_kind
+@pytest.mark.parametrize("index", [3, 4, -4, -5, 2**31, 2**63, -(2**63), 2**70, -(2**70)])
+def test_index_out_of_range(kind: Kind, index: int) -> None:
     """An index beyond either end raises IndexError and tells how many there are."""
-    with pytest.raises(IndexError, match="of a batch of 3"):
-        batch_of([Row(frame())] * 3)[index]
+    with pytest.raises(IndexError, match=rf"packet {index} of a batch of 3"):
+        batch_of(kind, some(3))[index]
 
 
-def test_iteration() -> None:
-    """Iteration gives the packets in order, each time anew."""
-    batch = batch_of([Row(frame(bytes([n]))) for n in range(4)])
-    assert [bytes(packet)[-1] for packet in batch] == [0, 1, 2, 3]
+@every_kind
+@pytest.mark.parametrize("wrong", ["1", None, 1.0, slice(1), (0,)], ids=repr)
+def test_index_of_another_type(kind: Kind, wrong: Any) -> None:
+    """What is no integer is a TypeError."""
+    with pytest.raises(TypeError):
+        batch_of(kind, some(3))[wrong]
+
+
+@every_kind
+def test_iteration(kind: Kind) -> None:
+    """Iteration gives the packets in order, each time anew, and tells how many are to come."""
+    batch = batch_of(kind, [Row(frame(bytes([n]))) for n in range(4)])
+    for _ in range(2):
+        assert [packet[-1] for packet in batch] == [0, 1, 2, 3]
     assert len(list(batch)) == len(batch) == 4
+    assert [packet[-1] for packet in reversed(batch)] == [3, 2, 1, 0]
+    packets_of = iter(batch)
+    assert iter(packets_of) is packets_of
+    next(packets_of)
+    assert packets_of.__length_hint__() == 3  # type: ignore[attr-defined]
+    assert len(list(packets_of)) == 3
+    for _ in range(3):
+        assert next(packets_of, None) is None
+    assert packets_of.__length_hint__() == 0  # type: ignore[attr-defined]
 
 
-def test_behind() -> None:
-    """The rest of a batch lies over the same memory, and the rest of the rest does too."""
-    batch = batch_of([Row(frame(bytes([n]))) for n in range(5)])
-    assert batch.behind(0) is batch
-    rest = batch.behind(2)
-    assert [bytes(packet)[-1] for packet in rest] == [2, 3, 4]
-    assert [bytes(packet)[-1] for packet in rest.behind(1)] == [3, 4]
-    assert list(rest.starts) == list(batch.starts)[2:]
-    assert rest.memory.obj is batch.memory.obj
-    assert len(batch.behind(5)) == 0
-    assert list(batch.behind(5)) == []
+@every_kind
+def test_packets_by_index_are_told_apart(kind: Kind) -> None:
+    """Packets that are kept, by iteration and by index, stay what they were."""
+    batch = batch_of(kind, some(9))
+    kept = list(batch) + [batch[index] for index in range(9)] + [packet for packet in batch if packet[-1] % 2]
+    wanted = [row.frame for row in some(9)]
+    assert kept[:18] == wanted + wanted
+    assert kept[18:] == [sent for sent in wanted if sent[-1] % 2]
 
 
-def test_batch_repr() -> None:
+@every_kind
+def test_frames(kind: Kind) -> None:
+    """frames() is a new list of bytes, one each."""
+    batch = batch_of(kind, some(5))
+    made = batch.frames()
+    assert made == [row.frame for row in some(5)]
+    assert {type(one) for one in made} == {bytes}
+    made.clear()
+    assert len(batch.frames()) == 5
+
+
+@every_kind
+def test_the_rest_of_a_batch(kind: Kind) -> None:
+    """What take_batch gives behind some packets is a batch of the others, in every column."""
+    source = Source(kind)
+    rows = some(5)
+    source.fill(rows)
+    for row in rows[:2]:
+        assert source.receiver.take_packet() == row.frame
+    rest = source.receiver.take_batch()
+    assert rest is not None
+    assert source.receiver.take_batch() is None
+    assert (len(rest), source.receiver.left) == (3, 0)
+    assert [fields(packet) for packet in rest] == [fields(packet) for packet in batch_of(kind, rows[2:])]
+    whole = batch_of(kind, rows)
+    for name in FORMATS:
+        if name != "starts":
+            assert getattr(rest, name).tolist() == getattr(whole, name).tolist()[2:]
+    assert [
+        bytes(rest.memory[s : s + n]) for s, n in zip(rest.starts, rest.lengths, strict=True)
+    ] == rest.frames()
+
+
+@every_kind
+def test_batch_repr(kind: Kind) -> None:
     """A batch shows how many packets and bytes it holds."""
-    assert repr(batch_of([Row(frame(b"1")), Row(frame(b"22"))])) == "<Batch of 2 packets, 31 bytes>"
+    assert repr(batch_of(kind, [Row(frame(b"1")), Row(frame(b"22"))])) == "<Batch of 2 packets, 31 bytes>"
 
 
-# The fields of a packet.
+@every_kind
+def test_nothing_of_a_batch_can_be_set(kind: Kind) -> None:
+    """Columns, packets and new attributes cannot be written; nobody makes a batch but linkrx."""
+    batch: Any = batch_of(kind, some(3))
+    for name in (*FORMATS, "memory", "copy", "anything"):
+        with pytest.raises(AttributeError):
+            setattr(batch, name, None)
+        with pytest.raises(AttributeError):
+            delattr(batch, name)
+    with pytest.raises(TypeError):
+        batch[0] = batch[1]
+    batch_type: Any = kind.module.Batch
+    for use in (
+        batch_type,
+        lambda: object.__new__(batch_type) if kind is C else batch_type(),
+        lambda: pickle.dumps(batch),
+        lambda: copy.copy(batch),
+        lambda: copy.copy(iter(batch)) if kind is C else batch_type(),
+    ):
+        with pytest.raises(TypeError):
+            use()
 
 
-def test_ethernet_fields() -> None:
-    """The link header is the first 14 bytes, the source in it is remote, the destination local."""
-    packet = one(Row(frame(b"abc"), protocol=0x88B5))
-    assert bytes(packet.frame) == frame(b"abc")
-    assert bytes(packet.link_header) == frame(b"")
-    assert bytes(packet.data) == b"abc"
-    assert (packet.remote, packet.local, packet.protocol) == (REMOTE, LOCAL, 0x88B5)
-
-
-def test_fields_without_ethernet() -> None:
-    """Without a link header the data is the frame, and there are no addresses."""
-    packet = one(Row(b"\x45rest"), BARE)
-    assert bytes(packet.frame) == bytes(packet.data) == b"\x45rest"
-    assert bytes(packet.link_header) == b""
-    assert (packet.remote, packet.local, packet.protocol) == (None, None, 0x0800)
-
-
-def test_frame_without_data() -> None:
-    """A frame of 14 bytes has a link header and no data, and is true all the same."""
-    packet = one(Row(frame(b"")))
-    assert (bytes(packet.data), len(packet)) == (b"", 14)
-    assert packet
-
-
-def test_views_are_read_only() -> None:
-    """None of a packet's views can be written through."""
-    packet = one(Row(frame()))
-    assert packet.frame.readonly
-    assert packet.link_header.readonly
-    assert packet.data.readonly
-
-
-def test_plain_packet() -> None:
-    """Without flags nothing is truncated, outgoing, unfinished, tagged or timed."""
-    packet = one(Row(frame(), timestamp=5, vlan_tci=6, vlan_tpid=7))
-    assert not packet.truncated
-    assert not packet.outgoing
-    assert not packet.checksum_unfinished
-    assert packet.timestamp_ns is None
-    assert packet.vlan is None
-    assert packet.vnet is None
-    assert packet.wire_length == len(packet)
-
-
-@pytest.mark.parametrize(
-    ("flag", "name"),
-    [
-        (Flags.TRUNCATED, "truncated"),
-        (Flags.OUTGOING, "outgoing"),
-        (Flags.CHECKSUM_UNFINISHED, "checksum_unfinished"),
-    ],
-)
-def test_flag(flag: Flags, name: str) -> None:
-    """Each flag, and no other, makes its property True."""
-    assert getattr(one(Row(frame(), flags=flag)), name) is True
-    assert getattr(one(Row(frame(), flags=0xFFFF & ~flag)), name) is False
-
-
-@pytest.mark.parametrize("tci", [0, 5, 0x2005, 0xFFFF])
-def test_vlan(tci: int) -> None:
-    """The flag tells that there was a tag, not its value: a tag of 0 is one."""
-    packet = one(Row(frame(), flags=Flags.VLAN, vlan_tci=tci, vlan_tpid=0x88A8))
-    assert packet.vlan == Vlan(tci=tci, tpid=0x88A8)
-
-
-@pytest.mark.parametrize("when", [0, 1, 1_700_000_000_123_456_789, -1])
-def test_timestamp(when: int) -> None:
-    """The flag tells that there is a timestamp, not its value."""
-    assert one(Row(frame(), flags=Flags.TIMESTAMP, timestamp=when)).timestamp_ns == when
-
-
-def test_wire_length() -> None:
-    """The length on the wire is its own number beside the length kept."""
-    packet = one(Row(frame(), wire_length=9000, flags=Flags.TRUNCATED))
-    assert (packet.wire_length, packet.truncated, len(packet)) == (9000, True, len(frame()))
-
-
-@pytest.mark.parametrize("size", [10, 12, 24])
-@pytest.mark.parametrize("packet_info", [False, True])
-@pytest.mark.parametrize("little", [False, True])
-def test_vnet_header(size: int, packet_info: bool, little: bool) -> None:
-    """The header's ten bytes are read in its own byte order, whatever stands in front and behind."""
-    told = VnetHeader(1, 0x81, 54, 1448, 34, 16)
-    raw = struct.pack("<BBHHHH" if little else ">BBHHHH", *told)
-    prefix = (b"\xaa" * 4 if packet_info else b"") + raw + b"\xbb" * (size - 10)
-    framing = Framing(True, size, packet_info, little)
-    packet = one(Row(frame(), prefix), framing)
-    assert packet.vnet == told
-    assert bytes(packet) == frame()
-    assert packet.copy().vnet == told
-
-
-@pytest.mark.parametrize(
-    ("flags", "needs_checksum"), [(0, False), (1, True), (2, False), (3, True), (0xFE, False)]
-)
-def test_vnet_needs_checksum(flags: int, needs_checksum: bool) -> None:
-    """Bit 0 of the flags says that the checksum is unfinished."""
-    assert VnetHeader(flags, 0, 0, 0, 0, 0).needs_checksum is needs_checksum
-
-
-@pytest.mark.parametrize(
-    ("gso_type", "is_super"), [(0, False), (0x80, False), (1, True), (0x81, True), (4, True), (5, True)]
-)
-def test_vnet_super_packet(gso_type: int, is_super: bool) -> None:
-    """A segmentation type other than none makes a super-packet; the ECN bit alone is no type."""
-    assert VnetHeader(0, gso_type, 0, 0, 0, 0).super_packet is is_super
-
-
-@pytest.mark.parametrize(
-    ("gso_type", "gso", "ecn"),
-    [
-        (0, Gso.NONE, False),
-        (0x81, Gso.TCPV4, True),
-        (4, Gso.TCPV6, False),
-        (5, Gso.UDP_L4, False),
-        (0x60, 0x60, False),
-    ],
-)
-def test_vnet_gso(gso_type: int, gso: Gso | int, ecn: bool) -> None:
-    """The type of a super-packet has a name, without the bit for ECN; one that linkrx does not know is a number."""
-    told = VnetHeader(0, gso_type, 0, 0, 0, 0)
-    assert (told.gso, told.ecn) == (gso, ecn)
-
-
-@pytest.mark.parametrize(("flags", "valid"), [(0, False), (1, False), (2, True), (3, True)])
-def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
-    """Bit 1 of the flags says that the checksum was looked at."""
-    assert VnetHeader(flags, 0, 0, 0, 0, 0).checksum_valid is valid
-
-
-@pytest.mark.parametrize(
-    ("told", "header_bytes"),
-    [
-        (VnetHeader(1, 1, 999, 1448, 34, 16), 34 + 32),
-        (VnetHeader(1, 0x84, 999, 1448, 34, 16), 34 + 32),
-        (VnetHeader(1, 5, 999, 1448, 34, 6), 34 + 8),
-        (VnetHeader(0, 1, 999, 1448, 34, 16), 999),
-        (VnetHeader(1, 3, 999, 1448, 34, 6), 999),
-        (VnetHeader(1, 1, 999, 1448, 100, 16), 999),
-        (VnetHeader(1, 1, 999, 1448, 90, 16), 999),
-        (VnetHeader(1, 0, 999, 0, 34, 16), 999),
-    ],
-)
-def test_header_length_of_a_super_packet(told: VnetHeader, header_bytes: int) -> None:
-    """How long the headers are is found where the checksum starts; without one the kernel's hint stands."""
-    tcp = bytes(12) + b"\x80" + bytes(19)
-    packet = one(Row((bytes(34) + tcp).ljust(100), struct.pack("=BBHHHH", *told)), Framing(True, 10))
-    assert packet.vnet == told._replace(hdr_len=header_bytes)
-
-
-def test_packet_repr() -> None:
-    """A packet shows its protocol, its route where there is one, its length, and whether it was cut."""
-    assert repr(one(Row(frame(b"abc"), protocol=0x88B5))) == (
-        "<Packet 0x88b5 02:00:00:00:00:02 > 02:00:00:00:00:01 17 bytes>"
-    )
-    cut = Row(b"\x45", flags=Flags.TRUNCATED)
-    assert repr(one(cut, BARE)) == "<Packet 0x0800 1 bytes truncated>"
-
-
-def test_mac() -> None:
-    """An address is written with colons, none as a dash."""
-    assert mac(LOCAL) == "02:00:00:00:00:01"
-    assert mac(None) == "-"
+@every_kind
+def test_released_columns(kind: Kind) -> None:
+    """A memory that was released is made anew; what was made of it before stays."""
+    batch = batch_of(kind, some(3))
+    memory = batch.memory
+    part = memory[batch.starts[1] :][:3]
+    memory.release()
+    assert part == some(3)[1].frame[:3]
+    if kind is C:
+        assert bytes(batch.memory)[batch.starts[1] :][:3] == part
+    part.release()
+    assert batch.frames() == [row.frame for row in some(3)]
 
 
 # Copies.
 
 
-def test_packet_copy_has_memory_of_its_own_size() -> None:
-    """A copied packet lies in bytes that are exactly as long as its frame."""
-    packet = batch_of([Row(frame(b"first" * 10)), Row(frame(b"second"))])[1]
-    memory = packet.copy().frame.obj
-    assert type(memory) is bytes
-    assert memory == frame(b"second")
-
-
-def test_packet_copy_takes_its_vnet_header_along() -> None:
-    """With a virtio-net header the copy is longer by it, and packet information is left behind."""
-    framing = Framing(True, 12, True)
-    packet = one(Row(frame(), b"info" + bytes(range(12))), framing)
-    copied = packet.copy()
-    assert copied.frame.obj == bytes(range(12)) + frame()
-    assert copied.vnet == packet.vnet
-
-
-def test_batch_copy_has_memory_of_its_own_size() -> None:
-    """A copied batch lies in bytes that are exactly as long as its frames."""
-    rows = [Row(frame(bytes(n))) for n in range(5)]
-    copied = batch_of(rows, spare=50).copy()
+@every_kind
+def test_batch_copy(kind: Kind) -> None:
+    """A copy tells the same in every column, lies in bytes, and stays when the memory is used again."""
+    source = Source(kind)
+    batch = source.batch(some(5), spare=50)
+    copied = batch.copy()
     assert type(copied.memory.obj) is bytes
-    assert copied.memory.obj == b"".join(row.frame for row in rows)
-    assert copied.memory.readonly
-
-
-def test_copy_outlives_what_it_was_taken_from() -> None:
-    """A copy does not change when the memory that it was taken from does."""
-    framing = BARE
-    table = bytearray(ROW_BYTES)
-    columns = Table(memoryview(table), 1)
-    columns.lengths[0], columns.protocols[0] = 8, 0x0800
-    memory = bytearray(b"\x45before!" + table)
-    batch = Batch(bytes(memory), 0, 8, 1, 1, framing)
-    copies = (batch.copy()[0], batch[0].copy())
-    memory[:] = bytes(len(memory))
-    for copied in copies:
-        assert bytes(copied) == b"\x45before!"
-        assert copied.protocol == 0x0800
-
-
-def test_copy_of_nothing() -> None:
-    """A copy of no packets is a batch of none."""
-    copied = batch_of([Row(frame())]).behind(1).copy()
-    assert len(copied) == 0
-    assert list(copied.lengths) == []
-    with pytest.raises(IndexError):
-        copied[0]
+    wanted = {name: getattr(batch, name).tolist() for name in FORMATS}
+    told = [fields(packet) for packet in batch]
+    del batch
+    for _ in range(4):
+        source.batch([Row(bytes(20))] * 9)
+    assert {name: getattr(copied, name).tolist() for name in FORMATS} == wanted
+    assert [fields(packet) for packet in copied] == told
+    assert [fields(packet) for packet in copied.copy()] == told
+    assert copied.frames() == [row.frame for row in some(5)]
 
 
 # Anything at all.
@@ -430,10 +380,11 @@ def tables(draw: st.DrawFn) -> tuple[list[Row], Framing]:
         protocol=uint16,
         flags=uint16,
         timestamp=st.integers(-(2**63), 2**63 - 1),
+        interface=st.integers(0, 2**32 - 1),
         vlan_tci=uint16,
         vlan_tpid=uint16,
     )
-    return draw(st.lists(row, max_size=8)), framing
+    return draw(st.lists(row, min_size=1, max_size=8)), framing
 
 
 def vnet_of(words: tuple[int, ...], frame: bytes) -> VnetHeader:
@@ -455,49 +406,263 @@ def expected(row: Row, framing: Framing) -> dict[str, Any]:
         "remote": row.frame[6:12] if framing.ethernet else None,
         "local": row.frame[:6] if framing.ethernet else None,
         "wire_length": row.wire_length or len(row.frame),
+        "interface": row.interface,
         "truncated": bool(row.flags & 1),
         "outgoing": bool(row.flags & 2),
         "checksum_unfinished": bool(row.flags & 16),
         "timestamp_ns": row.timestamp if row.flags & 8 else None,
-        "vlan": (row.vlan_tci, row.vlan_tpid) if row.flags & 4 else None,
+        "vlan": (row.vlan_tpid, row.vlan_tci) if row.flags & 4 else None,
         "vnet": vnet_of(struct.unpack(f"{order}BBHHHH", vnet), row.frame) if vnet else None,
     }
 
 
-@settings(max_examples=100, deadline=None)
-@given(table=tables(), spare=st.integers(0, 3), first=st.integers(0, 8))
-def test_any_batch(table: tuple[list[Row], Framing], spare: int, first: int) -> None:
-    """Packets, copies of packets, the rest of a batch and its copy all tell what was put in."""
-    rows, framing = table
-    batch = batch_of(rows, framing, spare)
-    first = min(first, len(rows))
-    wanted = [expected(row, framing) for row in rows]
+def hold_against(batch: Any, rows: list[Row], wanted: list[dict[str, Any]]) -> None:
+    """Everything that a batch shows is of these rows."""
     assert [fields(packet) for packet in batch] == wanted
     assert [fields(batch[index - len(rows)]) for index in range(len(rows))] == wanted
-    assert [fields(packet.copy()) for packet in batch] == wanted
-    assert [fields(packet) for packet in batch.copy()] == wanted
-    assert [fields(packet) for packet in batch.behind(first)] == wanted[first:]
-    assert [fields(packet) for packet in batch.behind(first).copy()] == wanted[first:]
-    for packet, row in zip(batch, rows, strict=True):
-        assert bytes(packet) == row.frame
-        assert len(packet) == len(row.frame)
+    assert batch.frames() == [row.frame for row in rows]
+    assert batch.lengths.tolist() == [len(row.frame) for row in rows]
+    assert batch.timestamps.tolist() == [row.timestamp for row in rows]
+    taken = [bytes(batch.memory[s : s + n]) for s, n in zip(batch.starts, batch.lengths, strict=True)]
+    assert taken == batch.frames()
 
 
-@settings(max_examples=50, deadline=None)
-@given(table=tables())
-def test_columns_of_any_batch(table: tuple[list[Row], Framing]) -> None:
-    """The columns of a batch and of its copy hold one element for each packet, in order."""
+@every_kind
+@settings(max_examples=100, deadline=None)
+@given(table=tables(), spare=st.integers(0, 3), first=st.integers(0, 7), ring=st.booleans())
+def test_any_batch(kind: Kind, table: tuple[list[Row], Framing], spare: int, first: int, ring: bool) -> None:
+    """A batch of an arena or of a ring, its rest, and copies of both tell what was put in, then and after further batches."""
     rows, framing = table
-    for batch in (batch_of(rows, framing), batch_of(rows, framing).copy()):
-        assert list(batch.lengths) == [len(row.frame) for row in rows]
-        assert list(batch.protocols) == [row.protocol for row in rows]
-        assert list(batch.flags) == [row.flags for row in rows]
-        assert list(batch.timestamps) == [row.timestamp for row in rows]
-        assert list(batch.wire_lengths) == [row.wire_length or len(row.frame) for row in rows]
-        starts, lengths = list(batch.starts), list(batch.lengths)
-        taken = [bytes(batch.memory[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
-        assert taken == [row.frame for row in rows]
-        for name, (form, kind) in FORMATS.items():
-            column = getattr(batch, name)
-            assert (column.format, column.readonly) == (form, True)
-            assert np.array_equal(np.frombuffer(column, dtype=kind), list(column))
+    source = Ring(framing) if ring and kind is C else Source(kind, framing)
+    first = min(first, len(rows) - 1)
+    wanted = [expected(row, framing) for row in rows]
+    source.fill(rows, spare)
+    taken = [source.receiver.take_packet() for _ in range(first)]
+    rest = source.receiver.take_batch()
+    whole = source.batch(rows, spare)
+    shown = [(rest, rows[first:], wanted[first:]), (whole, rows, wanted), (whole.copy(), rows, wanted)]
+    for _ in range(4):
+        for case in shown:
+            hold_against(*case)
+        source.batch([Row(b"\xcc" * 90, bytes(framing.prefix))] * 9)
+        assert taken == [row.frame for row in rows[:first]]
+
+
+# What is told to a receiver wrongly, as by a backend with a defect.
+
+
+def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
+    """A source whose arena has one frame, and what describes it."""
+    source = Source(C)
+    arena = source.receiver.arena()
+    view = arena.view
+    view[64 : 64 + size] = numbered(1, size)
+    table = view[64 + size : 64 + size + 3 * ROW_BYTES]
+    source.describe([Row(numbered(1, size))], [0], table, 3, size)
+    return source, arena, view
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("starts", 1),
+        ("starts", 2**32 - 1),
+        ("starts", 2**31),
+        ("lengths", 65),
+        ("lengths", 2**32 - 1),
+        ("lengths", 2**31),
+        ("lengths", 13),
+        ("lengths", 0),
+    ],
+)
+def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
+    """A row whose frame is not where frames are, or is shorter than its link header, is a ValueError that says so."""
+    source, arena, view = filled()
+    offset = {"starts": 8, "lengths": 12}[column]
+    struct.pack_into("=I", view, 128 + 3 * offset, value)
+    with pytest.raises(ValueError, match="the backend reports packet 0 at"):
+        source.receiver.take_in(arena)
+    assert source.receiver.left == 0
+    assert not arena.held
+
+
+@needs_core
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_frame_without_room_for_its_header(start: int) -> None:
+    """Where virtio-net headers stand in front of frames, one that starts before there is room for it is a ValueError."""
+    source = Source(C, Framing(True, 10))
+    arena = source.receiver.arena()
+    source.describe([Row(numbered(1))], [start], arena.view[256 : 256 + ROW_BYTES], 1, 192)
+    with pytest.raises(ValueError, match=f"packet 0 at {start}"):
+        source.receiver.take_in(arena)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (END, 2**32 - 1),
+        (END, 70_000),
+        (ROWS, 2**32 - 1),
+        (ROWS, 0),
+        (CLASSIFIED, 2**32 - 1),
+        (CLASSIFIED, 5),
+        (CLASSIFIED, 0),
+    ],
+)
+def test_a_header_that_is_wrong(word: int, value: int) -> None:
+    """A header whose table is not in the arena is a ValueError."""
+    source, arena, _ = filled()
+    source.descriptors.header[word] = value
+    with pytest.raises(ValueError, match=r"backend reports|nothing to take in"):
+        source.receiver.take_in(arena)
+
+
+@needs_core
+def test_what_is_no_owner() -> None:
+    """Taking in something else's memory, or nothing's, is an exception."""
+    source, arena, _ = filled(200)
+    for wrong in (None, 5, b"", source.receiver, object()):
+        with pytest.raises((TypeError, ValueError)):
+            source.receiver.take_in(wrong)  # type: ignore[arg-type]
+    nowhere = C.module.Owner(0)
+    with pytest.raises(ValueError, match="nothing to take in"):
+        source.receiver.take_in(nowhere)
+    small = C.module.Owner(100)
+    with pytest.raises(ValueError, match="the backend reports packet 0 at"):
+        source.receiver.take_in(small)
+    assert source.receiver.take_in(arena)
+    assert source.receiver.take_packet() == numbered(1, 200)
+
+
+@needs_core
+def test_taking_in_out_of_turn() -> None:
+    """Before a fill, twice, and while packets wait, there is nothing to take in."""
+    source = Source(C)
+    arena = C.module.Owner(4096)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nothing to take in"):
+            source.receiver.take_in(arena)
+    source.fill([Row(numbered(1))])
+    current = source.receiver.arena()
+    with pytest.raises(ValueError, match="nothing to take in"):
+        source.receiver.take_in(current)
+    source.descriptors.header[CLASSIFIED] = 2
+    with pytest.raises(ValueError, match="nothing to take in"):
+        source.receiver.take_in(current)
+    assert source.receiver.take_packet() == numbered(1)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"arena_size": 0},
+        {"arena_size": 64},
+        {"arena_size": -1},
+        {"arena_size": 2**32},
+        {"link_header": 13},
+        {"vnet": 9},
+        {"vnet": 2**16},
+        {"claims": None},
+        {"claims": []},
+        {"descriptors": b"x" * 100},
+        {"descriptors": bytearray(31)},
+        {"descriptors": None},
+    ],
+    ids=str,
+)
+def test_receivers_of_nothing(changed: dict[str, Any]) -> None:
+    """A receiver with sizes that cannot be, or descriptors that cannot be written, is not made."""
+    right: dict[str, Any] = {
+        "descriptors": Descriptors(4).memory,
+        "arena_size": 4096,
+        "claims": {},
+        "link_header": 14,
+        "vnet": 0,
+        "big_endian": False,
+    }
+    C.module.Receiver(**right)
+    with pytest.raises((ValueError, TypeError, BufferError)):
+        C.module.Receiver(**{**right, **changed})
+
+
+@needs_core
+def test_owners() -> None:
+    """An owner has a size that can be, stays where it is, and shows its memory as `view` only, and only an arena's."""
+    for size in (-1, 1, 64, 2**32):
+        with pytest.raises(ValueError, match=f"size={size}"):
+            C.module.Owner(size)
+    arena, ring = C.module.Owner(4096), C.module.Owner(0)
+    assert (arena.limit, ring.limit, len(arena.view)) == (4096, 0, 4096)
+    with pytest.raises(AttributeError):
+        arena.address = 0
+    with pytest.raises(AttributeError):
+        arena.cursor = 0
+    for use in (lambda: memoryview(arena), lambda: memoryview(ring), lambda: ring.view):
+        with pytest.raises(BufferError):
+            use()
+    with pytest.raises(TypeError):
+        ring.address = "x"
+    with pytest.raises(AttributeError):
+        del ring.address
+
+
+# Through a dispatcher.
+
+
+def test_a_batch_of_a_closed_dispatcher() -> None:
+    """A batch, what is left of its iteration, columns and packets stay what they are when the dispatcher is closed."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right:
+        rx = linkrx.open(left)
+        for number in range(8):
+            right.send(numbered(number))
+        batch = next(rx.batches(10))
+        iterated, untouched = iter(batch), iter(batch)
+        first, by_index = next(iterated), batch[1]
+        rx.close()
+        sent = [numbered(number) for number in range(8)]
+        assert [first, *iterated] == sent
+        assert list(untouched) == sent
+        assert [by_index, batch[7]] == [sent[1], sent[7]]
+        assert batch.frames() == sent
+        assert type(batch) is packets.Batch
+        assert isinstance(batch, linkrx.Batch)
+        with pytest.raises(linkrx.Closed):
+            rx.recv(0)
+
+
+def test_interfaces(devices: None) -> None:
+    """On a packet socket the column has the index of the interface; elsewhere it is zero."""
+    from linkrx import rigs
+
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right, linkrx.open(left) as rx:
+        right.send(numbered(1))
+        batch = next(rx.batches(10))
+        assert (batch.interfaces.tolist(), batch[0].interface) == ([0], 0)
+    for info in linkrx.backends():
+        if not info.supported:
+            continue
+        with rigs.interface() as rig, rig.open(info.name) as rx:
+            rig.send(rig.frame(100))
+            batch = next(rx.batches(10))
+            index = socket.if_nametoindex(str(rig.source))
+            assert (set(batch.interfaces), batch[0].interface) == ({index}, index)
+
+
+BARE_ROW = Row(b"\x45" + bytes(30), protocol=0x0800)
+
+
+@every_kind
+def test_vnet_headers_of_a_ring_are_in_its_memory(kind: Kind) -> None:
+    """Each packet of a batch has the header that stood in front of it, however the frames lie."""
+    framing = Framing(False, 10)
+    rows = [Row(BARE_ROW.frame, vnet_bytes(n, 0, n, n, n, n), protocol=0x0800) for n in range(5)]
+    source = Ring(framing) if kind is C else Source(kind, framing)
+    batch = source.batch(rows)
+    bytes(batch.memory)
+    assert [packet.vnet for packet in batch] == [VnetHeader(n, 0, n, n, n, n) for n in range(5)]
+    assert BARE.link_header == 0
