@@ -163,9 +163,9 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     uint32_t cursor = 0, n = 0, begun = 0;
     int error = 0;
 
-    if (!*(const volatile uint32_t *)s->guard) {
+    if (!is_mapped(s)) {
         lrx_header_at(descriptors)[LRX_ERROR] = EOWNERDEAD;
-        return -EOWNERDEAD; /* a child that was forked past Python's hooks: the ring is not mapped here */
+        return -EOWNERDEAD;
     }
     if (s->in_place) {
         if (s->places.lent[slot])

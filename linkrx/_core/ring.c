@@ -135,7 +135,7 @@ void lrx_ring_close(struct lrx_ring *s, int unmap)
 {
     if (!s)
         return;
-    if (unmap) {
+    if (unmap && is_mapped(s)) { /* else the ring is the parent's */
         take_off(s);
         munmap(s->guard, PAGE_LEAST);
     }
