@@ -575,6 +575,7 @@ static PyType_Slot packet_slots[] = {
     {Py_tp_repr, packet_repr},
     {Py_tp_hash, packet_hash},
     {Py_tp_richcompare, packet_compare},
+    {Py_tp_iter, PySeqIter_New},
     {Py_tp_getset, packet_attributes},
     {Py_tp_methods, packet_methods},
     {Py_nb_bool, packet_true},
