@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def test_it_is_a_sequence_of_bytes(kind: Kind) -> None:
     assert [packet[index] for index in range(-len(FRAME), len(FRAME))] == [*FRAME, *FRAME]
     assert type(packet[0]) is int
     assert list(packet) == list(FRAME)
+    assert isinstance(packet, Iterable)
     assert 0x88 in packet
     assert LOCAL in packet
     assert b"nowhere" not in packet

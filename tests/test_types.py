@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 import linkrx
+from linkrx import _core
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -78,6 +79,22 @@ def test_mypy(programs: Path) -> None:
 def test_pyright(programs: Path) -> None:
     """So does pyright, with its strict rules."""
     assert refused(programs, "basedpyright", "--pythonpath", sys.executable) == EXPECTED
+
+
+@pytest.mark.skipif(_core.types is None, reason=f"of the types in C: {_core.reason}")
+def test_the_stub_of_the_types(tmp_path: Path) -> None:
+    """What the stub of the types in C says is what the module has."""
+    allowed = tmp_path / "allowed.txt"
+    # Buffers of C types have this method from Python 3.12 on (PEP 688).
+    allowed.write_text(r"linkrx\._core\._types\.\w+\.__buffer__" * (sys.version_info < (3, 12)))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "linkrx._core._types", "--allowlist", str(allowed)],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_public_list() -> None:
