@@ -23,6 +23,15 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
     return header_at(s, s->block);
 }
 
+/* Whether the next block was read to its end in place, and is not released: so far has the reader come round. */
+static bool is_lent(const struct lrx_ring *s)
+{
+    for (int k = 0; k < 2; k++)
+        if ((s->block + s->blocks - s->slots[k].first) % s->blocks < s->slots[k].blocks)
+            return true;
+    return false;
+}
+
 /* Begin the next block if the kernel has closed it. Blocks are filled in order, so no other can be. */
 static bool begin_block(struct lrx_ring *s)
 {
@@ -233,7 +242,6 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         if (s->in_place)
             lrx_ring_release(s, slot); /* empty blocks */
         return -error;
-    }
     if (s->in_place)
         s->places.turn ^= 1;
     return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
