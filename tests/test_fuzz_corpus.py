@@ -62,7 +62,11 @@ def test_corpus_is_small(name: str) -> None:
 DEFECTS = {
     "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
-    "addresses in their order": ("classify", "frame + ETHER_ADDR, ETHER_ADDR", "frame, ETHER_ADDR"),
+    "an interface that is told is forgotten": (
+        "classify",
+        "in.interfaces[k] ? in.interfaces[k] : c->interface",
+        "c->interface",
+    ),
     "a frame crosses the end of its block": (
         "packet_mmap",
         "s->offset + mac + *snaplen > s->block_size",
@@ -75,8 +79,8 @@ DEFECTS = {
     ),
     "an error overtakes packets": (
         "packet_mmap",
-        "if (!s->error || ONCE(block_header(s)->num_pkts))",
-        "if (!s->error)",
+        " || ONCE(block_header(s)->num_pkts))",
+        ")",
     ),
     "no packet that just fits": (
         "packet_mmap",
@@ -88,6 +92,23 @@ DEFECTS = {
         "memcpy(header, frame - VNET_WRITTEN, VNET_WRITTEN);",
         "memcpy(header, frame - s->vnet, s->vnet);",
     ),
+    "a block that is lent is read again": ("packet_mmap", "    if (is_lent(s))\n        return false;\n", ""),
+    "starts in place forget the header in front": (
+        "packet_mmap",
+        "(uint32_t)(frame - s->vnet - frames)",
+        "(uint32_t)(frame - frames)",
+    ),
+    "a batch in place goes round the end of the ring": (
+        "packet_mmap",
+        " || (s->in_place && begun && s->block == 0)",
+        "",
+    ),
+    "an error waits for empty blocks": (
+        "packet_mmap",
+        "    if (n == 0)\n        lrx_ring_release(s, s->turn); /* empty blocks */\n",
+        "",
+    ),
+    "a ring that is not mapped is released": ("packet_mmap", "    if (!is_mapped(s))\n        return;\n", ""),
     "interrupted poll reads": ("readv", "case -1:\n            return -1;", ""),
     "room for all but the cut byte": ("readv", "cursor + r->capacity < size", "cursor + r->capacity <= size"),
     "an error behind packets is lost": ("readv", "= (uint32_t)error;", "= 0;"),

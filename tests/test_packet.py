@@ -661,11 +661,13 @@ def test_a_pickle_with_any_byte_changed(kind: Kind, data: st.DataObject) -> None
     protocol = data.draw(st.sampled_from([0, 2, 5]))
     pickled = bytearray(pickle.dumps(one(kind, FULL, Framing(True, 10)), protocol))
     at = data.draw(st.integers(0, len(pickled) - 1))
-    pickled[at] = data.draw(st.integers(0, 255))
+    # The opcode BYTEARRAY8 has pickle allocate whatever the bytes behind it say.
+    pickled[at] = data.draw(st.integers(0, 255).filter(lambda value: value != pickle.BYTEARRAY8[0]))
     with pytest.MonkeyPatch.context() as patch:
         loaded_in(kind, patch)
         try:
-            loaded = pickle.loads(bytes(pickled))
+            # In Python: the one in C has room for as many references as a damaged number tells.
+            loaded = pickle._loads(bytes(pickled))  # type: ignore[attr-defined]
         except Exception:
             return
     if type(loaded) is kind.module.Packet:

@@ -42,15 +42,16 @@ static inline uint8_t *exactly(size_t size)
 }
 
 /* linkrx/columns.py _LAYOUT: where in a row's share of a table each column is, and how wide. */
-#define ROW_BYTES 28
+#define ROW_BYTES 32
 #define TIMESTAMP 0, 8
 #define START 8, 4
 #define LENGTH 12, 4
 #define WIRE_LENGTH 16, 4
-#define PROTOCOL 20, 2
-#define FLAGS 22, 2
-#define VLAN_TCI 24, 2
-#define VLAN_TPID 26, 2
+#define INTERFACE 20, 4
+#define PROTOCOL 24, 2
+#define FLAGS 26, 2
+#define VLAN_TCI 28, 2
+#define VLAN_TPID 30, 2
 
 static inline void put(uint8_t *table, size_t rows, size_t row, size_t offset, size_t width, uint64_t value)
 {

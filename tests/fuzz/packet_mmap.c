@@ -1,5 +1,6 @@
 /* Fuzzes packet_mmap's fill: the ring is the input, with offsets and lengths as the kernel writes them and as it never
- * would. A slow walk through a copy of it says what must be received. */
+ * would. A slow walk through a copy of it says what must be received. Inputs that end with IN_PLACE have it read in place,
+ * in two slots that are released in turn, out of turn, and too late. */
 #define _GNU_SOURCE
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
@@ -30,16 +31,20 @@ static int fake_madvise(void *memory, size_t size, int advice);
 #define BLOCK_MOST 1024
 #define PACKETS_MOST 15     /* of 68 bytes behind the 48 of the block */
 #define ROWS_MOST 24
+#define IN_PLACE 0x5A
+#define PAGE 4096           /* of the guard */
 
 /* What must be told about a packet. */
 struct told {
     const uint8_t *frame;   /* in the copy */
+    uint32_t block;         /* which one it lies in */
     uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
+    uint32_t interface;
     int64_t timestamp;
 };
 
 struct block {
-    enum { KERNELS, CLOSED } owner;
+    enum { KERNELS, CLOSED, READ } owner; /* READ: to its end, in place, and not released */
     uint32_t claimed;       /* num_pkts */
     uint32_t good;          /* packets until numbers point out of the block */
     uint32_t begun, taken;
@@ -55,13 +60,16 @@ static struct {
     int error, error_asked; /* SO_ERROR, and whether asking for it fails */
     uint64_t drops, freezes;
     /* The ring. */
-    uint8_t *memory;
+    uint8_t *memory, *guard;
     size_t mapped;
     uint32_t blocks, block_size, vnet, capacity, wanted;
     struct block block[BLOCKS_MOST];
     uint32_t filled, read;  /* which block each side is at */
     int open;               /* the kernel's has packets already */
     int damaged;            /* an EIO is due */
+    int in_place;
+    uint32_t most, turn;    /* blocks of a fill in place, and which slot that takes */
+    struct { uint32_t first, blocks; } slots[2];
 } kernel;
 
 static int fails(int code)
@@ -153,7 +161,16 @@ static int fake_setsockopt(int fd, int level, int name, const void *value, sockl
 
 static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
 {
-    MUST(!at && protection == (PROT_READ | PROT_WRITE) && fd == FD && !offset && kernel.has_ring);
+    MUST(!at && protection == (PROT_READ | PROT_WRITE) && !offset);
+    if (fd == -1) {
+        MUST(flags == (MAP_PRIVATE | MAP_ANONYMOUS) && size == PAGE && !kernel.guard);
+        if (fails(ENOMEM))
+            return MAP_FAILED;
+        kernel.guard = exactly(size);
+        memset(kernel.guard, 0, size);
+        return kernel.guard;
+    }
+    MUST(fd == FD && kernel.has_ring);
     MUST(flags == (MAP_SHARED | MAP_POPULATE) && size == (size_t)kernel.blocks * kernel.block_size);
     if (fails(EAGAIN))
         return MAP_FAILED;
@@ -165,6 +182,12 @@ static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd,
 
 static int fake_munmap(void *memory, size_t size)
 {
+    if (memory == kernel.guard) {
+        MUST(size == PAGE);
+        free(memory);
+        kernel.guard = NULL;
+        return 0;
+    }
     MUST(memory == kernel.memory && size == kernel.mapped);
     ASAN_UNPOISON_MEMORY_REGION(memory, size);
     free(memory);
@@ -174,7 +197,10 @@ static int fake_munmap(void *memory, size_t size)
 
 static int fake_madvise(void *memory, size_t size, int advice)
 {
-    MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK);
+    if (memory == kernel.guard)
+        MUST(size == PAGE && advice == MADV_WIPEONFORK);
+    else
+        MUST(memory == kernel.memory && size == kernel.mapped && advice == MADV_DONTFORK);
     return 0;
 }
 
@@ -232,6 +258,7 @@ static void walk(struct block *block)
             break;
         MUST(block->good < PACKETS_MOST);
         told->frame = block->copy + at + mac;
+        told->block = (uint32_t)(block - kernel.block);
         told->wire_length = kernel.vnet + header->tp_len;
         told->flags = 0;
         if (header->tp_status & TP_STATUS_CSUMNOTREADY)
@@ -245,6 +272,7 @@ static void walk(struct block *block)
             told->flags |= LRX_TIMESTAMP;
             told->timestamp = header->tp_sec * INT64_C(1000000000) + header->tp_nsec;
         }
+        told->interface = number_at(block, at + 48 + 4, 4); /* sll_ifindex */
         if (kernel.wanted & LRX_OUTGOING && block->copy[at + 48 + 10] == PACKET_OUTGOING)
             told->flags |= LRX_OUTGOING;
         block->good++;
@@ -283,7 +311,7 @@ static void write_block(void)
         block[k] = content(kernel.filled, k);
     for (; made < packets; made++) {
         struct tpacket3_hdr header = {0};
-        struct sockaddr_ll from = {.sll_pkttype = (uint8_t)take(in, 5)};
+        struct sockaddr_ll from = {.sll_pkttype = (uint8_t)take(in, 5), .sll_ifindex = (int)(made * 7 + kernel.filled)};
         uint32_t mac = 48 + 20 + (kernel.vnet ? 12 : 0) + take(in, 40), most;
 
         if (at + mac > kernel.block_size)
@@ -350,8 +378,20 @@ static uint32_t kept(const struct told *told)
 
 static void to_next(struct block *block)
 {
-    block->owner = KERNELS;
+    block->owner = kernel.in_place ? READ : KERNELS;
+    kernel.slots[kernel.turn].blocks += kernel.in_place;
     kernel.read = (kernel.read + 1) % kernel.blocks;
+}
+
+static void release_slot(uint32_t slot)
+{
+    for (uint32_t n = 0; n < kernel.slots[slot].blocks; n++) {
+        struct block *block = &kernel.block[(kernel.slots[slot].first + n) % kernel.blocks];
+
+        MUST(block->owner == READ);
+        block->owner = KERNELS;
+    }
+    kernel.slots[slot].blocks = 0;
 }
 
 struct expected {
@@ -363,8 +403,10 @@ struct expected {
 static struct expected expect(uint32_t rows, uint32_t room)
 {
     struct expected found = {0};
+    const uint32_t most = kernel.in_place ? kernel.most : kernel.blocks;
     uint64_t used = 0;
 
+    kernel.slots[kernel.turn].first = kernel.read;
     while (found.count < rows) {
         struct block *block = &kernel.block[kernel.read];
         const struct told *told = &block->told[block->taken];
@@ -372,7 +414,7 @@ static struct expected expect(uint32_t rows, uint32_t room)
         if (block->owner != CLOSED)
             break;
         if (!block->begun) {
-            if (found.begun == kernel.blocks)
+            if (found.begun == most || (kernel.in_place && found.begun && kernel.read == 0))
                 break;
             block->begun = 1;
             found.begun++;
@@ -380,19 +422,25 @@ static struct expected expect(uint32_t rows, uint32_t room)
                 to_next(block);
                 continue;
             }
+        } else if (!found.begun) {
+            found.begun = 1;
         }
         if (block->taken == block->good) {
             kernel.damaged = 1;
             to_next(block);
             break;
         }
-        if (used + kept(told) > room)
+        if (!kernel.in_place && used + kept(told) > room)
             break;
         used = (used + kept(told) + 7) & ~UINT64_C(7);
         found.told[found.count++] = told;
         if (++block->taken == block->claimed)
             to_next(block);
     }
+    if (!found.count)
+        release_slot(kernel.turn);
+    else if (kernel.in_place)
+        kernel.turn ^= 1;
     return found;
 }
 
@@ -411,8 +459,13 @@ static void check_rows(const uint8_t *table, uint32_t rows, const struct expecte
         MUST(!(told->flags & LRX_TIMESTAMP) || get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
         MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TCI) == told->vlan_tci);
         MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
-        MUST(start % 8 == 0 && start >= free_from && start + length <= end);
-        free_from = start + length;
+        if (kernel.in_place) {
+            MUST(region + start + kernel.vnet == at_block(told->block) + (told->frame - kernel.block[told->block].copy));
+        } else {
+            MUST(start % 8 == 0 && start >= free_from && start + length <= end);
+            free_from = start + length;
+        }
+        MUST(get(table, rows, k, INTERFACE) == told->interface);
         for (uint32_t i = 0; i < length; i++) {
             /* The ten bytes of struct virtio_net_hdr, zeroes up to its size, the frame. */
             uint8_t due_byte = i >= kernel.vnet ? told->frame[i - kernel.vnet] : i < 10 ? told->frame[(int)i - 10] : 0;
@@ -441,13 +494,39 @@ static void check_blocks(void)
 static void check_error(uint32_t told, const struct expected *due, int was_due, int asked_wrong)
 {
     const struct block *block = &kernel.block[kernel.read];
-    int comes = header_of(kernel.read)->num_pkts > 0;
+    /* What is read already may be begun anew by the kernel only once it is released. */
+    int comes = header_of(kernel.read)->num_pkts > 0 || block->owner == READ;
 
     if (told == (uint32_t)asked_wrong && told)
         return;
     MUST(!told || (!comes && was_due));
     MUST(told || due->count || comes || !was_due);
     MUST(!told || block->owner != CLOSED || !block->claimed);
+}
+
+/* In place: what stands before a fill. Some releases come late, and some early. */
+static void release_before(struct lrx_ring *s, uint32_t *header, uint32_t rows)
+{
+    if (take(kernel.in, 31) == 1) { /* a child that was forked past Python's hooks */
+        *(uint32_t *)kernel.guard = 0;
+        ASAN_POISON_MEMORY_REGION(kernel.memory, kernel.mapped);
+        lrx_ring_release(s, take(kernel.in, 1));
+        MUST(lrx_packet_mmap_fill(s, (uintptr_t)header, rows, 0, 0) == -EOWNERDEAD && header[LRX_ERROR] == EOWNERDEAD);
+        ASAN_UNPOISON_MEMORY_REGION(kernel.memory, kernel.mapped);
+        *(uint32_t *)kernel.guard = 1;
+        header[LRX_ERROR] = 0;
+    }
+    for (uint32_t slot = 0; slot < 2; slot++)
+        MUST(lrx_ring_lent(s, slot) == kernel.slots[slot].blocks);
+    if (kernel.slots[kernel.turn].blocks && take(kernel.in, 7) == 1)
+        MUST(lrx_packet_mmap_fill(s, (uintptr_t)header, rows, 0, 0) == -EBUSY);
+    if (take(kernel.in, 1)) {
+        lrx_ring_release(s, kernel.turn ^ 1);
+        release_slot(kernel.turn ^ 1);
+    }
+    lrx_ring_release(s, kernel.turn);
+    release_slot(kernel.turn);
+    check_blocks();
 }
 
 static void run(struct lrx_ring *s)
@@ -464,6 +543,8 @@ static void run(struct lrx_ring *s)
         struct expected due;
         int got, was_due;
 
+        if (kernel.in_place)
+            release_before(s, header, rows);
         let_kernel_work();
         guard();
         room = take(kernel.in, 7) ? 4096 : take(kernel.in, kernel.capacity) & ~7u;
@@ -478,7 +559,9 @@ static void run(struct lrx_ring *s)
         MUST(header[LRX_COUNT] == due.count && got == (due.count ? (int)due.count : -(int)told));
         if (due.count) {
             MUST(header[LRX_RECEIVES] == due.begun && header[LRX_END] <= room + 7);
-            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due, region, header[LRX_END]);
+            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due,
+                       kernel.in_place ? (const uint8_t *)lrx_ring_frames(s, lrx_ring_last(s)) : region, header[LRX_END]);
+            MUST(!kernel.in_place || lrx_ring_last(s) == (kernel.turn ^ 1));
         }
         check_error(told, &due, was_due, kernel.error_asked);
         MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
@@ -511,6 +594,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     memset(&kernel, 0, sizeof kernel);
     kernel.in = &in;
+    if (in.left && data[size - 1] == IN_PLACE) {
+        kernel.in_place = 1;
+        in.left--;
+    }
     kernel.version = VERSION;
     kernel.blocks = 1 + take(&in, BLOCKS_MOST - 1);
     kernel.block_size = 256 + 8 * take(&in, (BLOCK_MOST - 256) / 8);
@@ -518,11 +605,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     kernel.capacity = take(&in, 1) ? BLOCK_MOST : take(&in, 300);
     kernel.wanted = (take(&in, 1) ? LRX_TIMESTAMP : 0) | (take(&in, 1) ? LRX_OUTGOING : 0);
     broken = take(&in, 15) == 1;
-    kernel.steps_left = broken ? (int)take(&in, 4) : -1;
+    kernel.steps_left = broken ? (int)take(&in, 5) : -1;
     s = lrx_ring_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted);
     if (!s) {
         MUST(errno == (kernel.vnet > 12 ? EINVAL : kernel.failed) && errno);
-        MUST(!kernel.memory && !kernel.has_ring && kernel.version == VERSION);
+        MUST(!kernel.memory && !kernel.guard && !kernel.has_ring && kernel.version == VERSION);
         return 0;
     }
     MUST(!broken && kernel.vnet <= 12 && kernel.has_ring && kernel.version == TPACKET_V3);
@@ -534,12 +621,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         lrx_ring_start(s);
         kernel.drops = kernel.freezes = 0;
     }
+    MUST(lrx_ring_guard(s) == (uintptr_t)kernel.guard && *(uint32_t *)kernel.guard == 1);
+    MUST(lrx_ring_size(s) == kernel.mapped);
+    if (kernel.in_place) {
+        kernel.most = take(&in, 2);
+        kernel.in_place = kernel.most && kernel.vnet <= 10;
+        MUST(lrx_ring_read_in_place(s, kernel.most) == kernel.in_place);
+    }
     run(s);
     kernel.other = take(&in, 7) == 1; /* the number of the descriptor went to a stranger's socket */
     kernel.steps_left = -1;
     guard();
-    lrx_ring_close(s);
-    MUST(!kernel.memory);
+    if (kernel.in_place && take(&in, 3) == 1) { /* somebody reads there still, or it is the parent's */
+        int unmap = (int)take(&in, 1);
+
+        *(uint32_t *)kernel.guard = !unmap;
+        lrx_ring_close(s, unmap);
+        MUST(kernel.memory && kernel.guard && kernel.has_ring);
+        fake_munmap(kernel.memory, kernel.mapped);
+        fake_munmap(kernel.guard, PAGE);
+        return 0;
+    }
+    lrx_ring_close(s, 1);
+    MUST(!kernel.memory && !kernel.guard);
     MUST(kernel.other || (!kernel.has_ring && kernel.version == VERSION));
     return 0;
 }
