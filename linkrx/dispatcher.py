@@ -205,6 +205,9 @@ class AsyncPackets:
     def __aiter__(self) -> AsyncPackets:
         return self
 
+    async def aclose(self) -> None:
+        """Nothing to do; for those who close what they iterate over, as contextlib.aclosing() does."""
+
     async def __anext__(self) -> Packet:
         dispatcher = self._dispatcher
         while True:

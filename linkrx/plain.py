@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 from linkrx.headers import (
     CHECKSUM_UNFINISHED,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
@@ -40,7 +39,8 @@ class Receiver:
     """One open source as far as it is touched once per packet or once per wake-up."""
 
     _claims: dict[str, int]
-    _pending: deque[Packet]
+    _pending: list[Packet]  # of which the first `_next` are handed over
+    _next = 0
     _deliver: Callable[..., object] | None
     _stopping = _delivering = _closed = _leaving = False
     _end_follows = _ended = _link_down = _looking_away = False
@@ -69,7 +69,7 @@ class Receiver:
         """Nothing is received before _prepare()."""
         self = object.__new__(cls)
         self._claims = {}
-        self._pending = deque()
+        self._pending = []
         return self
 
     def _prepare(
@@ -151,7 +151,7 @@ class Receiver:
             )
             for row in range(count)
         ]
-        self._pending = deque(packets)
+        self._pending, self._next = packets, 0
         self._batches += 1
         self._receives += words[RECEIVES]
         words[CLASSIFIED] = 0
@@ -165,7 +165,7 @@ class Receiver:
         while True:
             if self._ended or ((self._stopping or self._end_follows) and self._over()):
                 return "over"
-            if self._pending:
+            if self._left:
                 return "ready"
             known_down = self._link_down and not self._words[ERROR]
             if self._receive():
@@ -173,7 +173,7 @@ class Receiver:
                 now = time.monotonic()
                 if now >= self._drops_due:
                     self._drops_due = now + self._look_at_drops()
-                return "ready" if self._pending else "nothing"
+                return "ready" if self._left else "nothing"
             if known_down:
                 self._look_at_link()
             if self._ended or self._stopping or self._end_follows:
@@ -232,7 +232,7 @@ class Receiver:
     def _has_something(self) -> bool:
         words = self._words
         return (
-            bool(self._pending)
+            self._left > 0
             or self._ended
             or self._end_follows
             or self._stopping
@@ -265,10 +265,13 @@ class Receiver:
         if self._await(timeout) == "ready":
             self._delivering = True
             try:
-                while self._pending and not self._stopping:
-                    packet = self._pending.popleft()
+                while self._next < len(self._pending) and not self._stopping:
+                    packet = self._pending[self._next]
+                    remote, local, protocol = packet.remote, packet.local, packet.protocol
+                    # No signal handler runs between here and the first instruction of `deliver`: nothing is called.
+                    self._next += 1
                     delivered += 1
-                    self._deliver(packet.remote, packet.local, packet.protocol, packet)
+                    self._deliver(remote, local, protocol, packet)
             finally:
                 self._delivering = False
         return delivered
@@ -281,7 +284,7 @@ class Receiver:
             while True:
                 outcome = self._await(seconds_left(deadline))
                 if outcome == "ready":
-                    return self._pending.popleft()
+                    return self._take_next()
                 if outcome == "over":
                     self._raise_ended()
                 if seconds_left(deadline) == 0:
@@ -296,7 +299,7 @@ class Receiver:
         def step() -> Packet | None:
             while (outcome := self._await(None)) == "nothing":
                 pass
-            return self._pending.popleft() if outcome == "ready" else None
+            return self._take_next() if outcome == "ready" else None
 
         packet = self._inside(step)
         if packet is None:
@@ -310,8 +313,9 @@ class Receiver:
             while True:
                 outcome = self._await(seconds_left(deadline))
                 if outcome == "ready":
-                    packets, self._pending = list(self._pending), deque()
-                    return Batch._of(packets)
+                    rest = self._pending[self._next :]
+                    self._pending, self._next = [], 0
+                    return Batch._of(rest)
                 if outcome == "over" or seconds_left(deadline) == 0:
                     return None
 
@@ -321,26 +325,32 @@ class Receiver:
         return self._inside(lambda: self._await(0)) != "nothing"
 
     def _take(self) -> Packet | None:
-        return self._inside(lambda: self._pending.popleft() if self._pending and not self._stopping else None)
+        return self._inside(lambda: self._take_next() if self._left and not self._stopping else None)
 
     # For the subclass.
 
+    def _take_next(self) -> Packet:
+        packet = self._pending[self._next]
+        self._next += 1
+        return packet
+
     @property
     def _left(self) -> int:
-        return len(self._pending)
+        return len(self._pending) - self._next
 
     def _use(self, mechanism: int, /) -> None:
         return
 
     def _drop(self) -> None:
-        if self._words[CLASSIFIED] and not self._pending:
+        if self._words[CLASSIFIED] and not self._left:
             self._take_in()
-        self._undelivered += len(self._pending)
-        self._undelivered_bytes += sum(map(len, self._pending))
-        self._pending = deque()
+        rest = self._pending[self._next :]
+        self._undelivered += len(rest)
+        self._undelivered_bytes += sum(map(len, rest))
+        self._pending, self._next = [], 0
 
     def _release(self) -> bool:
-        self._pending = deque()
+        self._pending, self._next = [], 0
         return True
 
     def _copy_held(self) -> None:

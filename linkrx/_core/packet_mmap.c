@@ -27,7 +27,7 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 static bool is_lent(const struct lrx_ring *s)
 {
     for (int k = 0; k < 2; k++)
-        if ((s->block + s->blocks - s->slots[k].first) % s->blocks < s->slots[k].blocks)
+        if ((s->block + s->blocks - s->first[k]) % s->blocks < s->places.lent[k])
             return true;
     return false;
 }
@@ -38,8 +38,8 @@ static bool begin_block(struct lrx_ring *s)
     const struct tpacket_hdr_v1 *header = block_header(s);
     uint32_t status;
 
-    if (s->places.lent[0] + s->places.lent[1] == s->blocks)
-        return false; /* that one is read already, and not released */
+    if (is_lent(s))
+        return false;
     /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
      * TP_STATUS_USER tell why it was closed. */
     status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
@@ -80,6 +80,8 @@ void lrx_ring_release(void *state, uint32_t slot)
     struct lrx_ring *s = state;
 
     slot &= 1;
+    if (!is_mapped(s))
+        return;
     for (uint32_t n = 0; n < s->places.lent[slot]; n++)
         release(s, (s->first[slot] + n) % s->blocks);
     s->places.lent[slot] = 0;
@@ -95,7 +97,7 @@ static int pending_error(struct lrx_ring *s)
 
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
         return errno;
-    if (!s->error || s->places.lent[0] + s->places.lent[1] == s->blocks || ONCE(block_header(s)->num_pkts))
+    if (!s->error || is_lent(s) || ONCE(block_header(s)->num_pkts))
         return 0;
     error = s->error;
     s->error = 0;
@@ -233,14 +235,14 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             s->offset += next;
     }
     lrx_header_at(descriptors)[LRX_HELD] = s->left;
+    if (n == 0 && s->in_place)
+        lrx_ring_release(s, slot); /* empty blocks */
     /* Behind packets it is told as well, for nothing else may wake who polls. */
     if (n == 0 || (s->error && !s->left))
         error = pending_error(s);
     if (error)
         lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
-    if (n == 0) {
-        if (s->in_place)
-            lrx_ring_release(s, slot); /* empty blocks */
+    if (n == 0)
         return -error;
     if (s->in_place)
         s->places.turn ^= 1;

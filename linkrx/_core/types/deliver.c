@@ -44,6 +44,8 @@ static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
     unsigned sum = 0;
     Neighbour *n;
 
+    if (!lrx_packet_is_readable(p))
+        return NULL;
     if (p->link_header) {
         memcpy(header, p->frame, ETHER_HEADER);
     } else {
@@ -140,8 +142,13 @@ Batch *lrx_take_batch(Receiver *r)
 {
     Batch *b = r->pending;
 
-    if (r->next)
+    if (r->next) {
+        /* `memory` will show zeroes where packets were that are handed over already. */
+        lrx_let_go(r);
+        if (b->owner && b->owner->mapped && lrx_owner_copy_packets(b->owner) < 0)
+            return NULL;
         lrx_batch_skip(b, r->next);
+    }
     r->pending = NULL;
     r->next = 0;
     return b;
