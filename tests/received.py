@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from linkrx import _core, packets, plain
+from linkrx import _core, packets, plain, plain_receiver
 from linkrx.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.errors import Busy
 from linkrx.framing import Framing
+from linkrx.stats import new_counters
 
 if TYPE_CHECKING:
     from linkrx._core import _types
@@ -75,6 +77,99 @@ def numbered(number: int, size: int = 64) -> bytes:
     return frame(number.to_bytes(4, "big") * (size // 4))[:size]
 
 
+class Hand:
+    """A receiver with its steps one by one: fill an arena, take in what was written there, hand over."""
+
+    def __init__(self, kind: Kind, framing: Framing, descriptors: Descriptors) -> None:
+        hand = self
+
+        class Receiver(kind.module.Receiver if kind.module is _core.types else plain_receiver.Receiver):  # type: ignore[misc]
+            """The part of reception that a receiver without a source needs."""
+
+            def _fill(self, arena: Any) -> int:
+                hand.filling = arena
+                return 0
+
+            def _look_at_drops(self) -> float:
+                return 3600.0
+
+            def _over(self) -> bool:
+                return False
+
+            def _refuse(self, same_thread: bool) -> None:
+                raise Busy
+
+        self.filling: Any = None
+        self.deliver_to: Callable[..., object] | None = None
+        self.rx: Any = Receiver()
+        self.mechanism = 0
+        self.counters = new_counters()
+        self.rx._prepare(
+            lambda *arguments: hand.deliver_to(*arguments),  # type: ignore[misc]
+            descriptors.memory,
+            descriptors.rows,
+            self.counters,
+            ROOM,
+            framing.prefix,
+            framing.packet_info_size,
+            framing.link_header,
+            framing.vnet_header_size,
+            not framing.vnet_little_endian,
+            0,
+            False,
+            -1,
+            -1,
+            -1,
+            0.0,
+        )
+
+    @property
+    def left(self) -> int:
+        """How many packets wait."""
+        left: int = self.rx._left
+        return left
+
+    def arena(self) -> Any:
+        """The arena that is to be filled now; the last one while packets wait."""
+        if not self.mechanism:  # which fills memory of its own
+            self.rx._poll()
+        return self.filling
+
+    def take_in(self, _arena: object) -> bool:
+        """Make a batch of what the descriptors tell."""
+        return bool(self.rx._poll())
+
+    def deliver(self, deliver: Callable[..., object]) -> int:
+        """Call it with each packet that waits."""
+        self.deliver_to = deliver
+        return int(self.rx.drain()) if self.left else 0
+
+    def take_packet(self) -> Any:
+        """The next packet, or None."""
+        return self.rx._take()
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.left:
+            yield self.rx._take()
+
+    def take_batch(self) -> Any:
+        """All that waits, or None."""
+        return self.rx._next_batch(0) if self.left else None
+
+    def drop(self) -> None:
+        """Give up what waits."""
+        self.rx._drop()
+
+    def release(self) -> None:
+        """Give the memory up, and begin anew."""
+        self.rx._release()
+        self.rx._use(self.mechanism)
+
+    def take_back(self) -> None:
+        """Copy what is held of memory that is not the receiver's."""
+        self.rx._copy_held()
+
+
 class Source:
     """A receiver, and the part of reception that fills and classifies."""
 
@@ -82,15 +177,7 @@ class Source:
         self.kind = kind
         self.framing = framing
         self.descriptors = Descriptors(rows)
-        self.claims: dict[str, Any] = {}
-        self.receiver: _types.Receiver = kind.module.Receiver(
-            self.descriptors.memory,
-            packets.ARENA_START + ROOM + align(ROW_BYTES * rows),
-            self.claims,
-            framing.link_header,
-            framing.vnet_header_size,
-            not framing.vnet_little_endian,
-        )
+        self.receiver: Any = Hand(kind, framing, self.descriptors)
 
     def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
         """Receive these rows: each frame behind its prefix, `gap` in front of both, and what was there between them."""
@@ -144,6 +231,33 @@ class Source:
         return packet
 
 
+class _Mechanism(ctypes.Structure):
+    """struct lrx_mechanism."""
+
+    FILL = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_size_t, ctypes.c_uint32
+    )
+    RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32)
+    _fields_ = [
+        ("fill", FILL),
+        ("state", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("release", RELEASE),
+    ]
+
+
+class _Places(ctypes.Structure):
+    """struct lrx_places."""
+
+    _fields_ = [
+        ("frames", ctypes.c_size_t * 2),
+        ("lent", ctypes.c_uint32 * 2),
+        ("turn", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("guard", ctypes.c_size_t),
+    ]
+
+
 class Ring(Source):
     """The same with frames in memory that is not the receiver's, as a ring's is; for the types in C."""
 
@@ -153,16 +267,27 @@ class Ring(Source):
         super().__init__(C, framing)
         self.memory = (ctypes.c_uint8 * (3 * self.SIZE))()
         self.guard = ctypes.c_uint32(1)
-        self.owners = [C.module.Owner(0, ctypes.addressof(self.guard)) for _ in range(2)]
-        self.turn = 0
+        self.places = _Places(guard=ctypes.addressof(self.guard))
+        self.rows: tuple[Sequence[Row], int, bytes] | None = None
+        self.mechanism = _Mechanism(
+            _Mechanism.FILL(self._fill),
+            None,
+            ctypes.addressof(self.places),
+            _Mechanism.RELEASE(self._release),
+        )
+        self.receiver.mechanism = ctypes.addressof(self.mechanism)
+        self.receiver.rx._use(self.receiver.mechanism)
 
-    def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
-        """Into one half of the ring's memory and then the other; what is held of it is copied before that."""
-        arena = self.receiver.arena()
-        owner, first = self.owners[self.turn], self.turn * self.SIZE
-        owner.take_back()
-        owner.address = ctypes.addressof(self.memory) + first
-        self.turn ^= 1
+    def _release(self, _state: int | None, slot: int) -> None:
+        self.places.lent[slot] = 0
+
+    def _fill(self, _state: int | None, _descriptors: int, _rows: int, region: int, _room: int) -> int:
+        """Into one half of the ring's memory and then the other."""
+        if self.rows is None:
+            return 0
+        (rows, spare, gap), self.rows = self.rows, None
+        turn = self.places.turn
+        first = turn * self.SIZE
         memory = memoryview(self.memory).cast("B")[first : first + 2 * self.SIZE]
         memory[: self.SIZE] = b"\xbb" * self.SIZE
         at, starts = 0, []
@@ -172,9 +297,17 @@ class Ring(Source):
             starts.append(at + len(gap) + len(row.prefix))
             at += len(data) + 48  # a header for each
         count = len(rows) + spare
-        table = arena.view[arena.cursor : arena.cursor + ROW_BYTES * count]
-        self.describe(rows, starts, table, count, 0)
-        return bool(self.receiver.take_in(owner))
+        table = (ctypes.c_uint8 * (ROW_BYTES * count)).from_address(region)
+        self.describe(rows, starts, memoryview(table).cast("B"), count, 0)
+        self.places.frames[turn] = ctypes.addressof(self.memory) + first
+        self.places.lent[turn] = 1
+        self.places.turn = turn ^ 1
+        return len(rows)
+
+    def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
+        """What is held of a half is copied before it is filled again."""
+        self.rows = (rows, spare, gap)
+        return bool(self.receiver.rx._poll())
 
 
 def batch_of(kind: Kind, rows: Sequence[Row], framing: Framing = ETHERNET, spare: int = 2) -> _types.Batch:

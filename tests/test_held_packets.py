@@ -96,7 +96,7 @@ def by_delivery(count: int, take: Callable[[linkrx.Packet], object]) -> None:
             raise LookupError
 
     with received(count, deliver) as rx:
-        while rx.stats().packets < count or rx._receiver.left > 0:
+        while rx.stats().packets < count or rx._left > 0:
             with suppress(LookupError):
                 rx.drain()
 

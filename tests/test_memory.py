@@ -119,10 +119,10 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
             source.fill(some)
             kept.extend(keep(source))
             found = source.receiver.arena()
-            arenas[id(found)] = found
+            if found is not None:
+                arenas[id(found)] = found
         source.receiver.release()
-        for owner in getattr(source, "owners", ()):
-            owner.take_back()
+        source.receiver.take_back()
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -235,10 +235,10 @@ def test_nothing_is_leaked(kind: Kind) -> None:
         for _ in range(20):
             everything(source)
         before = state()
-        for _ in range(300):
+        for _ in range(1000):
             everything(source)
         blocks, mappings = (after - earlier for earlier, after in zip(before, state(), strict=True))
-        assert blocks < 200  # one each time would be 300
+        assert blocks < 500  # one each time would be 1000, and caches of the interpreter take some
         assert mappings < 5
 
 
@@ -341,8 +341,7 @@ def test_releasing_a_receiver_twice() -> None:
             source.receiver.release()
 
         assert source.receiver.deliver(deliver) == 1
-        for owner in getattr(source, "owners", ()):
-            owner.take_back()
+        source.receiver.take_back()
         assert kept == [numbered(0), numbered(1)]
         assert source.receiver.left == 0
         source.fill(rows_of(9))
@@ -351,34 +350,31 @@ def test_releasing_a_receiver_twice() -> None:
 
 @needs_core
 def test_receiving_within_deliver() -> None:
-    """A deliver that drops the rest, takes it as a batch, or delivers it by itself: no packet comes twice, none is another."""
+    """A deliver that receives by itself gets Busy, and every packet comes once."""
     for make in (arena, ring):
-        for act in ("take_batch", "drop", "take_packet", "deliver", "stop"):
-            source = make()
-            source.fill(rows_of(*range(6)))
-            got: list[Any] = []
+        source = make()
+        source.fill(rows_of(*range(6)))
+        got: list[Any] = []
 
-            def deliver(
-                _r: object,
-                _l: object,
-                _p: int,
-                packet: Any,
-                source: Source = source,
-                got: list[Any] = got,
-                act: str = act,
-            ) -> None:
-                got.append(packet)
-                if len(got) == 2:
-                    if act == "deliver":
-                        source.receiver.deliver(deliver)
-                    else:
-                        rest = getattr(source.receiver, act)()
-                        got.extend(rest.frames() if act == "take_batch" else [rest] * (rest is not None))
+        def deliver(
+            _r: object, _l: object, _p: int, packet: Any, source: Source = source, got: list[Any] = got
+        ) -> None:
+            got.append(packet)
+            rx = source.receiver.rx
+            for receive in (
+                rx.drain,
+                rx.dispatch,
+                rx.recv,
+                rx._take,
+                rx._poll,
+                lambda: next(rx),
+                lambda: rx._next_batch(0),
+            ):
+                with pytest.raises(linkrx.Busy):
+                    receive()
 
-            source.receiver.deliver(deliver)
-            wanted = {"drop": 2, "stop": 2}.get(act, 6)
-            assert got == [numbered(n) for n in range(wanted)]
-            assert source.receiver.undelivered == (4 if act == "drop" else 0)
+        assert source.receiver.deliver(deliver) == 6
+        assert got == [numbered(n) for n in range(6)]
 
 
 # The collector, finalizers, and the end of the interpreter.
@@ -654,8 +650,7 @@ def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
                 with failing((n + k) % 12):
                     # As a fill does: an arena, and the other half of a ring.
                     source.receiver.arena()
-                    for owner in getattr(source, "owners", ()):
-                        owner.take_back()
+                    source.receiver.take_back()
             except MemoryError:
                 failures += 1
             assert [packet[:] for packet in held] == wanted
@@ -687,10 +682,9 @@ class ShortOfMemory:
 
 
 @needs_core
-@in_both
-def test_no_memory_to_take_in(make: Callable[[], Source]) -> None:
+def test_no_memory_to_take_in() -> None:
     """Where memory is short as a batch is made, the same call does it later, and no packet is lost."""
-    source = make()
+    source = arena()
     receiver: Any = source.receiver
     short: Any = ShortOfMemory(receiver)
     for n in range(30):
@@ -1020,8 +1014,7 @@ def test_anything_in_any_order(
         if eager:
             gc.collect(0)
     holder.source.receiver.release()
-    for owner in getattr(holder.source, "owners", ()):
-        owner.take_back()
+    holder.source.receiver.take_back()
     holder.check()
     for packet, frame in holder.packets:
         assert bytes(packet) == frame
