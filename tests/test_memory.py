@@ -309,6 +309,43 @@ def test_a_memory_that_is_looked_at_keeps_its_arena() -> None:
 
 
 @needs_core
+@in_both
+def test_packets_of_a_copied_batch_outlive_it(make: Callable[[], Source]) -> None:
+    """Packets of a batch that has a copy, or an arena, of its own show what they are when the batch is gone."""
+    for viewed in (False, True):
+        source = make()
+        batch: Any = source.batch(rows_of(1, 2, 3))
+        view = batch.memory if viewed else None
+        latest = [source.batch(rows_of(n)) for n in range(10, 14)]
+        packets = [batch[0], next(iter(batch)), *batch]
+        copied = batch.copy()
+        packets += [copied[1], *copied]
+        del batch, copied, view
+        latest = [source.batch(rows_of(n)) for n in range(20, 24)]
+        spoiled = [
+            bytes([n]) * size for n in range(40) for size in range(150, 250, 8)
+        ]  # what memory is used for again
+        assert [packet[:] for packet in packets] == [numbered(n) for n in (1, 1, 1, 2, 3, 2, 1, 2, 3)]
+        assert len(latest) + len(spoiled) > 4
+
+
+@needs_core
+def test_the_last_two_packets_of_an_iteration_are_read_in_place() -> None:
+    """The packet before the last one still reads in place, for a loop variable has it; the one before that has been copied."""
+    for of_batch in (True, False):
+        ring = Ring()
+        ring.fill(rows_of(*range(4)))
+        packets: Any = iter(ring.receiver.take_batch() or ()) if of_batch else ring.receiver
+        first, second = next(packets), next(packets)
+        ctypes.memset(ctypes.addressof(ring.memory), 0xEE, 64)
+        assert (first[20], second[:]) == (0xEE, numbered(1))
+        third = next(packets)
+        ctypes.memset(ctypes.addressof(ring.memory), 0x11, Ring.SIZE)
+        assert first[20] == 0xEE
+        assert (second[20], third[20]) == (0x11, 0x11)
+
+
+@needs_core
 def test_views_released_in_any_order() -> None:
     """Views of a batch's memory, released in any order, after and before their batch, and views of views."""
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
@@ -443,6 +480,31 @@ def test_finalizers_that_look(make: Callable[[], Source]) -> None:
             ] * len(batch)
             assert [first, *kept] == [numbered(k) for k in range(n, n + 1 + len(kept))]
     assert len(told) > 300
+
+
+@needs_core
+def test_a_collection_while_a_view_is_made() -> None:
+    """A finalizer that looks at the same packet or batch, just as a view of it is made, does not change which part that is."""
+    source = Source(C)
+    told: list[object] = []
+    parts = {"data": numbered(1)[14:], "link_header": numbered(1)[:14], "frame": numbered(1)}
+    for part, wanted in parts.items():
+        packet = source.packet_of(1)
+        with eager_collector():
+            gc.disable()
+            Looks([packet], told)
+            gc.enable()  # the next container is what the collector runs for
+            view = getattr(packet, part)
+        assert bytes(view) == wanted
+    for name in ("starts", "timestamps", "flags"):
+        batch = source.batch_of(1, 2)
+        with eager_collector():
+            gc.disable()
+            Looks([batch], told)
+            gc.enable()
+            column = getattr(batch, name)
+        assert column.format == {"starts": "I", "timestamps": "q", "flags": "H"}[name]
+    assert len(told) == 3 + 3 * 3
 
 
 @needs_core
