@@ -1,5 +1,6 @@
 /* Fuzzes readv's fill: the kernel's queue is the input, and every packet it hands out must stand in a row. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -7,6 +8,7 @@
 
 #include "fuzz.h"
 
+static int fake_fcntl(int fd, int command);
 static int fake_poll(struct pollfd *ready, nfds_t count, int timeout);
 static ssize_t fake_preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
 static ssize_t fake_read(int fd, void *memory, size_t size);
@@ -14,6 +16,7 @@ static ssize_t fake_readv(int fd, const struct iovec *iov, int count);
 static ssize_t fake_recv(int fd, void *memory, size_t size, int flags);
 static ssize_t fake_recvmsg(int fd, struct msghdr *message, int flags);
 
+#define fcntl fake_fcntl
 #define poll fake_poll
 #define preadv2 fake_preadv2
 #define read fake_read
@@ -30,6 +33,8 @@ static struct {
     struct input *in;
     uint32_t capacity;
     int method;
+    int nonblocking; /* O_NONBLOCK is set in this fill */
+    int plain;       /* and it was looked at */
     struct event next;
     int known;    /* `next` is what comes next */
     int readable; /* poll() said so, and nothing was read since */
@@ -51,7 +56,7 @@ static int fail(void)
 {
     errno = kernel.next.error;
     kernel.known = 0;
-    if (errno == EOPNOTSUPP && kernel.method == LRX_NOWAIT)
+    if (errno == EOPNOTSUPP && kernel.method == LRX_READ)
         kernel.method = LRX_POLL; /* what is to be done about it: nobody else need know */
     else if (errno != EINTR)
         kernel.error = errno;
@@ -82,7 +87,7 @@ static ssize_t hand_out(const struct iovec *iov, int count)
 /* Without MSG_TRUNC nobody is told more than was copied. */
 static ssize_t fake_readv(int fd, const struct iovec *iov, int count)
 {
-    MUST(fd == FD && (kernel.method == LRX_READ || (kernel.method == LRX_POLL && kernel.readable)));
+    MUST(fd == FD && (kernel.plain || (kernel.method == LRX_POLL && kernel.readable)));
     ssize_t length = hand_out(iov, count);
     return length > (ssize_t)kernel.capacity + 1 ? (ssize_t)kernel.capacity + 1 : length;
 }
@@ -96,9 +101,17 @@ static ssize_t fake_read(int fd, void *memory, size_t size)
 
 static ssize_t fake_preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
 {
-    MUST(fd == FD && kernel.method == LRX_NOWAIT && offset == -1 && flags == RWF_NOWAIT);
+    MUST(fd == FD && kernel.method == LRX_READ && !kernel.plain && offset == -1 && flags == RWF_NOWAIT);
     ssize_t length = hand_out(iov, count);
     return length > (ssize_t)kernel.capacity + 1 ? (ssize_t)kernel.capacity + 1 : length;
+}
+
+/* Looked at once, behind the first packet. */
+static int fake_fcntl(int fd, int command)
+{
+    MUST(fd == FD && command == F_GETFL && kernel.handed == 1 && kernel.method == LRX_READ);
+    kernel.plain = kernel.nonblocking;
+    return kernel.nonblocking ? O_RDWR | O_NONBLOCK : O_RDWR;
 }
 
 static ssize_t fake_recvmsg(int fd, struct msghdr *message, int flags)
@@ -121,7 +134,7 @@ static ssize_t fake_recv(int fd, void *memory, size_t size, int flags)
 static int fake_poll(struct pollfd *ready, nfds_t count, int timeout)
 {
     MUST(count == 1 && ready->fd == FD && ready->events == POLLIN && timeout == 0);
-    MUST(kernel.method == LRX_POLL);
+    MUST(kernel.method == LRX_POLL && !kernel.plain);
     switch (look()->kind) {
     case NOTHING:
         fail();
@@ -159,7 +172,8 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, size};
-    struct lrx_readv r = {.fd = FD, .method = (int)take(&in, LRX_POLL)};
+    const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL};
+    struct lrx_readv r = {.fd = FD, .method = methods[take(&in, 3)]};
     uint32_t rows = 1 + take(&in, 7), table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
     uint32_t *header = (uint32_t *)exactly(table_bytes);
 
@@ -177,6 +191,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int fills = 0; fills < 16; fills++) {
         uint32_t room = (r.capacity + 8 + take(&in, 4000)) & ~7u;
         uint8_t *region = exactly(room);
+        kernel.nonblocking = fills % 2 == 0;
+        kernel.plain = 0;
         int got = lrx_readv_fill(&r, (uintptr_t)header, rows, (uintptr_t)region, room);
         int error = kernel.error == EAGAIN ? 0 : kernel.error;
 
