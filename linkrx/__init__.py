@@ -21,7 +21,7 @@ from linkrx.errors import (
 from linkrx.factory import BackendInfo, backends, choose, open
 from linkrx.headers import Flags, Gso, Vlan, VnetHeader
 from linkrx.options import OpenOptions
-from linkrx.packets import Batch, Packet
+from linkrx.packets import Batch, Deliver, Packet
 from linkrx.stats import End, Stats
 from linkrx.tuntap import Offload, TunTap
 
