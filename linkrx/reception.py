@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NoReturn
@@ -18,7 +19,7 @@ from linkrx.backend import Backend, Mechanism, Receive
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
 from linkrx.columns import COUNT, ERROR, HELD, Descriptors, align
-from linkrx.dropwatch import INTERVAL, DropWatch
+from linkrx.dropwatch import DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
 from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
 from linkrx.headers import MALFORMED
@@ -226,8 +227,10 @@ class Reception(Receiver):
             self._watch_link(down=False)
 
     def _look_at_drops(self) -> float:
-        self._drop_watch.look(self._drops)
-        return INTERVAL
+        watch = self._drop_watch
+        if time.monotonic() >= watch.due:
+            watch.look(self._drops)
+        return max(0.0, watch.due - time.monotonic())
 
     # Ends.
 

@@ -415,9 +415,9 @@ def test_c_and_python_agree(
         counters = array("Q", [counted] * 7)
         make(descriptors, framing, counters, interface=interface)(arena, len(packets))
         left.append((bytes(arena.view), list(counters), list(descriptors.header)))
-    in_python, in_c = left
-    assert in_python == in_c
+    of_python, of_c = left
+    assert of_python == of_c
     # Every packet was counted exactly once, as one thing or another.
-    slots = in_c[1]
+    slots = of_c[1]
     kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED)
     assert sum(slots[slot] - counted for slot in kinds) == len(packets)

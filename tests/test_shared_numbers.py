@@ -18,7 +18,10 @@ SHARED: dict[str, int] = {
     "LRX_ERROR": columns.ERROR,
     "LRX_CLASSIFIED": columns.CLASSIFIED,
     "LRX_ROWS": columns.ROWS,
+    "LRX_HELD": columns.HELD,
+    "LRX_MOST": columns.MOST,
     "LRX_CLASSIFIER_AT": columns.HEADER.size,
+    "LRX_MANY_AT": columns.HEADER.size + 8,
     "LRX_HEADER_BYTES": columns.HEADER_BYTES,
     "LRX_ROW_BYTES": columns.ROW_BYTES,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
@@ -94,7 +97,7 @@ def test_counters_have_a_slot_for_each() -> None:
 
 
 def test_header_has_a_word_for_each() -> None:
-    """The header of the descriptors is exactly as many 32-bit words as it has names, and a pointer."""
+    """The header of the descriptors is exactly as many 32-bit words as it has names, and three pointers."""
     words = {
         columns.COUNT,
         columns.RECEIVES,
@@ -102,10 +105,12 @@ def test_header_has_a_word_for_each() -> None:
         columns.ERROR,
         columns.CLASSIFIED,
         columns.ROWS,
+        columns.HELD,
+        columns.MOST,
     }
     header = columns.Descriptors(1).header
     assert words == set(range(len(header)))
-    assert columns.HEADER_BYTES - header.nbytes == 8 >= struct.calcsize("P")
+    assert columns.HEADER_BYTES - header.nbytes == 3 * 8 >= 3 * struct.calcsize("P")
 
 
 def test_row_is_the_sum_of_its_columns() -> None:

@@ -139,6 +139,8 @@ class OsReadv(Backend):
         header[END] = align(length)
         header[COUNT] = 1
         self._lengths.clear()
+        if length > self._stride:
+            self._learn_stride(length)
 
     def _report(self, count: int) -> None:
         descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride
@@ -157,9 +159,12 @@ class OsReadv(Backend):
         header[END] = align((count - 1) * stride + kept[-1])
         header[COUNT] = count
         self._lengths.clear()
-        # Room for the longest just seen, and towards shorter ones by halves: what is kept should lie close together.
+        self._learn_stride(longest)
+
+    def _learn_stride(self, longest: int) -> None:
+        """Room for the longest just seen, and towards shorter ones by halves: what is kept should lie close together."""
         needed = -(-longest // STRIDE_LEAST) * STRIDE_LEAST
-        self._stride = max(needed, stride // 2 // STRIDE_LEAST * STRIDE_LEAST, STRIDE_LEAST)
+        self._stride = max(needed, self._stride // 2 // STRIDE_LEAST * STRIDE_LEAST, STRIDE_LEAST)
 
 
 def _ladder(memory: memoryview, sizes: tuple[int, ...]) -> list[memoryview]:

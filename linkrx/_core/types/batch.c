@@ -3,142 +3,9 @@
 
 #include <string.h>
 
-/* Columns as they are shown. */
-
-enum column {
-    TIMESTAMPS,
-    STARTS,
-    LENGTHS,
-    WIRE_LENGTHS,
-    INTERFACES,
-    PROTOCOLS,
-    FLAGS,
-    VLAN_TCIS,
-    VLAN_TPIDS,
-};
-
-static void *column_of(const Table *t, int column, char **format, Py_ssize_t *width)
-{
-    static const struct {
-        char format[2];
-        uint8_t width;
-    } shapes[] = {
-        [TIMESTAMPS] = {"q", 8}, [STARTS] = {"I", 4},     [LENGTHS] = {"I", 4}, [WIRE_LENGTHS] = {"I", 4}, [INTERFACES] = {"I", 4},
-        [PROTOCOLS] = {"H", 2},  [FLAGS] = {"H", 2},      [VLAN_TCIS] = {"H", 2}, [VLAN_TPIDS] = {"H", 2},
-    };
-    void *const columns[] = {
-        [TIMESTAMPS] = t->timestamps, [STARTS] = t->starts,       [LENGTHS] = t->lengths,
-        [WIRE_LENGTHS] = t->wire_lengths, [INTERFACES] = t->interfaces, [PROTOCOLS] = t->protocols,
-        [FLAGS] = t->flags,           [VLAN_TCIS] = t->vlan_tcis, [VLAN_TPIDS] = t->vlan_tpids,
-    };
-
-    *format = (char *)shapes[column].format;
-    *width = shapes[column].width;
-    return columns[column];
-}
-
-#define ROW (sizeof(int64_t) + 5 * sizeof(uint32_t) + 4 * sizeof(uint16_t))
-
-static void table_lay_out(Table *t, uint32_t count)
-{
-    t->count = count;
-    t->timestamps = (int64_t *)(t + 1);
-    t->places = (uint32_t *)(t->timestamps + count);
-    t->starts = t->places + count;
-    t->lengths = t->starts + count;
-    t->wire_lengths = t->lengths + count;
-    t->interfaces = t->wire_lengths + count;
-    t->protocols = (uint16_t *)(t->interfaces + count);
-    t->flags = t->protocols + count;
-    t->vlan_tcis = t->flags + count;
-    t->vlan_tpids = t->vlan_tcis + count;
-}
-
-static Table *table_new(State *state, uint32_t count)
-{
-    Table *t = PyObject_NewVar(Table, state->table_type, (Py_ssize_t)(ROW * count));
-
-    if (!t)
-        return NULL;
-    t->room = count;
-    t->column = 0;
-    table_lay_out(t, count);
-    return t;
-}
-
-static void table_skip(Table *t, uint32_t n)
-{
-    t->count -= n;
-    t->timestamps += n;
-    t->places += n;
-    t->starts += n;
-    t->lengths += n;
-    t->wire_lengths += n;
-    t->interfaces += n;
-    t->protocols += n;
-    t->flags += n;
-    t->vlan_tcis += n;
-    t->vlan_tpids += n;
-}
-
-static int table_getbuffer(PyObject *self, Py_buffer *view, int flags)
-{
-    Table *t = (Table *)self;
-    char *format;
-    Py_ssize_t width;
-    void *column = column_of(t, t->column, &format, &width);
-
-    if (PyBuffer_FillInfo(view, self, column, t->count * width, 1, flags) < 0)
-        return -1;
-    view->itemsize = width;
-    if (view->format)
-        view->format = format;
-    if (view->shape)
-        view->shape = &t->count; /* FillInfo has set the number of bytes */
-    return 0;
-}
-
-static void table_dealloc(PyObject *self)
-{
-    lrx_free(self);
-}
-
-static PyType_Slot table_slots[] = {
-    {Py_tp_doc, "The columns of one batch."},
-    {Py_tp_dealloc, table_dealloc},
-    {Py_bf_getbuffer, table_getbuffer},
-    {0, NULL},
-};
-
-PyType_Spec lrx_table_spec = {
-    .name = "linkrx._core._types.Table",
-    .basicsize = sizeof(Table),
-    .itemsize = 1,
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = table_slots,
-};
-
-/* The batch. */
-
 static uint32_t aligned(uint32_t offset)
 {
     return (offset + 7u) & ~7u;
-}
-
-/* Columns that a copy has as well. */
-static void copy_columns(Table *to, const struct lrx_columns *from)
-{
-    const size_t count = (size_t)to->count;
-
-    memcpy(to->timestamps, from->timestamps, count * sizeof *to->timestamps);
-    memcpy(to->starts, from->starts, count * sizeof *to->starts);
-    memcpy(to->lengths, from->lengths, count * sizeof *to->lengths);
-    memcpy(to->wire_lengths, from->wire_lengths, count * sizeof *to->wire_lengths);
-    memcpy(to->interfaces, from->interfaces, count * sizeof *to->interfaces);
-    memcpy(to->protocols, from->protocols, count * sizeof *to->protocols);
-    memcpy(to->flags, from->flags, count * sizeof *to->flags);
-    memcpy(to->vlan_tcis, from->vlan_tcis, count * sizeof *to->vlan_tcis);
-    memcpy(to->vlan_tpids, from->vlan_tpids, count * sizeof *to->vlan_tpids);
 }
 
 static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_t count, Framing framing)
@@ -150,12 +17,12 @@ static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_
     memset((char *)b + offsetof(Batch, state), 0, sizeof *b - offsetof(Batch, state));
     b->state = state;
     b->framing = framing;
-    b->table = table_new(state, count);
+    b->table = lrx_table_new(state, count);
     if (!b->table) {
         Py_DECREF((PyObject *)b);
         return NULL;
     }
-    copy_columns(b->table, columns);
+    lrx_table_copy(b->table, columns);
     return b;
 }
 
@@ -173,8 +40,8 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     if (b && b->table->room >= count) {
         *spare = NULL;
         b->settled = b->tidy = false;
-        table_lay_out(b->table, count);
-        copy_columns(b->table, columns);
+        lrx_table_lay_out(b->table, count);
+        lrx_table_copy(b->table, columns);
     } else {
         b = batch_new(state, columns, count, framing);
     }
@@ -206,7 +73,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
 
 void lrx_batch_skip(Batch *b, uint32_t n)
 {
-    table_skip(b->table, n);
+    lrx_table_skip(b->table, n);
 }
 
 static void leave_owner(Batch *b)
@@ -340,7 +207,7 @@ static PyObject *batch_memory(PyObject *self, void *unused)
 static PyObject *batch_column(PyObject *self, void *which)
 {
     Batch *b = (Batch *)self;
-    const int column = (int)(uintptr_t)which;
+    const enum column column = (enum column)(uintptr_t)which;
     PyObject *view = b->columns[column];
 
     if (!view) {
@@ -473,109 +340,21 @@ static PyObject *batch_repr(PyObject *self)
     return PyUnicode_FromFormat("<Batch of %zd packets, %llu bytes>", t->count, (unsigned long long)bytes);
 }
 
-/* Iteration: two packets take turns, for who asks for the next one has the last one in a variable still. */
-
-typedef struct {
-    PyObject_HEAD
-    Batch *batch; /* NULL behind the end */
-    Py_ssize_t next;
-    Packet *turns[2];
-} BatchIterator;
-
-static PyObject *batch_iterate(PyObject *self)
-{
-    BatchIterator *i = PyObject_New(BatchIterator, ((Batch *)self)->state->batch_iterator_type);
-
-    if (!i)
-        return NULL;
-    Py_INCREF(self);
-    i->batch = (Batch *)self;
-    i->next = 0;
-    i->turns[0] = i->turns[1] = NULL;
-    return (PyObject *)i;
-}
-
-static PyObject *iterator_next(PyObject *self)
-{
-    BatchIterator *i = (BatchIterator *)self;
-    Batch *b = i->batch;
-    Packet *p;
-
-    if (!b)
-        return NULL;
-    if (i->next == b->table->count) {
-        i->batch = NULL;
-        Py_DECREF((PyObject *)b);
-        return NULL;
-    }
-    p = lrx_packet_in(b->state, &i->turns[i->next & 1]);
-    if (!p || lrx_packet_set(p, b, (uint32_t)i->next) < 0)
-        return NULL;
-    i->next++;
-    Py_INCREF((PyObject *)p);
-    return (PyObject *)p;
-}
-
-static void iterator_dealloc(PyObject *self)
-{
-    BatchIterator *i = (BatchIterator *)self;
-
-    Py_XDECREF((PyObject *)i->batch);
-    Py_XDECREF((PyObject *)i->turns[0]);
-    Py_XDECREF((PyObject *)i->turns[1]);
-    lrx_free(self);
-}
-
-static PyObject *iterator_self(PyObject *self)
-{
-    Py_INCREF(self);
-    return self;
-}
-
-static PyObject *iterator_hint(PyObject *self, PyObject *unused)
-{
-    const BatchIterator *i = (BatchIterator *)self;
-
-    (void)unused;
-    return PyLong_FromSsize_t(i->batch ? i->batch->table->count - i->next : 0);
-}
-
-static PyMethodDef iterator_methods[] = {
-    {"__length_hint__", iterator_hint, METH_NOARGS, "__length_hint__($self, /)\n--\n\nHow many packets are to come."},
-    {0},
-};
-
-static PyType_Slot iterator_slots[] = {
-    {Py_tp_doc, "The packets of a batch, in order."},
-    {Py_tp_dealloc, iterator_dealloc},
-    {Py_tp_iter, iterator_self},
-    {Py_tp_iternext, iterator_next},
-    {Py_tp_methods, iterator_methods},
-    {0, NULL},
-};
-
-PyType_Spec lrx_batch_iterator_spec = {
-    .name = "linkrx._core._types.BatchIterator",
-    .basicsize = sizeof(BatchIterator),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = iterator_slots,
-};
-
 #define COLUMN(name, which, text) {name, batch_column, NULL, text, (void *)(uintptr_t)which}
 
 static PyGetSetDef batch_attributes[] = {
     {"memory", batch_memory, NULL,
      "The frames, as a read-only memoryview: memory[starts[i] : starts[i] + lengths[i]] is frame i.", NULL},
-    COLUMN("starts", STARTS, "Where each frame starts in `memory` (uint32)."),
-    COLUMN("lengths", LENGTHS, "Bytes of each frame, link header included (uint32)."),
-    COLUMN("wire_lengths", WIRE_LENGTHS,
+    COLUMN("starts", COLUMN_STARTS, "Where each frame starts in `memory` (uint32)."),
+    COLUMN("lengths", COLUMN_LENGTHS, "Bytes of each frame, link header included (uint32)."),
+    COLUMN("wire_lengths", COLUMN_WIRE_LENGTHS,
            "Bytes of each frame before anything cut it, where the kernel tells it (uint32)."),
-    COLUMN("interfaces", INTERFACES, "The index of the interface of each packet, on packet sockets; else 0 (uint32)."),
-    COLUMN("timestamps", TIMESTAMPS, "When the kernel received each frame: nanoseconds since 1970, or 0 (int64)."),
-    COLUMN("protocols", PROTOCOLS, "The EtherType of each packet (uint16)."),
-    COLUMN("flags", FLAGS, "The `Flags` of each packet (uint16)."),
-    COLUMN("vlan_tcis", VLAN_TCIS, "The tag that the kernel took out of each frame with Flags.VLAN (uint16)."),
-    COLUMN("vlan_tpids", VLAN_TPIDS, "The EtherType of that tag (uint16)."),
+    COLUMN("interfaces", COLUMN_INTERFACES, "The index of the interface of each packet, on packet sockets; else 0 (uint32)."),
+    COLUMN("timestamps", COLUMN_TIMESTAMPS, "When the kernel received each frame: nanoseconds since 1970, or 0 (int64)."),
+    COLUMN("protocols", COLUMN_PROTOCOLS, "The EtherType of each packet (uint16)."),
+    COLUMN("flags", COLUMN_FLAGS, "The `Flags` of each packet (uint16)."),
+    COLUMN("vlan_tcis", COLUMN_VLAN_TCIS, "The tag that the kernel took out of each frame with Flags.VLAN (uint16)."),
+    COLUMN("vlan_tpids", COLUMN_VLAN_TPIDS, "The EtherType of that tag (uint16)."),
     {0},
 };
 
@@ -592,7 +371,7 @@ static PyType_Slot batch_slots[] = {
      "long it is kept. What the kernel is still to read, as with MSG_ZEROCOPY, is given a copy()."},
     {Py_tp_dealloc, batch_dealloc},
     {Py_tp_repr, batch_repr},
-    {Py_tp_iter, batch_iterate},
+    {Py_tp_iter, lrx_batch_iterate},
     {Py_tp_getset, batch_attributes},
     {Py_tp_methods, batch_methods},
     {Py_sq_length, batch_length},

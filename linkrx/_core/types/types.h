@@ -47,12 +47,24 @@ struct Owner {
     bool exporting_view;            /* while a writable view is made, for mechanisms written in Python */
 };
 
+enum column {
+    COLUMN_TIMESTAMPS,
+    COLUMN_STARTS,
+    COLUMN_LENGTHS,
+    COLUMN_WIRE_LENGTHS,
+    COLUMN_INTERFACES,
+    COLUMN_PROTOCOLS,
+    COLUMN_FLAGS,
+    COLUMN_VLAN_TCIS,
+    COLUMN_VLAN_TPIDS,
+};
+
 /* The columns of one batch. It refers to nothing, so a view of a column keeps the columns and no frame. */
 struct Table {
     PyObject_VAR_HEAD
     Py_ssize_t count; /* of rows; the shape of every column */
     uint32_t room;    /* rows that there is memory for */
-    int column;       /* which one the next view is of */
+    enum column column; /* which one the next view is of */
     int64_t *timestamps;
     uint32_t *places; /* where each frame lies behind the batch's base; not shown */
     uint32_t *starts; /* where each frame starts in the batch's `memory` */
@@ -121,8 +133,12 @@ int lrx_owner_copy_packets(Owner *o);
  * on. TAKEN_NOT and MemoryError: nothing is lost, and the memory must not be used again yet. */
 enum taken lrx_owner_take_back(Owner *o);
 
-/* packet.c */
+/* packet_type.c */
 extern PyType_Spec lrx_packet_spec;
+
+/* packet.c */
+void lrx_packet_dealloc(PyObject *self);
+PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused);
 Packet *lrx_packet_new(State *state);
 /* Make it packet `index` of a batch. Nobody else may have it. */
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index);
@@ -136,8 +152,22 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args);
 /* The one in `slot`, if nobody else has it, or a new one in its place. One that somebody has becomes its own. */
 Packet *lrx_packet_in(State *state, Packet **slot);
 
+/* table.c */
+extern PyType_Spec lrx_table_spec;
+Table *lrx_table_new(State *state, uint32_t count);
+/* As if it were made for `count` rows, of those that there is room for. */
+void lrx_table_lay_out(Table *t, uint32_t count);
+/* Leave the first `n` rows out. */
+void lrx_table_skip(Table *t, uint32_t n);
+/* All but the places. */
+void lrx_table_copy(Table *to, const struct lrx_columns *from);
+
+/* batch_iterator.c */
+extern PyType_Spec lrx_batch_iterator_spec;
+PyObject *lrx_batch_iterate(PyObject *batch);
+
 /* batch.c */
-extern PyType_Spec lrx_table_spec, lrx_batch_spec, lrx_batch_iterator_spec;
+extern PyType_Spec lrx_batch_spec;
 /* The first `count` rows of `columns`, whose frames lie in the first `size` bytes at `base`, in memory of `owner`, where no
  * other batch is. ValueError for frames that do not. `spare` may have a batch to use again. */
 Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
