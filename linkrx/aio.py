@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from linkrx.errors import Busy
 
 if TYPE_CHECKING:
-    from linkrx.dispatcher import Dispatcher
+    from linkrx.reception import Reception
 
 
 class Reader:
@@ -19,7 +19,7 @@ class Reader:
     nobody waits, it takes itself out, for packets that nobody fetches would call it in every turn of the loop.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Reception) -> None:
         """Made in the running loop."""
         self._dispatcher = dispatcher
         self._fd = dispatcher._wakeup.fileno()

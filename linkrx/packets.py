@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from linkrx import _core
+from linkrx import _core, plain
 
 if TYPE_CHECKING:
     from linkrx._core._types import Batch, Owner, Packet, Receiver
@@ -44,3 +44,6 @@ def restore_packet(version: int, *state: Any) -> Packet:
             "pickle and read it with the same version"
         )
     return _restore(*state)
+
+
+plain.Packet._restored_by = restore_packet  # the types in C import it

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Iterator
-from typing import Any, Self, SupportsIndex
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self, SupportsIndex
 
 from linkrx.headers import (
     CHECKSUM_UNFINISHED,
@@ -43,6 +43,8 @@ _FORMATS = {
 
 class Packet(bytes):
     """One received frame with what is known about it. It never changes, however long it is kept."""
+
+    _restored_by: ClassVar[Callable[..., Any]]  # restore_packet() of linkrx.packets, which stores it here
 
     wire_length: int
     interface: int
@@ -146,14 +148,12 @@ class Packet(bytes):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from linkrx.packets import restore_packet
-
         vnet = (2 if self._big_endian else 1) if self._vnet else 0
         state = (
             *(bytes(self), self._timestamp, self.wire_length, self.interface, self.protocol, self._flags),
             *(self._vlan.tci, self._vlan.tpid, self._link_header, vnet, self._vnet),
         )
-        return restore_packet, (1, *state)
+        return Packet._restored_by, (1, *state)
 
     def __bool__(self) -> bool:
         return True

@@ -13,7 +13,6 @@ PACKAGE = Path(linkrx.__file__).parent
 FLOORS = (
     {"errnos", "errors", "ethtool", "libc", "remedies", "headers", "_core"},
     {
-        "aio",
         "buffers",
         "capabilities",
         "choice",
@@ -31,7 +30,17 @@ FLOORS = (
         "tuntap",
         "wakeup",
     },
-    {"backend", "classify", "dispatcher", "packets", "plain_receiver", "reception", "segment", "segmenting"},
+    {
+        "aio",
+        "backend",
+        "classify",
+        "dispatcher",
+        "packets",
+        "plain_receiver",
+        "reception",
+        "segment",
+        "segmenting",
+    },
     {"backends"},
     {"factory"},
     {"__main__", "cli", "demo", "device", "doctor", "responder", "rigs", "terminal", "testing"},

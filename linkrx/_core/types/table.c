@@ -6,10 +6,10 @@
 /* Where a column is, its native format, and the bytes of one element. */
 static void *column_of(const Table *t, enum column column, char **format, Py_ssize_t *width)
 {
-    static char formats[][2] = {"H", "I", "q"};
+    static const char formats[][2] = {"H", "I", "q"};
     void *at = NULL;
 
-    *format = formats[1];
+    *format = (char *)formats[1];
     *width = sizeof(uint32_t);
     switch (column) {
     case COLUMN_STARTS:
@@ -21,7 +21,7 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     case COLUMN_INTERFACES:
         return t->interfaces;
     case COLUMN_TIMESTAMPS:
-        *format = formats[2];
+        *format = (char *)formats[2];
         *width = sizeof(int64_t);
         return t->timestamps;
     case COLUMN_PROTOCOLS:
@@ -37,7 +37,7 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
         at = t->vlan_tpids;
         break;
     }
-    *format = formats[0];
+    *format = (char *)formats[0];
     *width = sizeof(uint16_t);
     return at;
 }
