@@ -30,7 +30,7 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
     In all blocks: those that wait, and the open one, which the timer may close just now. Not in the one that was begun,
     the oldest: `undelivered` has its rest. Blocks that were given back say 0.
     """
-    mechanism: Any = rx._reception._mechanism
+    mechanism: Any = rx._mechanism
     first = _core.lib.lrx_ring_memory(mechanism._state)
     size = next(
         end - start

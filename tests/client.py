@@ -68,6 +68,8 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
             batches: linkrx.Batches = rx.batches()
             frames = [batch.memory[batch.starts[0] :] for batch in batches]
             print(frames, rx.recv(0.1), rx.drain(), rx.dispatch(1), rx.fileno())
+        except linkrx.Ended as error:
+            print(error.errno, rx.end)
         except (linkrx.Busy, linkrx.Closed, linkrx.LinkrxError):
             rx.stop()
         stats: linkrx.Stats = rx.stats()

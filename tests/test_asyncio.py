@@ -214,7 +214,7 @@ def test_close_from_outside_a_running_loop_is_refused(
             assert [packet async for packet in rx] == []
 
         with running(lambda: run(work())):
-            until(lambda: rx._waiter is not None)
+            until(lambda: rx._reader is not None and rx._reader._waiter is not None)
             with pytest.raises(linkrx.Busy, match=r"stop\(\)"):
                 rx.close()
             rx.stop()

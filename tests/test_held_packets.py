@@ -61,7 +61,7 @@ def packet_in(held: object) -> linkrx.Packet:
 
 
 @contextmanager
-def received(count: int, deliver: linkrx.dispatcher.Deliver | None = None) -> Iterator[linkrx.Dispatcher]:
+def received(count: int, deliver: linkrx.Deliver | None = None) -> Iterator[linkrx.Dispatcher]:
     """A dispatcher for which so many numbered frames are queued."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, deliver, batch_size=7) as rx:

@@ -51,7 +51,7 @@ def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LINKRX_AVOID", ladder)
     for point in range(2000):
         with rigs.unix_dgram() as rig, linkrx.open(rig.source, lambda *_: None) as rx:
-            refused = rx._reception._mechanism
+            refused = rx._mechanism
 
             def refuse(*_: object) -> int:
                 raise OSError(errno.ENOSYS, "refused")

@@ -337,7 +337,7 @@ def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
                 told = rx.stats()
                 assert told.packets == len(numbers_of(packets))
                 # What is held of the block that was begun is counted already.
-                left = ring.waiting()[1 if rx._reception._mechanism.held else 0 :]
+                left = ring.waiting()[1 if rx._mechanism.held else 0 :]
                 assert told.packets + told.undelivered + sum(left) == len(NUMBERS)
             if not interrupted:
                 break

@@ -339,7 +339,8 @@ def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.M
     for target in (
         "linkrx.wakeup.EventFd.__init__",
         "select.epoll",
-        "linkrx.reception.Receiver",
+        "linkrx.reception.Reception._prepare",
+        "linkrx.reception.Reception._use",
         "linkrx.reception.Reception._build",
         "linkrx.source.Source.link_state",
         "linkrx.factory.decide",

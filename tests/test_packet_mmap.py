@@ -252,7 +252,7 @@ def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
     """An interface with a larger limit for super-packets than usual gets larger blocks."""
     Device(wire[0]).set(gso_max_size=200_000)
     with ring_on(wire[0]) as rx:
-        assert packet_mmap._largest(rx._reception._facts) == 200_000
+        assert packet_mmap._largest(rx._facts) == 200_000
 
 
 # Accounting.

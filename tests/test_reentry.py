@@ -137,7 +137,7 @@ def test_a_stop_during_the_receive_is_seen_before_the_first_deliver(ends: Pair, 
     """A stop() that returns while packets are being received lets none of them be delivered."""
     got: list[object] = []
     with linkrx.open(ends[0], lambda *call: got.append(call), backend=backend) as rx:
-        mechanism = rx._reception._mechanism
+        mechanism = rx._mechanism
         fill = mechanism.fill
 
         def stopped_meanwhile(*arguments: object) -> int:
