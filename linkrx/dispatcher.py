@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -110,7 +110,7 @@ class Dispatcher(Reception):
         self._check_open()
         return Batches(self, timeout)
 
-    def __aiter__(self) -> AsyncPackets:
+    def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
         return AsyncPackets(self)
 

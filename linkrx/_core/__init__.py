@@ -79,7 +79,7 @@ _native, reason = _load("_native", lambda module: module.ffi.string(module.lib.l
 types: Any = None
 if _native is not None:
     types, reason = _load("_types", lambda module: module.SOURCES)
-lib: Any = None if types is None else _native.lib
+lib: Any = None if types is None or _native is None else _native.lib
 
 
 def new(declaration: str, **fields: object) -> Any:

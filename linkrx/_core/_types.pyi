@@ -2,7 +2,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self, SupportsIndex, final, overload
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from linkrx.headers import Vlan, VnetHeader
 from linkrx.stats import End
@@ -115,6 +115,7 @@ class Owner:
     def take_back(self) -> bool: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@disjoint_base
 class Receiver:
     _stopping: bool
     _closed: bool
