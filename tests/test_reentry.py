@@ -132,11 +132,10 @@ def test_two_threads_that_both_receive_share_without_a_repeat(ends: Pair) -> Non
     assert sorted(got) == list(range(total))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stop_during_the_receive_is_seen_before_the_first_deliver(ends: Pair, backend: str) -> None:
+def test_a_stop_during_the_receive_is_seen_before_the_first_deliver(ends: Pair) -> None:
     """A stop() that returns while packets are being received lets none of them be delivered."""
     got: list[object] = []
-    with linkrx.open(ends[0], lambda *call: got.append(call), backend=backend) as rx:
+    with linkrx.open(ends[0], lambda *call: got.append(call), backend="os_readv") as rx:
         mechanism = rx._mechanism
         fill = mechanism.fill
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import threading
 import traceback
 import warnings
-from pathlib import Path
 from types import CodeType, FrameType
 
 from linkrx.dispatcher import Dispatcher
@@ -18,9 +18,6 @@ from linkrx.testing.packets import sample
 from linkrx.testing.resources import descriptors
 from linkrx.testing.stops import alarmed, ignore
 from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, patiently, running, until
-
-TESTING = Path(__file__).parent
-PACKAGE = TESTING.parent
 
 
 class Interrupted(Exception):
@@ -63,7 +60,7 @@ def check_interrupted_wait(rig: Rig, backend: str) -> None:
     """A signal handler that raises ends a wait with its exception, at once, and reception goes on behind it."""
 
     def interrupt(frame: FrameType | None) -> None:
-        if is_the_loop(frame, ignore.__code__):
+        if is_inside(rx, frame, ignore.__code__):
             raise Interrupted
 
     with rig.open(backend, ignore) as rx:
@@ -92,7 +89,7 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
 
     def interrupt(frame: FrameType | None) -> None:
         nonlocal raised
-        if is_the_loop(frame, deliver.__code__):
+        if is_inside(rx, frame, deliver.__code__):
             raised += 1
             raise Interrupted
 
@@ -113,16 +110,13 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
         assert rx.stats().packets == len(got)
 
 
-def is_the_loop(frame: FrameType | None, deliver: CodeType | None = None) -> bool:
-    """Whether a signal came upon linkrx at work.
+def is_inside(rx: Dispatcher, frame: FrameType | None, deliver: CodeType) -> bool:
+    """Whether a signal came upon a call of this thread that receives.
 
     Not upon that deliver: what that raises is another matter. Not upon a generator, which may be being closed, nor upon a
     `__del__`: exceptions in those are reported by Python, and lost.
     """
-    if frame is None or frame.f_code.co_flags & inspect.CO_GENERATOR:
-        return False
-    file = Path(frame.f_code.co_filename)
-    if PACKAGE not in file.parents or TESTING in file.parents:
+    if frame is None or rx._thread != threading.get_ident() or frame.f_code.co_flags & inspect.CO_GENERATOR:
         return False
     stack = [entry.f_code for entry, _ in traceback.walk_stack(frame)]
     return deliver not in stack and "__del__" not in [code.co_name for code in stack]
@@ -151,7 +145,7 @@ def check_signals(rig: Rig, backend: str) -> None:
 
 
 def check_second_thread(rig: Rig, backend: str) -> None:
-    """While one thread waits, whatever another does but stop() raises Busy, and the first goes on undisturbed."""
+    """While one thread waits, another that wants to receive gets Busy, and the first goes on undisturbed."""
     got: list[bytes] = []
     with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet))) as rx, running(rx.run):
         try:
@@ -161,7 +155,6 @@ def check_second_thread(rig: Rig, backend: str) -> None:
                 rx.drain,
                 lambda: rx.recv(0),
                 lambda: next(rx.batches(0)),
-                rx.close,
             ):
                 try:
                     use()

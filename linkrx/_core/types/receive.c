@@ -341,7 +341,8 @@ static int rest(const Receiver *r, double seconds)
     return sleep_on(&event, 1, seconds) < 0 || PyErr_CheckSignals() < 0 ? -1 : 0;
 }
 
-/* Until something happens, or `seconds` are up. 1: the source says that it is readable. */
+/* Until something happens, or `seconds` are up. 0: nothing has happened; 1: the source says that it is readable; 2: something
+ * else. */
 static int wait(Receiver *r, double seconds)
 {
     struct epoll_event events[4];
@@ -363,7 +364,7 @@ static int wait(Receiver *r, double seconds)
         readable |= events[k].data.fd == r->source;
     if (readable && r->latency > 0)
         return rest(r, r->latency) < 0 ? -1 : 1;
-    return readable;
+    return readable ? 1 : count > 0 ? 2 : 0;
 }
 
 /* Whether to read before waiting is learned as well: where that was in vain, it is left out ever longer. */
@@ -389,15 +390,17 @@ static void learn_to_wait(Receiver *r, bool in_vain)
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
-    bool reads = r->pending || read_first(r, timeout), first = true;
+    bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
 
     if (r->looking_away && ask(r, "_listen") < 0)
         return FAILED;
     for (;;) {
         double left = SLICE;
-        int readable;
+        int happened;
 
+        if (PyErr_CheckSignals() < 0) /* under load nobody waits, and `deliver` may be written in C */
+            return FAILED;
         if (r->ended)
             return OVER;
         if (r->stopping || r->end_follows) {
@@ -420,7 +423,9 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
                     learn_to_wait(r, false);
                 if (look_at_drops(r) < 0)
                     return FAILED;
-                return r->pending ? READY : NOTHING;
+                if (r->pending)
+                    continue;
+                return NOTHING;
             default:
                 break;
             }
@@ -444,14 +449,15 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         }
         if (r->shown && ask(r, "_show") < 0) /* nothing waits here now: the event must not end this wait at once */
             return FAILED;
-        r->waits++;
+        r->waits += !resumed; /* after a signal, or a slice, it is the same wait */
         if (idle < IDLE_WAKES)
-            readable = wait(r, left);
+            happened = wait(r, left);
         else
-            readable = rest(r, left < REST ? left : REST);
-        if (readable < 0)
+            happened = rest(r, left < REST ? left : REST);
+        if (happened < 0)
             return FAILED;
-        idle += (unsigned)readable;
+        idle += happened == 1;
+        resumed = happened == 0 && idle < IDLE_WAKES;
         reads = true;
     }
 }
