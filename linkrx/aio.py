@@ -79,6 +79,15 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             self._unregister()
+        elif self._dispatcher.held_back:  # until then more may have come, and the loop need not be told again
+            self._unregister()
+            self._loop.call_later(self._dispatcher.held_back, self._receive)
+        else:
+            self._receive()
+
+    def _receive(self) -> None:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
             return
         try:
             if self._dispatcher._poll():

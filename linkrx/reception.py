@@ -75,6 +75,8 @@ class Reception(Receiver):
             undo.callback(self._wakeup.close)
             self._mechanism, self.choice = self._build(choice)
             undo.callback(self._mechanism.close)
+            # Seconds that whoever waits holds packets back for; a ring does it by itself.
+            self.held_back = 0.0 if self._mechanism.holds_back else options.held_back
             assert self._wakeup.event is not None
             self._prepare(
                 deliver,
@@ -92,7 +94,7 @@ class Reception(Receiver):
                 source.fd,
                 self._wakeup.event.fd,
                 self._wakeup.fileno(),
-                0.0 if self._mechanism.holds_back else options.held_back,
+                self.held_back,
             )
             self._use(self._mechanism.native)
             source.start()
