@@ -40,6 +40,7 @@ class Receiver:
 
     _claims: dict[str, int]
     _pending: list[Packet]  # of which the first `_next` are handed over
+    _incoming: list[Packet]  # what is being taken in
     _next = 0
     _deliver: Callable[..., object] | None
     _stopping = _delivering = _closed = _leaving = False
@@ -70,6 +71,7 @@ class Receiver:
         self = object.__new__(cls)
         self._claims = {}
         self._pending = []
+        self._incoming = []
         return self
 
     def _prepare(
@@ -135,23 +137,26 @@ class Receiver:
         table = Table(memory[end : end + rows * ROW_BYTES], rows)
         size = framing.vnet_header_size
         vnet = (1 if framing.vnet_little_endian else 2) if size else 0
-        packets = [
-            restore(
-                bytes(memory[table.starts[row] : table.starts[row] + table.lengths[row]]),
-                table.timestamps[row],
-                table.wire_lengths[row],
-                table.interfaces[row],
-                table.protocols[row],
-                table.flags[row],
-                table.vlan_tcis[row],
-                table.vlan_tpids[row],
-                framing.link_header,
-                vnet,
-                bytes(memory[table.starts[row] - size :][:VNET_BYTES]) if vnet else b"",
+        # Where the exception of a signal handler came in between, this goes on with the rows that are missing.
+        packets = self._incoming
+        for row in range(len(packets), count):
+            start = table.starts[row]
+            packets.append(
+                restore(
+                    bytes(memory[start : start + table.lengths[row]]),
+                    table.timestamps[row],
+                    table.wire_lengths[row],
+                    table.interfaces[row],
+                    table.protocols[row],
+                    table.flags[row],
+                    table.vlan_tcis[row],
+                    table.vlan_tpids[row],
+                    framing.link_header,
+                    vnet,
+                    bytes(memory[start - size :][:VNET_BYTES]) if vnet else b"",
+                )
             )
-            for row in range(count)
-        ]
-        self._pending, self._next = packets, 0
+        self._pending, self._next, self._incoming = packets, 0, []
         self._batches += 1
         self._receives += words[RECEIVES]
         words[CLASSIFIED] = 0

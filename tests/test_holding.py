@@ -36,7 +36,6 @@ from holding import (
 )
 
 import linkrx
-from linkrx import arena
 from linkrx.testing.waiting import PATIENCE, running
 
 SECRET = 200  # the mark of frames that a later batch must show nothing of
@@ -265,11 +264,6 @@ def test_held_by_a_greenlet(cell: Cell) -> None:
     assert found == [[]]
 
 
-@pytest.mark.xfail(
-    arena.REFERENCE_COUNTS_ARE_EXACT,  # where they are not, no memory is used again
-    strict=True,
-    reason="until Batch is a C type, what lies between two frames is what lay there before",
-)
 @EVERY_CELL
 def test_memory_shows_frames_of_this_batch_only(cell: Cell) -> None:
     """Nothing of an earlier batch is left in the memory of a later one, between its frames or behind them."""

@@ -15,9 +15,8 @@ from test_holding import cells
 
 pytestmark = pytest.mark.usefixtures("devices")
 
-# What a packet that is kept by itself may take besides its bytes: as yet all that came with it in one receive, here 60
-# frames. When packets are C types that keep a copy of their own, this is to be 256 bytes.
-OVERHEAD_MOST = 128 * 1024
+# What a packet that is kept by itself may take besides its bytes.
+OVERHEAD_MOST = 256
 
 # A process takes half a second: each backend once, and the ring and another where that says enough.
 EACH_BACKEND = cells("interface-packet_mmap", "packet-recvmmsg", "tap-readv", "tun-os_readv")

@@ -104,7 +104,8 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         if (got < 0) {
             if (errno == EINTR)
                 continue;
-            if (errno == EOPNOTSUPP && r->method == LRX_READ) {
+            /* A driver that knows no RWF_NOWAIT, an old kernel, or a seccomp filter that knows no preadv2(). */
+            if ((errno == EOPNOTSUPP || errno == ENOSYS || errno == EPERM) && r->method == LRX_READ && !plain) {
                 r->method = LRX_POLL;
                 continue;
             }
