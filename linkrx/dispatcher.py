@@ -6,7 +6,8 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -149,12 +150,10 @@ class Dispatcher(Reception):
         reader = self._reader
         if reader is not None and not self._forked:
             reader.close()
-        if self._forked or self._claim():
-            try:
-                self._closed = True
-                self._release_all()
-            finally:
-                self._unclaim()
+        if self._forked:
+            self._release_all()
+            _alive.discard(self)
+        elif self._close_alone():
             _alive.discard(self)
         elif self._thread == threading.get_ident():
             self._closed = True
@@ -226,8 +225,9 @@ class Batches:
         self._dispatcher = dispatcher
         self._timeout = timeout
 
-    def __iter__(self) -> Batches:
-        return self
+    def __iter__(self) -> Iterator[Batch]:
+        # In C: on a way through Python the exception of a signal handler would cost the batch that is on its way out.
+        return iter(partial(self._dispatcher._next_batch, self._timeout), None)
 
     def __next__(self) -> Batch:
         batch = self._dispatcher._next_batch(self._timeout)

@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 class Receiver:
     """One open source as far as it is touched once per packet or once per wake-up."""
 
-    _claims: dict[str, int]
+    _claims: dict[str, list[int]]  # by thread: one, of who is inside
     _pending: list[Packet]  # of which the first `_next` are handed over
     _incoming: list[Packet]  # what is being taken in
     _next = 0
@@ -62,6 +62,7 @@ class Receiver:
     _show: Callable[[], None]
     _refuse: Callable[[bool], NoReturn]
     _left_by_all: Callable[[], None]
+    _release_all: Callable[[], None]
     _without_deliver: Callable[[], NoReturn]
     _raise_ended: Callable[[], NoReturn]
     end: Any
@@ -209,29 +210,39 @@ class Receiver:
 
     def _inside(self, step: Callable[[], Result]) -> Result:
         """The step, with the dispatcher claimed: made in one atomic step, for threads with and without a GIL."""
-        claim = threading.get_ident()
-        if self._closed or self._claims.setdefault("thread", claim) != claim or self._delivering:
-            self._refuse(self._claims.get("thread") == claim)
+        claim = [threading.get_ident()]
         try:
+            if self._closed or self._claims.setdefault("thread", claim) is not claim:
+                self._refuse(self._thread == claim[0])
             return step()
         finally:
-            try:
-                if self._polled and self._has_something != self._shown:
-                    self._show()
-            finally:
-                self._claims.clear()
-                if self._leaving or self._closed:
-                    self._left_by_all()
+            # No call comes before the claim is looked at, for there an exception of a signal handler could come.
+            if "thread" in self._claims and self._claims["thread"] is claim:
+                try:
+                    if self._polled and self._has_something != self._shown:
+                        self._show()
+                finally:
+                    self._claims.clear()
+                    if self._leaving or self._closed:
+                        self._left_by_all()
 
     @property
     def _thread(self) -> int | None:
-        return self._claims.get("thread")
+        claim = self._claims.get("thread")
+        return None if claim is None else claim[0]
 
-    def _claim(self) -> bool:
-        return not self._claims and self._claims.setdefault("thread", threading.get_ident()) is not None
-
-    def _unclaim(self) -> None:
-        self._claims.clear()
+    def _close_alone(self) -> bool:
+        """Release everything if nobody is inside, and let nobody in any more. False: somebody is."""
+        claim = [threading.get_ident()]
+        try:
+            if self._claims.setdefault("thread", claim) is not claim:
+                return False
+            self._closed = True
+            self._release_all()
+            return True
+        finally:
+            if "thread" in self._claims and self._claims["thread"] is claim:
+                del self._claims["thread"]
 
     @property
     def _has_something(self) -> bool:

@@ -18,7 +18,7 @@ from linkrx import stats
 from linkrx.backend import Backend, Mechanism, Receive
 from linkrx.buffers import Layout
 from linkrx.choice import Choice
-from linkrx.columns import COUNT, ERROR, HELD, Descriptors, align
+from linkrx.columns import CLASSIFIED, COUNT, ERROR, HELD, Descriptors, align
 from linkrx.dropwatch import DropWatch
 from linkrx.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
 from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
@@ -108,18 +108,16 @@ class Reception(Receiver):
     def _fill(self, arena: Owner) -> int:
         """Ask the mechanism. What the kernel says goes into the header, to be handled behind what was received."""
         header, mechanism = self._header, self._mechanism
+        header[HELD] = 1  # until it is known: an exception may come at any point, and then somebody must look
         try:
             count = mechanism.fill(arena, self._room)
         except OSError as error:
-            if header[COUNT] or self._is_classified():
+            if header[COUNT] or header[CLASSIFIED]:  # nothing is called before the errno is in the header
                 raise  # a signal handler's: the kernel's comes without packets
             header[ERROR] = error.errno or errno.EIO
             count = 0
         header[HELD] = mechanism.held
         return header[COUNT] or count
-
-    def _is_classified(self) -> bool:
-        return self._descriptors.classified
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -247,7 +245,7 @@ class Reception(Receiver):
 
     def _is_cut_short(self) -> bool:
         """Whether an exception came between receiving packets and making a batch of them."""
-        return self._header[COUNT] > 0 or self._is_classified()
+        return self._header[COUNT] > 0 or self._header[CLASSIFIED] > 0
 
     def _finish(self, end: End) -> None:
         # What the backend received and nobody classified: packets or not, they were not delivered.

@@ -13,7 +13,6 @@
  *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
  *   _listen()            the source was left out of the poll set
  *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
- *   _show()              what waits here has changed, and somebody polls
  * and, from receiver.c:
  *   _refuse(same_thread) somebody is inside, or it is closed: raises
  *   _left_by_all()       nobody is inside any more
@@ -447,8 +446,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             if (left <= 0)
                 return NOTHING;
         }
-        if (r->shown && ask(r, "_show") < 0) /* nothing waits here now: the event must not end this wait at once */
-            return FAILED;
+        if (r->shown) /* nothing waits here now: the event must not end this wait at once */
+            lrx_show(r);
         r->waits += !resumed; /* after a signal, or a slice, it is the same wait */
         if (idle < IDLE_WAKES)
             happened = wait(r, left);

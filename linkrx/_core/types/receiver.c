@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Who may come in: one call at a time. The claim is a flag, set and taken back while the interpreter's lock is held. */
 
@@ -34,6 +35,17 @@ static bool has_something(const Receiver *r)
            header[LRX_ERROR] || header[LRX_HELD];
 }
 
+/* In C: an exception of a signal handler here would cost the packet that is on its way out. A stop() sets the event as well. */
+void lrx_show(Receiver *r)
+{
+    uint64_t count = 1;
+    ssize_t done;
+
+    r->shown = has_something(r);
+    done = r->shown ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
+    (void)done; /* it does not wait, and says no more than that it was readable, or was not */
+}
+
 /* An exception that is on its way goes on. What the words say meanwhile is told where nobody can catch it. */
 static void tell(Receiver *r, const char *word)
 {
@@ -52,7 +64,7 @@ static void tell(Receiver *r, const char *word)
 static PyObject *leave(Receiver *r, PyObject *result)
 {
     if (r->polled && has_something(r) != r->shown)
-        tell(r, "_show");
+        lrx_show(r);
     r->claimed = false;
     if (r->leaving || r->closed)
         tell(r, "_left_by_all");
@@ -428,24 +440,25 @@ static PyObject *receiver_copy_held(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *receiver_claim(PyObject *self, PyObject *unused)
+/* Here and not in Python: an exception of a signal handler would leave it claimed. */
+static PyObject *receiver_close_alone(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
+    PyObject *answer;
 
     (void)unused;
     if (r->claimed)
         Py_RETURN_FALSE;
-    r->claimed = true;
+    r->claimed = r->closed = true;
     r->thread = PyThread_get_thread_ident();
+    answer = PyObject_CallMethod(self, "_release_all", NULL);
+    r->claimed = false;
+    if (!answer)
+        return NULL;
+    Py_DECREF(answer);
     Py_RETURN_TRUE;
 }
 
-static PyObject *receiver_unclaim(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    ((Receiver *)self)->claimed = false;
-    Py_RETURN_NONE;
-}
 
 /* Attributes. */
 
@@ -626,8 +639,8 @@ static PyMethodDef receiver_methods[] = {
      "_release($self, /)\n--\n\nGive all memory up; what is held is copied. False: not all, for want of memory."},
     {"_copy_held", receiver_copy_held, METH_NOARGS,
      "_copy_held($self, /)\n--\n\nCopy what is read in place in memory that a child process will not have."},
-    {"_claim", receiver_claim, METH_NOARGS, "_claim($self, /)\n--\n\nCome in, if nobody is inside."},
-    {"_unclaim", receiver_unclaim, METH_NOARGS, "_unclaim($self, /)\n--\n\nThe end of _claim()."},
+    {"_close_alone", receiver_close_alone, METH_NOARGS,
+     "_close_alone($self, /)\n--\n\nCall _release_all() if nobody is inside, and let nobody in any more. False: somebody is."},
     {0},
 };
 

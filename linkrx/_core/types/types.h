@@ -258,6 +258,8 @@ enum outcome {
  * wants all that is there, up to a batch. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all);
 enum outcome lrx_take_in(Receiver *r);
+/* Make the polled descriptor readable while something waits here that does not need the source. */
+void lrx_show(Receiver *r);
 /* Copy what is held of memory that is not this receiver's own. */
 int lrx_copy_places(Receiver *r);
 double lrx_now(void);
