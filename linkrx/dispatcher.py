@@ -27,13 +27,13 @@ _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 def _before_fork() -> None:
     for dispatcher in list(_alive):
-        if not dispatcher._released and not dispatcher._forked:
+        if dispatcher._opened and not dispatcher._released and not dispatcher._forked:
             dispatcher._copy_held()
 
 
 def _after_fork() -> None:
     for dispatcher in list(_alive):
-        if not dispatcher._released:
+        if dispatcher._opened and not dispatcher._released:
             dispatcher._disown()
 
 
@@ -60,8 +60,8 @@ class Dispatcher(Reception):
         self._opened = False  # until all is open there is nothing for __del__ to close
         self._reader: aio.Reader | None = None
         self._gone: threading.Event | None = None  # set when the thread that is inside has left
+        _alive.add(self)  # first: behind the rest nothing may fail
         super().__init__(source, options, choice, backends, deliver)
-        _alive.add(self)
         self._opened = True
 
     # What is known about it: readable after close as well, for that is when one asks why it ended.
@@ -147,6 +147,7 @@ class Dispatcher(Reception):
         """
         if self._released:
             return
+        self._notice_fork()
         reader = self._reader
         if reader is not None and not self._forked:
             reader.close()

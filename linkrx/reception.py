@@ -69,6 +69,7 @@ class Reception(Receiver):
         self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
         self._forked = self._released = False
+        self._process = os.getpid()
         found = source.capabilities
         with ExitStack() as undo:
             self._wakeup = Wakeup(source.fd)
@@ -281,7 +282,13 @@ class Reception(Receiver):
         )
         raise Busy(f"receiving from {where}: there, only stop() and close() may be called")
 
+    def _notice_fork(self) -> None:
+        """A fork that Python was told nothing of, as C code makes it."""
+        if not self._forked and os.getpid() != self._process:
+            self._disown()
+
     def _check_open(self) -> None:
+        self._notice_fork()
         if self._forked:
             raise Closed(
                 "this dispatcher belongs to the parent process: after fork() a child may only close() it"

@@ -122,7 +122,7 @@ def no_memory(cell: str) -> None:
         lap(rig, rx)
         say(f"before: {wrong(things)}")
         say(f"behind: {[number for number, packet in held if bytes(packet) != frame(rig, number)]}")
-        say(f"enough failures: {failed > 20}")
+        say(f"enough failures: {failed > 5}")
         say(f"it came to an end: {quiet == 3}")
 
 

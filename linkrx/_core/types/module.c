@@ -3,6 +3,7 @@
 #include "types.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)
 {
@@ -13,11 +14,34 @@ static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)
     return (PyTypeObject *)type;
 }
 
+#define PROCESS_PAGE 4096
+
+static void map_process(State *state)
+{
+    void *page = mmap(NULL, PROCESS_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page == MAP_FAILED)
+        return;
+    if (madvise(page, PROCESS_PAGE, MADV_WIPEONFORK) < 0)
+        munmap(page, PROCESS_PAGE);
+    else
+        state->process = page;
+}
+
+static void module_free(void *module)
+{
+    State *state = PyModule_GetState(module);
+
+    if (state && state->process)
+        munmap((void *)state->process, PROCESS_PAGE);
+}
+
 static int execute(PyObject *module)
 {
     State *state = PyModule_GetState(module);
 
     *(void **)&state->vectorcall = dlsym(RTLD_DEFAULT, "PyObject_Vectorcall");
+    map_process(state);
     state->headers = PyImport_ImportModule("linkrx.headers");
     if (!state->headers)
         return -1;
@@ -80,6 +104,7 @@ static PyModuleDef definition = {
     .m_slots = slots,
     .m_traverse = traverse,
     .m_clear = clear,
+    .m_free = module_free,
 };
 
 PyMODINIT_FUNC PyInit__types(void)

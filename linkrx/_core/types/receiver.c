@@ -4,12 +4,13 @@
 #include <math.h>
 #include <string.h>
 #include <unistd.h>
+#include <unistd.h>
 
 /* Who may come in: one call at a time. The claim is a flag, set and taken back while the interpreter's lock is held. */
 
 static bool enter(Receiver *r)
 {
-    if (r->prepared && !r->claimed && !r->closed) {
+    if (r->prepared && !r->claimed && !r->closed && (!r->state->process || *r->state->process == r->process)) {
         r->claimed = true;
         r->thread = PyThread_get_thread_ident();
         return true;
@@ -361,6 +362,11 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     if (deliver != Py_None) {
         Py_INCREF(deliver);
         r->deliver = deliver;
+    }
+    if (r->state->process) {
+        if (!*r->state->process)
+            *r->state->process = getpid();
+        r->process = *r->state->process;
     }
     r->prepared = true;
     Py_RETURN_NONE;

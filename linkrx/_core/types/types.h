@@ -32,6 +32,9 @@ struct State {
     PyTypeObject *packet_type;
     PyTypeObject *receiver_type;
     PyObject *headers; /* the module linkrx.headers: what is asked for rarely is written there, in Python */
+    /* Which process this is, in a page that is wiped in a forked child: 0 there until something is opened. NULL where the
+     * kernel has no such pages, before Linux 4.14. */
+    volatile int64_t *process;
     /* PyObject_Vectorcall() is in CPython 3.11, but not in its limited API. NULL where it cannot be found. */
     PyObject *(*vectorcall)(PyObject *, PyObject *const *, size_t, PyObject *);
 };
@@ -195,6 +198,7 @@ typedef struct {
     State *state;
     PyObject *deliver; /* NULL: none */
     bool prepared;     /* until then every call is refused */
+    int64_t process;   /* that has opened it: no other may come in */
     Framing framing;
 
     /* Who is inside, and whether anybody may be: receiver.c. */
