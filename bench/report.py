@@ -1,6 +1,6 @@
 """Tables and a plot of what `pytest bench --benchmark-json=FILE` has measured.
 
-    python bench/report.py FILE... [--svg bench/speed.svg] [--write README.md bench/README.md]
+    python bench/report.py FILE... [--svg bench/speed.svg] [--write README.md docs/super-packets.md bench/README.md]
 
 Prints Markdown. With --write, what stands in those files between `<!-- report: NAME -->` and `<!-- end -->` is replaced by
 the table of that name. Of a benchmark that is in several FILEs the last counts.
@@ -18,7 +18,7 @@ from typing import Any
 from plot import number, svg
 from results import SIZES, SOURCES, Lines, Results, figure, table
 from targets import targets_table
-from world import kept_table, lone_table, paced_table, panels, work_table, world_table
+from world import kept_table, lone_table, paced_table, panels, speed_table, work_table, world_table
 
 WAYS = {
     "columns": "`batches()`",
@@ -178,6 +178,7 @@ def import_table(results: Results) -> Lines:
 
 TABLES: dict[str, Callable[[Results], Lines]] = {
     "world": world_table,
+    "speed": speed_table,
     "targets": targets_table,
     "lone": lone_table,
     "paced": paced_table,
