@@ -1,10 +1,11 @@
-"""What the README says runs as it stands there."""
+"""What the README and the files of docs/ say: their programs run as they stand there, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import os
 import re
 import selectors
+import signal
 import socket
 import struct
 import subprocess
@@ -12,25 +13,58 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, README, ROOT, programs
 from super_packets import Super
 
 import linkrx
 from linkrx.capabilities import PACKET_VNET_HDR, SOL_PACKET
 from linkrx.device import Device, injector_on
+from linkrx.namespace import bring_up
 from linkrx.rigs import LOCAL, REMOTE, veth
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+# Programs that begin with a title have a test of their own below.
+TITLES = {"A DHCP watcher", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 
 
-def programs() -> list[str]:
-    """Every Python program in it."""
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readme_is_short() -> None:
+    """The README has 900 words at most, its code and tables included."""
+    assert len(README.read_text().split()) <= 900
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link to a heading of a document may say behind the #, as GitHub makes it of the heading."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links(document: Path) -> None:
+    """Each relative link is to a file that is there, and to a heading that it has."""
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_document_is_found() -> None:
+    """Each file of docs/ can be reached from the README."""
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", README.read_text()))
+    assert linked == {f"docs/{document.name}" for document in DOCUMENTS if document != README}
+
+
+def test_every_program_is_run() -> None:
+    """A program has a title that is tested here, or begins without one and receives on "eth0"."""
+    titles = [re.match(r'"""(.*)\."""\n', program) for program in programs()]
+    assert sorted(found[1] for found in titles if found) == sorted(TITLES)
 
 
 @pytest.mark.usefixtures("devices")
 def test_the_ten_line_program() -> None:
-    """The first program has ten lines, and receives ten packets from an interface and ends."""
-    program = programs()[0]
+    """The program of the README has ten lines, and receives ten packets from an interface and ends."""
+    (program,) = programs(README)
     assert len(program.splitlines()) == 10
     with veth() as (near, far), injector_on(far) as injector:
         assert program.count('"eth0"') == 1
@@ -57,7 +91,7 @@ def test_the_ten_line_program() -> None:
 @pytest.mark.usefixtures("devices")
 def test_the_other_programs() -> None:
     """Every other program runs to its end on an interface that frames come in on."""
-    others = [program for program in programs()[1:] if not program.startswith('"""')]
+    others = [program for program in programs(*DOCUMENTS[1:]) if not program.startswith('"""')]
     assert others
     with veth() as (near, far), injector_on(far) as injector:
         for program in others:
@@ -184,3 +218,55 @@ def test_super_packets() -> None:
     words = [line.split() for line in lines]
     assert sum(int(line[0]) for line in words) >= 3
     assert max(int(line[3]) for line in words) == len(case.frames()[0]) == 1502
+
+
+@pytest.mark.usefixtures("devices")
+def test_ctrl_c() -> None:
+    """A handler that calls stop() makes Ctrl-C an end, without a traceback."""
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        subprocess.Popen(
+            example("Ctrl-C", near), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while not selector.select(0.01):  # until it receives
+                assert process.poll() is None
+                injector.send(LOCAL + REMOTE + b"\x08\x00" + bytes(50))
+        process.send_signal(signal.SIGINT)
+        *packets, end = process.stdout.read().splitlines()
+        assert process.wait(30) == 0
+    assert set(packets) == {"<Packet 0x0800 02:00:00:00:00:02 > 02:00:00:00:00:01 64 bytes>"}
+    assert end == "End.STOPPED"
+
+
+@pytest.mark.usefixtures("devices")
+def test_the_tunnel() -> None:
+    """Packets of the device go to the peer, what comes from there goes to the device, and Ctrl-C ends both."""
+    (program,) = [program for program in programs() if program.startswith('"""A tunnel."""')]
+    packet = udp_packet(1, 2, b"through the tunnel")[14:]
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as device,
+    ):
+        bring_up("lo", peer)
+        peer.bind(("127.0.0.2", 4444))
+        peer.settimeout(30)
+        with subprocess.Popen(
+            [sys.executable, "-c", program, "127.0.0.1", "127.0.0.2"], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            bring_up("lrx0", peer)
+            device.bind(("lrx0", 0))
+            with linkrx.open("lrx0") as seen:
+                device.send(packet)
+                # The kernel may send packets of its own.
+                assert packet in iter(lambda: peer.recv(2000), None)
+                peer.sendto(packet[:-1] + b"L", ("127.0.0.1", 4444))
+                assert packet[:-1] + b"L" in (bytes(one) for one in iter(lambda: seen.recv(30), None))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == -signal.SIGINT

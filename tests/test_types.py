@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import documents
 import pytest
 
 import linkrx
 from linkrx import _core
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 
 # What nobody but linkrx makes: its constructor is not for users.
 MADE_BY_LINKRX = {
@@ -47,9 +47,9 @@ MISTAKES = [
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with every program of the README, the client, and a file of mistakes from its second line on."""
-    for number, program in enumerate(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)):
-        (tmp_path / f"readme_{number}.py").write_text(program)
+    """A folder with every program of the documents, the client, and a file of mistakes from its second line on."""
+    for number, program in enumerate(documents.programs()):
+        (tmp_path / f"document_{number}.py").write_text(program)
     (tmp_path / "client.py").write_text((HERE / "client.py").read_text())
     (tmp_path / "mistakes.py").write_text("\n".join(["import linkrx", *MISTAKES, ""]))
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
