@@ -117,8 +117,9 @@ class in_python:  # noqa: N801
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
         self._taken, self._given, self._framing = taken, given, framing
-        self._next = 0  # the row of what was taken that comes next
-        self._done = 0  # frames of it that are out already
+        # The row of what was taken that comes next, the frames of it that are out already, and of what is given the rows and
+        # the bytes. One object, stored at once: what interrupts a pass has the next one go on there.
+        self._at = (0, 0, 0, 0)
 
     def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
         return False
@@ -128,8 +129,8 @@ class in_python:  # noqa: N801
         columns = self._given.columns
         received = staging.view[staging.cursor :]
         region = arena.view[arena.cursor : arena.cursor + room]
-        count, row, done = taken[COUNT], self._next, self._done
-        rows = cursor = 0
+        count = taken[COUNT]
+        row, done, rows, cursor = self._at
         full = False
         while row < count and not full:
             outcome = self._outcome_of(received, row)
@@ -149,17 +150,19 @@ class in_python:  # noqa: N801
                 columns.vlan_tcis[rows] = self._taken.columns.vlan_tcis[row]
                 columns.vlan_tpids[rows] = self._taken.columns.vlan_tpids[row]
                 rows, cursor, done = rows + 1, end, done + 1
+                self._at = (row, done, rows, cursor)
             else:
                 row, done = row + 1, 0
-        # Nothing is called from here on: an interrupted pass is repeated whole, and loses nothing.
+                self._at = (row, done, rows, cursor)
+        # Nothing is called from here on.
         given[COUNT] = rows
         given[END] = cursor
         given[RECEIVES] = taken[RECEIVES]
         taken[RECEIVES] = 0
         if row < count:
-            self._next, self._done = row, done
+            self._at = (row, done, 0, 0)
             return rows
-        self._next = self._done = 0
+        self._at = (0, 0, 0, 0)
         taken[COUNT] = 0
         # The errno came behind the last of the packets.
         if taken[ERROR]:
@@ -169,7 +172,7 @@ class in_python:  # noqa: N801
 
     @property
     def waiting(self) -> int:
-        return self._taken.header[COUNT] - self._next
+        return self._taken.header[COUNT] - self._at[0]
 
     def _outcome_of(self, received: memoryview, row: int) -> _Outcome:
         framing, columns = self._framing, self._taken.columns

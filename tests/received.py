@@ -215,7 +215,7 @@ class Source:
     def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> _types.Batch:
         """All of them together."""
         assert self.fill(rows, spare, gap)
-        batch = self.receiver.take_batch()
+        batch: _types.Batch | None = self.receiver.take_batch()
         assert batch is not None
         return batch
 
@@ -226,7 +226,7 @@ class Source:
     def packet_of(self, number: int, size: int = 64) -> _types.Packet:
         """A numbered frame, as `recv` gives it."""
         assert self.fill([Row(numbered(number, size))])
-        packet = self.receiver.take_packet()
+        packet: _types.Packet | None = self.receiver.take_packet()
         assert packet is not None
         return packet
 

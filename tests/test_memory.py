@@ -203,15 +203,15 @@ def test_nothing_is_leaked(kind: Kind) -> None:
         batch: Any = source.receiver.take_batch()
         packets += [*batch, batch[0], batch[-1].copy(), next(iter(batch))]
         for packet in packets:
-            views = [packet.frame, packet.data, packet.link_header, packet.data[3:]]  # type: ignore[union-attr]
-            _ = (views, packet[3], packet[::2], hash(packet), repr(packet), packet == views[0])  # type: ignore[index]
-            _ = (packet.remote, packet.local, packet.vlan, packet.vnet, packet.tagged())  # type: ignore[union-attr]
+            views = [packet.frame, packet.data, packet.link_header, packet.data[3:]]
+            _ = (views, packet[3], packet[::2], hash(packet), repr(packet), packet == views[0])
+            _ = (packet.remote, packet.local, packet.vlan, packet.vnet, packet.tagged())
             pickle.loads(pickle.dumps(packet))
             for wrong in (99, "x"):
                 with suppress(IndexError, TypeError):
-                    packet[wrong]  # type: ignore[index]
+                    packet[wrong]
                 with suppress(IndexError, TypeError):
-                    packet.u16(wrong)  # type: ignore[union-attr, arg-type]
+                    packet.u16(wrong)
         memory = batch.memory
         _ = [getattr(batch, name) for name in ("starts", "lengths", "flags")]
         _ = (batch.frames(), batch.copy(), len(memory), repr(batch))
