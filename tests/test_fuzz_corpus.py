@@ -105,7 +105,7 @@ DEFECTS = {
     ),
     "an error waits for empty blocks": (
         "packet_mmap",
-        "    if (n == 0)\n        lrx_ring_release(s, s->turn); /* empty blocks */\n",
+        "    if (n == 0 && s->in_place)\n        lrx_ring_release(s, slot); /* empty blocks */\n",
         "",
     ),
     "a ring that is not mapped is released": ("packet_mmap", "    if (!is_mapped(s))\n        return;\n", ""),
@@ -120,7 +120,7 @@ DEFECTS = {
     "an old timestamp shows": ("recvmmsg", "    out->timestamps[n] = 0;\n", ""),
     "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),
     "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
-    "no further packet for want of a slot": ("recvmmsg", "n < rows; s->next++", "n + 1 < rows; s->next++"),
+    "no further packet for want of a slot": ("recvmmsg", "n < most; s->next++", "n + 1 < most; s->next++"),
     "an empty queue is asked again": ("recvmmsg", "receives && (uint32_t)got < wanted", "receives > rows"),
     "an error behind packets of a fill is lost": (
         "recvmmsg",

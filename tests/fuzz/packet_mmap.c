@@ -68,6 +68,7 @@ static struct {
     int open;               /* the kernel's has packets already */
     int damaged;            /* an EIO is due */
     int in_place;
+    const struct lrx_places *places;
     uint32_t most, turn;    /* blocks of a fill in place, and which slot that takes */
     struct { uint32_t first, blocks; } slots[2];
 } kernel;
@@ -517,7 +518,7 @@ static void release_before(struct lrx_ring *s, uint32_t *header, uint32_t rows)
         header[LRX_ERROR] = 0;
     }
     for (uint32_t slot = 0; slot < 2; slot++)
-        MUST(lrx_ring_lent(s, slot) == kernel.slots[slot].blocks);
+        MUST(kernel.places->lent[slot] == kernel.slots[slot].blocks);
     if (kernel.slots[kernel.turn].blocks && take(kernel.in, 7) == 1)
         MUST(lrx_packet_mmap_fill(s, (uintptr_t)header, rows, 0, 0) == -EBUSY);
     if (take(kernel.in, 1)) {
@@ -560,8 +561,8 @@ static void run(struct lrx_ring *s)
         if (due.count) {
             MUST(header[LRX_RECEIVES] == due.begun && header[LRX_END] <= room + 7);
             check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due,
-                       kernel.in_place ? (const uint8_t *)lrx_ring_frames(s, lrx_ring_last(s)) : region, header[LRX_END]);
-            MUST(!kernel.in_place || lrx_ring_last(s) == (kernel.turn ^ 1));
+                       kernel.in_place ? (const uint8_t *)kernel.places->frames[kernel.places->turn ^ 1] : region, header[LRX_END]);
+            MUST(!kernel.in_place || kernel.places->turn == kernel.turn);
         }
         check_error(told, &due, was_due, kernel.error_asked);
         MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
@@ -621,12 +622,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         lrx_ring_start(s);
         kernel.drops = kernel.freezes = 0;
     }
-    MUST(lrx_ring_guard(s) == (uintptr_t)kernel.guard && *(uint32_t *)kernel.guard == 1);
+    MUST(kernel.guard && *(uint32_t *)kernel.guard == 1);
     MUST(lrx_ring_size(s) == kernel.mapped);
     if (kernel.in_place) {
         kernel.most = take(&in, 2);
         kernel.in_place = kernel.most && kernel.vnet <= 10;
-        MUST(lrx_ring_read_in_place(s, kernel.most) == kernel.in_place);
+        kernel.places = lrx_ring_read_in_place(s, kernel.most);
+        MUST(!kernel.places == !kernel.in_place);
+        MUST(!kernel.places || kernel.places->guard == (uintptr_t)kernel.guard);
     }
     run(s);
     kernel.other = take(&in, 7) == 1; /* the number of the descriptor went to a stranger's socket */

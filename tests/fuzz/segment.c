@@ -389,7 +389,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(given, 0, LRX_HEADER_BYTES);
     struct lrx_segmenter s = {(uintptr_t)taken, rows,       f.packet_info, f.vnet, f.swapped, f.link_header,
                               (uintptr_t)given, given_rows, 0,             0,      0,         0,
-                              0,                0};
+                              0};
 
     for (uint32_t calls = 0;; calls++) {
         uint32_t room = take(&in, 3) || !in.left ? largest + take(&in, 2000) : take(&in, largest), end = 0;
