@@ -688,7 +688,8 @@ def test_through_a_queue_to_another_process() -> None:
     """A packet goes through a multiprocessing queue and back."""
     kind = C if C.module else Kind("plain", plain)
     packet = one(kind, FULL, Framing(True, 10))
-    context = multiprocessing.get_context("spawn")
+    # Not "spawn", which leaves a descriptor of its resource tracker open.
+    context = multiprocessing.get_context("fork")
     inbox, outbox = context.Queue(), context.Queue()
     process = context.Process(target=echo, args=(inbox, outbox))
     process.start()
