@@ -59,7 +59,9 @@ class Dispatcher(Reception):
         """Takes the source over once this succeeds."""
         self._opened = False  # until all is open there is nothing for __del__ to close
         self._reader: aio.Reader | None = None
-        self._gone: threading.Event | None = None  # set when the thread that is inside has left
+        self._waiting: list[
+            threading.Event
+        ] = []  # of threads in close(), set when the thread that is inside has left
         _alive.add(self)  # first: behind the rest nothing may fail
         super().__init__(source, options, choice, backends, deliver)
         self._opened = True
@@ -151,23 +153,37 @@ class Dispatcher(Reception):
         reader = self._reader
         if reader is not None and not self._forked:
             reader.close()
-        if self._forked:
-            self._release_all()
-            _alive.discard(self)
-        elif self._close_alone():
-            _alive.discard(self)
-        elif self._thread == threading.get_ident():
-            self._closed = True
-            self.stop()
-        else:
-            gone = self._gone = self._gone or threading.Event()
+        while not self._released:
+            if self._forked:
+                self._release_all()
+            elif self._thread == threading.get_ident():
+                self._closed = True
+                self.stop()
+                return
+            else:
+                try:
+                    alone = self._close_alone()
+                finally:
+                    self._tell_waiting()
+                if not alone:
+                    self._wait_until_left()
+        _alive.discard(self)
+
+    def _wait_until_left(self) -> None:
+        """Stop the thread that is inside, and wait for it; a second at most, for an exception may have kept it from telling."""
+        gone = threading.Event()
+        self._waiting.append(gone)  # first: whoever leaves now tells it
+        try:
             self._closed = self._leaving = True
             self.stop()
-            if self._thread is None:  # it left before it could be told
-                self._gone = None
-                self.close()
-            else:
-                gone.wait()
+            if self._thread is not None:
+                gone.wait(1)
+        finally:
+            self._waiting.remove(gone)
+
+    def _tell_waiting(self) -> None:
+        for gone in tuple(self._waiting):
+            gone.set()
 
     def _left_by_all(self) -> None:
         """Nobody is inside any more, and close() was called meanwhile."""
@@ -176,8 +192,7 @@ class Dispatcher(Reception):
             if self._closed and not self._released:
                 self.close()
         finally:
-            if self._gone is not None:
-                self._gone.set()
+            self._tell_waiting()
 
     def __enter__(self) -> Self:
         self._check_open()

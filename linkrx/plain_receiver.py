@@ -192,9 +192,9 @@ class Receiver:
             left = seconds_left(deadline)
             if left == 0:
                 return "nothing"
-            idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES)
+            idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
 
-    def _wait(self, seconds: float, on_source: bool) -> bool:
+    def _wait(self, seconds: float, on_source: bool, deadline: float | None) -> bool:
         if self._shown:
             self._show()
         self._waits += 1
@@ -203,8 +203,16 @@ class Receiver:
             return False
         readable = self._wakeup.wait(seconds)
         if readable and self._latency:
-            self._wakeup.rest(self._latency)
+            self._hold_back(deadline)
         return readable
+
+    def _hold_back(self, deadline: float | None) -> None:
+        """For the latency, so that several packets come together; not beyond the deadline, and not after a stop."""
+        until = time.monotonic() + self._latency
+        if deadline is not None:
+            until = min(until, deadline)
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            self._wakeup.rest(min(left, SLICE))
 
     # Who may come in.
 
@@ -259,9 +267,15 @@ class Receiver:
 
     def dispatch(self, timeout: float | None = None) -> bool:
         """Wait for packets, receive one batch and deliver it in order. False: it is over."""
-        self._inside(lambda: self._deliver_what_comes(timeout))
-        over = self._ended or ((self._stopping or self._end_follows) and not self._closed and self._over())
-        return not over and not self._closed
+
+        def step() -> bool:
+            self._deliver_what_comes(timeout)
+            # While nobody else can come in: it may drop what waits.
+            return self._ended or (
+                (self._stopping or self._end_follows) and not self._closed and self._over()
+            )
+
+        return not self._inside(step) and not self._closed
 
     def run(self) -> End:
         """`dispatch()` until it is over. Returns why."""

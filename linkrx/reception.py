@@ -191,11 +191,13 @@ class Reception(Receiver):
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. No packet is lost: a refused call has taken none."""
         refused = self._mechanism
+        self._copy_held()  # where there is no memory for that, all is as it was
         mechanism, choice = self._build(self._next_choice(self.choice, error))
-        self._descriptors.clear()  # backends rely on columns that they never write
-        # All at once: an exception in between would have the next backend refused for what this one was.
+        native = mechanism.native
+        self._descriptors.clear()  # the errno too; and backends rely on columns that they never write
+        # All at once, and no call in between: an exception there would leave the receiver with a mechanism that is gone.
         self._mechanism, self.choice = mechanism, choice
-        self._use(mechanism.native)
+        self._use(native)
         refused.close()
 
     def _next_choice(self, choice: Choice, error: OSError) -> Choice:

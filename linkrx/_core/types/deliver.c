@@ -154,13 +154,36 @@ Batch *lrx_take_batch(Receiver *r)
     return b;
 }
 
-/* Give up what waits, and count it. */
+/* What is classified, and was not taken in. */
+static void drop_classified(Receiver *r)
+{
+    uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
+    const uint32_t count = header[LRX_CLASSIFIED] - 1, end = header[LRX_END], rows = header[LRX_ROWS];
+    const Owner *arena = r->arenas[r->current];
+
+    r->undelivered += count;
+    if (arena && count <= rows && ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES <= arena->mapped) {
+        const struct lrx_columns columns = lrx_columns_at((uintptr_t)arena->memory + ARENA_START + end, rows);
+
+        for (uint32_t k = 0; k < count; k++)
+            r->undelivered_bytes += columns.lengths[k];
+    }
+    r->batches++;
+    r->receives += header[LRX_RECEIVES];
+    r->filling = false;
+    header[LRX_CLASSIFIED] = 0;
+}
+
+/* Give up what waits, and count it. Nothing in here can fail. */
 void lrx_drop(Receiver *r)
 {
     const Batch *b = r->pending;
 
-    if (!b)
+    if (!b) {
+        if (lrx_header_at((uintptr_t)r->descriptors.buf)[LRX_CLASSIFIED])
+            drop_classified(r);
         return;
+    }
     r->undelivered += (uint64_t)b->table->count - r->next;
     for (Py_ssize_t k = r->next; k < b->table->count; k++)
         r->undelivered_bytes += b->table->lengths[k];

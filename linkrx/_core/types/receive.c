@@ -25,6 +25,7 @@
 #include "types.h"
 
 #include <errno.h>
+#include <math.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <time.h>
@@ -38,6 +39,8 @@
 /* A signal that comes between the last look and the wait is seen this much later. */
 #define SLICE 1.0
 #define SECOND 1000000000LL
+/* As long as CPython lets a thread run, in nanoseconds: sys.getswitchinterval(). */
+#define TURN 5000000
 
 double lrx_now(void)
 {
@@ -52,13 +55,32 @@ static uint32_t *header_of(const Receiver *r)
     return lrx_header_at((uintptr_t)r->descriptors.buf);
 }
 
-static int ask(Receiver *r, const char *word)
+int lrx_ask(Receiver *r, const char *word)
 {
     PyObject *answer = PyObject_CallMethod((PyObject *)r, word, NULL);
     int truth = answer ? PyObject_IsTrue(answer) : -1;
 
     Py_XDECREF(answer);
     return truth;
+}
+
+static int64_t coarse_now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return t.tv_sec * SECOND + t.tv_nsec;
+}
+
+void lrx_let_others_run(Receiver *r)
+{
+    const int64_t now = coarse_now();
+
+    if (now - r->others_ran < TURN)
+        return;
+    r->others_ran = now;
+    Py_BEGIN_ALLOW_THREADS
+    Py_END_ALLOW_THREADS
 }
 
 /* The arena to fill next. One arena is enough, and stays in the cache, for those who hold nothing. Who holds the last batch,
@@ -259,42 +281,65 @@ static int without_hangup(Receiver *r, int count)
     return count;
 }
 
+/* What is not classified yet, a mechanism in Python may have reported: it is looked at before anything there is read. */
+static int check_reported(const Receiver *r, uint32_t count)
+{
+    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
+    const uint32_t end = header_of(r)[LRX_END];
+
+    if (end > r->room || end % 8) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, r->room);
+        return -1;
+    }
+    for (uint32_t k = 0; k < count; k++) {
+        const uint32_t start = columns.starts[k], length = columns.lengths[k];
+
+        if (length && !(columns.flags[k] & LRX_MALFORMED) && (length > end || start > end - length)) {
+            PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k, start,
+                         length, end);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* Once, without waiting. READY: something was received, be it no packet. */
 static enum outcome receive(Receiver *r, bool all)
 {
     uint32_t *header = header_of(r);
 
     for (int errors = 0; errors < ERRORS_IN_A_ROW; errors++) {
-        int count = (int)header[LRX_COUNT];
+        int count;
 
+        if (header[LRX_COUNT] > r->rows) {
+            PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", header[LRX_COUNT], r->rows);
+            return FAILED;
+        }
+        count = (int)header[LRX_COUNT];
         if (!count && !header[LRX_CLASSIFIED] && (!header[LRX_ERROR] || header[LRX_HELD]))
             count = fill(r, all);
         if (count < 0)
             return FAILED;
+        if (!r->arenas[r->current]) /* a handler has forked, and this is the child, which has closed it */
+            return NOTHING;
         if (count && !header[LRX_CLASSIFIED]) {
-            const Owner *arena = r->arenas[r->current];
-            const uintptr_t region = (uintptr_t)arena->memory + ARENA_START;
+            uintptr_t region;
 
             count = without_hangup(r, count);
-            if (count < 0)
+            if (count < 0 || (count && check_reported(r, (uint32_t)count) < 0))
                 return FAILED;
-            if (!count)
+            if (!count || !r->arenas[r->current]) /* as above */
                 return NOTHING;
-            /* What a mechanism in Python reports is looked at before it is believed. */
-            if (header[LRX_END] > r->room || header[LRX_END] % 8) {
-                PyErr_Format(PyExc_ValueError, "the backend reports %d packets that end at byte %u, and was given %u", count,
-                             header[LRX_END], r->room);
-                return FAILED;
-            }
+            region = (uintptr_t)r->arenas[r->current]->memory + ARENA_START;
             lrx_classify(&r->classifier, region, (uint32_t)count, region + header[LRX_END]);
         }
         if (header[LRX_CLASSIFIED])
             return lrx_take_in(r) == FAILED ? FAILED : READY;
         if (!header[LRX_ERROR])
             return NOTHING;
-        if (ask(r, "_handle_error") < 0)
+        if (lrx_ask(r, "_handle_error") < 0)
             return FAILED;
-        if (r->ended)
+        if (r->ended || r->closed)
             return NOTHING;
     }
     return NOTHING;
@@ -302,19 +347,18 @@ static enum outcome receive(Receiver *r, bool all)
 
 static int look_at_drops(Receiver *r)
 {
-    struct timespec t;
+    const int64_t now = coarse_now();
     PyObject *answer;
     double seconds;
 
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-    if (t.tv_sec * SECOND + t.tv_nsec < r->drops_due)
+    if (now < r->drops_due)
         return 0;
     answer = PyObject_CallMethod((PyObject *)r, "_look_at_drops", NULL);
     seconds = answer ? PyFloat_AsDouble(answer) : -1;
     Py_XDECREF(answer);
     if (PyErr_Occurred())
         return -1;
-    r->drops_due = t.tv_sec * SECOND + t.tv_nsec + (int64_t)(seconds * 1e9);
+    r->drops_due = now + (int64_t)(seconds * 1e9);
     return 0;
 }
 
@@ -332,12 +376,29 @@ static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
     return ready;
 }
 
-/* For as long as somebody might stop it, and no longer than `seconds`, without looking at the source. */
+/* No longer than `seconds`, without looking at the source. 1: somebody stops it. */
 static int rest(const Receiver *r, double seconds)
 {
     struct pollfd event = {.fd = r->event, .events = POLLIN};
 
-    return sleep_on(&event, 1, seconds) < 0 || PyErr_CheckSignals() < 0 ? -1 : 0;
+    const int ready = sleep_on(&event, 1, seconds);
+
+    return PyErr_CheckSignals() < 0 ? -1 : ready;
+}
+
+/* For `latency`, so that several packets come together; not beyond the deadline, and not when somebody stops it. */
+static int hold_back(const Receiver *r, double deadline)
+{
+    const double later = lrx_now() + r->latency, until = later < deadline ? later : deadline;
+
+    while (!r->stopping) {
+        const double left = until - lrx_now();
+        const int ready = left > 0 ? rest(r, left < SLICE ? left : SLICE) : 1;
+
+        if (ready)
+            return ready < 0 ? -1 : 0;
+    }
+    return 0;
 }
 
 /* Until something happens, or `seconds` are up. 0: nothing has happened; 1: the source says that it is readable; 2: something
@@ -361,8 +422,6 @@ static int wait(Receiver *r, double seconds)
     }
     for (int k = 0; k < count; k++)
         readable |= events[k].data.fd == r->source;
-    if (readable && r->latency > 0)
-        return rest(r, r->latency) < 0 ? -1 : 1;
     return readable ? 1 : count > 0 ? 2 : 0;
 }
 
@@ -392,7 +451,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
 
-    if (r->looking_away && ask(r, "_listen") < 0)
+    if (r->looking_away && lrx_ask(r, "_listen") < 0)
         return FAILED;
     for (;;) {
         double left = SLICE;
@@ -403,7 +462,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         if (r->ended)
             return OVER;
         if (r->stopping || r->end_follows) {
-            const int over = ask(r, "_over");
+            const int over = lrx_ask(r, "_over");
 
             if (over)
                 return over < 0 ? FAILED : OVER;
@@ -428,31 +487,37 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             default:
                 break;
             }
-            if (known_down && ask(r, "_look_at_link") < 0) /* not when it is told only now: that comes before what was queued */
+            if (known_down && lrx_ask(r, "_look_at_link") < 0) /* not when it is told only now: that comes before what was queued */
                 return FAILED;
             if (r->ended || r->stopping || r->end_follows)
                 continue;
             if (timeout == 0) {
-                if ((r->polled || r->looped) && ++r->vain > IDLE_WAKES && ask(r, "_vain") < 0)
+                if ((r->polled || r->looped) && ++r->vain > IDLE_WAKES && lrx_ask(r, "_vain") < 0)
                     return FAILED;
                 return NOTHING;
             }
             if (first)
                 learn_to_wait(r, true);
         }
-        first = false;
         if (timeout > 0) {
             left = deadline - lrx_now();
-            if (left <= 0)
-                return NOTHING;
+            if (left <= 0) {
+                if (reads)
+                    return NOTHING;
+                reads = true; /* the time was up before anybody has looked */
+                continue;
+            }
         }
+        first = false;
         if (r->shown) /* nothing waits here now: the event must not end this wait at once */
             lrx_show(r);
         r->waits += !resumed; /* after a signal, or a slice, it is the same wait */
         if (idle < IDLE_WAKES)
             happened = wait(r, left);
         else
-            happened = rest(r, left < REST ? left : REST);
+            happened = rest(r, left < REST ? left : REST) < 0 ? -1 : 0;
+        if (happened == 1 && r->latency > 0 && hold_back(r, timeout > 0 ? deadline : INFINITY) < 0)
+            happened = -1;
         if (happened < 0)
             return FAILED;
         idle += happened == 1;

@@ -4,7 +4,6 @@
 #include <math.h>
 #include <string.h>
 #include <unistd.h>
-#include <unistd.h>
 
 /* Who may come in: one call at a time. The claim is a flag, set and taken back while the interpreter's lock is held. */
 
@@ -32,6 +31,8 @@ static bool has_something(const Receiver *r)
 {
     const uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
 
+    if (!r->prepared)
+        return false;
     return r->pending || r->ended || r->end_follows || r->stopping || header[LRX_COUNT] || header[LRX_CLASSIFIED] ||
            header[LRX_ERROR] || header[LRX_HELD];
 }
@@ -42,6 +43,8 @@ void lrx_show(Receiver *r)
     uint64_t count = 1;
     ssize_t done;
 
+    if (r->closed) /* in a child that was forked inside, the event's number may be another file's by now */
+        return;
     r->shown = has_something(r);
     done = r->shown ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
     (void)done; /* it does not wait, and says no more than that it was readable, or was not */
@@ -113,7 +116,8 @@ static double timeout_of(PyObject *const *args, Py_ssize_t count, PyObject *name
 
 /* Ways to receive. */
 
-static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all)
+/* Returns how many packets were delivered. `over`, where it is asked for: whether nothing more will come. */
+static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all, bool *over)
 {
     Receiver *r = (Receiver *)self;
     PyObject *result = NULL;
@@ -133,6 +137,16 @@ static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all)
     default:
         result = PyLong_FromLong(0);
     }
+    if (result && over) {
+        int ended = r->ended;
+
+        /* While nobody else can come in: it may drop what waits. */
+        if (!ended && (r->stopping || r->end_follows) && !r->closed)
+            ended = lrx_ask(r, "_over");
+        if (ended < 0)
+            Py_CLEAR(result);
+        *over = ended > 0;
+    }
     return leave(r, result);
 }
 
@@ -141,24 +155,14 @@ static PyObject *receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssi
     Receiver *r = (Receiver *)self;
     const double timeout = timeout_of(args, count, names);
     PyObject *delivered;
-    bool over;
+    bool over = false;
 
     if (isnan(timeout))
         return NULL;
-    delivered = deliver_what_comes(self, timeout, false);
+    delivered = deliver_what_comes(self, timeout, false, &over);
     if (!delivered)
         return NULL;
     Py_DECREF(delivered);
-    over = r->ended;
-    if (!over && (r->stopping || r->end_follows) && !r->closed) {
-        PyObject *answer = PyObject_CallMethod(self, "_over", NULL);
-        const int truth = answer ? PyObject_IsTrue(answer) : -1;
-
-        Py_XDECREF(answer);
-        if (truth < 0)
-            return NULL;
-        over = truth;
-    }
     return PyBool_FromLong(!over && !r->closed);
 }
 
@@ -173,6 +177,7 @@ static PyObject *receiver_run(PyObject *self, PyObject *unused)
         more = receiver_dispatch(self, forever, 0, NULL);
         truth = more ? PyObject_IsTrue(more) : -1;
         Py_XDECREF(more);
+        lrx_let_others_run((Receiver *)self);
     } while (truth > 0);
     if (truth < 0)
         return NULL;
@@ -183,7 +188,7 @@ static PyObject *receiver_drain(PyObject *self, PyObject *unused)
 {
     (void)unused;
     /* An event loop that polls fileno() calls again while more is there. */
-    return deliver_what_comes(self, 0, !((Receiver *)self)->polled);
+    return deliver_what_comes(self, 0, !((Receiver *)self)->polled, NULL);
 }
 
 static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
@@ -208,8 +213,10 @@ static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t
         case NOTHING:
             if (timeout > 0)
                 left = deadline - lrx_now();
-            if (timeout < 0 || (timeout > 0 && left > 0))
+            if (timeout < 0 || (timeout > 0 && left > 0)) {
+                lrx_let_others_run(r);
                 continue;
+            }
             PyErr_Format(PyExc_TimeoutError, "no packet within %R seconds", count ? args[0] : args[count]);
             break;
         }
@@ -227,8 +234,10 @@ static PyObject *receiver_next(PyObject *self)
     for (;;) {
         const enum outcome outcome = lrx_await(r, -1, false);
 
-        if (outcome == NOTHING)
+        if (outcome == NOTHING) {
+            lrx_let_others_run(r);
             continue;
+        }
         if (outcome == READY)
             result = (PyObject *)lrx_next_packet(r);
         return leave(r, result);
@@ -259,8 +268,10 @@ static PyObject *receiver_next_batch(PyObject *self, PyObject *timeout_given)
         case NOTHING:
             if (timeout > 0)
                 left = deadline - lrx_now();
-            if (timeout < 0 || (timeout > 0 && left > 0))
+            if (timeout < 0 || (timeout > 0 && left > 0)) {
+                lrx_let_others_run(r);
                 continue;
+            }
             Py_INCREF(Py_None);
             result = Py_None;
             break;
@@ -409,9 +420,8 @@ static PyObject *receiver_drop(PyObject *self, PyObject *unused)
     Receiver *r = (Receiver *)self;
 
     (void)unused;
-    if (lrx_header_at((uintptr_t)r->descriptors.buf)[LRX_CLASSIFIED] && !r->pending && lrx_take_in(r) == FAILED)
-        return NULL; /* it was cut short before that */
-    lrx_drop(r);
+    if (r->prepared)
+        lrx_drop(r);
     Py_RETURN_NONE;
 }
 

@@ -232,6 +232,7 @@ typedef struct {
     double latency;
     bool link_down, looking_away, polled, looped, shown;
     unsigned vain;                   /* drains in a row that an event loop made for nothing */
+    int64_t others_ran;              /* when lrx_let_others_run() gave up the interpreter's lock, in nanoseconds */
     int64_t drops_due;               /* when to look at the kernel's counters, in nanoseconds */
 
     /* What waits to be handed over, and why nothing more will come: deliver.c. */
@@ -267,6 +268,10 @@ void lrx_show(Receiver *r);
 /* Copy what is held of memory that is not this receiver's own. */
 int lrx_copy_places(Receiver *r);
 double lrx_now(void);
+/* Call a method without arguments, and say whether its answer is true; -1 and an exception. */
+int lrx_ask(Receiver *r, const char *word);
+/* Between two receives where no Python code need run: nothing but what is skipped comes, or `deliver` is written in C. */
+void lrx_let_others_run(Receiver *r);
 
 /* deliver.c */
 PyObject *lrx_deliver(Receiver *r);
