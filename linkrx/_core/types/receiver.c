@@ -27,7 +27,7 @@ static bool enter(Receiver *r)
 }
 
 /* Whether there is something to hand over, or to tell, that does not need the source. */
-static bool has_something(const Receiver *r)
+bool lrx_has_something(const Receiver *r)
 {
     const uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
 
@@ -45,7 +45,7 @@ void lrx_show(Receiver *r)
 
     if (r->closed) /* in a child that was forked inside, the event's number may be another file's by now */
         return;
-    r->shown = has_something(r);
+    r->shown = lrx_has_something(r);
     done = r->shown ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
     (void)done; /* it does not wait, and says no more than that it was readable, or was not */
 }
@@ -65,9 +65,9 @@ static void tell(Receiver *r, const char *word)
 }
 
 /* `result` unless what is done on leaving raises. */
-static PyObject *leave(Receiver *r, PyObject *result)
+PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
-    if (r->polled && has_something(r) != r->shown)
+    if (r->polled && lrx_has_something(r) != r->shown)
         lrx_show(r);
     r->claimed = false;
     if (r->leaving || r->closed)
@@ -126,7 +126,7 @@ static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all, bo
         return NULL;
     if (!r->deliver) {
         result = PyObject_CallMethod(self, "_without_deliver", NULL);
-        return leave(r, result);
+        return lrx_leave(r, result);
     }
     switch (lrx_await(r, timeout, all)) {
     case FAILED:
@@ -147,10 +147,10 @@ static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all, bo
             Py_CLEAR(result);
         *over = ended > 0;
     }
-    return leave(r, result);
+    return lrx_leave(r, result);
 }
 
-static PyObject *receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Receiver *r = (Receiver *)self;
     const double timeout = timeout_of(args, count, names);
@@ -166,7 +166,7 @@ static PyObject *receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssi
     return PyBool_FromLong(!over && !r->closed);
 }
 
-static PyObject *receiver_run(PyObject *self, PyObject *unused)
+PyObject *lrx_receiver_run(PyObject *self, PyObject *unused)
 {
     static PyObject *const forever[1] = {NULL};
     PyObject *more;
@@ -174,7 +174,7 @@ static PyObject *receiver_run(PyObject *self, PyObject *unused)
 
     (void)unused;
     do {
-        more = receiver_dispatch(self, forever, 0, NULL);
+        more = lrx_receiver_dispatch(self, forever, 0, NULL);
         truth = more ? PyObject_IsTrue(more) : -1;
         Py_XDECREF(more);
         lrx_let_others_run((Receiver *)self);
@@ -184,14 +184,14 @@ static PyObject *receiver_run(PyObject *self, PyObject *unused)
     return PyObject_GetAttrString(self, "end");
 }
 
-static PyObject *receiver_drain(PyObject *self, PyObject *unused)
+PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
 {
     (void)unused;
     /* An event loop that polls fileno() calls again while more is there. */
     return deliver_what_comes(self, 0, !((Receiver *)self)->polled, NULL);
 }
 
-static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Receiver *r = (Receiver *)self;
     const double timeout = timeout_of(args, count, names), deadline = timeout > 0 ? lrx_now() + timeout : 0;
@@ -220,11 +220,11 @@ static PyObject *receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t
             PyErr_Format(PyExc_TimeoutError, "no packet within %R seconds", count ? args[0] : args[count]);
             break;
         }
-        return leave(r, result);
+        return lrx_leave(r, result);
     }
 }
 
-static PyObject *receiver_next(PyObject *self)
+PyObject *lrx_receiver_next(PyObject *self)
 {
     Receiver *r = (Receiver *)self;
     PyObject *result = NULL;
@@ -240,12 +240,12 @@ static PyObject *receiver_next(PyObject *self)
         }
         if (outcome == READY)
             result = (PyObject *)lrx_next_packet(r);
-        return leave(r, result);
+        return lrx_leave(r, result);
     }
 }
 
 /* next_batch(timeout): the next batch, or the rest of the one at hand; None at the end or when the time is up. */
-static PyObject *receiver_next_batch(PyObject *self, PyObject *timeout_given)
+PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *timeout_given)
 {
     Receiver *r = (Receiver *)self;
     const double timeout = seconds_of(timeout_given), deadline = timeout > 0 ? lrx_now() + timeout : 0;
@@ -276,12 +276,12 @@ static PyObject *receiver_next_batch(PyObject *self, PyObject *timeout_given)
             result = Py_None;
             break;
         }
-        return leave(r, result);
+        return lrx_leave(r, result);
     }
 }
 
 /* For event loops that read packet by packet: see that what is there now waits here. True: something does, or it is over. */
-static PyObject *receiver_poll(PyObject *self, PyObject *unused)
+PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
     enum outcome outcome;
@@ -290,11 +290,11 @@ static PyObject *receiver_poll(PyObject *self, PyObject *unused)
     if (!enter(r))
         return NULL;
     outcome = lrx_await(r, 0, true);
-    return leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
+    return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 
 /* A packet that waits, or None; receives nothing. */
-static PyObject *receiver_take(PyObject *self, PyObject *unused)
+PyObject *lrx_receiver_take(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
     PyObject *result;
@@ -308,374 +308,13 @@ static PyObject *receiver_take(PyObject *self, PyObject *unused)
         Py_INCREF(Py_None);
         result = Py_None;
     }
-    return leave(r, result);
+    return lrx_leave(r, result);
 }
 
-static PyObject *receiver_iterate(PyObject *self)
+PyObject *lrx_receiver_iterate(PyObject *self)
 {
     if (!enter((Receiver *)self))
         return NULL;
     Py_INCREF(self);
-    return leave((Receiver *)self, self);
+    return lrx_leave((Receiver *)self, self);
 }
-
-/* For the subclass. */
-
-/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, vnet, big_endian, interface,
- *          may_hang_up, source, event, epoll, latency) */
-static PyObject *receiver_prepare(PyObject *self, PyObject *args)
-{
-    Receiver *r = (Receiver *)self;
-    PyObject *deliver, *descriptors, *counters;
-    unsigned rows, room, prefix, packet_info, link_header, vnet, interface;
-    int big_endian, may_hang_up;
-
-    if (r->prepared) {
-        PyErr_SetString(PyExc_ValueError, "_prepare() was called before");
-        return NULL;
-    }
-    if (!PyArg_ParseTuple(args, "OOIOIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
-                          &packet_info, &link_header, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
-                          &r->epoll, &r->latency))
-        return NULL;
-    if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
-        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || prefix != vnet + packet_info) {
-        PyErr_SetString(PyExc_ValueError, "no such rows, room, or headers in front of frames");
-        return NULL;
-    }
-    if (PyObject_GetBuffer(descriptors, &r->descriptors, PyBUF_WRITABLE) < 0 ||
-        PyObject_GetBuffer(counters, &r->counters, PyBUF_WRITABLE) < 0)
-        return NULL;
-    if (r->descriptors.len < (Py_ssize_t)(LRX_HEADER_BYTES + (size_t)rows * LRX_ROW_BYTES) ||
-        r->counters.len < (Py_ssize_t)((LRX_COUNT_MALFORMED + 1) * sizeof(uint64_t))) {
-        PyErr_SetString(PyExc_ValueError, "descriptors or counters are too short");
-        return NULL;
-    }
-    r->rows = r->most = rows;
-    r->room = room;
-    r->arena_size = ARENA_START + (size_t)room + (size_t)rows * LRX_ROW_BYTES;
-    r->may_hang_up = may_hang_up;
-    r->framing = (Framing){.link_header = (uint8_t)link_header, .big_endian = big_endian != 0, .vnet = vnet};
-    r->classifier = (struct lrx_classifier){
-        .descriptors = (uintptr_t)r->descriptors.buf,
-        .rows = rows,
-        .prefix = prefix,
-        .packet_info = packet_info,
-        .link_header = link_header,
-        .interface = interface,
-        .counters = (uintptr_t)r->counters.buf,
-    };
-    if (!may_hang_up) { /* C code that fills classifies as well, while the frames are in the cache */
-        const struct lrx_classifier *classifier = &r->classifier;
-
-        memcpy((char *)r->descriptors.buf + LRX_CLASSIFIER_AT, &classifier, sizeof classifier);
-    }
-    if (deliver != Py_None) {
-        Py_INCREF(deliver);
-        r->deliver = deliver;
-    }
-    if (r->state->process) {
-        if (!*r->state->process)
-            *r->state->process = getpid();
-        r->process = *r->state->process;
-    }
-    r->prepared = true;
-    Py_RETURN_NONE;
-}
-
-static int leave_mechanism(Receiver *r)
-{
-    if (lrx_copy_places(r) < 0)
-        return -1;
-    r->mechanism = NULL;
-    r->reads_memory = false;
-    Py_CLEAR(r->slots[0]);
-    Py_CLEAR(r->slots[1]);
-    return 0;
-}
-
-/* _use(address of a struct lrx_mechanism, or 0 for _fill()) */
-static PyObject *receiver_use(PyObject *self, PyObject *address)
-{
-    Receiver *r = (Receiver *)self;
-    struct lrx_mechanism *m = PyLong_AsVoidPtr(address);
-
-    if (PyErr_Occurred() || leave_mechanism(r) < 0)
-        return NULL;
-    if (m && m->places) {
-        for (int slot = 0; slot < 2; slot++) {
-            r->slots[slot] = lrx_owner_new(r->state, 0);
-            if (!r->slots[slot])
-                return NULL;
-            r->slots[slot]->guard = (const volatile uint32_t *)m->places->guard;
-        }
-        r->reads_memory = true;
-    }
-    r->mechanism = m;
-    Py_RETURN_NONE;
-}
-
-static PyObject *receiver_drop(PyObject *self, PyObject *unused)
-{
-    Receiver *r = (Receiver *)self;
-
-    (void)unused;
-    if (r->prepared)
-        lrx_drop(r);
-    Py_RETURN_NONE;
-}
-
-/* Not named close(): Dispatcher has that. */
-static PyObject *receiver_release(PyObject *self, PyObject *unused)
-{
-    Receiver *r = (Receiver *)self;
-    bool all = true;
-
-    (void)unused;
-    lrx_forget_pending(r);
-    lrx_let_go(r);
-    r->filling = false;
-    if (leave_mechanism(r) < 0) {
-        PyErr_Clear();
-        all = false;
-    }
-    for (int k = 0; k < 2; k++) {
-        /* Without memory for copies the arena stays for as long as somebody reads there. */
-        if (r->arenas[k] && lrx_owner_take_back(r->arenas[k]) == TAKEN_NOT)
-            PyErr_Clear();
-        Py_CLEAR(r->arenas[k]);
-    }
-    return PyBool_FromLong(all);
-}
-
-static PyObject *receiver_copy_held(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    if (lrx_copy_places((Receiver *)self) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-/* Here and not in Python: an exception of a signal handler would leave it claimed. */
-static PyObject *receiver_close_alone(PyObject *self, PyObject *unused)
-{
-    Receiver *r = (Receiver *)self;
-    PyObject *answer;
-
-    (void)unused;
-    if (r->claimed)
-        Py_RETURN_FALSE;
-    r->claimed = r->closed = true;
-    r->thread = PyThread_get_thread_ident();
-    answer = PyObject_CallMethod(self, "_release_all", NULL);
-    r->claimed = false;
-    if (!answer)
-        return NULL;
-    Py_DECREF(answer);
-    Py_RETURN_TRUE;
-}
-
-
-/* Attributes. */
-
-static PyObject *receiver_left(PyObject *self, void *unused)
-{
-    const Receiver *r = (Receiver *)self;
-
-    (void)unused;
-    return PyLong_FromSsize_t(r->pending ? r->pending->table->count - r->next : 0);
-}
-
-static PyObject *receiver_thread(PyObject *self, void *unused)
-{
-    const Receiver *r = (Receiver *)self;
-
-    (void)unused;
-    if (!r->claimed)
-        Py_RETURN_NONE;
-    return PyLong_FromUnsignedLong(r->thread);
-}
-
-static PyObject *receiver_busy(PyObject *self, void *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(has_something((Receiver *)self));
-}
-
-static PyObject *receiver_flag(PyObject *self, void *offset)
-{
-    return PyBool_FromLong(*((const bool *)((const char *)self + (uintptr_t)offset)));
-}
-
-static int receiver_set_flag(PyObject *self, PyObject *value, void *offset)
-{
-    const int truth = value ? PyObject_IsTrue(value) : -1;
-
-    if (!value)
-        PyErr_SetString(PyExc_AttributeError, "a flag is set or not");
-    if (truth < 0)
-        return -1;
-    *((bool *)((char *)self + (uintptr_t)offset)) = truth != 0;
-    return 0;
-}
-
-static PyObject *receiver_count(PyObject *self, void *offset)
-{
-    return PyLong_FromUnsignedLongLong(*(const uint64_t *)((const char *)self + (uintptr_t)offset));
-}
-
-/* Making one. */
-
-static PyObject *receiver_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
-{
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    State *state = NULL;
-    Receiver *r;
-
-    (void)args, (void)keywords;
-    /* A subclass has no module state: that is the base's. */
-    for (PyTypeObject *base = type; base && !state; base = PyType_GetSlot(base, Py_tp_base)) {
-        state = PyType_GetModuleState(base);
-        if (!state || state->receiver_type != base) {
-            PyErr_Clear();
-            state = NULL;
-        }
-    }
-    r = state ? (Receiver *)allocate(type, 0) : NULL;
-    if (!state)
-        PyErr_SetString(PyExc_TypeError, "no subclass of linkrx's Receiver");
-    if (!r)
-        return NULL;
-    r->state = state;
-    r->source = r->event = r->epoll = -1;
-    return (PyObject *)r;
-}
-
-static int receiver_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    Receiver *r = (Receiver *)self;
-
-    Py_VISIT((PyObject *)Py_TYPE(self));
-    Py_VISIT(r->deliver);
-    return 0;
-}
-
-static int receiver_clear(PyObject *self)
-{
-    Receiver *r = (Receiver *)self;
-
-    Py_CLEAR(r->deliver);
-    return 0;
-}
-
-static void receiver_dealloc(PyObject *self)
-{
-    Receiver *r = (Receiver *)self;
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
-    PyObject_GC_UnTrack(self);
-    receiver_clear(self);
-    lrx_forget_pending(r);
-    Py_CLEAR(r->spare);
-    Py_CLEAR(r->delivered);
-    Py_CLEAR(r->turns[0]);
-    Py_CLEAR(r->turns[1]);
-    for (int k = 0; k < 2; k++) {
-        Py_CLEAR(r->arenas[k]);
-        Py_CLEAR(r->slots[k]);
-    }
-    for (int k = 0; k < NEIGHBOURS; k++) {
-        Py_CLEAR(r->neighbours[k].remote);
-        Py_CLEAR(r->neighbours[k].local);
-        Py_CLEAR(r->neighbours[k].protocol);
-    }
-    if (r->descriptors.obj)
-        PyBuffer_Release(&r->descriptors);
-    if (r->counters.obj)
-        PyBuffer_Release(&r->counters);
-    free(self);
-    Py_DECREF((PyObject *)type);
-}
-
-static PyGetSetDef receiver_attributes[] = {
-    {"_left", receiver_left, NULL, "How many packets wait to be handed over.", NULL},
-    {"_thread", receiver_thread, NULL, "The thread that is inside, or None.", NULL},
-    {"_has_something", receiver_busy, NULL, "Whether anything waits here that does not need the source.", NULL},
-    {"_stopping", receiver_flag, receiver_set_flag, "Whether stop() was called.", (void *)offsetof(Receiver, stopping)},
-    {"_delivering", receiver_flag, NULL, "Whether `deliver` is running.", (void *)offsetof(Receiver, delivering)},
-    {"_closed", receiver_flag, receiver_set_flag, "Nobody comes in any more.", (void *)offsetof(Receiver, closed)},
-    {"_leaving", receiver_flag, receiver_set_flag, "_left_by_all() is to be called when nobody is inside.",
-     (void *)offsetof(Receiver, leaving)},
-    {"_end_follows", receiver_flag, receiver_set_flag, "An end follows what was received.",
-     (void *)offsetof(Receiver, end_follows)},
-    {"_ended", receiver_flag, receiver_set_flag, "It is over.", (void *)offsetof(Receiver, ended)},
-    {"_link_down", receiver_flag, receiver_set_flag, "The link is down.", (void *)offsetof(Receiver, link_down)},
-    {"_looking_away", receiver_flag, receiver_set_flag, "The source is left out of the poll set.",
-     (void *)offsetof(Receiver, looking_away)},
-    {"_looped", receiver_flag, receiver_set_flag, "An event loop of this process watches it.",
-     (void *)offsetof(Receiver, looped)},
-    {"_polled", receiver_flag, receiver_set_flag, "Somebody polls fileno().", (void *)offsetof(Receiver, polled)},
-    {"_shown", receiver_flag, receiver_set_flag, "fileno() is readable, for something waits here.",
-     (void *)offsetof(Receiver, shown)},
-    {"_batches", receiver_count, NULL, "How often something was taken in.", (void *)offsetof(Receiver, batches)},
-    {"_receives", receiver_count, NULL, "System calls that received it, or blocks of a ring.",
-     (void *)offsetof(Receiver, receives)},
-    {"_waits", receiver_count, NULL, "Calls that slept.", (void *)offsetof(Receiver, waits)},
-    {"_undelivered", receiver_count, NULL, "Packets that _drop() gave up.", (void *)offsetof(Receiver, undelivered)},
-    {"_undelivered_bytes", receiver_count, NULL, "Bytes of these.", (void *)offsetof(Receiver, undelivered_bytes)},
-    {0},
-};
-
-#define FAST(function) (PyCFunction)(void (*)(void))function
-
-static PyMethodDef receiver_methods[] = {
-    {"dispatch", FAST(receiver_dispatch), METH_FASTCALL | METH_KEYWORDS,
-     "dispatch($self, /, timeout=None)\n--\n\n"
-     "Wait for packets, receive one batch and deliver it in order.\n\n"
-     "Waits `timeout` seconds at most, for ever with None. True: call again, also when nothing came in time. False: it is\n"
-     "over, and `end` says why. What `deliver` raises comes out of here; the packets behind are delivered first by the next\n"
-     "call. Raises Busy while another call receives, Closed after close(), and OSError for what the kernel says and linkrx\n"
-     "cannot mend."},
-    {"run", receiver_run, METH_NOARGS, "run($self, /)\n--\n\n`dispatch()` until it is over. Returns why, an `End`."},
-    {"drain", receiver_drain, METH_NOARGS,
-     "drain($self, /)\n--\n\nDeliver at most one batch of what is there now, without waiting. Returns how many packets that was."},
-    {"recv", FAST(receiver_recv), METH_FASTCALL | METH_KEYWORDS,
-     "recv($self, /, timeout=None)\n--\n\n"
-     "The next packet.\n\nRaises TimeoutError after `timeout` seconds without one, and Ended when it is over."},
-    {"_next_batch", receiver_next_batch, METH_O,
-     "_next_batch($self, timeout, /)\n--\n\nThe next batch; None at the end or after `timeout` seconds without one."},
-    {"_poll", receiver_poll, METH_NOARGS,
-     "_poll($self, /)\n--\n\nReceive what is there now, without waiting. Whether packets wait here, or it is over."},
-    {"_take", receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA packet that waits here, or None."},
-    {"_prepare", receiver_prepare, METH_VARARGS, "What the source looks like."},
-    {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
-    {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nGive up what waits here, and count it."},
-    {"_release", receiver_release, METH_NOARGS,
-     "_release($self, /)\n--\n\nGive all memory up; what is held is copied. False: not all, for want of memory."},
-    {"_copy_held", receiver_copy_held, METH_NOARGS,
-     "_copy_held($self, /)\n--\n\nCopy what is read in place in memory that a child process will not have."},
-    {"_close_alone", receiver_close_alone, METH_NOARGS,
-     "_close_alone($self, /)\n--\n\nCall _release_all() if nobody is inside, and let nobody in any more. False: somebody is."},
-    {0},
-};
-
-static PyType_Slot receiver_slots[] = {
-    {Py_tp_doc, "One open source as far as it is touched once per packet or once per wake-up."},
-    {Py_tp_new, receiver_new},
-    {Py_tp_dealloc, receiver_dealloc},
-    {Py_tp_traverse, receiver_traverse},
-    {Py_tp_clear, receiver_clear},
-    {Py_tp_iter, receiver_iterate},
-    {Py_tp_iternext, receiver_next},
-    {Py_tp_getset, receiver_attributes},
-    {Py_tp_methods, receiver_methods},
-    {0, NULL},
-};
-
-PyType_Spec lrx_receiver_spec = {
-    .name = "linkrx._core._types.Receiver",
-    .basicsize = sizeof(Receiver),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = receiver_slots,
-};

@@ -208,7 +208,7 @@ typedef struct {
     bool leaving;    /* somebody wants to know when nobody is inside any more */
     unsigned long thread; /* that has claimed it */
 
-    /* Filling: receive.c. */
+    /* Filling: fill.c. */
     Py_buffer descriptors;
     uint32_t rows;
     struct lrx_classifier classifier;
@@ -223,7 +223,7 @@ typedef struct {
     bool may_hang_up;                /* an empty packet may be the end */
     bool reads_memory;               /* a fill makes no system call, so it is always tried first */
 
-    /* How much to ask for: receive.c. */
+    /* How much to ask for: fill.c and receive.c. */
     uint32_t most, grow_wait, grow_hold;
     uint32_t eager_wait, eager_hold;
 
@@ -258,6 +258,22 @@ enum outcome {
     OVER,        /* nothing more will come */
 };
 
+static inline uint32_t *header_of(const Receiver *r)
+{
+    return lrx_header_at((uintptr_t)r->descriptors.buf);
+}
+
+/* In vain attempts are left out for so many turns at the most, and for twice as many each time. */
+#define MOST_HOLD 31
+
+/* fill.c */
+/* Fill once, without waiting: how many packets are described, or -1 with an exception. `all`: whoever asks wants all that is
+ * there, up to a batch. */
+int lrx_fill(Receiver *r, bool all);
+enum outcome lrx_take_in(Receiver *r);
+/* Copy what is held of memory that is not this receiver's own. */
+int lrx_copy_places(Receiver *r);
+
 /* receive.c */
 /* See that packets wait in `pending`, for `timeout` seconds at most: 0 not at all, less than 0 for ever. `all`: whoever asks
  * wants all that is there, up to a batch. */
@@ -281,7 +297,20 @@ void lrx_drop(Receiver *r);
 void lrx_forget_pending(Receiver *r);
 void lrx_let_go(Receiver *r);
 
-/* receiver.c */
+/* receiver.c: see the docstrings in receiver_type.c */
+bool lrx_has_something(const Receiver *r);
+PyObject *lrx_leave(Receiver *r, PyObject *result);
+PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names);
+PyObject *lrx_receiver_run(PyObject *self, PyObject *unused);
+PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused);
+PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names);
+PyObject *lrx_receiver_next(PyObject *self);
+PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *timeout_given);
+PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused);
+PyObject *lrx_receiver_take(PyObject *self, PyObject *unused);
+PyObject *lrx_receiver_iterate(PyObject *self);
+
+/* receiver_type.c */
 extern PyType_Spec lrx_receiver_spec;
 
 static inline void lrx_free(PyObject *self)

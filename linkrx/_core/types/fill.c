@@ -1,0 +1,187 @@
+/* Filling an arena, and making a batch of what is in it. */
+#include "types.h"
+
+/* The arena to fill next. One arena is enough, and stays in the cache, for those who hold nothing. Who holds the last batch,
+ * as a loop variable does, has two take turns. */
+static Owner *arena_of(Receiver *r)
+{
+    Owner *o = r->arenas[r->current];
+
+    if (r->filling)
+        return o;
+    lrx_let_go(r);
+    if (!o || !lrx_owner_is_free(o)) {
+        const unsigned other = o ? !r->current : r->current;
+
+        o = r->arenas[other];
+        if (o) {
+            const enum taken taken = lrx_owner_take_back(o);
+
+            if (taken == TAKEN_NOT)
+                return NULL;
+            if (taken == GIVEN_AWAY)
+                Py_CLEAR(r->arenas[other]);
+        }
+        if (!r->arenas[other])
+            r->arenas[other] = lrx_owner_new(r->state, r->arena_size);
+        o = r->arenas[other];
+        if (!o)
+            return NULL;
+        r->current = other;
+    }
+    r->filling = true;
+    return o;
+}
+
+static int take_back(Receiver *r, uint32_t slot)
+{
+    if (lrx_owner_take_back(r->slots[slot]) == TAKEN_NOT)
+        return -1;
+    r->mechanism->release(r->mechanism->state, slot);
+    return 0;
+}
+
+int lrx_copy_places(Receiver *r)
+{
+    for (int slot = 0; slot < 2; slot++)
+        if (r->slots[slot] && lrx_owner_take_back(r->slots[slot]) == TAKEN_NOT)
+            return -1;
+    return 0;
+}
+
+/* How many packets to ask for is learned where packets are wanted one by one, for the read that finds nothing costs as much as one that finds something. A fill
+ * that was given as many as it asked for may ask for twice as many the next time. One that was given fewer asks for so many;
+ * and each time that this was in vain it is twice as long before more is asked for. So packets that come one by one cost a read
+ * each, and a queue that has filled up is found within 31 of them. */
+static void learn(Receiver *r, uint32_t asked, uint32_t got)
+{
+    if (got < asked) {
+        r->most = got;
+        r->grow_hold = r->grow_hold * 2 + 1 < MOST_HOLD ? r->grow_hold * 2 + 1 : MOST_HOLD;
+        r->grow_wait = r->grow_hold;
+    } else if (r->grow_wait) {
+        r->grow_wait--;
+    } else {
+        if (asked > 1)
+            r->grow_hold = 0;
+        r->most = asked < r->rows / 2 ? 2 * asked : r->rows;
+    }
+}
+
+static void give_up_lock(void *thread)
+{
+    PyThreadState **saved = thread;
+
+    if (!*saved)
+        *saved = PyEval_SaveThread();
+}
+
+static int fill_in_c(Receiver *r, const Owner *arena, uint32_t asked)
+{
+    struct lrx_mechanism *m = r->mechanism;
+    const uintptr_t descriptors = (uintptr_t)r->descriptors.buf;
+    PyThreadState *saved = NULL;
+    void **many = (void **)(descriptors + LRX_MANY_AT);
+    int count;
+
+    header_of(r)[LRX_MOST] = asked;
+    *(void (**)(void *))many = give_up_lock;
+    many[1] = &saved;
+    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START, r->room);
+    many[0] = many[1] = NULL;
+    if (saved)
+        PyEval_RestoreThread(saved);
+    return count < 0 ? 0 : count; /* the header has the errno */
+}
+
+/* In place, at most two batches are in the mechanism's memory; before a fill the older is taken back. If nothing is there,
+ * somebody is about to wait: poll(2) on a packet socket looks at the newest closed block of a ring alone, and says that it is
+ * readable for as long as that block is not released. So all are taken back then. */
+static int fill_in_place(Receiver *r, const Owner *arena)
+{
+    const struct lrx_places *places = r->mechanism->places;
+    const uint32_t last = places->turn ^ 1;
+    int count;
+
+    if (take_back(r, places->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
+        return -1;
+    count = fill_in_c(r, arena, r->rows); /* which makes no system call */
+    if (!count && places->lent[last] && take_back(r, last) < 0)
+        return -1;
+    return count;
+}
+
+static int fill_in_python(Receiver *r, Owner *arena, uint32_t asked)
+{
+    PyObject *answer;
+    long count;
+
+    header_of(r)[LRX_MOST] = asked;
+    answer = PyObject_CallMethod((PyObject *)r, "_fill", "O", arena);
+    count = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    if (!PyErr_Occurred() && (count < 0 || count > (long)r->rows)) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %ld packets, and has %u descriptors", count, r->rows);
+        return -1;
+    }
+    return (int)count;
+}
+
+int lrx_fill(Receiver *r, bool all)
+{
+    Owner *arena = arena_of(r);
+    uint32_t asked;
+    int count;
+
+    /* What the mechanism keeps costs no system call; and at the end of a stream every record is empty, which is seen where all
+     * of them are there. */
+    all = all || header_of(r)[LRX_HELD];
+    asked = all ? r->rows : r->most;
+
+    if (!arena)
+        return -1;
+    if (r->mechanism && r->mechanism->places)
+        return fill_in_place(r, arena);
+    count = r->mechanism ? fill_in_c(r, arena, asked) : fill_in_python(r, arena, asked);
+    if (!all && count > 0)
+        learn(r, asked, (uint32_t)count);
+    return count;
+}
+
+/* Make a batch of what is classified. */
+enum outcome lrx_take_in(Receiver *r)
+{
+    uint32_t *header = header_of(r);
+    Owner *arena = r->arenas[r->current], *owner = arena;
+    const uint8_t *base = arena->memory + ARENA_START;
+    const uint32_t count = header[LRX_CLASSIFIED] - 1, end = header[LRX_END], rows = header[LRX_ROWS];
+    uint32_t size = end;
+    Batch *b = NULL;
+
+    if (count > rows || ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES > arena->mapped) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u of an arena of %zu", rows, end,
+                     arena->mapped);
+        return FAILED;
+    }
+    if (count) {
+        const struct lrx_columns columns = lrx_columns_at((uintptr_t)base + end, rows);
+
+        if (r->mechanism && r->mechanism->places) {
+            const uint32_t slot = r->mechanism->places->turn ^ 1;
+
+            owner = r->slots[slot];
+            base = (const uint8_t *)r->mechanism->places->frames[slot];
+            size = UINT32_MAX;
+        }
+        b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing, &r->spare);
+        if (!b)
+            return FAILED;
+    }
+    r->pending = b;
+    r->next = 0;
+    r->batches++;
+    r->receives += header[LRX_RECEIVES];
+    r->filling = false;
+    header[LRX_CLASSIFIED] = 0;
+    return b ? READY : NOTHING;
+}
