@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,10 +100,17 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what repeats, unless --all is given; begin with what takes longest."""
-    if not ALL:
-        left_out = [item for item in items if item.get_closest_marker("repeats")]
+
+    def is_wanted(item: pytest.Item) -> bool:
+        since = item.get_closest_marker("since")
+        return (ALL or not item.get_closest_marker("repeats")) and (
+            not since or sys.version_info >= since.args
+        )
+
+    left_out = [item for item in items if not is_wanted(item)]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("repeats")]
+        items[:] = [item for item in items if is_wanted(item)]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -10,7 +10,6 @@ import multiprocessing
 import pickle
 import socket
 import struct
-import sys
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -706,14 +705,16 @@ def test_through_a_queue_to_another_process() -> None:
     assert (shown, vlan) == (bytes(packet), packet.vlan)
 
 
+# Buffers written in Python came with Python 3.12 (PEP 688).
+buffers_in_python = pytest.mark.since(3, 12)
+
 # Hostile buffers. What they do is only possible where a buffer can be written in Python, or by NumPy.
 
 
+@buffers_in_python
 @every_kind
 def test_compared_with_a_buffer_that_looks_back(kind: Kind) -> None:
     """A buffer whose exporter runs Python code, which makes the packet a copy and uses its memory again, is compared."""
-    if sys.version_info < (3, 12):
-        pytest.skip("buffers written in Python came with Python 3.12 (PEP 688)")
     source = Source(kind)
     packet = source.packet_of(1)
 

@@ -116,7 +116,13 @@ def is_inside(rx: Dispatcher, frame: FrameType | None, deliver: CodeType) -> boo
     Not upon that deliver: what that raises is another matter. Not upon a generator, which may be being closed, nor upon a
     `__del__`: exceptions in those are reported by Python, and lost.
     """
-    if frame is None or rx._thread != threading.get_ident() or frame.f_code.co_flags & inspect.CO_GENERATOR:
+    # Nor upon what others have the interpreter call, as the collector's callbacks are: those swallow exceptions.
+    if (
+        frame is None
+        or not frame.f_globals.get("__name__", "").startswith("linkrx")
+        or rx._thread != threading.get_ident()
+        or frame.f_code.co_flags & inspect.CO_GENERATOR
+    ):
         return False
     stack = [entry.f_code for entry, _ in traceback.walk_stack(frame)]
     return deliver not in stack and "__del__" not in [code.co_name for code in stack]
