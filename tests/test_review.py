@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from test_loop import BACKENDS, frame, number_of, pair
@@ -290,3 +292,32 @@ def test_handlers_run_while_only_junk_comes(backend: str, how: str) -> None:
             flood.wait()
             assert flood.stdout is not None
             flood.stdout.close()
+
+
+# Forks.
+
+
+def test_a_child_that_closes_inside_deliver_leaves_other_files_alone(tmp_path: Path) -> None:
+    """A child forked inside deliver closes its dispatcher: files that get the numbers of what it closed are not written to."""
+    forked = False
+    files: list[int] = []
+    with pair() as (receiver, sender):
+
+        def deliver(*_: object) -> None:
+            nonlocal forked
+            forked = os.fork() == 0
+            if forked:
+                rx.close()
+                files.extend(os.open(tmp_path / str(n), os.O_RDWR | os.O_CREAT) for n in range(8))
+
+        rx = linkrx.open(receiver, deliver)
+        rx.fileno()
+        sender.send(frame(0))
+        try:
+            rx.dispatch()
+        finally:
+            if forked:
+                os._exit(any(os.fstat(file).st_size for file in files))
+        _, status = os.wait()
+        rx.close()
+    assert os.waitstatus_to_exitcode(status) == 0
