@@ -239,7 +239,7 @@ def test_nothing_is_leaked(kind: Kind) -> None:
             everything(source)
         blocks, mappings = (after - earlier for earlier, after in zip(before, state(), strict=True))
         assert blocks < 500  # one each time would be 1000, and caches of the interpreter take some
-        assert mappings < 5
+        assert mappings < 50  # the sanitizers map some of their own
 
 
 # A batch, and the memory that it lies in.
