@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from itertools import takewhile
 from types import CodeType, FrameType
 
 from linkrx.dispatcher import Dispatcher
@@ -125,7 +128,21 @@ def is_inside(rx: Dispatcher, frame: FrameType | None, deliver: CodeType) -> boo
     ):
         return False
     stack = [entry.f_code for entry, _ in traceback.walk_stack(frame)]
-    return deliver not in stack and "__del__" not in [code.co_name for code in stack]
+    # Nor upon another signal's handler, which may have come upon such a callback.
+    handlers = {
+        entry.f_code for entry in takewhile(lambda entry: entry is not frame, _frames(sys._getframe()))
+    }
+    return (
+        deliver not in stack
+        and handlers.isdisjoint(stack)
+        and "__del__" not in [code.co_name for code in stack]
+    )
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def check_signals(rig: Rig, backend: str) -> None:
