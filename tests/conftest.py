@@ -102,10 +102,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what repeats, unless --all is given; begin with what takes longest."""
 
     def is_wanted(item: pytest.Item) -> bool:
-        since = item.get_closest_marker("since")
-        return (ALL or not item.get_closest_marker("repeats")) and (
-            not since or sys.version_info >= since.args
-        )
+        since, only = item.get_closest_marker("since"), item.get_closest_marker("only")
+        if (since and sys.version_info < since.args) or (only and sys.version_info[:2] != only.args):
+            return False
+        return ALL or not item.get_closest_marker("repeats")
 
     left_out = [item for item in items if not is_wanted(item)]
     if left_out:

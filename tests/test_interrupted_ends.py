@@ -15,6 +15,10 @@ from linkrx import rigs
 from linkrx.testing.resources import descriptors, settings_of
 
 
+# The walk goes by the instructions of one CPython, and by what its tracing tells of them.
+pytestmark = pytest.mark.only(3, 11)
+
+
 @pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ from linkrx.testing.resources import descriptors
 from linkrx.testing.waiting import until
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
+# The walk goes by the instructions of one CPython, and by what its tracing tells of them.
+pytestmark = pytest.mark.only(3, 11)
+
 BACKENDS = that_take("unix_dgram")
 PACKET_BACKENDS = that_take("packet")
 NUMBERS = [0, 1, 2, 3, 4]

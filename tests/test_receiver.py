@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import selectors
 import socket
@@ -198,13 +199,12 @@ def test_ctrl_c_under_a_load_that_yields_nothing(backend: str, way: str, ends: P
             except BlockingIOError:
                 os.sched_yield()
 
-    raised = False
+    caught = False
 
     def interrupt(frame: FrameType | None) -> None:
-        nonlocal raised
-        # Not upon callbacks of the collector, which swallow exceptions.
-        if not raised and frame and frame.f_globals.get("__name__", "").startswith(("linkrx", "test_")):
-            raised = True
+        # Neither upon callbacks of the collector nor upon a generator that is being closed: both swallow exceptions.
+        ours = frame and frame.f_globals.get("__name__", "").startswith(("linkrx", "test_"))
+        if ours and not caught and not frame.f_code.co_flags & inspect.CO_GENERATOR:  # type: ignore[union-attr]
             raise Interrupt
 
     # A deliver in C, which runs no signal handler.
@@ -212,10 +212,14 @@ def test_ctrl_c_under_a_load_that_yields_nothing(backend: str, way: str, ends: P
         calls: dict[str, Callable[[], object]] = {"run": rx.run, "recv": rx.recv, "next": lambda: next(rx)}
         with running(flood):
             try:
-                with pytest.raises(Interrupt), alarmed(interrupt, first=0.05, interval=0.01):
-                    calls[way]()
+                with alarmed(interrupt, first=0.05, interval=0.2):
+                    try:
+                        calls[way]()
+                    except Interrupt:
+                        caught = True
             finally:
                 over.set()
+        assert caught
         assert rx.end is None
 
 
