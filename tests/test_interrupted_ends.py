@@ -14,7 +14,6 @@ import linkrx
 from linkrx import rigs
 from linkrx.testing.resources import descriptors, settings_of
 
-
 # The walk goes by the instructions of one CPython, and by what its tracing tells of them.
 pytestmark = pytest.mark.only(3, 11)
 
