@@ -6,7 +6,6 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mayhem import PACES, Mayhem
@@ -32,23 +31,16 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
     """
     mechanism: Any = rx._mechanism
     first = _core.lib.lrx_ring_memory(mechanism._state)
-    size = next(
-        end - start
-        for start, end in (
-            (int(number, 16) for number in line.split(" ", 1)[0].split("-"))
-            for line in Path("/proc/self/maps").read_text().splitlines()
-            if "socket:[" in line
-        )
-        if start == first
-    )
+    size = _core.lib.lrx_ring_size(mechanism._state)
     waiting = []
-    for block in range(first, first + size, mechanism._block):
+    for block in range(first, first + size, size // mechanism._blocks):
         packets = ctypes.c_uint32.from_address(block + PACKETS).value
         if packets:
             waiting.append((ctypes.c_uint64.from_address(block + SEQUENCE).value, packets))
-    if mechanism.held:
-        waiting.remove(min(waiting))
-    return sum(packets for _, packets in waiting)
+    # The oldest are read in place already, and not released.
+    places = mechanism._mechanism.places
+    read = sum(places.lent) if places else 0
+    return sum(packets for _, packets in sorted(waiting)[read + bool(mechanism.held) :])
 
 
 class RingMayhem(Mayhem):

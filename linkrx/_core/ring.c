@@ -174,6 +174,11 @@ struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
     return &s->places;
 }
 
+uintptr_t lrx_ring_memory(const struct lrx_ring *s)
+{
+    return (uintptr_t)s->memory;
+}
+
 uint64_t lrx_ring_size(const struct lrx_ring *s)
 {
     return s->mapped;

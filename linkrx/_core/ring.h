@@ -37,6 +37,9 @@ uint64_t lrx_ring_freezes(struct lrx_ring *s);
  * NULL where the kernel writes no virtio-net header of that size, and all is copied as before. */
 struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
 
+/* Where it is mapped. */
+uintptr_t lrx_ring_memory(const struct lrx_ring *s);
+
 /* Bytes of the ring. */
 uint64_t lrx_ring_size(const struct lrx_ring *s);
 

@@ -71,10 +71,10 @@ class PacketMmap(CoreBackend):
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
-        self._state, blocks = _ring(receive)
+        self._state, self._blocks = _ring(receive)
         try:
             if not receive.options.segment:
-                most = min(BLOCKS_IN_PLACE, blocks // SHARE_IN_PLACE)
+                most = min(BLOCKS_IN_PLACE, self._blocks // SHARE_IN_PLACE)
                 self._mechanism.places = _core.lib.lrx_ring_read_in_place(self._state, most)
                 self._mechanism.release = _core.function("lrx_ring_release")
             if self._joins:
