@@ -13,7 +13,8 @@ import pytest
 from holding import HOLDERS, SIZE, Cell
 from test_holding import cells
 
-pytestmark = pytest.mark.usefixtures("devices")
+# CPython 3.12.1 crashes in its last collection: not understood yet.
+pytestmark = [pytest.mark.usefixtures("devices"), pytest.mark.only(3, 11)]
 
 # What a packet that is kept by itself may take besides its bytes.
 OVERHEAD_MOST = 256

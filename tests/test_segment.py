@@ -332,6 +332,7 @@ def test_which_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(one) for one in made] == [segment.in_c, segment.in_python][-len(made) :]
 
 
+@pytest.mark.only(3, 11)  # by whose instructions the interruptions come
 def test_interrupted() -> None:
     """A signal handler that raises anywhere in the Python segmenter costs no frame, and gives none twice."""
     case = Super(payload=5000)
