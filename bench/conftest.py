@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from linkrx.namespace import enter_private_network
+from linkrx.kernel.namespace import enter_private_network
 
 enter_private_network()
 # The queue is filled and drained on one processor: what moves between two is measured in test_live.py, which asks for

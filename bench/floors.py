@@ -18,8 +18,8 @@ from pathlib import Path
 
 from race import Check, Drain, Queue, Reader
 
-from linkrx.rigs import LOCAL, REMOTE
-from linkrx.source import ETH_P_ALL
+from linkrx.kernel.uapi import ETH_P_ALL
+from linkrx.testing.rigs import LOCAL, REMOTE
 
 MEMORY = 512 * 1024
 MESSAGES = 64  # of one recvmmsg()

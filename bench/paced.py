@@ -22,7 +22,7 @@ from race import Check, Drain, OwnClock, Queue, Reader, preemptions
 from sender import hurry
 
 import linkrx
-from linkrx.device import Device
+from linkrx.testing.devices import Device
 
 # A stream of which more was late, or whose receiver lost the processor more often, was disturbed by others, and is
 # sent again.

@@ -19,7 +19,7 @@ from typing import Any
 from queues import BUFFER, BYTE
 from race import Buffer, Check, Drain, OwnClock, Queue, Reader
 
-from linkrx.source import SO_RCVBUFFORCE
+from linkrx.kernel.uapi import SO_RCVBUFFORCE
 
 ROOM = 65_600
 GO_PATH = Path(os.environ.get("LINKRX_GOPATH", "/usr/share/gocode"))  # where Debian puts Go packages

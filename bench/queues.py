@@ -12,10 +12,10 @@ from floors import Frames, loop_floor, ring_floor
 from race import Check, Drain, Queue, Reader
 
 import linkrx
-from linkrx.capabilities import HasFileno
-from linkrx.device import Device, injector_on
-from linkrx.rigs import TAP_MTU, veth
-from linkrx.source import ETH_P_ALL, SO_RCVBUFFORCE
+from linkrx.kernel.uapi import ETH_P_ALL, SO_RCVBUFFORCE
+from linkrx.sources.capabilities import HasFileno
+from linkrx.testing.devices import Device, injector_on
+from linkrx.testing.rigs import TAP_MTU, veth
 
 SIZES = (64, 576, 1514, 9014, 65535)
 BUFFER = 64 * 1024 * 1024  # bytes of socket buffer, of which every queued frame takes more than its size

@@ -21,7 +21,7 @@ from rings import mayhem
 from traffic import KINDS, Road, road
 
 import linkrx
-from linkrx.namespace import enter_private_network
+from linkrx.kernel.namespace import enter_private_network
 
 # Beyond what it was after warming up. One arena more would be half a megabyte; what the allocator and the interpreter
 # keep to themselves comes and goes by some hundred kilobytes.

@@ -20,8 +20,8 @@ from race import note
 from traffic import road
 
 import linkrx
-from linkrx.rigs import veth
-from linkrx.source import ETH_P_ALL
+from linkrx.kernel.uapi import ETH_P_ALL
+from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import until
 
 ROUNDS = 20

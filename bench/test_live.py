@@ -27,9 +27,9 @@ from race import note
 from traffic import PACKET_STATISTICS, device_counters
 
 import linkrx
-from linkrx.capabilities import SOL_PACKET
-from linkrx.device import Device, injector_on
-from linkrx.rigs import veth
+from linkrx.kernel.uapi import SOL_PACKET
+from linkrx.testing.devices import Device, injector_on
+from linkrx.testing.rigs import veth
 
 ROUNDS, SECONDS, SHORT_SECONDS = 3, 0.3, 0.05
 QUIET = 0.1  # seconds without a packet, the sender having ended, behind which nothing is left

@@ -24,8 +24,8 @@ from queues import (
 )
 from race import Queue, Reader, race
 
-from linkrx.device import Device, injector_on
-from linkrx.rigs import TAP_MTU, veth
+from linkrx.testing.devices import Device, injector_on
+from linkrx.testing.rigs import TAP_MTU, veth
 
 SIZED = pytest.mark.parametrize("size", [64, 1514])
 SLOW_PACKETS = 64  # in a fill for those that take many microseconds for each

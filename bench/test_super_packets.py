@@ -24,8 +24,8 @@ from race import Figures, figures, note, ratio_of, rounds_of
 from super_packets import TCP, UDP, Super
 
 import linkrx
-from linkrx.columns import align
-from linkrx.device import Device
+from linkrx.memory.columns import align
+from linkrx.testing.devices import Device
 
 SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
 SUPER_PACKETS = 32  # of one fill: two megabytes, more than a core's second-level cache

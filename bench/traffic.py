@@ -26,11 +26,10 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.capabilities import SOL_PACKET, HasFileno
-from linkrx.device import injector_on
-from linkrx.namespace import IFF_UP
-from linkrx.rigs import veth
-from linkrx.source import ETH_P_ALL, SK_MEMINFO_DROPS, SO_MEMINFO, SO_RCVBUFFORCE
+from linkrx.kernel.uapi import ETH_P_ALL, IFF_UP, SK_MEMINFO_DROPS, SO_MEMINFO, SO_RCVBUFFORCE, SOL_PACKET
+from linkrx.sources.capabilities import HasFileno
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import veth
 
 HEAD, LEAST, LONGEST = 14, 60, 9014  # as in traffic.c
 MTU = 9000

@@ -4,10 +4,8 @@
 protocol and link addresses.
 """
 
-from linkrx.buffers import BUFFER_SIZES, IovecBuffer
-from linkrx.capabilities import Capabilities, HasFileno, probe
+from linkrx.backend import BackendInfo
 from linkrx.choice import Choice, Verdict
-from linkrx.dispatcher import Batches, Dispatcher
 from linkrx.errors import (
     BackendUnavailable,
     Busy,
@@ -18,12 +16,16 @@ from linkrx.errors import (
     UnsupportedOption,
     UnsupportedSource,
 )
-from linkrx.factory import BackendInfo, backends, choose, open
-from linkrx.headers import Flags, Gso, Vlan, VnetHeader
-from linkrx.options import OpenOptions
+from linkrx.factory import choose, open
+from linkrx.memory.layouts import BUFFER_SIZES, IovecBuffer
 from linkrx.packets import Batch, Deliver, Packet
-from linkrx.stats import End, Stats
-from linkrx.tuntap import Offload, TunTap
+from linkrx.packets.headers import Flags, Gso, Vlan, VnetHeader
+from linkrx.receiving.dispatcher import Batches, Dispatcher
+from linkrx.receiving.stats import End, Stats
+from linkrx.registry import backends
+from linkrx.sources.capabilities import Capabilities, HasFileno, probe
+from linkrx.sources.options import OpenOptions
+from linkrx.sources.tuntap import Offload, TunTap
 
 __version__ = "0.1.0"
 
@@ -62,3 +64,8 @@ __all__ = [
     "open",
     "probe",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the rooms."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

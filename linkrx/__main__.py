@@ -2,6 +2,6 @@
 
 import sys
 
-from linkrx.cli import main
+from linkrx.cli.main import main
 
 sys.exit(main())

@@ -7,15 +7,15 @@ when there is nothing now, or with the OSError that the kernel gave; the dispatc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from linkrx import _core
-from linkrx.buffers import Layout
-from linkrx.capabilities import Capabilities
-from linkrx.columns import Descriptors
-from linkrx.options import Options
+from linkrx.memory.columns import Descriptors
+from linkrx.memory.layouts import Layout
 from linkrx.packets import Owner
+from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.options import Options
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,20 @@ class Backend(Mechanism):
     @abstractmethod
     def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
         """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend on this host. `reason` is the sentence that says why it is not supported, else None. `honours` names
+    the options that not every backend has, `backend` is its class: for authors of backends, see `linkrx.backend`.
+    """
+
+    name: str
+    supported: bool
+    reason: str | None
+    rank: int
+    honours: frozenset[str]
+    backend: type[Backend] = field(repr=False)
 
 
 class CoreBackend(Backend):

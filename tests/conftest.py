@@ -17,8 +17,8 @@ import hypothesis
 import pytest
 
 import linkrx
-from linkrx import namespace
-from linkrx.capabilities import Capabilities
+from linkrx.kernel import namespace
+from linkrx.sources.capabilities import Capabilities
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"

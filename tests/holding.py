@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import linkrx
-from linkrx import rigs
-from linkrx.rigs import MakeRig, Rig
+from linkrx.testing import rigs
+from linkrx.testing.rigs import MakeRig, Rig
 from linkrx.testing.waiting import patiently
 
 SIZE = 1403  # no multiple of 8, so that frames that follow each other have something between them

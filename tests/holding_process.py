@@ -16,8 +16,8 @@ from typing import Any
 from holding import BURST, HOLDERS, NAMED, frame, lap, mark_of, receive, send, take, wrong
 
 import linkrx
-from linkrx.namespace import enter_private_network
-from linkrx.rigs import Rig
+from linkrx.kernel.namespace import enter_private_network
+from linkrx.testing.rigs import Rig
 
 KEPT = 100  # packets, one of each receive
 STEPS_MOST = 5000  # allocations of a receive, far less

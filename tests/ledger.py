@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import linkrx
-from linkrx.dispatcher import Dispatcher
 from linkrx.packets import Packet
+from linkrx.receiving.dispatcher import Dispatcher
 
 RUN_HERE = ("os_readv", "readv", "recvmmsg")
 BACKENDS = st.sampled_from(

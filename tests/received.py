@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from linkrx import _core, packets, plain, plain_receiver
-from linkrx.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx import _core, packets
 from linkrx.errors import Busy
-from linkrx.framing import Framing
-from linkrx.stats import new_counters
+from linkrx.memory.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.memory.counters import new_counters
+from linkrx.memory.framing import Framing
+from linkrx.packets import plain
+from linkrx.receiving import plain_receiver
 
 if TYPE_CHECKING:
     from linkrx._core import _types

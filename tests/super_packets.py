@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from linkrx.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
-from linkrx.framing import Framing
+from linkrx.memory.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
+from linkrx.memory.framing import Framing
 from linkrx.packets import Owner
-from linkrx.segment import Segmenter
+from linkrx.stages.segmentation import Segmenter
 
 LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")

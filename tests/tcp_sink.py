@@ -20,8 +20,9 @@ from typing import Any
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx.headers import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, mac
-from linkrx.responder import IPV4, checksum
+from linkrx.cli.responder import IPV4, checksum
+from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6
+from linkrx.packets.headers import mac
 from linkrx.testing.waiting import PATIENCE, running
 
 # How the kernel's segments come: cut by the kernel, whole and cut by linkrx, whole.

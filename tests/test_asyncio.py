@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE
+from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import running, until
 
 uvloop: Any

@@ -31,9 +31,9 @@ from received import (
 
 import linkrx
 from linkrx import VnetHeader, packets
-from linkrx.columns import CLASSIFIED, END, ROW_BYTES, ROWS
-from linkrx.framing import Framing
-from linkrx.headers import header_bytes
+from linkrx.memory.columns import CLASSIFIED, END, ROW_BYTES, ROWS
+from linkrx.memory.framing import Framing
+from linkrx.packets.headers import header_bytes
 
 FORMATS: dict[str, tuple[str, type[np.generic]]] = {
     "timestamps": ("q", np.int64),
@@ -566,7 +566,7 @@ def test_a_batch_of_a_closed_dispatcher() -> None:
 
 def test_interfaces(devices: None) -> None:
     """On a packet socket the column has the index of the interface; elsewhere it is zero."""
-    from linkrx import rigs
+    from linkrx.testing import rigs
 
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left, right, linkrx.open(left) as rx:

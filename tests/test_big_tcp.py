@@ -12,9 +12,9 @@ import pytest
 from test_segment_senders import local_route
 
 import linkrx
-from linkrx.device import Device, raised_injector
-from linkrx.namespace import inside, new_network
-from linkrx.rigs import veth
+from linkrx.kernel.namespace import inside, new_network
+from linkrx.testing.devices import Device, raised_injector
+from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import PATIENCE, running, until
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import linkrx
 from linkrx import BUFFER_SIZES, IovecBuffer
-from linkrx.buffers import SIZES_MAX, Layout, checked_sizes
+from linkrx.memory.layouts import SIZES_MAX, Layout, checked_sizes
 
 VNET_HEADER_BYTES = 10
 

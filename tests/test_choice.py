@@ -17,11 +17,12 @@ from linkrx.backends.os_readv import OsReadv
 from linkrx.backends.packet_mmap import PacketMmap
 from linkrx.backends.readv import Readv
 from linkrx.backends.recvmmsg import Recvmmsg
-from linkrx.capabilities import Capabilities
-from linkrx.factory import decide, from_environment
-from linkrx.options import Options
-from linkrx.rigs import veth
+from linkrx.choice import decide
+from linkrx.factory import from_environment
+from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.options import Options
 from linkrx.testing.resources import settings_of
+from linkrx.testing.rigs import veth
 
 TAP = Capabilities("tap", socket=False, largest_frame=65_664, ethernet=True, interface="tap0")
 DATAGRAM = Capabilities("unix_dgram", socket=True, largest_frame=262_144)

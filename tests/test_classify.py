@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linkrx import _core
-from linkrx.classify import Classify, classifier
-from linkrx.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
-from linkrx.framing import Framing
-from linkrx.headers import MALFORMED, Flags
+from linkrx.memory.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
+from linkrx.memory.framing import Framing
 from linkrx.packets import Owner
-from linkrx.stats import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
-from linkrx.stats import MALFORMED as COUNT_MALFORMED
+from linkrx.packets.headers import MALFORMED, Flags
+from linkrx.stages.classify import Classify, classifier
 
 
 class Make(Protocol):

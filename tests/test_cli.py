@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import pytest
 
 import linkrx
-from linkrx import rigs
+from linkrx.testing import rigs
 
 PATIENCE = 60.0  # seconds until a process that should have ended hangs
 ESCAPE = "\x1b"
@@ -26,7 +26,7 @@ SUPPORTED = [info.name for info in linkrx.backends() if info.supported]
 WITHOUT_CORE = """
 import sys
 sys.modules["linkrx._core._native"] = None
-from linkrx.cli import main
+from linkrx.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -151,7 +151,7 @@ _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 for _ in range(1100):
     os.dup(0)
-from linkrx.cli import main
+from linkrx.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -172,7 +172,7 @@ def test_demo_leaves_nothing_behind() -> None:
     program = """
 import os, socket, sys, threading
 import pyroute2
-from linkrx.cli import main
+from linkrx.cli.main import main
 before = os.listdir("/proc/self/fd")
 code = main(["demo", "--count", "1"])
 assert os.listdir("/proc/self/fd") == before, os.listdir("/proc/self/fd")
@@ -186,7 +186,9 @@ sys.exit(code)
 
 SILENT = """
 import sys
-from linkrx import cli, demo, responder
+from linkrx.cli import main as cli
+from linkrx.cli import demo
+from linkrx.cli import responder
 demo.PATIENCE = 0.01
 responder.Responder.deliver = lambda *call: None
 sys.exit(cli.main(["demo", "--count", "2"]))
@@ -205,7 +207,8 @@ def test_demo_fails_when_pings_are_not_answered() -> None:
 
 BROKEN = """
 import sys
-from linkrx import cli, demo
+from linkrx.cli import main as cli
+from linkrx.cli import demo
 from linkrx.backends.os_readv import OsReadv
 def fill(self, arena, room):
     raise OSError(5, "Input/output error")
@@ -226,7 +229,8 @@ def test_demo_reports_a_backend_that_breaks() -> None:
 
 REFUSED = """
 import sys
-from linkrx import cli, demo
+from linkrx.cli import main as cli
+from linkrx.cli import demo
 from linkrx.errors import MissingPrivilege
 def refuse():
     raise MissingPrivilege("a network namespace", "CAP_SYS_ADMIN", "run with sudo", 1)
@@ -246,7 +250,7 @@ def test_demo_where_it_cannot_run() -> None:
 INTERRUPTIBLE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from linkrx.cli import main
+from linkrx.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -375,7 +379,7 @@ UNPRIVILEGED = """
 import ctypes, struct, sys
 header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
 assert ctypes.CDLL(None).capset(header, none) == 0
-from linkrx.cli import main
+from linkrx.cli.main import main
 sys.exit(main(["doctor", "lo"]))
 """
 

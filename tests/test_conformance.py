@@ -11,7 +11,8 @@ import pytest
 from conftest import cell_outcomes
 
 import linkrx
-from linkrx import rigs, testing
+from linkrx import testing
+from linkrx.testing import rigs
 
 SUPPORTED = {info.name: info.supported for info in linkrx.backends()}
 NAMES = list(SUPPORTED)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import that_take
 
-from linkrx import dropwatch, rigs
+from linkrx.receiving import drops as dropwatch
+from linkrx.testing import rigs
 
 
 @pytest.mark.usefixtures("devices")

@@ -10,8 +10,8 @@ import pytest
 from conftest import that_take
 
 import linkrx
-from linkrx.device import Device, injector_on
-from linkrx.rigs import LOCAL, REMOTE, veth
+from linkrx.testing.devices import Device, injector_on
+from linkrx.testing.rigs import LOCAL, REMOTE, veth
 from linkrx.testing.waiting import collect
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"

@@ -14,8 +14,8 @@ import pytest
 
 import linkrx
 from linkrx import _core
-from linkrx.device import injector_on
-from linkrx.rigs import LOCAL, REMOTE, veth
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import LOCAL, REMOTE, veth
 from linkrx.testing.waiting import patiently
 
 pytestmark = [
@@ -88,7 +88,7 @@ def test_members_share(wire: Wire, mode: str) -> None:
 
 SENDER = """
 import sys, time
-from linkrx.device import injector_on
+from linkrx.testing.devices import injector_on
 from test_fanout import frame
 with injector_on(sys.argv[1]) as injector:
     frames = [frame(number) for number in range(int(sys.argv[2]))]

@@ -11,7 +11,7 @@ from interruptions import After, Interrupted
 from test_interruption import BACKENDS, FEW
 
 import linkrx
-from linkrx import rigs
+from linkrx.testing import rigs
 from linkrx.testing.resources import descriptors, settings_of
 
 # The walk goes by the instructions of one CPython, and by what its tracing tells of them.

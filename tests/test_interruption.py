@@ -22,9 +22,11 @@ from interruptions import After, Interrupted
 from super_packets import UDP, Super
 
 import linkrx
-from linkrx import rigs, segment, segmenting
-from linkrx.rigs import LOCAL, REMOTE
+from linkrx.stages import segmentation as segment
+from linkrx.stages import segmenting
+from linkrx.testing import rigs
 from linkrx.testing.resources import descriptors
+from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import until
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"

@@ -8,7 +8,7 @@ import pytest
 from super_packets import ones_complement
 from tcp_sink import ETHERTYPES, IP_BYTES, MODES, MTU, PROTOCOL_AT, TCP, stream
 
-from linkrx.headers import ETH_HEADER_BYTES
+from linkrx.kernel.uapi import ETH_HEADER_BYTES
 from linkrx.testing.waiting import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("devices")

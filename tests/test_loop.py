@@ -15,7 +15,7 @@ import pytest
 from conftest import that_take
 
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE
+from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.stops import ignore
 from linkrx.testing.waiting import asleep, running, until
 
@@ -337,12 +337,12 @@ def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.M
         raise OSError(24, "Too many open files")
 
     for target in (
-        "linkrx.wakeup.EventFd.__init__",
+        "linkrx.receiving.wakeup.EventFd.__init__",
         "select.epoll",
-        "linkrx.reception.Reception._prepare",
-        "linkrx.reception.Reception._use",
-        "linkrx.reception.Reception._build",
-        "linkrx.source.Source.link_state",
+        "linkrx.receiving.reception.Reception._prepare",
+        "linkrx.receiving.reception.Reception._use",
+        "linkrx.receiving.reception.Reception._build",
+        "linkrx.sources.source.Source.link_state",
         "linkrx.factory.decide",
     ):
         with monkeypatch.context() as patch:

@@ -35,8 +35,9 @@ from received import (
 )
 
 import linkrx
-from linkrx import _core, rigs
-from linkrx.framing import Framing
+from linkrx import _core
+from linkrx.memory.framing import Framing
+from linkrx.testing import rigs
 
 WITH_VNET = Framing(True, 10)
 

@@ -14,10 +14,9 @@ from conftest import that_take
 
 import linkrx
 from linkrx import _core
-from linkrx.capabilities import SOL_PACKET
-from linkrx.device import injector_on
-from linkrx.rigs import LOCAL, REMOTE, veth
-from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
+from linkrx.kernel.uapi import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS, SOL_PACKET
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import LOCAL, REMOTE, veth
 
 pytestmark = pytest.mark.usefixtures("devices")
 needs_core = pytest.mark.skipif(_core.lib is None, reason="the C core was not built")

@@ -39,9 +39,10 @@ from received import (
     vnet_bytes,
 )
 
-from linkrx import Flags, Gso, Vlan, VnetHeader, packets, plain
-from linkrx.framing import Framing
-from linkrx.headers import mac
+from linkrx import Flags, Gso, Vlan, VnetHeader, packets
+from linkrx.memory.framing import Framing
+from linkrx.packets import plain
+from linkrx.packets.headers import mac
 
 PAYLOAD = bytes(range(200))
 FRAME = frame(PAYLOAD)

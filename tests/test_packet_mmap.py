@@ -24,11 +24,11 @@ import linkrx
 from linkrx import _core
 from linkrx.backend import Receive
 from linkrx.backends import packet_mmap
-from linkrx.capabilities import LARGEST_MESSAGE, PACKET_VNET_HDR, SOL_PACKET
-from linkrx.device import Device, injector_on
-from linkrx.rigs import LOCAL, REMOTE, veth
-from linkrx.source import ETH_P_ALL
+from linkrx.kernel.uapi import ETH_P_ALL, PACKET_VNET_HDR, SOL_PACKET
+from linkrx.sources.capabilities import LARGEST_MESSAGE
+from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.exceptions import is_inside
+from linkrx.testing.rigs import LOCAL, REMOTE, veth
 
 pytestmark = [
     pytest.mark.usefixtures("devices"),
@@ -188,8 +188,8 @@ def test_memory_that_is_refused_makes_a_smaller_ring() -> None:
     program = """
 import logging, resource, sys
 import linkrx
-from linkrx.namespace import enter_private_network
-from linkrx.rigs import interface
+from linkrx.kernel.namespace import enter_private_network
+from linkrx.testing.rigs import interface
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 enter_private_network()
 with interface() as rig:
@@ -408,7 +408,7 @@ def test_metadata(wire: Wire) -> None:
 @pytest.mark.parametrize("size", [10, 12])
 def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
     """A ring on a socket with PACKET_VNET_HDR tells of each frame's header, whatever size the socket gives it."""
-    from linkrx.capabilities import PACKET_VNET_HDR_SZ
+    from linkrx.kernel.uapi import PACKET_VNET_HDR_SZ
 
     near, far, _ = wire
     with IPRoute() as route:

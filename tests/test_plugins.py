@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx.options import OpenOptions, Options
+from linkrx.sources.options import OpenOptions, Options
 
 PACKAGE = Path(linkrx.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
@@ -42,7 +42,8 @@ def run(program: str, path: Path) -> str:
 
 USE = """
 import socket, linkrx
-from linkrx import rigs, testing
+from linkrx import testing
+from linkrx.testing import rigs
 assert linkrx.__file__.startswith({path!r}), linkrx.__file__
 receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 with linkrx.open(receiver) as rx:

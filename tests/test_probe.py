@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 import linkrx
-from linkrx import capabilities, libc, tuntap
-from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, probe
+from linkrx.kernel import libc, uapi
+from linkrx.kernel.uapi import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
+from linkrx.sources.capabilities import probe
 
 devices = pytest.mark.usefixtures("devices")
 
@@ -44,9 +45,9 @@ def queue_by_hand(name: str, flags: int, *, header: int | None = None, opened: i
     """A TAP or TUN queue opened without linkrx. `opened` are flags of open(2)."""
     fd = os.open("/dev/net/tun", os.O_RDWR | opened)
     try:
-        fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        fcntl.ioctl(fd, uapi.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         if header is not None:
-            fcntl.ioctl(fd, tuntap.TUNSETVNETHDRSZ, struct.pack("i", header))
+            fcntl.ioctl(fd, uapi.TUNSETVNETHDRSZ, struct.pack("i", header))
         yield fd
     finally:
         os.close(fd)
@@ -90,7 +91,7 @@ def other_network() -> Iterator[int]:
     made: list[int] = []
 
     def enter() -> None:
-        libc.unshare(libc.CLONE_NEWNET)
+        libc.unshare(uapi.CLONE_NEWNET)
         made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
 
     thread = threading.Thread(target=enter)
@@ -153,7 +154,7 @@ def test_own_queue(mode: str, vnet_header: bool, multi_queue: bool) -> None:
 def test_packet_information(mode: int, packet_info: bool) -> None:
     """Whether packet information is on is told right, although TUNGETIFF sets the bit for "off" either way."""
     with queue_by_hand(fresh(), mode | (0 if packet_info else IFF_NO_PI)) as fd:
-        answer = fcntl.ioctl(fd, capabilities.TUNGETIFF, bytes(40))
+        answer = fcntl.ioctl(fd, uapi.TUNGETIFF, bytes(40))
         assert struct.unpack_from("H", answer, 16)[0] & IFF_NO_PI
         assert probe(fd).packet_info is packet_info
 
@@ -164,7 +165,7 @@ def test_packet_information_under_a_filter(packet_info: bool) -> None:
     """With a socket filter attached, when the bit means what it says, the answer is the same."""
     with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
         attach_filter(fd)
-        answer = fcntl.ioctl(fd, capabilities.TUNGETIFF, bytes(40))
+        answer = fcntl.ioctl(fd, uapi.TUNGETIFF, bytes(40))
         assert bool(struct.unpack_from("H", answer, 16)[0] & IFF_NO_PI) is not packet_info
         assert probe(fd).packet_info is packet_info
 
@@ -182,7 +183,7 @@ def test_virtio_net_header_size(header: int) -> None:
 def test_header_size_without_a_header() -> None:
     """A queue without a virtio-net header has none, although the kernel tells a size for it."""
     with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI) as fd:
-        assert struct.unpack("i", fcntl.ioctl(fd, capabilities.TUNGETVNETHDRSZ, bytes(4)))[0] == 10
+        assert struct.unpack("i", fcntl.ioctl(fd, uapi.TUNGETVNETHDRSZ, bytes(4)))[0] == 10
         assert probe(fd).vnet_header_size == 0
         assert not probe(fd).hardware_gso
 
@@ -402,18 +403,18 @@ def test_unbound_packet_socket() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "size"),
     [
-        (capabilities.PACKET_VNET_HDR, 1, 10),
-        (capabilities.PACKET_VNET_HDR_SZ, 10, 10),
-        (capabilities.PACKET_VNET_HDR_SZ, 12, 12),
+        (uapi.PACKET_VNET_HDR, 1, 10),
+        (uapi.PACKET_VNET_HDR_SZ, 10, 10),
+        (uapi.PACKET_VNET_HDR_SZ, 12, 12),
     ],
 )
 def test_packet_socket_with_virtio_net_header(option: int, value: int, size: int) -> None:
     """PACKET_VNET_HDR is seen, and the size that PACKET_VNET_HDR_SZ set."""
     with packet_socket(socket.SOCK_RAW, "lo") as opened:
         try:
-            opened.setsockopt(capabilities.SOL_PACKET, option, value)
+            opened.setsockopt(uapi.SOL_PACKET, option, value)
         except OSError:
-            if option == capabilities.PACKET_VNET_HDR:
+            if option == uapi.PACKET_VNET_HDR:
                 raise
             pytest.skip("the kernel is older than PACKET_VNET_HDR_SZ, Linux 6.6")
         found = probe(opened)
@@ -887,9 +888,9 @@ def test_packet_option_on_a_unix_socket(unix: socket.socket, name: str, value: o
 def test_promiscuous_without_an_interface() -> None:
     """Promiscuous mode needs an interface to be so on; the socket is left as it was."""
     with packet_socket(socket.SOCK_RAW) as opened:
-        before = opened.getsockopt(capabilities.SOL_PACKET, 23)
+        before = opened.getsockopt(uapi.SOL_PACKET, 23)
         told = contradiction(opened, promiscuous=True)
-        assert opened.getsockopt(capabilities.SOL_PACKET, 23) == before
+        assert opened.getsockopt(uapi.SOL_PACKET, 23) == before
     assert "promiscuous=True" in told
     assert "bound to no interface" in told
 

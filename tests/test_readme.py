@@ -17,10 +17,10 @@ from documents import DOCUMENTS, README, ROOT, programs
 from super_packets import Super
 
 import linkrx
-from linkrx.capabilities import PACKET_VNET_HDR, SOL_PACKET
-from linkrx.device import Device, injector_on
-from linkrx.namespace import bring_up
-from linkrx.rigs import LOCAL, REMOTE, veth
+from linkrx.kernel.namespace import bring_up
+from linkrx.kernel.uapi import PACKET_VNET_HDR, SOL_PACKET
+from linkrx.testing.devices import Device, injector_on
+from linkrx.testing.rigs import LOCAL, REMOTE, veth
 
 # Programs that begin with a title have a test of their own below.
 TITLES = {"A DHCP watcher", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}

@@ -20,7 +20,8 @@ from conftest import that_take
 from test_loop import BACKENDS, Pair, frame, number_of, pair
 
 import linkrx
-from linkrx import _core, rigs
+from linkrx import _core
+from linkrx.testing import rigs
 from linkrx.testing.stops import alarmed, ignore
 from linkrx.testing.waiting import PATIENCE, asleep, running, until
 

@@ -16,7 +16,7 @@ import pytest
 from seccomp import NUMBERS
 
 from linkrx import _core
-from linkrx.rigs import veth
+from linkrx.testing.rigs import veth
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in NUMBERS, reason="no system call numbers for this machine"),
@@ -27,7 +27,7 @@ needs_core = pytest.mark.skipif(_core.lib is None, reason="the C core was not bu
 PREAMBLE = """
 import errno, logging, os, socket, sys
 import linkrx
-from linkrx.rigs import LOCAL, REMOTE
+from linkrx.testing.rigs import LOCAL, REMOTE
 from seccomp import deny
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
 receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -234,7 +234,7 @@ def test_without_the_tun_driver() -> None:
     """Where /dev/net/tun does not exist, as in a container, the error says what to type; so does one that is closed."""
     lines = run("""
 import ctypes
-from linkrx import libc
+from linkrx.kernel import libc
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # linux/sched.h, linux/mount.h
 libc.unshare(CLONE_NEWNS)
 mount = ctypes.CDLL(None, use_errno=True).mount

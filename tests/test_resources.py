@@ -21,8 +21,9 @@ from conftest import points, that_take
 from pyroute2 import IPRoute
 
 import linkrx
-from linkrx import libc, rigs
-from linkrx.source import Undo
+from linkrx.kernel import libc
+from linkrx.sources.source import Undo
+from linkrx.testing import rigs
 from linkrx.testing.resources import descriptors, settings_of
 
 BACKENDS = that_take("unix_dgram")

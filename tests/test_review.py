@@ -16,11 +16,11 @@ import pytest
 from test_loop import BACKENDS, frame, number_of, pair
 
 import linkrx
-from linkrx import factory
+from linkrx import registry
 from linkrx.backend import Backend, Receive
-from linkrx.capabilities import Capabilities
-from linkrx.columns import COUNT, END, RECEIVES, Descriptors
+from linkrx.memory.columns import COUNT, END, RECEIVES, Descriptors
 from linkrx.packets import Owner
+from linkrx.sources.capabilities import Capabilities
 
 # Closing.
 
@@ -166,8 +166,8 @@ def test_nonsense_is_refused_each_time(
     wrong: str, kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numbers that point out of the memory are a ValueError, the second time as well; and stop() and close() work."""
-    classes = (*factory._classes(), Nonsense)
-    monkeypatch.setattr(factory, "_classes", lambda: classes)
+    classes = (*registry.classes(), Nonsense)
+    monkeypatch.setattr(registry, "classes", lambda: classes)
     monkeypatch.setattr(Nonsense, "wrong", wrong)
     with pair(kind) as (receiver, _):
         rx = linkrx.open(receiver, lambda *_: None, backend="nonsense")

@@ -9,10 +9,11 @@ import pytest
 from interruptions import After, Interrupted
 from super_packets import ACK, CWR, ECE, FIN, NOISE, PSH, TCP, UDP, Bench, Make, Row, Super, ones_complement
 
-from linkrx import _core, segment
-from linkrx.columns import COUNT, ERROR, RECEIVES, Descriptors, align
-from linkrx.framing import Framing
-from linkrx.headers import CHECKSUM_UNFINISHED, MALFORMED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx import _core
+from linkrx.memory.columns import COUNT, ERROR, RECEIVES, Descriptors, align
+from linkrx.memory.framing import Framing
+from linkrx.packets.headers import CHECKSUM_UNFINISHED, MALFORMED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx.stages import segmentation as segment
 
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 both = pytest.mark.parametrize(

@@ -32,11 +32,13 @@ from super_packets import (
     Super,
 )
 
-from linkrx import _core, segment
-from linkrx.device import Device
-from linkrx.framing import VNET_HEADER_BYTES, Framing
-from linkrx.headers import MALFORMED
-from linkrx.tuntap import TunTap
+from linkrx import _core
+from linkrx.kernel.uapi import VNET_HEADER_BYTES
+from linkrx.memory.framing import Framing
+from linkrx.packets.headers import MALFORMED
+from linkrx.sources.tuntap import TunTap
+from linkrx.stages import segmentation as segment
+from linkrx.testing.devices import Device
 
 pytestmark = pytest.mark.usefixtures("devices")
 

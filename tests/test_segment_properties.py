@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from super_packets import TCP, UDP, Bench, Make, Row, Super
 
-from linkrx import _core, segment
-from linkrx.columns import align
-from linkrx.framing import VNET_HEADER_BYTES, Framing
-from linkrx.headers import CHECKSUM_UNFINISHED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx import _core
+from linkrx.kernel.uapi import VNET_HEADER_BYTES
+from linkrx.memory.columns import align
+from linkrx.memory.framing import Framing
+from linkrx.packets.headers import CHECKSUM_UNFINISHED, TIMESTAMP, TRUNCATED, VLAN
+from linkrx.stages import segmentation as segment
 
 MAKES: tuple[Make, ...] = (segment.in_python, segment.in_c)
 PLAIN = Framing(ethernet=True, vnet_header_size=VNET_HEADER_BYTES)

@@ -15,8 +15,9 @@ import pytest
 from super_packets import ACK, LOCAL, NOISE, REMOTE, SOURCES, TARGETS, TCP, UDP, Bench, Row, ones_complement
 from test_segment_kernel import MAKES, PATIENCE_MS, Queue
 
-from linkrx.device import Device
-from linkrx.framing import VNET_HEADER_BYTES, Framing
+from linkrx.kernel.uapi import VNET_HEADER_BYTES
+from linkrx.memory.framing import Framing
+from linkrx.testing.devices import Device
 from linkrx.testing.waiting import until
 
 pytestmark = pytest.mark.usefixtures("devices")

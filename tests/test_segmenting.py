@@ -16,12 +16,12 @@ import pytest
 from super_packets import LOCAL, REMOTE, UDP, Super
 
 import linkrx
-from linkrx import rigs, segmenting
 from linkrx.backends.os_readv import OsReadv
-from linkrx.capabilities import PACKET_VNET_HDR, PACKET_VNET_HDR_SZ, SOL_PACKET
-from linkrx.device import Device
+from linkrx.kernel.uapi import ETH_P_ALL, PACKET_VNET_HDR, PACKET_VNET_HDR_SZ, SOL_PACKET
 from linkrx.packets import Owner
-from linkrx.source import ETH_P_ALL
+from linkrx.stages import segmenting
+from linkrx.testing import rigs
+from linkrx.testing.devices import Device
 from linkrx.testing.waiting import PATIENCE
 
 PACKET_RX_RING = 5
@@ -436,7 +436,7 @@ class Refusing(OsReadv):
 
 def test_packets_that_the_kernel_cannot_describe(monkeypatch: pytest.MonkeyPatch) -> None:
     """EINVAL where there is a virtio-net header costs the packet that it is about, is counted, and is no failure."""
-    monkeypatch.setattr("linkrx.factory._classes", lambda: (Refusing,))
+    monkeypatch.setattr("linkrx.registry.classes", lambda: (Refusing,))
     Refusing.calls = 0
     with datagrams() as (source, send):
         source.setblocking(False)

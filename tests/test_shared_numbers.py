@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from linkrx import _core, buffers, columns, headers, options, packets, plain, stats
+from linkrx import _core, packets
+from linkrx.memory import columns
+from linkrx.memory import counters as slots
+from linkrx.memory import layouts as buffers
+from linkrx.packets import headers, plain
+from linkrx.sources import options
 
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
@@ -30,13 +35,13 @@ SHARED: dict[str, int] = {
     "LRX_TIMESTAMP": headers.Flags.TIMESTAMP,
     "LRX_CHECKSUM_UNFINISHED": headers.Flags.CHECKSUM_UNFINISHED,
     "LRX_MALFORMED": headers.MALFORMED,
-    "LRX_PACKETS": stats.PACKETS,
-    "LRX_BYTES": stats.BYTES,
-    "LRX_RUNTS": stats.RUNTS,
-    "LRX_EMPTY": stats.EMPTY,
-    "LRX_UNKNOWN_PROTOCOL": stats.UNKNOWN_PROTOCOL,
-    "LRX_CUT": stats.CUT,
-    "LRX_COUNT_MALFORMED": stats.MALFORMED,
+    "LRX_PACKETS": slots.PACKETS,
+    "LRX_BYTES": slots.BYTES,
+    "LRX_RUNTS": slots.RUNTS,
+    "LRX_EMPTY": slots.EMPTY,
+    "LRX_UNKNOWN_PROTOCOL": slots.UNKNOWN_PROTOCOL,
+    "LRX_CUT": slots.CUT,
+    "LRX_COUNT_MALFORMED": slots.MALFORMED,
     "LRX_SIZES_MAX": buffers.SIZES_MAX,
     "LRX_MESSAGES_MAX": options.BATCH_SIZE_MAX,
 }
@@ -82,17 +87,17 @@ def test_plain_flags_are_the_enum() -> None:
 
 def test_counters_have_a_slot_for_each() -> None:
     """The counters are exactly as many 64-bit words as there are slots."""
-    slots = {
-        stats.PACKETS,
-        stats.BYTES,
-        stats.RUNTS,
-        stats.EMPTY,
-        stats.UNKNOWN_PROTOCOL,
-        stats.CUT,
-        stats.MALFORMED,
+    places = {
+        slots.PACKETS,
+        slots.BYTES,
+        slots.RUNTS,
+        slots.EMPTY,
+        slots.UNKNOWN_PROTOCOL,
+        slots.CUT,
+        slots.MALFORMED,
     }
-    counters = stats.new_counters()
-    assert slots == set(range(len(counters)))
+    counters = slots.new_counters()
+    assert places == set(range(len(counters)))
     assert counters.itemsize == 8
 
 

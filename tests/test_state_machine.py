@@ -18,7 +18,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from machine import Machine
 
 import linkrx
-from linkrx import rigs
+from linkrx.testing import rigs
 
 # None: the layout that linkrx chooses.
 LADDERS: tuple[tuple[int, ...] | None, ...] = (

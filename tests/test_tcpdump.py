@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import that_take
 
-from linkrx import rigs
+from linkrx.testing import rigs
 from linkrx.testing.waiting import collect
 
 FRAMES = 300

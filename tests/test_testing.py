@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx import remedies, testing
+from linkrx import testing
+from linkrx.kernel import remedies
 
 # A plug-in backend of another name that does what os_readv does.
 PLUG_IN = """
@@ -27,9 +28,9 @@ class Mine(OsReadv):
 AS_ANYONE = """
 import os
 from pathlib import Path
-from linkrx import libc
+from linkrx.kernel import libc, uapi
 uid, gid = os.getuid(), os.getgid()
-libc.unshare(libc.CLONE_NEWUSER)
+libc.unshare(uapi.CLONE_NEWUSER)
 Path("/proc/self/setgroups").write_text("deny")
 Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
 Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
@@ -44,7 +45,7 @@ assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 
 ENTER = """
 import threading
 import linkrx
-from linkrx import namespace
+from linkrx.kernel import namespace
 try:
     namespace.enter_private_network()
 except linkrx.MissingPrivilege as error:
@@ -84,7 +85,7 @@ def test_the_documented_program(who: str, tmp_path: Path) -> None:
     assert 'testing.cells("mine")' in program
     few = "from linkrx import testing\ntesting.CHECKS = testing.CHECKS[:1]\n"
     told = run(who + few + program, tmp_path)
-    kinds = [make.__name__ for make in linkrx.rigs.PLAIN_RIGS + linkrx.rigs.DEVICE_RIGS]
+    kinds = [make.__name__ for make in linkrx.testing.rigs.PLAIN_RIGS + linkrx.testing.rigs.DEVICE_RIGS]
     assert told.splitlines() == [f"mine-{kind}-delivery supported" for kind in kinds]
 
 
@@ -92,7 +93,7 @@ def test_a_backend_that_does_not_exist() -> None:
     """An unknown name is an error that lists the backends there are and says where one's own is found."""
     for use in (
         lambda: testing.cells("carrier_pigeon"),
-        testing.Cell("carrier_pigeon", linkrx.rigs.udp, testing.CHECKS[0]).run,
+        testing.Cell("carrier_pigeon", linkrx.testing.rigs.udp, testing.CHECKS[0]).run,
     ):
         with pytest.raises(linkrx.BackendUnavailable) as caught:
             use()
@@ -162,7 +163,7 @@ def test_a_refusal_says_what_to_type() -> None:
     """Where the kernel allows neither, the error has its reason, what is missing and what to type."""
     told = run(
         AS_NOBODY
-        + "from linkrx import libc\n"
+        + "from linkrx.kernel import libc, uapi\n"
         + "def refuse(flags): raise PermissionError(1, 'Operation not permitted')\n"
         + "libc.unshare = refuse\n"
         + ENTER
@@ -177,7 +178,7 @@ def test_threads_of_other_libraries_have_names_too() -> None:
     """A thread that Python did not start is listed by what the kernel calls it, the main thread first."""
     told = run(
         "import _thread\n"
-        "from linkrx import namespace\n"
+        "from linkrx.kernel import namespace\n"
         "lock = _thread.allocate_lock()\n"
         "lock.acquire()\n"
         "_thread.start_new_thread(lock.acquire, ())\n"

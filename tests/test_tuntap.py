@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import linkrx
-from linkrx import tuntap
-from linkrx.capabilities import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
-from linkrx.device import injector_on
-from linkrx.ethtool import takes_super_packets
+from linkrx.kernel import uapi
+from linkrx.kernel.ethtool import takes_super_packets
+from linkrx.kernel.uapi import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
+from linkrx.sources import tuntap
+from linkrx.testing.devices import injector_on
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -37,7 +38,7 @@ def attach(name: str, flags: int) -> int:
     """A queue opened by hand."""
     fd = os.open(tuntap.DEVICE, os.O_RDWR | os.O_NONBLOCK)
     try:
-        fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        fcntl.ioctl(fd, uapi.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     except OSError:
         os.close(fd)
         raise
@@ -50,8 +51,8 @@ def persistent(name: str, flags: int, *, header: int = 10, offload: int = 0) -> 
     fd = attach(name, flags)
     fcntl.ioctl(fd, TUNSETPERSIST, 1)
     if flags & IFF_VNET_HDR:
-        fcntl.ioctl(fd, tuntap.TUNSETVNETHDRSZ, struct.pack("i", header))
-    fcntl.ioctl(fd, tuntap.TUNSETOFFLOAD, offload)
+        fcntl.ioctl(fd, uapi.TUNSETVNETHDRSZ, struct.pack("i", header))
+    fcntl.ioctl(fd, uapi.TUNSETOFFLOAD, offload)
     os.close(fd)
     try:
         yield name
@@ -335,7 +336,7 @@ def test_super_packets_without_a_header_are_reported(mode: str, caplog: pytest.L
             linkrx.open(fd).close()
             assert "hands over super-packets, and no virtio-net header tells which they are" in caplog.text
             caplog.clear()
-            fcntl.ioctl(fd, tuntap.TUNSETOFFLOAD, 0)
+            fcntl.ioctl(fd, uapi.TUNSETOFFLOAD, 0)
             assert not linkrx.probe(fd).hardware_gso
             linkrx.open(fd).close()
             assert not caplog.text
@@ -405,10 +406,10 @@ def test_a_transmit_filter_of_a_previous_owner_is_removed() -> None:
     from pyroute2 import IPRoute
 
     fd = os.open(tuntap.DEVICE, os.O_RDWR)
-    fcntl.ioctl(fd, tuntap.TUNSETIFF, struct.pack("16sH22x", b"lrxfilter", 0x1002))
+    fcntl.ioctl(fd, uapi.TUNSETIFF, struct.pack("16sH22x", b"lrxfilter", 0x1002))
     fcntl.ioctl(fd, TUNSETPERSIST, 1)
     only_another = struct.pack("HH6s", 0, 1, b"\2\xff\xff\xff\xff\xff")
-    fcntl.ioctl(fd, tuntap.TUNSETTXFILTER, only_another)
+    fcntl.ioctl(fd, uapi.TUNSETTXFILTER, only_another)
     os.close(fd)
     with linkrx.TunTap("lrxfilter") as tap, linkrx.open(tap) as rx, IPRoute() as route:
         fcntl.ioctl(tap.fileno(), TUNSETPERSIST, 0)

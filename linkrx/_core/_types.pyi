@@ -4,8 +4,8 @@ from typing import Any, Final, Self, SupportsIndex, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
-from linkrx.headers import Vlan, VnetHeader
-from linkrx.stats import End
+from linkrx.packets.headers import Vlan, VnetHeader
+from linkrx.receiving.stats import End
 
 SOURCES: Final[str]
 

@@ -1,6 +1,6 @@
 #pragma once
 
-/* Numbers that Python and C share. A test holds linkrx/headers.py, columns.py and stats.py to them. */
+/* Numbers that Python and C share. A test holds linkrx/packets/headers.py, memory/columns.py and memory/counters.py to them. */
 
 /* Words of the header in front of a backend's descriptors; behind them the address of a struct lrx_classifier, or 0. */
 #define LRX_COUNT 0       /* packets that the backend received and nobody classified yet */

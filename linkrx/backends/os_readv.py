@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from itertools import repeat
 
 from linkrx.backend import Backend, Receive
-from linkrx.capabilities import Capabilities
-from linkrx.columns import COUNT, END, ERROR, MOST, RECEIVES, Descriptors, align
-from linkrx.headers import TRUNCATED
+from linkrx.memory.columns import COUNT, END, ERROR, MOST, RECEIVES, Descriptors, align
 from linkrx.packets import Owner
+from linkrx.packets.headers import TRUNCATED
+from linkrx.sources.capabilities import Capabilities
 
 # A Python that was built with musl may lack it.
 RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)

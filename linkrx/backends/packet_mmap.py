@@ -10,11 +10,11 @@ from typing import Any
 
 from linkrx import _core
 from linkrx.backend import CoreBackend, Receive
-from linkrx.capabilities import Capabilities
-from linkrx.columns import Descriptors
 from linkrx.errors import BackendUnavailable, UnsupportedOption
-from linkrx.headers import OUTGOING, TIMESTAMP
-from linkrx.rtnetlink import RouteSocket
+from linkrx.kernel.rtnetlink import RouteSocket
+from linkrx.memory.columns import Descriptors
+from linkrx.packets.headers import OUTGOING, TIMESTAMP
+from linkrx.sources.capabilities import Capabilities
 
 logger = logging.getLogger("linkrx")
 

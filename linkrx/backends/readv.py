@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from linkrx import _core
 from linkrx.backend import CoreBackend, Receive
-from linkrx.capabilities import Capabilities
-from linkrx.columns import Descriptors
+from linkrx.memory.columns import Descriptors
+from linkrx.sources.capabilities import Capabilities
 
 
 class Readv(CoreBackend):

@@ -6,8 +6,8 @@ import os
 
 from linkrx import _core
 from linkrx.backend import CoreBackend, Receive
-from linkrx.capabilities import Capabilities
-from linkrx.columns import Descriptors
+from linkrx.memory.columns import Descriptors
+from linkrx.sources.capabilities import Capabilities
 
 # A slot takes a full Ethernet frame with everything in front of it; larger packets use memory of their own.
 SLOT_BYTES = 2048

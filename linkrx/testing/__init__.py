@@ -1,6 +1,7 @@
 """Conformance: what every backend must do on every source it accepts, for plug-in authors to call. No pytest inside.
 
-    from linkrx import namespace, testing
+    from linkrx import testing
+    from linkrx.kernel import namespace
 
     namespace.enter_private_network()
     for cell in testing.cells("mine"):
@@ -10,14 +11,14 @@ A cell is one check on one kind of source. It holds, or the backend refuses the 
 what it is about; or it raises AssertionError. To be called in the main thread, for signals are among what is checked.
 
 Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter_private_network` gives, and an open
-/dev/net/tun. `cells("mine", linkrx.rigs.PLAIN_RIGS)` are those that need none.
+/dev/net/tun. `cells("mine", linkrx.testing.rigs.PLAIN_RIGS)` are those that need none.
 """
 
 from __future__ import annotations
 
-from linkrx.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 from linkrx.testing import exceptions, lifetimes, links, packets, resources, stops
 from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
+from linkrx.testing.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 
 __all__ = ["CHECKS", "Cell", "Check", "Inapplicable", "cells", "row_of"]
 

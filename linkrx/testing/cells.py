@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from linkrx.capabilities import probe
+from linkrx.backend import BackendInfo
 from linkrx.errors import BackendUnavailable, UnsupportedSource
-from linkrx.factory import BackendInfo, backends
-from linkrx.rigs import MakeRig, Rig
+from linkrx.registry import backends
+from linkrx.sources.capabilities import probe
+from linkrx.testing.rigs import MakeRig, Rig
 
 Check = Callable[[Rig, str], None]
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from itertools import takewhile
 from types import CodeType, FrameType
 
-from linkrx.dispatcher import Dispatcher
 from linkrx.errors import Busy, Closed
 from linkrx.packets import Packet
-from linkrx.rigs import Rig
+from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.testing.packets import sample
 from linkrx.testing.resources import descriptors
+from linkrx.testing.rigs import Rig
 from linkrx.testing.stops import alarmed, ignore
 from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, patiently, running, until
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linkrx.packets import Batch, Packet
-from linkrx.rigs import Rig
+from linkrx.testing.rigs import Rig
 from linkrx.testing.waiting import PATIENCE, collect
 
 

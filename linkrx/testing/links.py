@@ -8,15 +8,15 @@ import selectors
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from linkrx import rigs
-from linkrx.device import Device, raised_injector
-from linkrx.dispatcher import Dispatcher
-from linkrx.namespace import inside, new_network
+from linkrx.kernel.namespace import inside, new_network
 from linkrx.packets import Packet
-from linkrx.rigs import TAP_MTU, Rig
-from linkrx.stats import End
+from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.receiving.stats import End
+from linkrx.testing import rigs
 from linkrx.testing.cells import Check, Inapplicable
+from linkrx.testing.devices import Device, raised_injector
 from linkrx.testing.packets import sample
+from linkrx.testing.rigs import TAP_MTU, Rig
 from linkrx.testing.stops import ignore
 from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of, running, until
 

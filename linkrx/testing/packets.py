@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 
-from linkrx.buffers import BUFFER_SIZES
-from linkrx.factory import backends
-from linkrx.headers import ETH_HEADER_BYTES
+from linkrx.kernel.uapi import ETH_HEADER_BYTES
+from linkrx.memory.layouts import BUFFER_SIZES
 from linkrx.packets import Batch, Packet
-from linkrx.rigs import LOCAL, PROTOCOL, REMOTE, Rig
+from linkrx.registry import backends
 from linkrx.testing.cells import Inapplicable
+from linkrx.testing.rigs import LOCAL, PROTOCOL, REMOTE, Rig
 from linkrx.testing.waiting import PATIENCE, collect, patiently
 
 # The source text's ladder, step by step, and what hardware and the kernel cut at: 1514, 2048.

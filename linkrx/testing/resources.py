@@ -8,14 +8,18 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from linkrx.capabilities import SOL_PACKET, probe
+from linkrx.kernel.uapi import (
+    PACKET_AUXDATA,
+    PACKET_IGNORE_OUTGOING,
+    PACKET_VERSION,
+    SO_TIMESTAMPNS,
+    SOL_PACKET,
+)
 from linkrx.packets import Packet
-from linkrx.rigs import Rig
-from linkrx.source import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS
+from linkrx.sources.capabilities import probe
 from linkrx.testing.packets import sample
+from linkrx.testing.rigs import Rig
 from linkrx.testing.waiting import PATIENCE, number_of, patiently
-
-PACKET_VERSION = 10  # linux/if_packet.h
 
 CYCLES = 20
 FLOOD = 5000  # more frames than any rig's queue holds

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
-from linkrx.capabilities import probe
-from linkrx.dispatcher import Dispatcher
 from linkrx.errors import Closed
-from linkrx.factory import backends
 from linkrx.packets import Packet
-from linkrx.rigs import Rig
-from linkrx.stats import End
+from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.receiving.stats import End
+from linkrx.registry import backends
+from linkrx.sources.capabilities import probe
 from linkrx.testing.cells import Inapplicable
 from linkrx.testing.packets import sample
+from linkrx.testing.rigs import Rig
 from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, running, until
 
 

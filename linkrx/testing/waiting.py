@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from linkrx.dispatcher import Dispatcher
 from linkrx.packets import Packet
-from linkrx.rigs import Rig
+from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.testing.rigs import Rig
 
 PATIENCE = 30.0  # seconds until what should have happened never will
 FLOOD_MOST = 5_000_000  # frames of one flood

@@ -41,7 +41,7 @@ static inline uint8_t *exactly(size_t size)
     return memory;
 }
 
-/* linkrx/columns.py _LAYOUT: where in a row's share of a table each column is, and how wide. */
+/* linkrx/memory/columns.py _LAYOUT: where in a row's share of a table each column is, and how wide. */
 #define ROW_BYTES 32
 #define TIMESTAMP 0, 8
 #define START 8, 4

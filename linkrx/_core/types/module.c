@@ -42,9 +42,6 @@ static int execute(PyObject *module)
 
     *(void **)&state->vectorcall = dlsym(RTLD_DEFAULT, "PyObject_Vectorcall");
     map_process(state);
-    state->headers = PyImport_ImportModule("linkrx.headers");
-    if (!state->headers)
-        return -1;
     state->owner_type = add_type(module, &lrx_owner_spec);
     state->table_type = add_type(module, &lrx_table_spec);
     state->packet_type = add_type(module, &lrx_packet_spec);

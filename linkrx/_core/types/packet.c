@@ -146,7 +146,7 @@ PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused)
     return result;
 }
 
-/* The rest of the state that packet_reduce() writes; restore_packet() of linkrx/packets.py has looked at the version. */
+/* The rest of the state that packet_reduce() writes; restore_packet() of linkrx/packets/__init__.py has looked at the version. */
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);

@@ -249,10 +249,19 @@ static PyObject *headers_of(PyObject *self)
 {
     State *state = PyType_GetModuleState(Py_TYPE(self));
 
+    /* Not when the module is loaded: linkrx.packets loads it. */
+    if (state && !state->headers) {
+        PyObject *headers = PyImport_ImportModule("linkrx.packets.headers");
+
+        if (headers && !state->headers)
+            state->headers = headers;
+        else
+            Py_XDECREF(headers);
+    }
     return state ? state->headers : NULL;
 }
 
-/* What is rare is written in linkrx/headers.py, which the pure Python packet uses as well. */
+/* What is rare is written in linkrx/packets/headers.py, which the pure Python packet uses as well. */
 static PyObject *by_headers(PyObject *self, const char *function)
 {
     PyObject *headers = headers_of(self);

@@ -4,7 +4,7 @@
  * classified, or CLASSIFIED is set and they are not taken in, or an errno waits in ERROR. Each step begins where the last one
  * ended, and nothing is received while something waits.
  *
- * What is rare is Python: the receiver calls methods of its subclass, linkrx/reception.py, by these words:
+ * What is rare is Python: the receiver calls methods of its subclass, linkrx/receiving/reception.py, by these words:
  *   _fill(arena)         a mechanism that is written in Python; returns how many packets it has filled
  *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are left
  *   _handle_error()      an errno waits in the header

@@ -31,7 +31,8 @@ struct State {
     PyTypeObject *batch_iterator_type;
     PyTypeObject *packet_type;
     PyTypeObject *receiver_type;
-    PyObject *headers; /* the module linkrx.headers: what is asked for rarely is written there, in Python */
+    /* The module linkrx.packets.headers, once it was asked for: what is rare is written there, in Python. */
+    PyObject *headers;
     /* Which process this is, in a page that is wiped in a forked child: 0 there until something is opened. NULL where the
      * kernel has no such pages, before Linux 4.14. */
     volatile int64_t *process;

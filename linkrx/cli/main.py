@@ -1,0 +1,143 @@
+"""The command line: what can be typed, and what its exit codes mean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import linkrx
+from linkrx.cli import demo, doctor
+from linkrx.cli.terminal import on_stdout, sentence
+
+OK, FAILED, USAGE, CANNOT_RUN = range(4)
+INTERRUPTED = 128 + 2  # what a shell says of a program that SIGINT ended
+BROKEN_PIPE = 128 + 13  # the same for SIGPIPE
+
+COUNT_MAX = 1000
+
+_ENVIRONMENT = """\
+environment, for linkrx.open and doctor (demo runs every backend by name):
+  LINKRX_BACKEND=NAME   takes the place of backend="auto"
+  LINKRX_AVOID=A,B      takes backends out of "auto"
+
+"""
+
+_EXIT_CODES = """\
+exit codes:
+  0    it worked: every ping was answered (demo), a backend can work (doctor)
+  1    it did not, and the output says why
+  2    wrong usage
+  3    demo cannot run here: stderr says what is missing and what to type
+  130  interrupted with Ctrl-C
+  141  whoever read the output went away
+
+"""
+
+_EXAMPLES = """\
+examples:
+  linkrx doctor          what this host can do
+  linkrx doctor eth0     which backend linkrx.open("eth0") takes, and why
+  linkrx demo            packets through every backend of this host
+  linkrx demo | grep ARP
+"""
+
+_DEMO = """\
+Enters a network namespace of its own (with a user namespace where not root), makes a TAP device there, and lets the
+kernel ping an address that does not exist: what answers ARP and ICMP echo for it is a Python function behind linkrx.
+Each backend of this host takes its turn. One that does not read TAP queues watches the device by name, and receives
+the answers. Nothing outside the namespace is touched, and nothing is left behind.
+"""
+
+_DOCTOR = """\
+Prints the kernel, the privileges and what lacking one costs, and each backend with the reason where it cannot run.
+With the name of an interface also what probing it finds, and what backend="auto" chooses there and why. Receives
+nothing and changes nothing.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Wrong usage, `--help` and `--version` raise SystemExit."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` for one, has enough. What is still buffered must not fail again at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.command == "demo":
+            return OK if demo.run(on_stdout(), arguments.count) else FAILED
+        return OK if doctor.run(on_stdout(), arguments.source) else FAILED
+    except BrokenPipeError:
+        raise
+    except (linkrx.LinkrxError, OSError) as error:
+        print(f"linkrx: {sentence(error)}", file=sys.stderr)
+        return CANNOT_RUN if arguments.command == "demo" else FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="linkrx",
+        description=linkrx.__doc__.partition("\n")[0] if linkrx.__doc__ else None,
+        epilog=_ENVIRONMENT + _EXIT_CODES + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"linkrx {linkrx.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    command = _add(
+        commands,
+        "demo",
+        "receive from a TAP device of its own on every backend",
+        _DEMO,
+        _EXIT_CODES + _EXAMPLES,
+    )
+    command.add_argument(
+        "-c",
+        "--count",
+        type=_count,
+        default=3,
+        metavar="N",
+        help=f"pings per backend, 1 to {COUNT_MAX} (default: 3)",
+    )
+    command = _add(
+        commands,
+        "doctor",
+        "tell what can work on this host, or on one interface, and why",
+        _DOCTOR,
+        _ENVIRONMENT + _EXIT_CODES + _EXAMPLES,
+    )
+    command.add_argument("source", nargs="?", metavar="SOURCE", help="the name of an interface, such as eth0")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= COUNT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {COUNT_MAX}")
+    return int(text)

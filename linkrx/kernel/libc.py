@@ -1,0 +1,80 @@
+"""System calls that `os` has in later Pythons only, through the C library.
+
+`os` has `unshare` and `setns` from Python 3.12 and `timerfd_create` from 3.13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_CLOCK_MONOTONIC = 1
+# sys/timerfd.h: the values of O_CLOEXEC and O_NONBLOCK.
+_TFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+
+
+def _checked(result: int, call: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{call}: {os.strerror(code)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces that `flags` names for new ones. See man 2 unshare."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Move this thread into the namespace that `fd` refers to. See man 2 setns."""
+    _checked(_libc.setns(fd, kind), "setns")
+
+
+class SocketOptions:
+    """getsockopt(2) and setsockopt(2) on a descriptor that is somebody else's.
+
+    A `socket.socket` closes its descriptor with itself; and of a duplicate, an exception that a signal handler raises
+    in the wrong moment would leave one open.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def get(self, level: int, name: int, size: int = 4) -> bytes:
+        """At most `size` bytes."""
+        value = ctypes.create_string_buffer(size)
+        length = ctypes.c_uint32(size)
+        _checked(_libc.getsockopt(self._fd, level, name, value, ctypes.byref(length)), "getsockopt")
+        return value.raw[: length.value]
+
+    def get_int(self, level: int, name: int) -> int:
+        """An int."""
+        return int.from_bytes(self.get(level, name), sys.byteorder, signed=True)
+
+    def set(self, level: int, name: int, value: int | bytes) -> None:
+        """An int, or a structure."""
+        data = value if isinstance(value, bytes) else value.to_bytes(4, sys.byteorder, signed=True)
+        _checked(_libc.setsockopt(self._fd, level, name, data, len(data)), "setsockopt")
+
+
+def timerfd() -> int:
+    """A timer that does not run, as a descriptor: timerfd_create(2)."""
+    return _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")
+
+
+def set_timerfd(fd: int, interval: float) -> None:
+    """Make it readable every `interval` seconds, or never with 0: timerfd_settime(2)."""
+    seconds, rest = divmod(int(interval * 1e9), 10**9)
+    period = _Timespec(seconds, rest)
+    _checked(_libc.timerfd_settime(fd, 0, ctypes.byref(_Itimerspec(period, period)), None), "timerfd_settime")

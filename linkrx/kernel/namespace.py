@@ -1,0 +1,125 @@
+"""Network namespaces: a private one for the demo, tests and benches, and work inside others."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from linkrx.errors import MissingPrivilege
+from linkrx.kernel import libc, remedies, uapi
+from linkrx.kernel.uapi import IFF_UP, SIOCGIFFLAGS, SIOCSIFFLAGS
+
+Result = TypeVar("Result")
+
+# linux/sockios.h
+IFREQ = struct.Struct("16sH22x")  # struct ifreq, of which this is the name and the flags
+
+
+def enter_private_network() -> None:
+    """Move this process (one thread, nothing open on the network) into a new network namespace, in which `lo` is up.
+
+    Without CAP_SYS_ADMIN a user namespace comes with it, in which the caller is root. IPv6 is off on interfaces made
+    from now on, so that the kernel sends nothing of its own. Threads that run already stay where they are. Raises
+    MissingPrivilege where neither is allowed, and says which threads there are where they are what forbids it.
+    """
+    try:
+        _unshare()
+        _silence()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            bring_up("lo", control)
+    except OSError as error:
+        threads = _threads()
+        if error.errno == errno.EINVAL and len(threads) > 1:
+            raise MissingPrivilege(
+                f"a network namespace of one's own, in a process of {len(threads)} threads ({', '.join(threads)}),",
+                "CAP_SYS_ADMIN, or a user namespace, which only a process of one thread may enter",
+                "call enter_private_network() before anything starts a thread",
+                error.errno,
+            ) from error
+        raise MissingPrivilege(
+            f"a network namespace of one's own ({error.strerror})",
+            "CAP_SYS_ADMIN or a user namespace",
+            remedies.user_namespace(),
+            error.errno,
+        ) from error
+
+
+def bring_up(interface: str, control: socket.socket) -> None:
+    """Set an interface up, in the network namespace of a socket of any kind."""
+    name, flags = IFREQ.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, IFREQ.pack(os.fsencode(interface), 0)))
+    fcntl.ioctl(control, SIOCSIFFLAGS, IFREQ.pack(name, flags | IFF_UP))
+
+
+def _threads() -> list[str]:
+    """What the threads of this process are called: by Python, or by the kernel if another library started them."""
+    known = {thread.native_id: thread.name for thread in threading.enumerate()}
+    tasks = sorted(Path("/proc/self/task").iterdir(), key=lambda task: int(task.name))
+    return [known.get(int(task.name)) or (task / "comm").read_text().strip() for task in tasks]
+
+
+def _silence() -> None:
+    quiet = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+    if quiet.exists():
+        quiet.write_text("1")
+
+
+def _unshare() -> None:
+    try:
+        libc.unshare(uapi.CLONE_NEWNET)
+    except PermissionError:
+        uid, gid = os.getuid(), os.getgid()
+        libc.unshare(uapi.CLONE_NEWUSER | uapi.CLONE_NEWNET)
+        own = Path("/proc/self")
+        (own / "setgroups").write_text("deny")
+        (own / "uid_map").write_text(f"0 {uid} 1")
+        (own / "gid_map").write_text(f"0 {gid} 1")
+
+
+def new_network() -> int:
+    """A descriptor that refers to a new network namespace without IPv6, which lives until it is closed.
+
+    Needs CAP_SYS_ADMIN.
+    """
+
+    def leave() -> int:
+        libc.unshare(uapi.CLONE_NEWNET)
+        _silence()
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    return _in_thread(leave)
+
+
+def inside(namespace: int, work: Callable[[], Result]) -> Result:
+    """What `work` returns in a thread inside the network namespace that a descriptor refers to."""
+
+    def enter() -> Result:
+        libc.setns(namespace, uapi.CLONE_NEWNET)
+        return work()
+
+    return _in_thread(enter)
+
+
+def _in_thread(work: Callable[[], Result]) -> Result:
+    """A namespace is a thread's: one that changes it must end, not go on with other work."""
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="linkrx-namespace")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]

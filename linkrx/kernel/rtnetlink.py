@@ -1,0 +1,148 @@
+"""Facts about a network device, from rtnetlink(7).
+
+pyroute2 would do this too, but enters another network namespace by forking. Here a socket is made once in the
+device's namespace, by a thread that enters it and ends, and keeps answering from there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from linkrx.kernel.namespace import inside
+from linkrx.kernel.uapi import (
+    IFLA_ADDRESS,
+    IFLA_IFNAME,
+    IFLA_INFO_DATA,
+    IFLA_INFO_KIND,
+    IFLA_LINKINFO,
+    IFLA_MTU,
+    IFLA_STATS64,
+    IFLA_TUN_NUM_QUEUES,
+    IFLA_TUN_PI,
+    NLA_TYPE_MASK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    RTM_GETLINK,
+    RTM_NEWLINK,
+    TX_DROPPED,
+)
+
+# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
+# IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, and the same for IPv4, which Linux 6.3 tells apart.
+SUPER_PACKETS = (41, 58, 63, 64)
+
+_MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr
+_INTERFACE = struct.Struct("=BxHiII")  # struct ifinfomsg
+_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
+_TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
+
+
+@dataclass(frozen=True)
+class Link:
+    """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
+
+    `super_packet` is the most that a packet has before it is split, or behind merging.
+    """
+
+    index: int
+    name: str
+    hardware_type: int
+    mtu: int | None
+    address: bytes
+    kind: str | None
+    packet_info: bool | None
+    queues: int
+    tx_dropped: int | None
+    super_packet: int
+
+
+class RouteSocket:
+    """A netlink socket in one network namespace."""
+
+    def __init__(self, namespace: int | None = None) -> None:
+        """In this thread's namespace, or the one that the descriptor `namespace` refers to (needs CAP_SYS_ADMIN)."""
+        self._sequence = 0
+        self._socket = _socket_here() if namespace is None else inside(namespace, _socket_here)
+        try:
+            self._socket.settimeout(_TIMEOUT)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
+        """The device of that name or index, or None if there is none."""
+        self._sequence += 1
+        body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+        if name is not None:
+            value = os.fsencode(name) + b"\0"
+            body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
+            body += bytes(-len(body) % 4)
+        head = _MESSAGE.pack(_MESSAGE.size + len(body), RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(head + body)
+        while True:
+            answer = self._socket.recv(65536)
+            _, kind, _, sequence, _ = _MESSAGE.unpack_from(answer)
+            if sequence != self._sequence:
+                continue  # a late answer to a request that timed out
+            if kind == NLMSG_ERROR:
+                return None
+            if kind == RTM_NEWLINK:
+                return _parse(answer[_MESSAGE.size :])
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+
+
+def _socket_here() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & NLA_TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _parse(message: bytes) -> Link:
+    _, hardware_type, index, _, _ = _INTERFACE.unpack_from(message)
+    found = dict(_attributes(message[_INTERFACE.size :]))
+    info = dict(_attributes(found.get(IFLA_LINKINFO, b"")))
+    kind = info[IFLA_INFO_KIND].rstrip(b"\0").decode() if IFLA_INFO_KIND in info else None
+    data = dict(_attributes(info.get(IFLA_INFO_DATA, b""))) if kind == "tun" else {}
+    # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
+    packet_info = bool(data[IFLA_TUN_PI][0]) if IFLA_TUN_PI in data else None
+    stats = found.get(IFLA_STATS64, b"")
+    return Link(
+        index=index,
+        name=os.fsdecode(found.get(IFLA_IFNAME, b"").rstrip(b"\0")),
+        hardware_type=hardware_type,
+        mtu=struct.unpack("=I", found[IFLA_MTU])[0] if IFLA_MTU in found else None,
+        address=found.get(IFLA_ADDRESS, b""),
+        kind=kind,
+        packet_info=packet_info,
+        # Told of multi-queue devices only; any other has one.
+        queues=struct.unpack("=I", data[IFLA_TUN_NUM_QUEUES])[0] if IFLA_TUN_NUM_QUEUES in data else 1,
+        tx_dropped=(
+            struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
+        ),
+        super_packet=max(
+            struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
+        ),
+    )
+
+
+def same_namespace(namespace: int) -> bool:
+    """Whether the descriptor refers to this thread's own network namespace."""
+    here = Path("/proc/thread-self/ns/net").stat()
+    there = os.fstat(namespace)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

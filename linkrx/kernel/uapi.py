@@ -1,0 +1,109 @@
+"""Numbers of the Linux kernel's user-space interface, each under the header that defines it."""
+
+from __future__ import annotations
+
+# linux/if_ether.h
+ETH_ADDRESS_BYTES = 6  # ETH_ALEN
+ETH_HEADER_BYTES = 14  # ETH_HLEN
+ETH_P_ALL = 0x0003
+ETHERTYPE_IPV4 = 0x0800  # ETH_P_IP
+ETHERTYPE_ARP = 0x0806  # ETH_P_ARP
+ETHERTYPE_IPV6 = 0x86DD  # ETH_P_IPV6
+
+# linux/if_arp.h
+ARPHRD_ETHER = 1
+ARPHRD_LOOPBACK = 772
+ARPHRD_NONE = 0xFFFE  # no link header, as on TUN
+
+# linux/if.h
+IFNAMSIZ = 16  # the final zero byte included
+IFREQ_BYTES = 40  # sizeof(struct ifreq)
+IFF_UP = 0x1
+
+# linux/sockios.h
+SIOCGIFNAME = 0x8910
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+SIOCGIFMTU = 0x8921
+SIOCGIFHWADDR = 0x8927
+SIOCGIFINDEX = 0x8933
+SIOCETHTOOL = 0x8946
+
+# linux/ethtool.h
+ETHTOOL_GTSO = 0x1E  # struct ethtool_value: a command and an answer
+
+# linux/if_tun.h
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNSETTXFILTER = 0x400454D1
+TUNGETIFF = 0x800454D2
+TUNGETVNETHDRSZ = 0x800454D7
+TUNSETVNETHDRSZ = 0x400454D8
+TUNGETVNETLE = 0x800454DD
+TUNGETVNETBE = 0x800454DF
+TUNSETFILTEREBPF = 0x800454E1
+TUNGETDEVNETNS = 0x54E3
+IFF_TUN = 0x0001
+IFF_TAP = 0x0002
+IFF_MULTI_QUEUE = 0x0100
+IFF_NO_PI = 0x1000
+IFF_VNET_HDR = 0x4000
+TUN_PI_BYTES = 4  # struct tun_pi
+TUN_PKT_STRIP = 0x0001  # of its flags, which come first: the kernel cut the packet
+
+# linux/virtio_net.h
+VNET_HEADER_BYTES = 10  # struct virtio_net_hdr: the least and the usual size
+GSO_ECN = 0x80  # VIRTIO_NET_HDR_GSO_ECN
+
+# linux/if_packet.h, and SOL_PACKET of linux/socket.h
+SOL_PACKET = 263
+PACKET_ADD_MEMBERSHIP = 1
+PACKET_DROP_MEMBERSHIP = 2
+PACKET_AUXDATA = 8
+PACKET_VERSION = 10
+PACKET_VNET_HDR = 15
+PACKET_FANOUT = 18
+PACKET_IGNORE_OUTGOING = 23
+PACKET_VNET_HDR_SZ = 24
+PACKET_MR_PROMISC = 1
+PACKET_FANOUT_FLAG_ROLLOVER = 0x1000
+PACKET_FANOUT_FLAG_UNIQUEID = 0x2000
+
+# asm-generic/socket.h
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS = 35
+SO_PROTOCOL = 38
+SO_DOMAIN = 39
+SO_MEMINFO = 55
+
+# linux/sock_diag.h
+SK_MEMINFO_DROPS = 8  # the ninth word of SO_MEMINFO
+
+# linux/netlink.h
+NLMSG_ERROR = 2
+NLM_F_REQUEST = 1
+NLA_TYPE_MASK = 0x3FFF
+
+# linux/rtnetlink.h
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+
+# linux/if_link.h
+IFLA_ADDRESS = 1
+IFLA_IFNAME = 3
+IFLA_MTU = 4
+IFLA_LINKINFO = 18
+IFLA_STATS64 = 23
+IFLA_INFO_KIND = 1
+IFLA_INFO_DATA = 2
+IFLA_TUN_PI = 4
+IFLA_TUN_NUM_QUEUES = 8
+TX_DROPPED = 7  # the eighth counter of struct rtnl_link_stats64
+
+# linux/sched.h
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+
+# linux/capability.h
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13

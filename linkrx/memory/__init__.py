@@ -1,0 +1,1 @@
+"""How frames and what is known of them lie in memory."""

@@ -1,0 +1,1 @@
+"""The dispatcher: waiting, handing over, ends, statistics and asyncio."""

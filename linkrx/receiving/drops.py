@@ -1,0 +1,44 @@
+"""Says that packets are being lost, while they are: nobody looks at a counter that nobody knows of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from linkrx.sources.capabilities import Capabilities
+
+logger = logging.getLogger("linkrx")
+
+INTERVAL = 10.0  # seconds from one look to the next: asking costs a system call or more
+
+
+class DropWatch:
+    """One WARNING per INTERVAL in which the kernel dropped packets of a source."""
+
+    def __init__(self, source: Capabilities) -> None:
+        self._title = source.title
+        self._advice = (
+            "receive_buffer= makes the queue longer"
+            if source.socket
+            else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
+        )
+        self._known = 0
+        self.due = time.monotonic() + INTERVAL  # when to look
+
+    def look(self, count: Callable[[], int | None]) -> None:
+        """Ask for the count of drops.
+
+        Not kept: a dispatcher that refers to itself would stay, with its arenas, until it is collected.
+        """
+        self.due = time.monotonic() + INTERVAL
+        drops = count() or 0
+        if drops > self._known:
+            lost, self._known = drops - self._known, drops
+            logger.warning(
+                "the kernel dropped %d packets of the %s, %d since open: they come faster than they are taken. %s",
+                lost,
+                self._title,
+                drops,
+                self._advice,
+            )

@@ -1,0 +1,398 @@
+"""The receiver in plain Python: what `_core/types/receive.c`, `deliver.c` and `receiver.c` do, simple rather than fast.
+
+It calls the same methods of its subclass, `linkrx.receiving.reception`, by the words that receive.c lists. One promise is weaker than
+in C: the exception of a signal handler may cost the rest of the batch at hand, which is then counted as undelivered. An
+exception of `deliver` costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+
+from linkrx.memory.columns import (
+    CLASSIFIED,
+    COUNT,
+    END,
+    ERROR,
+    HELD,
+    RECEIVES,
+    ROW_BYTES,
+    ROWS,
+    Descriptors,
+    Table,
+)
+from linkrx.memory.framing import Framing
+from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
+from linkrx.receiving.deadline import deadline_after, seconds_left
+from linkrx.receiving.stats import End
+from linkrx.receiving.wakeup import Wakeup
+from linkrx.stages.classify import classifier
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from linkrx.packets import Deliver
+
+# As in receive.c.
+ERRORS_IN_A_ROW = 8
+IDLE_WAKES = 8
+REST = 0.01
+SLICE = 1.0
+
+Result = TypeVar("Result")
+
+
+class Receiver:
+    """One open source as far as it is touched once per packet or once per wake-up."""
+
+    _claims: dict[str, list[int]]  # by thread: one, of who is inside
+    _pending: list[Packet]  # of which the first `_next` are handed over
+    _incoming: list[Packet]  # what is being taken in
+    _next = 0
+    _deliver: Callable[..., object] | None
+    _stopping = _delivering = _closed = _leaving = False
+    _end_follows = _ended = _link_down = _looking_away = False
+    _polled = _looped = _shown = False
+    _batches = _receives = _waits = _undelivered = _undelivered_bytes = _in_vain = 0
+    _drops_due = 0.0
+
+    # Of the subclass.
+    _wakeup: Wakeup
+    _fill: Callable[[Any], int]
+    _without_hangup: Callable[[int], int]
+    _handle_error: Callable[[], None]
+    _over: Callable[[], bool]
+    _look_at_link: Callable[[], None]
+    _look_at_drops: Callable[[], float]
+    _listen: Callable[[], None]
+    _vain: Callable[[], None]
+    _show: Callable[[], None]
+    _refuse: Callable[[bool], NoReturn]
+    _left_by_all: Callable[[], None]
+    _release_all: Callable[[], None]
+    _without_deliver: Callable[[], NoReturn]
+    _raise_ended: Callable[[], NoReturn]
+    end: Any
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Nothing is received before _prepare()."""
+        self = object.__new__(cls)
+        self._claims = {}
+        self._pending = []
+        self._incoming = []
+        return self
+
+    def _prepare(
+        self,
+        deliver: Deliver | None,
+        descriptors: bytearray,
+        rows: int,
+        counters: array[int],
+        room: int,
+        prefix: int,
+        packet_info: int,
+        link_header: int,
+        vnet: int,
+        big_endian: bool,
+        interface: int,
+        may_hang_up: bool,
+        source: int,
+        event: int,
+        epoll: int,
+        latency: float,
+        /,
+    ) -> None:
+        described = Descriptors(rows, descriptors)
+        self._stripped = Framing(bool(link_header), vnet, bool(packet_info), not big_endian)
+        self._words = described.header
+        self._lengths = described.columns.lengths
+        self._arena = Owner(START + room + rows * ROW_BYTES)
+        self._classify: Callable[[Any, int], None] = classifier(
+            described, self._stripped, counters, interface=interface
+        )
+        self._deliver = deliver
+        self._may_hang_up = may_hang_up
+        self._latency = latency
+
+    # Receiving.
+
+    def _receive(self) -> bool:
+        """Once, without waiting. True: something was received, be it no packet."""
+        words = self._words
+        for _ in range(ERRORS_IN_A_ROW):
+            count = words[COUNT]
+            if not count and not words[CLASSIFIED] and (not words[ERROR] or words[HELD]):
+                count = self._fill(self._arena)
+            if count and not words[CLASSIFIED]:
+                if self._may_hang_up and not self._lengths[count - 1]:
+                    count = self._without_hangup(count)
+                if not count:
+                    return False
+                self._classify(self._arena, count)
+            if words[CLASSIFIED]:
+                self._take_in()
+                return True
+            if not words[ERROR]:
+                return False
+            self._handle_error()
+            if self._ended:
+                return False
+        return False
+
+    def _take_in(self) -> None:
+        words, memory, framing = self._words, self._arena.view[START:], self._stripped
+        count, rows, end = words[CLASSIFIED] - 1, words[ROWS], words[END]
+        table = Table(memory[end : end + rows * ROW_BYTES], rows)
+        size = framing.vnet_header_size
+        vnet = (1 if framing.vnet_little_endian else 2) if size else 0
+        # Where the exception of a signal handler came in between, this goes on with the rows that are missing.
+        packets = self._incoming
+        for row in range(len(packets), count):
+            start = table.starts[row]
+            packets.append(
+                restore(
+                    bytes(memory[start : start + table.lengths[row]]),
+                    table.timestamps[row],
+                    table.wire_lengths[row],
+                    table.interfaces[row],
+                    table.protocols[row],
+                    table.flags[row],
+                    table.vlan_tcis[row],
+                    table.vlan_tpids[row],
+                    framing.link_header,
+                    vnet,
+                    bytes(memory[start - size :][:VNET_BYTES]) if vnet else b"",
+                )
+            )
+        self._pending, self._next, self._incoming = packets, 0, []
+        self._batches += 1
+        self._receives += words[RECEIVES]
+        words[CLASSIFIED] = 0
+
+    def _await(self, timeout: float | None) -> str:
+        """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over"."""
+        deadline = deadline_after(timeout)
+        idle = 0
+        if self._looking_away:
+            self._listen()
+        while True:
+            if self._ended or ((self._stopping or self._end_follows) and self._over()):
+                return "over"
+            if self._left:
+                return "ready"
+            known_down = self._link_down and not self._words[ERROR]
+            if self._receive():
+                self._in_vain = 0
+                now = time.monotonic()
+                if now >= self._drops_due:
+                    self._drops_due = now + self._look_at_drops()
+                return "ready" if self._left else "nothing"
+            if known_down:
+                self._look_at_link()
+            if self._ended or self._stopping or self._end_follows:
+                continue
+            if timeout == 0:
+                self._in_vain += 1
+                if (self._polled or self._looped) and self._in_vain > IDLE_WAKES:
+                    self._vain()
+                return "nothing"
+            left = seconds_left(deadline)
+            if left == 0:
+                return "nothing"
+            idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
+
+    def _wait(self, seconds: float, on_source: bool, deadline: float | None) -> bool:
+        if self._shown:
+            self._show()
+        self._waits += 1
+        if not on_source:
+            self._wakeup.rest(min(seconds, REST))
+            return False
+        readable = self._wakeup.wait(seconds)
+        if readable and self._latency:
+            self._hold_back(deadline)
+        return readable
+
+    def _hold_back(self, deadline: float | None) -> None:
+        """For the latency, so that several packets come together; not beyond the deadline, and not after a stop."""
+        until = time.monotonic() + self._latency
+        if deadline is not None:
+            until = min(until, deadline)
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            self._wakeup.rest(min(left, SLICE))
+
+    # Who may come in.
+
+    def _inside(self, step: Callable[[], Result]) -> Result:
+        """The step, with the dispatcher claimed: made in one atomic step, for threads with and without a GIL."""
+        claim = [threading.get_ident()]
+        try:
+            if self._closed or self._claims.setdefault("thread", claim) is not claim:
+                self._refuse(self._thread == claim[0])
+            return step()
+        finally:
+            # No call comes before the claim is looked at, for there an exception of a signal handler could come.
+            if "thread" in self._claims and self._claims["thread"] is claim:
+                try:
+                    if self._polled and self._has_something != self._shown:
+                        self._show()
+                finally:
+                    self._claims.clear()
+                    if self._leaving or self._closed:
+                        self._left_by_all()
+
+    @property
+    def _thread(self) -> int | None:
+        claim = self._claims.get("thread")
+        return None if claim is None else claim[0]
+
+    def _close_alone(self) -> bool:
+        """Release everything if nobody is inside, and let nobody in any more. False: somebody is."""
+        claim = [threading.get_ident()]
+        try:
+            if self._claims.setdefault("thread", claim) is not claim:
+                return False
+            self._closed = True
+            self._release_all()
+            return True
+        finally:
+            if "thread" in self._claims and self._claims["thread"] is claim:
+                del self._claims["thread"]
+
+    @property
+    def _has_something(self) -> bool:
+        words = self._words
+        return (
+            self._left > 0
+            or self._ended
+            or self._end_follows
+            or self._stopping
+            or any(words[word] for word in (COUNT, CLASSIFIED, ERROR, HELD))
+        )
+
+    # Ways to receive.
+
+    def dispatch(self, timeout: float | None = None) -> bool:
+        """Wait for packets, receive one batch and deliver it in order. False: it is over."""
+
+        def step() -> bool:
+            self._deliver_what_comes(timeout)
+            # While nobody else can come in: it may drop what waits.
+            return self._ended or (
+                (self._stopping or self._end_follows) and not self._closed and self._over()
+            )
+
+        return not self._inside(step) and not self._closed
+
+    def run(self) -> End:
+        """`dispatch()` until it is over. Returns why."""
+        while self.dispatch():
+            pass
+        end: End = self.end
+        return end
+
+    def drain(self) -> int:
+        """Deliver at most one batch of what is there now, without waiting. Returns how many packets that was."""
+        return self._inside(lambda: self._deliver_what_comes(0))
+
+    def _deliver_what_comes(self, timeout: float | None) -> int:
+        if self._deliver is None:
+            self._without_deliver()
+        delivered = 0
+        if self._await(timeout) == "ready":
+            self._delivering = True
+            try:
+                while self._next < len(self._pending) and not self._stopping:
+                    packet = self._pending[self._next]
+                    remote, local, protocol = packet.remote, packet.local, packet.protocol
+                    # No signal handler runs between here and the first instruction of `deliver`: nothing is called.
+                    self._next += 1
+                    delivered += 1
+                    self._deliver(remote, local, protocol, packet)
+            finally:
+                self._delivering = False
+        return delivered
+
+    def recv(self, timeout: float | None = None) -> Packet:
+        """The next packet. Raises TimeoutError after `timeout` seconds without one, and Ended when it is over."""
+        deadline = deadline_after(timeout)
+
+        def step() -> Packet:
+            while True:
+                outcome = self._await(seconds_left(deadline))
+                if outcome == "ready":
+                    return self._take_next()
+                if outcome == "over":
+                    self._raise_ended()
+                if seconds_left(deadline) == 0:
+                    raise TimeoutError(f"no packet within {timeout} seconds")
+
+        return self._inside(step)
+
+    def __iter__(self) -> Self:
+        return self._inside(lambda: self)
+
+    def __next__(self) -> Packet:
+        def step() -> Packet | None:
+            while (outcome := self._await(None)) == "nothing":
+                pass
+            return self._take_next() if outcome == "ready" else None
+
+        packet = self._inside(step)
+        if packet is None:
+            raise StopIteration
+        return packet
+
+    def _next_batch(self, timeout: float | None, /) -> Batch | None:
+        deadline = deadline_after(timeout)
+
+        def step() -> Batch | None:
+            while True:
+                outcome = self._await(seconds_left(deadline))
+                if outcome == "ready":
+                    rest = self._pending[self._next :]
+                    self._pending, self._next = [], 0
+                    return Batch._of(rest)
+                if outcome == "over" or seconds_left(deadline) == 0:
+                    return None
+
+        return self._inside(step)
+
+    def _poll(self) -> bool:
+        return self._inside(lambda: self._await(0)) != "nothing"
+
+    def _take(self) -> Packet | None:
+        return self._inside(lambda: self._take_next() if self._left and not self._stopping else None)
+
+    # For the subclass.
+
+    def _take_next(self) -> Packet:
+        packet = self._pending[self._next]
+        self._next += 1
+        return packet
+
+    @property
+    def _left(self) -> int:
+        return len(self._pending) - self._next
+
+    def _use(self, mechanism: int, /) -> None:
+        return
+
+    def _drop(self) -> None:
+        if self._words[CLASSIFIED] and not self._left:
+            self._take_in()
+        rest = self._pending[self._next :]
+        self._undelivered += len(rest)
+        self._undelivered_bytes += sum(map(len, rest))
+        self._pending, self._next = [], 0
+
+    def _release(self) -> bool:
+        self._pending, self._next = [], 0
+        return True
+
+    def _copy_held(self) -> None:
+        return

@@ -1,0 +1,380 @@
+"""What is rare about receiving: building and replacing mechanisms, what an errno means, ends, links, polling, counters.
+
+The receiver under it (`_core/types/receive.c`, or `linkrx.packets.plain`) fills, classifies, waits and hands over, and calls the
+methods here by the words that receive.c lists.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import NoReturn
+
+from linkrx.backend import Backend, Mechanism, Receive
+from linkrx.choice import Choice
+from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
+from linkrx.kernel.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
+from linkrx.memory import counters as slots
+from linkrx.memory.columns import CLASSIFIED, COUNT, ERROR, HELD, Descriptors, align
+from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.memory.layouts import Layout
+from linkrx.packets import ARENA_BYTES, Deliver, Owner
+from linkrx.packets.headers import MALFORMED
+from linkrx.receiving.drops import DropWatch
+from linkrx.receiving.receiver import Receiver
+from linkrx.receiving.stats import End, Stats, Tally
+from linkrx.receiving.wakeup import Wakeup
+from linkrx.sources.options import Options
+from linkrx.sources.source import LinkState, Source
+from linkrx.stages.segmenting import SEGMENT_ROWS, Segmenting
+
+logger = logging.getLogger("linkrx")
+
+# For how long a source is left out of the poll set that says it is readable and has nothing to read.
+_REST = 0.01
+
+# What recv() raises behind each end: the errno that a socket would give.
+_ENDED = {End.STOPPED: errno.ESHUTDOWN, End.EOF: errno.ESHUTDOWN, End.LINK_GONE: errno.ENODEV}
+
+
+class Reception(Receiver):
+    """One source, and the mechanism that reads it now."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: Options,
+        choice: Choice,
+        backends: Mapping[str, type[Backend]],
+        deliver: Deliver | None,
+    ) -> None:
+        self.source = source
+        self.choice = choice
+        self._backends = backends
+        self._framing = framing = options.framing(source.capabilities)
+        layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
+        self._facts = Receive(source.fd, source.capabilities, layout, options)
+        usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
+        rows = options.batch_size or usual
+        self._descriptors = Descriptors(rows)
+        self._header = self._descriptors.header
+        # A backend reads one byte more than it keeps, to see whether a packet was cut.
+        self._room = ARENA_BYTES + align(layout.capacity + 1)
+        self._counters = new_counters()
+        self._drop_watch = DropWatch(source.capabilities)
+        self._end: End | None = None
+        self._end_behind: End | None = None  # the end that follows what was received
+        self._tally = Tally()
+        self._rungs = len(choice.ladder)  # of which each demotion takes one
+        self._forked = self._released = False
+        self._process = os.getpid()
+        found = source.capabilities
+        with ExitStack() as undo:
+            self._wakeup = Wakeup(source.fd)
+            undo.callback(self._wakeup.close)
+            self._mechanism, self.choice = self._build(choice)
+            undo.callback(self._mechanism.close)
+            # Seconds that whoever waits holds packets back for; a ring does it by itself.
+            self.held_back = 0.0 if self._mechanism.holds_back else options.held_back
+            assert self._wakeup.event is not None
+            self._prepare(
+                deliver,
+                self._descriptors.memory,
+                rows,
+                self._counters,
+                self._room,
+                framing.prefix,
+                framing.packet_info_size,
+                framing.link_header,
+                framing.vnet_header_size,
+                not framing.vnet_little_endian,
+                (found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,
+                found.kind in ("unix_seqpacket", "pipe"),
+                source.fd,
+                self._wakeup.event.fd,
+                self._wakeup.fileno(),
+                self.held_back,
+            )
+            self._use(self._mechanism.native)
+            source.start()
+            self._mechanism.start()
+            if source.link_state() is not LinkState.UP:
+                self._watch_link(down=True)
+            undo.pop_all()
+
+    # A mechanism that is written in Python.
+
+    def _fill(self, arena: Owner) -> int:
+        """Ask the mechanism. What the kernel says goes into the header, to be handled behind what was received."""
+        header, mechanism = self._header, self._mechanism
+        header[HELD] = 1  # until it is known: an exception may come at any point, and then somebody must look
+        try:
+            count = mechanism.fill(arena, self._room)
+        except OSError as error:
+            if header[COUNT] or header[CLASSIFIED]:  # nothing is called before the errno is in the header
+                raise  # a signal handler's: the kernel's comes without packets
+            header[ERROR] = error.errno or errno.EIO
+            count = 0
+        header[HELD] = mechanism.held
+        return header[COUNT] or count
+
+    def _without_hangup(self, count: int) -> int:
+        """Take from the end of a receive the zero lengths that say the peer has hung up.
+
+        A record may be empty, so a zero is the end only if the peer is gone and nothing is queued behind it. At the
+        end every read returns zero, for ever.
+        """
+        columns = self._descriptors.columns
+
+        def is_empty(index: int) -> bool:
+            return columns.lengths[index] == 0 and not columns.flags[index] & MALFORMED
+
+        if is_empty(count - 1) and not self._mechanism.held and self.source.hung_up():
+            while count and is_empty(count - 1):
+                count -= 1
+            self._header[COUNT] = count
+            self._end_behind = End.EOF
+            self._end_follows = True
+        return count
+
+    # What the kernel says instead of packets.
+
+    def _handle_error(self) -> None:
+        """Decide what an errno means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
+
+        It stays in the header until that is done, however often an exception comes in between.
+        """
+        header, kind = self._header, self.source.capabilities.kind
+        code = header[ERROR]
+        gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
+        if code in gone:
+            self._finish(End.LINK_GONE)
+        elif code == errno.ENETDOWN:
+            self._watch_link(down=True)
+            self._tally.link_downs += 1
+        elif code in REFUSED:
+            self._demote(OSError(code, os.strerror(code)))
+        elif code == errno.EINVAL and self._framing.vnet_header_size:
+            # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
+            self._tally.indescribable += 1
+        elif code == errno.EOWNERDEAD:
+            header[ERROR] = 0
+            raise RuntimeError(
+                f"receiving from the {self.source.capabilities.title}: the ring belongs to the parent process, and this child "
+                "was forked without os.fork(). Open the source again here"
+            )
+        elif code not in PASSING:
+            header[ERROR] = 0
+            raise OSError(
+                code,
+                f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {os.strerror(code)}",
+            )
+        header[ERROR] = 0
+
+    def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
+        """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
+        while True:
+            chosen = self._backends[choice.backend]
+            try:
+                if not chosen.has_queue:
+                    self.source.enlarge_queue()
+                if self._facts.options.segment:
+                    return Segmenting(chosen, self._facts, self._descriptors, self._framing), choice
+                return chosen(self._facts, self._descriptors), choice
+            except OSError as error:
+                if error.errno not in UNAVAILABLE:
+                    raise
+                choice = self._next_choice(choice, error)
+
+    def _demote(self, error: OSError) -> None:
+        """Go on with the next backend. No packet is lost: a refused call has taken none."""
+        refused = self._mechanism
+        self._copy_held()  # where there is no memory for that, all is as it was
+        mechanism, choice = self._build(self._next_choice(self.choice, error))
+        native = mechanism.native
+        self._descriptors.clear()  # the errno too; and backends rely on columns that they never write
+        # All at once, and no call in between: an exception there would leave the receiver with a mechanism that is gone.
+        self._mechanism, self.choice = mechanism, choice
+        self._use(native)
+        refused.close()
+
+    def _next_choice(self, choice: Choice, error: OSError) -> Choice:
+        if len(choice.ladder) == 1:
+            raise BackendUnavailable(
+                f"{choice.backend} on the {self.source.capabilities.title}: the kernel answers {error.strerror} "
+                f"({errno.errorcode.get(error.errno or 0, error.errno)}), and there is no other backend to take over"
+            ) from error
+        following = choice.demoted(f"refused at run time: {error.strerror}")
+        logger.warning(
+            "%s on the %s: the kernel answers %s; going on with %s",
+            choice.backend,
+            self.source.capabilities.title,
+            error.strerror,
+            following.backend,
+        )
+        return following
+
+    def _watch_link(self, *, down: bool) -> None:
+        self._wakeup.watch_link(down)
+        self._link_down = down
+
+    def _look_at_link(self) -> None:
+        """While a link is down: the kernel announces its end on a packet socket like any other down."""
+        self._wakeup.clear_timer()
+        state = self.source.link_state()
+        if state is LinkState.GONE:
+            self._finish(End.LINK_GONE)
+        elif state is LinkState.UP:
+            self._watch_link(down=False)
+
+    def _look_at_drops(self) -> float:
+        watch = self._drop_watch
+        if time.monotonic() >= watch.due:
+            watch.look(self._drops)
+        return max(0.0, watch.due - time.monotonic())
+
+    # Ends.
+
+    def _over(self) -> bool:
+        """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
+        if self._end is None:
+            if self._stopping:
+                self._finish(End.STOPPED)
+            elif self._end_behind is not None and not self._left and not self._is_cut_short():
+                self._finish(self._end_behind)
+        return self._end is not None
+
+    def _is_cut_short(self) -> bool:
+        """Whether an exception came between receiving packets and making a batch of them."""
+        return self._header[COUNT] > 0 or self._header[CLASSIFIED] > 0
+
+    def _finish(self, end: End) -> None:
+        # What the backend received and nobody classified: packets or not, they were not delivered.
+        held_back = self._mechanism.held + self._header[COUNT]
+        event = self._wakeup.event
+        if event is not None:
+            event.set()  # whoever polls must come and see
+        self._drop()
+        self._tally.held_back = held_back
+        self._end = end
+        self._ended = True
+
+    def _raise_ended(self) -> NoReturn:
+        end = self._end or End.STOPPED
+        raise Ended(_ENDED[end], f"reception is over: {end.value}")
+
+    def _without_deliver(self) -> NoReturn:
+        raise LinkrxError(
+            "nothing to deliver to: pass deliver= to linkrx.open, or iterate over the dispatcher"
+        )
+
+    def _refuse(self, same_thread: bool) -> NoReturn:
+        self._check_open()
+        if not same_thread:
+            raise Busy(
+                "another thread is receiving: a dispatcher belongs to one thread at a time, only stop(), close() and "
+                "stats() are for all"
+            )
+        where = (
+            "inside deliver"
+            if self._delivering
+            else "a signal handler or finalizer while the same thread is receiving"
+        )
+        raise Busy(f"receiving from {where}: there, only stop() and close() may be called")
+
+    def _notice_fork(self) -> None:
+        """A fork that Python was told nothing of, as C code makes it."""
+        if not self._forked and os.getpid() != self._process:
+            self._disown()
+
+    def _check_open(self) -> None:
+        self._notice_fork()
+        if self._forked:
+            raise Closed(
+                "this dispatcher belongs to the parent process: after fork() a child may only close() it"
+            )
+        if self._closed:
+            raise Closed("this dispatcher was closed: linkrx.open makes a new one")
+
+    def _disown(self) -> None:
+        """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
+        self._forked = self._closed = self._stopping = True
+        self._wakeup.event = None
+
+    def _release_all(self) -> None:
+        """Release everything. In a forked child nothing is restored: the parent still uses it.
+
+        Where an exception cuts it short, the next call goes on.
+        """
+        if not self._forked:
+            self._over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
+        all_copied = self._release()
+        try:
+            if self._forked:
+                self._mechanism.abandon()
+            else:
+                self._mechanism.held_by_others = not all_copied
+                self._mechanism.close()
+        finally:
+            self._wakeup.close()
+            if self._forked:
+                self.source.abandon()
+            else:
+                self.source.close()
+        self._released = True  # last: where an exception cut it short, close() can be called again
+
+    # For those who poll.
+
+    def _listen(self) -> None:
+        self._wakeup.listen()
+        self._looking_away = False
+
+    def _vain(self) -> None:
+        """Leave a source out of the poll set for a while that says it is readable, and is not."""
+        if self._wakeup.wait(0):
+            self._looking_away = True
+            self._wakeup.look_away(_REST)
+
+    def _show(self) -> None:
+        """Make the polled descriptor readable while there is something that does not need the source."""
+        event = self._wakeup.event
+        if event is None:
+            return
+        waiting = self._has_something
+        if waiting:
+            event.set()
+        else:
+            event.clear()
+            if self._stopping:
+                event.set()  # stop() came while it was cleared
+        self._shown = waiting
+
+    def _drops(self) -> int | None:
+        drops = self.source.kernel_drops()
+        return None if drops is None else drops + self._mechanism.drops()
+
+    def stats(self) -> Stats:
+        """Counters since `open`. For any thread."""
+        self._check_open()
+        counters, tally = self._counters, self._tally
+        return Stats(
+            packets=counters[PACKETS] - self._undelivered,
+            bytes=counters[BYTES] - self._undelivered_bytes,
+            batches=self._batches,
+            receives=self._receives,
+            waits=self._waits,
+            runts=counters[RUNTS],
+            empty=counters[EMPTY],
+            unknown_protocol=counters[UNKNOWN_PROTOCOL],
+            malformed=counters[slots.MALFORMED] + tally.indescribable,
+            truncated=counters[CUT],
+            kernel_drops=self._drops(),
+            ring_freezes=self._mechanism.freezes(),
+            link_downs=tally.link_downs if self.source.watched else None,
+            demotions=self._rungs - len(self.choice.ladder),
+            undelivered=self._undelivered + tally.held_back,
+        )

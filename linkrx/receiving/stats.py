@@ -1,0 +1,55 @@
+"""What a dispatcher counted, and why it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the loop itself counts, beside the classifier and the receiver. `held_back`: what the backend still had at a stop;
+    `indescribable` by a virtio-net header.
+    """
+
+    waits: int = 0
+    link_downs: int = 0
+    held_back: int = 0
+    indescribable: int = 0
+
+
+class End(Enum):
+    """Why a dispatcher is over."""
+
+    STOPPED = "stop() was called"
+    EOF = "the peer closed"
+    LINK_GONE = "the device was deleted"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters since `open`. None where the source cannot tell.
+
+    `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
+    `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
+    received and are not packets, and `malformed` are super-packets that cannot be split and frames whose checksum cannot
+    be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
+    `ring_freezes` is how often the kernel found a ring full. `receives` are system calls that received, or blocks
+    taken from a ring; `waits` are calls that slept.
+    """
+
+    packets: int
+    bytes: int
+    batches: int
+    receives: int
+    waits: int
+    runts: int
+    empty: int
+    unknown_protocol: int
+    malformed: int = field(default=0, kw_only=True)
+    truncated: int
+    kernel_drops: int | None
+    ring_freezes: int | None
+    link_downs: int | None
+    demotions: int
+    undelivered: int

@@ -1,0 +1,341 @@
+"""One open source: how it was opened or borrowed, what was changed on it, and what it can be asked."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import select
+import socket
+import struct
+import termios
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from functools import partial
+
+from linkrx.errors import MissingPrivilege, UnsupportedOption
+from linkrx.kernel import remedies
+from linkrx.kernel.libc import SocketOptions
+from linkrx.kernel.uapi import (
+    ETH_P_ALL,
+    IFF_UP,
+    IFNAMSIZ,
+    IFREQ_BYTES,
+    PACKET_ADD_MEMBERSHIP,
+    PACKET_AUXDATA,
+    PACKET_DROP_MEMBERSHIP,
+    PACKET_IGNORE_OUTGOING,
+    PACKET_MR_PROMISC,
+    PACKET_VNET_HDR,
+    PACKET_VNET_HDR_SZ,
+    SIOCGIFFLAGS,
+    SIOCGIFNAME,
+    SK_MEMINFO_DROPS,
+    SO_MEMINFO,
+    SO_RCVBUFFORCE,
+    SO_TIMESTAMPNS,
+    SOL_PACKET,
+    VNET_HEADER_BYTES,
+)
+from linkrx.sources.capabilities import Capabilities, HasFileno, descriptor, probe, route_socket_for
+from linkrx.sources.fanout import Fanout
+from linkrx.sources.options import Options
+
+logger = logging.getLogger("linkrx")
+
+
+# Without more, a socket holds 256 frames of 64 bytes or 93 of 1514: bursts are lost without a word. 32 MiB hold
+# some 40,000 small frames. The kernel takes the memory only while frames are queued.
+RECEIVE_BUFFER = 32 * 1024 * 1024
+
+
+class LinkState(Enum):
+    """Of the interface that a packet socket is bound to."""
+
+    UP = "up"
+    DOWN = "down"
+    GONE = "gone"
+
+
+class Undo:
+    """What `close` has to undo, the last first. Steps can be done again: where an exception cuts one short, it is."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[[], object]) -> None:
+        """Note what undoes something."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Undo everything. Again does nothing."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def forget(self) -> None:
+        """Let everything be."""
+        self._steps.clear()
+
+
+class Source:
+    """Where packets come from, with everything that `close` has to undo."""
+
+    def __init__(
+        self,
+        fd: int,
+        capabilities: Capabilities,
+        held: object,
+        undo: Undo,
+        options: Options,
+    ) -> None:
+        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `options.fanout`."""
+        self.fd = fd
+        self.fanout: int | None = None  # the group, once it is joined
+        self._joins = None if options.fanout is None else Fanout.of(options.fanout)
+        self._receive_buffer = options.receive_buffer
+        self._enlarged = False
+        self.capabilities = capabilities
+        self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
+        self._undo = undo
+        self._queue_dropped: int | None = None
+        self._drops_at_open = self._drops()
+
+    def start(self) -> None:
+        """Bind the packet socket of an interface, with everything set up that packets could need: from here on they
+        come. Nothing to do for a borrowed descriptor, from which they always did.
+        """
+        if isinstance(self._held, socket.socket) and self.capabilities.owned:
+            _bind(self._held, self.capabilities.interface)
+            if self._joins is not None:  # the kernel wants a member bound
+                self.fanout = self._joins.join(self._held)
+
+    def enlarge_queue(self) -> None:
+        """Of a socket, to `receive_buffer`; for a backend whose packets wait there."""
+        wanted = self._receive_buffer or (RECEIVE_BUFFER if self.capabilities.owned else None)
+        if wanted is None or not self.capabilities.socket or self._enlarged:
+            return
+        sock = SocketOptions(self.fd)
+        before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        self._undo.add(partial(_restore_receive_buffer, self.fd, _file_of(self.fd), before))
+        _set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
+        self._enlarged = True
+
+    def close(self) -> None:
+        """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
+        self._undo.run()
+        self._held = None
+
+    def abandon(self) -> None:
+        """In a forked child: let go without changing what the parent still uses."""
+        self._undo.forget()
+        if self.capabilities.owned:
+            os.close(self.fd)
+            if isinstance(self._held, socket.socket):
+                self._held.detach()
+        self._held = None
+
+    def kernel_drops(self) -> int | None:
+        """Packets dropped for want of room since `open`; None where the kernel does not say.
+
+        For a TAP or TUN queue the device's `tx_dropped`, which all queues of a multi-queue device share.
+        """
+        drops = self._drops()
+        if drops is None or self._drops_at_open is None:
+            return None
+        # A socket's counter has 32 bits and wraps; a device's has 64.
+        return (
+            (drops - self._drops_at_open) % 2**32 if self.capabilities.socket else drops - self._drops_at_open
+        )
+
+    def _drops(self) -> int | None:
+        return self._socket_drops() if self.capabilities.socket else self._queue_drops()
+
+    def _socket_drops(self) -> int | None:
+        try:
+            words = SocketOptions(self.fd).get(socket.SOL_SOCKET, SO_MEMINFO, 4 * 16)
+        except OSError:
+            return None
+        return (
+            struct.unpack_from("=I", words, 4 * SK_MEMINFO_DROPS)[0]
+            if len(words) > 4 * SK_MEMINFO_DROPS
+            else None
+        )
+
+    def _queue_drops(self) -> int | None:
+        """What the device counted as tx_dropped, asked in its own namespace; the last answer once it is gone."""
+        found = self.capabilities
+        if found.kind not in ("tap", "tun") or found.ifindex is None:
+            return None
+        asked = route_socket_for(self.fd)
+        if asked is not None:
+            route, certain = asked
+            try:
+                link = route.link(index=found.ifindex)
+            finally:
+                route.close()
+            # Where the kernel does not say which namespace it is, only the same name proves the same device.
+            if link and (certain is not None or link.name == found.interface):
+                self._queue_dropped = link.tx_dropped
+        return self._queue_dropped
+
+    @property
+    def watched(self) -> bool:
+        """Whether the source tells when its link goes down: a packet socket bound to an interface."""
+        return self.capabilities.kind in ("packet", "packet_cooked") and self.capabilities.ifindex is not None
+
+    def link_state(self) -> LinkState:
+        """How the interface of a packet socket is doing; UP for sources that do not say."""
+        if not self.watched:
+            return LinkState.UP
+        try:
+            # By index: the name may be another by now. In the socket's own namespace, which an interface leaves
+            # when it is deleted or moved.
+            named = fcntl.ioctl(self.fd, SIOCGIFNAME, struct.pack("16si20x", b"", self.capabilities.ifindex))
+            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, named[:IFNAMSIZ].ljust(IFREQ_BYTES, b"\0"))
+        except OSError:
+            return LinkState.GONE
+        return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN
+
+    def hung_up(self) -> bool:
+        """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        told = sum(events for _, events in poll.poll(0))
+        if not told & (select.POLLRDHUP | select.POLLHUP):
+            return False
+        queued: int = struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0]
+        return queued == 0
+
+
+def open_source(source: int | str | HasFileno, options: Options) -> Source:
+    """Probe and prepare a source, for `start`. On any failure what was done is undone."""
+    capabilities = probe(source)
+    options.check_source(capabilities)
+    if capabilities.hardware_gso and not capabilities.vnet_header_size:
+        logger.warning(
+            "the %s hands over super-packets, and no virtio-net header tells which they are: an earlier owner of the "
+            "device left offloads on. Open it with linkrx.TunTap, which resets them, or call TUNSETOFFLOAD with 0",
+            capabilities.title,
+        )
+    undo = Undo()
+    try:
+        if isinstance(source, str):
+            opened = _packet_socket(source)
+            undo.add(opened.close)
+            capabilities = _configure(opened.fileno(), capabilities, options, undo)
+            return Source(opened.fileno(), capabilities, opened, undo, options)
+        fd = descriptor(source)
+        if capabilities.socket:
+            capabilities = _configure(fd, capabilities, options, undo)
+        return Source(fd, capabilities, source, undo, options)
+    except BaseException:
+        undo.run()
+        raise
+
+
+def _packet_socket(interface: str) -> socket.socket:
+    try:
+        # Protocol 0: nothing is received before bind. With ETH_P_ALL here, frames of other interfaces would
+        # queue up until then, and stay.
+        return socket.socket(
+            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
+        )
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"opening a packet socket on {interface!r}",
+            "CAP_NET_RAW",
+            remedies.capability("CAP_NET_RAW"),
+            error.errno,
+        ) from error
+
+
+def _bind(packet: socket.socket, interface: str | None) -> None:
+    try:
+        packet.bind((interface, ETH_P_ALL))
+    except OSError as error:
+        raise OSError(error.errno, f"binding a packet socket to {interface!r}: {error.strerror}") from error
+    # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
+    packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> Capabilities:
+    """Set socket options, and note in `undo` how to set them back. Returns what the source is then."""
+    file = _file_of(fd)
+    sock = SocketOptions(fd)
+
+    def change(level: int, name: int, value: int) -> None:
+        before = sock.get_int(level, name)
+        if before != value:
+            undo.add(partial(_restore, fd, file, level, name, before))
+            sock.set(level, name, value)
+
+    if capabilities.kind not in ("packet", "packet_cooked"):
+        return capabilities
+    change(SOL_PACKET, PACKET_AUXDATA, 1)
+    change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
+    if options.timestamps:
+        change(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    if options.promiscuous:
+        if capabilities.ifindex is None:
+            raise UnsupportedOption(
+                f"promiscuous=True on {capabilities.a_title} that is bound to no interface: bind it first"
+            )
+        # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
+        request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
+        sock.set(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+        undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
+    size = options.vnet_header_to_set(capabilities)
+    if size:
+        # The older option knows one size only. Either takes effect when a packet is read: also for those that wait.
+        usual = size == VNET_HEADER_BYTES
+        try:
+            change(SOL_PACKET, PACKET_VNET_HDR if usual else PACKET_VNET_HDR_SZ, int(usual) or size)
+        except OSError as error:
+            raise UnsupportedOption(
+                f"{'segment=True' if options.segment else f'vnet_header={options.vnet_header}'} on the "
+                f"{capabilities.title}: it takes no virtio-net header of {size} bytes "
+                f"({'PACKET_VNET_HDR' if usual else 'PACKET_VNET_HDR_SZ, Linux 6.6'}): {error.strerror}"
+                + ("; it has a ring already" if error.errno == errno.EBUSY else "")
+            ) from error
+    return options.configured(capabilities)
+
+
+def _file_of(fd: int) -> tuple[int, int]:
+    """What tells one open socket from another that got its number: stat's device and inode."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _restore(fd: int, file: tuple[int, int], level: int, name: int, value: int | bytes) -> None:
+    """Set a socket option back, unless its owner has closed the socket: then there is nothing to restore."""
+    with suppress(OSError):
+        if _file_of(fd) == file:
+            SocketOptions(fd).set(level, name, value)
+
+
+def _set_receive_buffer(sock: SocketOptions, size: int, *, asked: bool) -> None:
+    try:
+        sock.set(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.set(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        got = (
+            sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        )  # the kernel doubles it for its own needs
+        if got < size:
+            logger.log(
+                logging.WARNING if asked else logging.INFO,
+                "a receive buffer of %d bytes needs CAP_NET_ADMIN; the kernel gave %d. "
+                "`sudo sysctl net.core.rmem_max=%d` allows it for everyone",
+                size,
+                got,
+                size,
+            )
+
+
+def _restore_receive_buffer(fd: int, file: tuple[int, int], size: int) -> None:
+    with suppress(OSError):
+        if _file_of(fd) == file:
+            _set_receive_buffer(SocketOptions(fd), size, asked=False)

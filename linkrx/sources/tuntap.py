@@ -1,0 +1,186 @@
+"""Opening one queue of a TAP or TUN device."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from contextlib import suppress
+from enum import IntFlag
+from types import TracebackType
+from typing import Self
+
+from linkrx.errors import LinkrxError, MissingPrivilege
+from linkrx.kernel import remedies
+from linkrx.kernel.rtnetlink import RouteSocket
+from linkrx.kernel.uapi import (
+    IFF_MULTI_QUEUE,
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_TUN,
+    IFF_VNET_HDR,
+    IFNAMSIZ,
+    TUNSETFILTEREBPF,
+    TUNSETIFF,
+    TUNSETOFFLOAD,
+    TUNSETTXFILTER,
+    TUNSETVNETHDRSZ,
+    VNET_HEADER_BYTES,
+)
+from linkrx.sources.capabilities import interface_name
+
+DEVICE = "/dev/net/tun"
+
+
+class Offload(IntFlag):
+    """What a device leaves to who reads it: TUN_F_* in linux/if_tun.h."""
+
+    CSUM = 0x01
+    TSO4 = 0x02
+    TSO6 = 0x04
+    TSO_ECN = 0x08
+    USO4 = 0x20
+    USO6 = 0x40
+
+
+_TSO = Offload.CSUM | Offload.TSO4 | Offload.TSO6 | Offload.TSO_ECN
+_USO = Offload.USO4 | Offload.USO6  # Linux 6.2; to be had together only
+
+
+class TunTap:
+    """One open queue of a TAP (Ethernet frames) or TUN (IP packets) device: what to give to `linkrx.open`.
+
+    An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
+    is closed, unless it was made persistent. Attaching to a device that nobody has open resets what an earlier
+    owner left on it: offloads, the size of the virtio-net header, and filters. `offload` tells what the kernel
+    agreed to, an `Offload`; nothing without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        mode: str = "tap",
+        *,
+        multi_queue: bool = False,
+        vnet_header: bool = False,
+        offload: bool = False,
+    ) -> None:
+        """Raises MissingPrivilege, ValueError for names and modes that cannot be, OSError with what the kernel said."""
+        self._fd = -1
+        if mode not in ("tap", "tun"):
+            raise ValueError(f"mode {mode!r}: a device is a 'tap' or a 'tun'")
+        wanted = interface_name(name) if name else b""
+        if offload and not vnet_header:
+            raise ValueError("offload=True needs vnet_header=True: the header describes the super-packets")
+        flags = IFF_NO_PI | (IFF_TAP if mode == "tap" else IFF_TUN)
+        flags |= IFF_MULTI_QUEUE if multi_queue else 0
+        flags |= IFF_VNET_HDR if vnet_header else 0
+        self.mode = mode
+        self.offload = Offload(0)
+        self._fd = _open_device()
+        try:
+            self.name = _attach(self._fd, wanted, flags)
+            # What follows belongs to the device, not to this queue: with other queues open it is theirs as well.
+            alone = not multi_queue or _queues(self.name) == 1
+            if alone:
+                _reset(self._fd, mode)
+            if alone or offload:
+                self.offload = _set_offload(self._fd, offload)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The queue's file descriptor; -1 once closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the queue. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<TunTap {self.mode} {self.name} {'closed' if self._fd < 0 else f'fd {self._fd}'}>"
+
+
+def _open_device() -> int:
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"opening {DEVICE}",
+            "access to the device",
+            remedies.device_file(DEVICE),
+            error.errno,
+        ) from error
+    except FileNotFoundError as error:
+        raise LinkrxError(
+            f"{DEVICE} does not exist: load the driver with `sudo modprobe tun`; in a container add "
+            f"`--device {DEVICE}`"
+        ) from error
+
+
+def _attach(fd: int, wanted: bytes, flags: int) -> str:
+    name = os.fsdecode(wanted)
+    request = struct.pack(f"{IFNAMSIZ}sH22x", wanted, flags)
+    try:
+        answer = fcntl.ioctl(fd, TUNSETIFF, request)
+    except PermissionError as error:
+        raise MissingPrivilege(
+            f"attaching to the device {name!r}" if name else "making a device",
+            "CAP_NET_ADMIN",
+            remedies.capability("CAP_NET_ADMIN"),
+            error.errno,
+        ) from error
+    except OSError as error:
+        why = {
+            errno.EBUSY: "its only queue is open already; open all queues with multi_queue=True to share it",
+            errno.EINVAL: "it exists as another kind of device, or with another mode or multi_queue setting",
+        }.get(error.errno or 0, "TUNSETIFF was refused")
+        raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
+    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
+
+
+def _queues(name: str) -> int:
+    route = RouteSocket()  # the device was just attached to, so it is in this namespace
+    try:
+        link = route.link(name=name)
+    finally:
+        route.close()
+    return link.queues if link else 1
+
+
+def _reset(fd: int, mode: str) -> None:
+    """Undo what outlives a descriptor on a persistent device."""
+    fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+    if mode == "tap":
+        fcntl.ioctl(fd, TUNSETTXFILTER, bytes(4))  # struct tun_filter: no flags, no addresses; TAP only
+    with suppress(OSError):  # EINVAL before Linux 4.16, which has no such filter to remove
+        fcntl.ioctl(fd, TUNSETFILTEREBPF, struct.pack("i", -1))
+
+
+def _set_offload(fd: int, wanted: bool) -> Offload:
+    """Set the offloads anew, falling back to what the kernel has."""
+    for mask in (_TSO | _USO, _TSO, Offload.CSUM, Offload(0)) if wanted else (Offload(0),):
+        try:
+            fcntl.ioctl(fd, TUNSETOFFLOAD, int(mask))
+        except OSError as error:
+            if error.errno != errno.EINVAL or not mask:
+                raise
+        else:
+            return mask
+    raise AssertionError("the mask 0 is always accepted or raises")

@@ -1,0 +1,1 @@
+"""What happens to received frames before they are packets: classification and segmentation."""

@@ -1,0 +1,315 @@
+"""Rigs: one of every kind of source, with ways to put frames into it and to do to it what can happen to its kind.
+
+Those that make devices need CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_private_network`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from linkrx.factory import open
+from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETH_P_ALL, SO_RCVBUFFORCE
+from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.sources.capabilities import HasFileno
+from linkrx.sources.tuntap import TunTap
+from linkrx.testing.devices import Device, delete_if_there, injector_on
+
+LOCAL = bytes.fromhex("020000000001")
+REMOTE = bytes.fromhex("020000000002")
+PROTOCOL = 0x88B5  # IEEE 802: local experimental use
+
+# The largest MTU of each kind of device: IP's 65,535 bytes, less the link header on a TAP (drivers/net/tun.c).
+TAP_MTU = 65_521
+TUN_MTU = VETH_MTU = 65_535
+
+# Room for a hundred of the longest frames, where the kernel gives it.
+PACKET_BUFFER = 8 * 1024 * 1024
+
+_numbers = count()
+
+
+@dataclass
+class Rig:
+    """A source and a way to put frames into it. `frame(n)` makes one of n bytes, the least being `shortest`.
+
+    `send` never blocks: it raises BlockingIOError when the source's queue is full, where that stops senders. That is
+    not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
+    `prefix` is what `send` puts in front of each frame.
+    """
+
+    source: int | str | HasFileno
+    send: Callable[[bytes], object]
+    ethernet: bool
+    shortest: int
+    longest: int
+    options: dict[str, Any] = field(default_factory=dict)
+    prefix: bytes = b""
+    takes_hostile: bool = True
+    queue: int = 100
+    device: Device | None = None
+    hang_up: Callable[[], None] | None = None
+
+    def frame(self, size: int, mark: int = 0) -> bytes:
+        """A good frame of `size` bytes; `mark` tells it from others."""
+        head = LOCAL + REMOTE + PROTOCOL.to_bytes(2, "big") if self.ethernet else b"\x45"
+        body = mark.to_bytes(4, "big") + bytes(range(256)) * (size // 256 + 1)
+        return (head + body)[:size]
+
+    def open(self, backend: str, deliver: Any = None, **options: Any) -> Dispatcher:
+        """A dispatcher on this source."""
+        return open(self.source, deliver, backend=backend, **{**self.options, **options})
+
+
+def _datagrams(kind: socket.SocketKind, *, blocking: bool = True, **options: Any) -> Iterator[Rig]:
+    receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
+    with receiver, sender:
+        receiver.setblocking(blocking)
+        sender.setblocking(False)
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 1024 * 1024)
+        rig = Rig(
+            receiver,
+            lambda frame: sender.send(rig.prefix + frame),
+            ethernet=options.get("ethernet", True),
+            shortest=0,
+            longest=150_000,
+            options=options,
+            prefix=bytes(10) if options.get("vnet_header") else b"",
+            hang_up=sender.close,
+        )
+        yield rig
+
+
+@contextmanager
+def unix_dgram() -> Iterator[Rig]:
+    """A blocking AF_UNIX datagram pair that carries Ethernet."""
+    yield from _datagrams(socket.SOCK_DGRAM)
+
+
+@contextmanager
+def unix_dgram_ip() -> Iterator[Rig]:
+    """A non-blocking AF_UNIX datagram pair that carries IP packets."""
+    yield from _datagrams(socket.SOCK_DGRAM, blocking=False, ethernet=False)
+
+
+@contextmanager
+def unix_dgram_vnet() -> Iterator[Rig]:
+    """An AF_UNIX datagram pair with a virtio-net header in front of every frame."""
+    yield from _datagrams(socket.SOCK_DGRAM, vnet_header=True)
+
+
+@contextmanager
+def unix_seqpacket() -> Iterator[Rig]:
+    """An AF_UNIX seqpacket pair."""
+    yield from _datagrams(socket.SOCK_SEQPACKET)
+
+
+@contextmanager
+def udp() -> Iterator[Rig]:
+    """A UDP socket on the loopback address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.connect(receiver.getsockname())
+            yield Rig(receiver, sender.send, ethernet=True, shortest=0, longest=65_507, queue=64)
+
+
+def _pipe(flags: int) -> Iterator[Rig]:
+    reader, writing = os.pipe2(os.O_DIRECT | flags)
+    with ExitStack() as stack:
+        stack.callback(os.close, reader)
+        writer = stack.enter_context(os.fdopen(writing, "wb", buffering=0))
+        os.set_blocking(writing, False)
+
+        def send(frame: bytes) -> None:
+            if writer.write(frame) is None:
+                raise BlockingIOError
+
+        # Each packet takes a page of the pipe, 16 by default.
+        yield Rig(reader, send, ethernet=True, shortest=1, longest=4096, queue=16, hang_up=writer.close)
+
+
+@contextmanager
+def pipe() -> Iterator[Rig]:
+    """A blocking pipe in packet mode."""
+    yield from _pipe(0)
+
+
+@contextmanager
+def pipe_nonblocking() -> Iterator[Rig]:
+    """A non-blocking pipe in packet mode."""
+    yield from _pipe(os.O_NONBLOCK)
+
+
+def _queue(
+    mode: str,
+    name: str | None = None,
+    *,
+    blocking: bool = False,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[Rig]:
+    with TunTap(name or f"lrx{next(_numbers)}", mode, **settings) as queue:
+        os.set_blocking(queue.fileno(), blocking)
+        device = Device(queue.name)
+        device.set_mtu(TAP_MTU if mode == "tap" else TUN_MTU)
+        device.set_up()
+        with injector_on(queue.name) as injector:
+            yield Rig(
+                queue,
+                injector.send,
+                ethernet=mode == "tap",
+                shortest=ETH_HEADER_BYTES if mode == "tap" else 1,
+                longest=65_535,
+                options=options or {},
+                takes_hostile=mode == "tun",
+                device=device,
+            )
+
+
+@contextmanager
+def tap(name: str | None = None) -> Iterator[Rig]:
+    """A non-blocking TAP queue."""
+    yield from _queue("tap", name)
+
+
+@contextmanager
+def tap_blocking() -> Iterator[Rig]:
+    """A blocking TAP queue."""
+    yield from _queue("tap", blocking=True)
+
+
+@contextmanager
+def tap_vnet() -> Iterator[Rig]:
+    """A TAP queue with a virtio-net header."""
+    yield from _queue("tap", vnet_header=True)
+
+
+@contextmanager
+def tap_segment() -> Iterator[Rig]:
+    """A TAP queue that hands over super-packets, to be split."""
+    yield from _queue("tap", options={"segment": True}, vnet_header=True, offload=True)
+
+
+@contextmanager
+def tun(name: str | None = None) -> Iterator[Rig]:
+    """A TUN queue."""
+    yield from _queue("tun", name)
+
+
+@contextmanager
+def veth() -> Iterator[tuple[str, str]]:
+    """The names of the two ends of a veth pair that is up and takes jumbo frames."""
+    with _pair() as (device, far):
+        yield device.name, far
+
+
+@contextmanager
+def _pair(name: str | None = None) -> Iterator[tuple[Device, str]]:
+    from pyroute2 import IPRoute
+
+    number = next(_numbers)
+    near, far = name or f"lrxn{number}", f"lrxf{number}"
+    with IPRoute() as route:
+        route.link("add", ifname=near, kind="veth", peer=far)
+    device = Device(near, far)
+    try:
+        Device(far).set(state="up")
+        device.set_mtu(VETH_MTU)
+        device.set_up()
+        yield device, far
+    finally:
+        # What a test has moved or deleted goes with the other end.
+        for name in (near, far):
+            delete_if_there(name)
+
+
+@contextmanager
+def interface(name: str | None = None) -> Iterator[Rig]:
+    """An interface by name: one end of a veth pair."""
+    with _pair(name) as (device, far), injector_on(far) as injector:
+        yield Rig(
+            device.name,
+            injector.send,
+            ethernet=True,
+            shortest=ETH_HEADER_BYTES,
+            longest=VETH_MTU + ETH_HEADER_BYTES,
+            takes_hostile=False,
+            device=device,
+        )
+
+
+def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
+    with (
+        _pair() as (device, far),
+        injector_on(far) as injector,
+        socket.socket(socket.AF_PACKET, kind, 0) as borrowed,
+    ):
+        try:
+            borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_BUFFER)
+        except PermissionError:
+            # Root in a user namespace is not enough. What follows is bounded by net.core.rmem_max.
+            borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PACKET_BUFFER)
+        borrowed.bind((device.name, ETH_P_ALL))
+        raw = kind == socket.SOCK_RAW
+        head = b"" if raw else LOCAL + REMOTE + b"\x08\x00"
+        yield Rig(
+            borrowed,
+            lambda frame: injector.send(head + frame),
+            ethernet=raw,
+            shortest=ETH_HEADER_BYTES if raw else 1,
+            longest=VETH_MTU + ETH_HEADER_BYTES * raw,
+            options=options,
+            takes_hostile=not raw,
+            device=device,
+        )
+
+
+@contextmanager
+def packet() -> Iterator[Rig]:
+    """A borrowed AF_PACKET socket with link headers."""
+    yield from _packet_socket(socket.SOCK_RAW)
+
+
+@contextmanager
+def packet_segment() -> Iterator[Rig]:
+    """A borrowed AF_PACKET socket that is to hand over super-packets, to be split."""
+    yield from _packet_socket(socket.SOCK_RAW, segment=True)
+
+
+@contextmanager
+def packet_cooked() -> Iterator[Rig]:
+    """A borrowed AF_PACKET socket without link headers."""
+    yield from _packet_socket(socket.SOCK_DGRAM)
+
+
+MakeRig = Callable[[], AbstractContextManager[Rig]]
+
+# Every kind of source: those that anyone can make, and those that take a device.
+PLAIN_RIGS: tuple[MakeRig, ...] = (
+    unix_dgram,
+    unix_dgram_ip,
+    unix_dgram_vnet,
+    unix_seqpacket,
+    udp,
+    pipe,
+    pipe_nonblocking,
+)
+DEVICE_RIGS: tuple[MakeRig, ...] = (
+    tap,
+    tap_blocking,
+    tap_vnet,
+    tap_segment,
+    tun,
+    interface,
+    packet,
+    packet_segment,
+    packet_cooked,
+)
