@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from race import note
-from tcp_sink import MODES, stream
+from support.tcp_sink import MODES, stream
 
 from linkrx.testing.waiting import PATIENCE
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from race import Figures, figures, note, ratio_of, rounds_of
-from super_packets import TCP, UDP, Super
+from support.super_packets import TCP, UDP, Super
 
 import linkrx
 from linkrx.memory.columns import align

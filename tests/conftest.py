@@ -8,17 +8,16 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from support import run
 
 import linkrx
 from linkrx.kernel import namespace
-from linkrx.sources.capabilities import Capabilities
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
@@ -31,17 +30,6 @@ hypothesis.settings.register_profile(
     "linkrx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("linkrx")
-
-# Set by --all.
-ALL = False
-
-# The test that runs.
-running: pytest.Item | None = None
-
-# Outcomes of conformance cells: supported, refused, inapplicable or unavailable.
-cell_outcomes: Counter[str] = Counter()
-# What was compared with the kernel's own segmentation.
-segmented: Counter[str] = Counter()
 
 
 def _enter() -> str | None:
@@ -89,13 +77,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything is collected and opened."""
-    global ALL
-    ALL = config.getoption("--all")
+    run.everything = config.getoption("--all")
 
 
 def pytest_report_header() -> str:
     """What is run."""
-    return "tests: all" if ALL else "tests: the quick ones; --all runs every one"
+    return "tests: all" if run.everything else "tests: the quick ones; --all runs every one"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -105,33 +92,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         since, only = item.get_closest_marker("since"), item.get_closest_marker("only")
         if (since and sys.version_info < since.args) or (only and sys.version_info[:2] != only.args):
             return False
-        return ALL or not item.get_closest_marker("repeats")
+        return run.everything or not item.get_closest_marker("repeats")
 
     left_out = [item for item in items if not is_wanted(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if is_wanted(item)]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-
-
-def thorough() -> bool:
-    """Whether the test that runs is to do all that it can: with --all. It is marked, so that --all can be had of it alone."""
-    assert running is not None
-    assert running.get_closest_marker("samples"), f"mark {running.name} with pytest.mark.samples"
-    return ALL
-
-
-def points(most: int) -> range:
-    """Where to interrupt or to fail a call, one run after the other: everywhere with --all, else at every seventh."""
-    return range(0, most, 1 if thorough() else 7)
-
-
-def that_take(kind: str) -> list[str]:
-    """The backends of this host that take sources of a kind. That the others refuse them is for conformance cells."""
-    source = Capabilities(kind, socket=kind not in ("tap", "tun", "pipe"), largest_frame=65_536)
-    return [
-        info.name for info in linkrx.backends() if info.supported and info.backend.refuses(source) is None
-    ]
 
 
 @pytest.fixture
@@ -146,8 +113,7 @@ def devices() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """For `thorough`."""
-    global running
-    running = item
+    run.running = item
 
 
 @pytest.fixture(autouse=True)
@@ -173,25 +139,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker hands its counts to the process that prints the summary."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["counts"] = [dict(cell_outcomes), dict(segmented)]
+        output["counts"] = [dict(run.cell_outcomes), dict(run.segmented)]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """That process adds them up. A worker that crashed has none; the test that it was at has failed."""
     for counter, counts in zip(
-        (cell_outcomes, segmented), getattr(node, "workeroutput", {}).get("counts", ()), strict=False
+        (run.cell_outcomes, run.segmented), getattr(node, "workeroutput", {}).get("counts", ()), strict=False
     ):
         counter.update(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many cells of backend x source x check there were."""
-    if cell_outcomes:
+    if run.cell_outcomes:
         counts = ", ".join(
-            f"{number} {outcome}" for outcome, number in sorted(cell_outcomes.items(), reverse=True)
+            f"{number} {outcome}" for outcome, number in sorted(run.cell_outcomes.items(), reverse=True)
         )
         terminalreporter.write_line(f"conformance cells: {counts}")
-    if segmented:
-        counts = ", ".join(f"{number} {what}" for what, number in segmented.items())
+    if run.segmented:
+        counts = ", ".join(f"{number} {what}" for what, number in run.segmented.items())
         terminalreporter.write_line(f"the same as the kernel's: {counts}")

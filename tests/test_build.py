@@ -12,11 +12,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
 from linkrx import _core
 from linkrx._core.sources import sources_hash
 
-ROOT = Path(__file__).parent.parent
 CORE = ROOT / "linkrx" / "_core"
 MULTIARCH = sysconfig.get_config_var("MULTIARCH") or ""
 # musl has its own headers, and needs the kernel's.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import that_take
+from support.run import that_take
 
 import linkrx
 from linkrx import _core

@@ -118,3 +118,12 @@ def test_files_are_short_enough_to_read_in_one_sitting() -> None:
 def test_the_package_shows_its_public_names() -> None:
     """dir(linkrx) has what linkrx exports, and no rooms."""
     assert {name for name in dir(linkrx) if not name.startswith("_")} == set(linkrx.__all__)
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/support/."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith(("test_", "conftest"))], path

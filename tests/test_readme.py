@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, README, ROOT, programs
-from super_packets import Super
+from support.documents import DOCUMENTS, README, programs
+from support.places import ROOT
+from support.super_packets import Super
 
 import linkrx
 from linkrx.kernel.namespace import bring_up

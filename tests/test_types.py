@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import documents
 import pytest
+from support import documents
 
 import linkrx
 from linkrx import _core
@@ -50,7 +50,7 @@ def programs(tmp_path: Path) -> Path:
     """A folder with every program of the documents, the client, and a file of mistakes from its second line on."""
     for number, program in enumerate(documents.programs()):
         (tmp_path / f"document_{number}.py").write_text(program)
-    (tmp_path / "client.py").write_text((HERE / "client.py").read_text())
+    (tmp_path / "client.py").write_text((HERE / "support" / "client.py").read_text())
     (tmp_path / "mistakes.py").write_text("\n".join(["import linkrx", *MISTAKES, ""]))
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
     return tmp_path
@@ -99,7 +99,7 @@ def test_the_stub_of_the_types(tmp_path: Path) -> None:
 
 def test_the_public_list() -> None:
     """The client uses each name of linkrx.__all__, in which there is no other, and every name is there."""
-    used = set(re.findall(r"\blinkrx\.(\w+)", (HERE / "client.py").read_text()))
+    used = set(re.findall(r"\blinkrx\.(\w+)", (HERE / "support" / "client.py").read_text()))
     assert used == set(linkrx.__all__)
     assert sorted(linkrx.__all__) == list(dict.fromkeys(sorted(linkrx.__all__)))
     public = {name for name, value in vars(linkrx).items() if name[0] != "_" and not inspect.ismodule(value)}

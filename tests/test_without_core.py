@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import thorough
+from support.run import thorough
 
 import linkrx
 
@@ -40,8 +40,14 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "names",
     [
-        ["test_conformance.py"],
-        ["test_loop.py", "test_ends.py", "test_asyncio.py", "test_choice.py", "test_metadata.py"],
+        ["backends/test_conformance.py"],
+        [
+            "receiving/test_loop.py",
+            "receiving/test_ends.py",
+            "receiving/test_asyncio.py",
+            "sources/test_metadata.py",
+            "test_choice.py",
+        ],
     ],
     ids=["cells", "rest"],
 )
@@ -59,7 +65,7 @@ def test_the_contract_holds(names: list[str]) -> None:
         *(str(HERE / name) for name in names),
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
-    if "test_conformance.py" in names:
+    if "backends/test_conformance.py" in names:
         counts = r"conformance cells: \d+ unavailable, \d+ supported, \d+ inapplicable\n"
         assert re.search(counts, result.stdout)
     assert " passed" in result.stdout

@@ -1,0 +1,262 @@
+"""What a user holds stays true: however it is held, across laps of the memory it lies in, `close()` and collection."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import chain
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+
+import pytest
+from support.holding import (
+    BURST,
+    HOLDERS,
+    Cell,
+    Make,
+    Told,
+    arrays_of,
+    cells,
+    collected,
+    collector,
+    frame,
+    lap,
+    mark_of,
+    receive,
+    send,
+    take,
+    things_of,
+    wrong,
+)
+
+import linkrx
+from linkrx.testing.waiting import PATIENCE, running
+
+SECRET = 200  # the mark of frames that a later batch must show nothing of
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+EVERY_CELL = cells()
+
+
+@EVERY_CELL
+@pytest.mark.parametrize(
+    ("make", "eager"),
+    [
+        pytest.param(things_of, True, id="collected at once"),
+        pytest.param(things_of, False, id="collected late"),
+        pytest.param(arrays_of, False, id="arrays"),
+    ],
+)
+def test_held_across_laps_and_close(cell: Cell, make: Make, eager: bool) -> None:
+    """Packets, batches, columns, views and arrays show what was sent when the collector finds what held them."""
+    told: dict[str, Told] = {name: [] for name in HOLDERS}
+    with collector(eager):
+        with cell.opened() as (rig, rx):
+            things = {name: take(rig, rx, make) for name in HOLDERS}
+            keepers = [HOLDERS[name](things[name], told[name]) for name in HOLDERS]
+            lap(rig, rx)
+            assert [wrong(those) for those in things.values()] == [[]] * len(HOLDERS)
+            things.clear()
+            if eager:
+                keepers.clear()
+                assert collected(told) == {}
+        if not eager:
+            assert not any(told.values())
+            keepers.clear()
+            assert collected(told) == {}
+
+
+# Every way in which packets come. Each takes the packets of a burst that was sent.
+
+
+def by_dispatch(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    while len(got) < BURST:
+        assert rx.dispatch(PATIENCE)
+
+
+def by_drain(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    with selectors.DefaultSelector() as selector:
+        selector.register(rx.fileno(), selectors.EVENT_READ)
+        while len(got) < BURST:
+            assert selector.select(PATIENCE)
+            rx.drain()
+
+
+def by_recv(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    while len(got) < BURST:
+        got.append(rx.recv(PATIENCE))
+
+
+def by_iteration(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    for packet in rx:
+        got.append(packet)
+        if len(got) == BURST:
+            break
+
+
+def by_batches(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    for batch in rx.batches(PATIENCE):
+        got.extend(batch)
+        if len(got) == BURST:
+            break
+
+
+def by_awaiting(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
+    async def work() -> None:
+        async for packet in rx:
+            got.append(packet)
+            if len(got) == BURST:
+                break
+
+    asyncio.run(work())
+
+
+WAYS = (by_dispatch, by_drain, by_recv, by_iteration, by_batches, by_awaiting)
+
+
+def receive_in_every_way(cell: Cell, during: Callable[[], AbstractContextManager[None]]) -> None:
+    """Keep some of the packets across laps and close, and look at them. `during` is around what receives them."""
+    got: list[linkrx.Packet] = []
+    kept: list[tuple[bytes, linkrx.Packet]] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+        got.append(packet)
+
+    with cell.opened(deliver, batch_size=16) as (rig, rx):
+        for turn, way in enumerate(WAYS):
+            marks = range(1000 * turn, 1000 * turn + BURST)
+            send(rig, marks)
+            with during():
+                way(rx, got)
+            assert [mark_of(rig, packet) for packet in got] == list(marks)
+            for index, mark in enumerate(marks):
+                if index % 3 == 1 or index > 30:
+                    kept.append((frame(rig, mark), got[index]))
+            got.clear()
+        lap(rig, rx)
+    assert [bytes(packet) for _, packet in kept] == [sent for sent, _ in kept]
+
+
+@EVERY_CELL
+def test_held_in_every_way_to_receive(cell: Cell) -> None:
+    """Packets that are kept show what was sent, however they came, and whatever is not kept beside them."""
+    receive_in_every_way(cell, nullcontext)
+
+
+@EVERY_CELL
+@pytest.mark.parametrize("hook", ["settrace", "setprofile"])
+def test_held_by_a_tracer(cell: Cell, hook: str) -> None:
+    """What a tracer or a profiler keeps, frames of linkrx and packets of its user, shows what was sent."""
+    frames: list[FrameType] = []
+    found: list[tuple[bytes, linkrx.Packet]] = []
+    counted = 0
+
+    def look(entered: FrameType, _event: str, _argument: object) -> Any:
+        nonlocal counted
+        frames.append(entered)
+        values = list(entered.f_locals.values())
+        packet = next((value for value in values if isinstance(value, linkrx.Packet)), None)
+        # In linkrx a packet that nobody has yet may still become another.
+        if packet is not None and entered.f_code.co_filename == __file__:
+            counted += 1
+            if counted % 5 == 0:
+                found.append((bytes(packet), packet))
+        return look
+
+    @contextmanager
+    def looking() -> Iterator[None]:
+        before = sys.gettrace() if hook == "settrace" else sys.getprofile()
+        getattr(sys, hook)(look)
+        try:
+            yield
+        finally:
+            getattr(sys, hook)(before)
+
+    with collector(eager=False):
+        receive_in_every_way(cell, looking)
+        assert len(found) > len(WAYS)
+        assert [bytes(packet) for _, packet in found] == [shown for shown, _ in found]
+        frames.clear()
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """Threads that want the interpreter get it after a tenth of a millisecond, not after five of them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@EVERY_CELL
+def test_a_thread_that_reads_meanwhile(cell: Cell) -> None:
+    """What another thread has shows what was sent, whenever it looks, while this one goes on receiving."""
+    over = threading.Event()
+    given: SimpleQueue[tuple[int, linkrx.Packet]] = SimpleQueue()
+    failures: list[object] = []
+    turns = 0
+    with taking_turns(), cell.opened(batch_size=16) as (rig, rx):
+        things = take(rig, rx)
+
+        def read() -> None:
+            nonlocal turns
+            late: list[tuple[int, linkrx.Packet]] = []
+            while not over.is_set() or not given.empty():
+                turns += 1
+                failures.extend(wrong(things))
+                with suppress(Empty):
+                    late.append(given.get_nowait())
+                if len(late) == 7:
+                    failures.extend(mark for mark, packet in late if bytes(packet) != frame(rig, mark))
+                    late.clear()
+
+        with running(read):
+            try:
+                for first in range(0, 5 * BURST, BURST):
+                    for packet in chain(*receive(rig, rx, range(first, first + BURST))):
+                        given.put((mark_of(rig, packet), packet))
+                lap(rig, rx)
+            finally:
+                over.set()
+    assert turns > 0
+    assert failures == []
+
+
+@EVERY_CELL
+def test_held_by_a_greenlet(cell: Cell) -> None:
+    """What a suspended greenlet has on its stack shows what was sent."""
+    greenlet: Any = pytest.importorskip("greenlet", reason="needs greenlet, which is not installed")
+    with cell.opened() as (rig, rx):
+        found: list[list[str]] = []
+
+        def work() -> None:
+            things = take(rig, rx)
+            greenlet.getcurrent().parent.switch()
+            found.append(wrong(things))
+
+        suspended = greenlet.greenlet(work)
+        suspended.switch()
+        lap(rig, rx)
+        suspended.switch()
+    assert found == [[]]
+
+
+@EVERY_CELL
+def test_memory_shows_frames_of_this_batch_only(cell: Cell) -> None:
+    """Nothing of an earlier batch is left in the memory of a later one, between its frames or behind them."""
+    with cell.opened() as (rig, rx):
+        secret = frame(rig, SECRET)[-1]
+        for _ in range(4):  # each arena there is
+            receive(rig, rx, range(SECRET, SECRET + 251 * BURST, 251))
+        send(rig, range(20), 61)
+        batch = next(rx.batches(PATIENCE))
+        assert [bytes(packet) for packet in batch] == [frame(rig, mark, 61) for mark in range(len(batch))]
+        assert secret not in bytes(batch.memory)

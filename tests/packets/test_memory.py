@@ -1,0 +1,1098 @@
+"""The rule of memory: a packet that is held stays true, costs its own bytes, and pins nothing else; so does a batch."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.places import TESTS
+from support.received import (
+    ETHERNET,
+    ROOM,
+    C,
+    Kind,
+    Ring,
+    Row,
+    Source,
+    every_kind,
+    needs_core,
+    numbered,
+    vnet_bytes,
+)
+
+import linkrx
+from linkrx import _core
+from linkrx.memory.framing import Framing
+from linkrx.testing import rigs
+
+WITH_VNET = Framing(True, 10)
+
+
+def rows_of(*numbers: int, size: int = 64, framing: Framing = ETHERNET) -> list[Row]:
+    """Numbered frames; the number is in the virtio-net header as well, where there is one."""
+    return [
+        Row(numbered(n, size), vnet_bytes(0, 0, 0, 0, n, 0) if framing.vnet_header_size else b"")
+        for n in numbers
+    ]
+
+
+def ring() -> Source:
+    """Frames that lie in a ring."""
+    return Ring()
+
+
+def arena() -> Source:
+    """Frames that lie in an arena."""
+    return Source(C)
+
+
+in_both = pytest.mark.parametrize("make", [arena, ring], ids=lambda make: make.__name__)
+
+
+# What holding costs.
+
+
+def by_deliver(source: Source) -> list[Any]:
+    """All packets, kept as they are delivered."""
+    kept: list[Any] = []
+    source.receiver.deliver(lambda _r, _l, _p, packet: kept.append(packet))
+    return kept
+
+
+def by_iteration(source: Source) -> list[Any]:
+    """By iterating over what waits."""
+    return list(source.receiver)
+
+
+def by_asking(source: Source) -> list[Any]:
+    """One by one, as recv() does."""
+    return [source.receiver.take_packet() for _ in range(source.receiver.left)]
+
+
+def by_batch(source: Source) -> list[Any]:
+    """By iterating over a batch."""
+    batch = source.receiver.take_batch()
+    assert batch is not None
+    return list(batch)
+
+
+def by_index(source: Source) -> list[Any]:
+    """By index into a batch."""
+    batch = source.receiver.take_batch()
+    assert batch is not None
+    return [batch[index] for index in range(len(batch))]
+
+
+Keep = Callable[[Source], list[Any]]
+every_way = pytest.mark.parametrize("keep", [by_deliver, by_iteration, by_asking, by_batch, by_index])
+
+
+@needs_core
+@in_both
+@every_way
+@pytest.mark.parametrize("size", [64, 1514])
+def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Keep, size: int) -> None:
+    """Whichever way packets come, one that is kept costs its bytes and at most 256 more; two arenas are enough, and are let go."""
+    source = make()
+    rows = [rows_of(*range(first, first + 40), size=size) for first in range(0, 2000, 40)]
+    source.fill(rows_of(1))
+    source.receiver.drop()
+    kept: list[Any] = []
+    arenas: dict[int, Any] = {}
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for some in rows:
+            source.fill(some)
+            kept.extend(keep(source))
+            found = source.receiver.arena()
+            if found is not None:
+                arenas[id(found)] = found
+        source.receiver.release()
+        source.receiver.take_back()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / len(kept) <= size + 256
+    assert len(arenas) <= 2
+    assert not any(found.held for found in arenas.values())
+    assert kept == [row.frame for some in rows for row in some]
+
+
+@needs_core
+@in_both
+def test_what_deliver_keeps_is_copied_at_once(make: Callable[[], Source]) -> None:
+    """Once deliver has returned, a packet that it keeps reads nowhere but in its own bytes; one that it does not keep costs none."""
+    source = make()
+    source.fill(rows_of(*range(9)))
+    kept: list[Any] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+        if packet[-1] % 3 == 0:
+            kept.append(packet)
+
+    source.receiver.deliver(deliver)
+    memory = source.memory if isinstance(source, Ring) else source.receiver.arena().view
+    ctypes.memset(ctypes.addressof((ctypes.c_char * 1).from_buffer(memory)), 0xEE, ROOM)
+    assert kept == [numbered(n) for n in range(9) if numbered(n)[-1] % 3 == 0]
+
+
+MILLION = """
+import gc, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from support.received import C, Row, Source, numbered
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+rows = [Row(numbered(n)) for n in range(1000)]
+source = Source(C, rows=1000)
+kept = []
+before = resident()
+for _ in range(1000):
+    source.fill(rows, spare=0)
+    if sys.argv[1] == "packets":
+        source.receiver.deliver(lambda r, l, p, packet: kept.append(packet))
+    else:
+        source.receiver.deliver(lambda r, l, p, packet: kept.append(packet[:]))
+print(resident() - before - 8 * len(kept), len(kept))
+"""
+
+
+@pytest.mark.repeats
+@needs_core
+def test_a_million_kept_packets() -> None:
+    """A million kept packets of 64 bytes take at most 2.2 times the memory that their bytes objects would."""
+    taken = {}
+    for what in ("packets", "bytes"):
+        done = subprocess.run(
+            [sys.executable, "-c", MILLION.format(tests=str(TESTS)), what],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        memory, count = map(int, done.stdout.split())
+        assert count == 1_000_000
+        taken[what] = memory
+    assert taken["packets"] <= 2.2 * taken["bytes"]
+
+
+@every_kind
+def test_nothing_is_leaked(kind: Kind) -> None:
+    """However often packets and batches are made, looked at, kept, refused and let go, no object and no mapping is left."""
+    sources = [Source(kind, WITH_VNET), Source(kind)] + ([Ring(), Ring(WITH_VNET)] if kind is C else [])
+
+    def everything(source: Source) -> None:
+        source.fill(rows_of(*range(6), framing=source.framing))
+        packets = [source.receiver.take_packet() for _ in range(2)]
+        batch: Any = source.receiver.take_batch()
+        packets += [*batch, batch[0], batch[-1].copy(), next(iter(batch))]
+        for packet in packets:
+            views = [packet.frame, packet.data, packet.link_header, packet.data[3:]]
+            _ = (views, packet[3], packet[::2], hash(packet), repr(packet), packet == views[0])
+            _ = (packet.remote, packet.local, packet.vlan, packet.vnet, packet.tagged())
+            pickle.loads(pickle.dumps(packet))
+            for wrong in (99, "x"):
+                with suppress(IndexError, TypeError):
+                    packet[wrong]
+                with suppress(IndexError, TypeError):
+                    packet.u16(wrong)
+        memory = batch.memory
+        _ = [getattr(batch, name) for name in ("starts", "lengths", "flags")]
+        _ = (batch.frames(), batch.copy(), len(memory), repr(batch))
+        with suppress(IndexError):
+            batch[99]
+        source.fill(rows_of(*range(6), framing=source.framing))
+        source.receiver.deliver(lambda *_: None)
+        source.fill(rows_of(*range(6), framing=source.framing))
+        with suppress(ZeroDivisionError):
+            source.receiver.deliver(lambda *_: 1 // 0)
+        source.receiver.drop()
+        with suppress(ValueError):
+            source.receiver.take_in(source.receiver.arena())
+        source.receiver.release()
+
+    def state() -> tuple[int, int]:
+        gc.collect()
+        return sys.getallocatedblocks(), Path("/proc/self/maps").read_text().count("\n")
+
+    for source in sources:
+        for _ in range(20):
+            everything(source)
+        before = state()
+        for _ in range(1000):
+            everything(source)
+        blocks, mappings = (after - earlier for earlier, after in zip(before, state(), strict=True))
+        assert blocks < 500  # one each time would be 1000, and caches of the interpreter take some
+        assert mappings < 50  # the sanitizers map some of their own
+
+
+# A batch, and the memory that it lies in.
+
+
+@needs_core
+def test_who_holds_nothing_has_one_arena() -> None:
+    """Where nothing is held, each receive uses the same arena."""
+    source = Source(C)
+    seen = set()
+    for n in range(20):
+        source.fill(rows_of(n))
+        source.receiver.deliver(lambda *_: None)
+        seen.add(id(source.receiver.arena()))
+    assert len(seen) == 1
+
+
+@needs_core
+def test_who_holds_the_last_batch_has_two_arenas() -> None:
+    """A loop variable has the last batch still: two arenas take turns, and nothing is copied."""
+    source = Source(C)
+    seen = []
+    batch = None
+    for n in range(20):
+        batch = source.batch(rows_of(n))
+        assert type(batch.memory.obj) is C.module.Batch
+        seen.append(id(source.receiver.arena()))
+    assert len(set(seen)) == 2
+    assert seen[:2] * 10 == seen
+
+
+@needs_core
+@in_both
+def test_a_kept_batch_is_copied_once(make: Callable[[], Source]) -> None:
+    """A batch that is kept reads in place one receive longer, and lies in one copy from then on; starts never change."""
+    source = make()
+    batch = source.batch(rows_of(*range(7)))
+    starts, places = batch.starts, batch.starts.tolist()
+    latest = None
+    for n in range(5):
+        latest = source.batch(rows_of(50 + n))  # a loop variable
+        assert [packet[:] for packet in batch] == [numbered(n) for n in range(7)]
+    assert latest is not None
+    assert type(batch.memory.obj) is bytes
+    assert batch.memory.obj is batch.memory.obj
+    assert (batch.starts is starts, starts.tolist()) == (True, places)
+    assert [bytes(batch.memory[start : start + 64]) for start in starts] == batch.frames()
+
+
+@needs_core
+def test_a_memory_that_is_looked_at_keeps_its_arena() -> None:
+    """While somebody has a view of a batch's memory, that arena is the batch's, and receiving goes on in another."""
+    source = Source(C)
+    held = []
+    for n in range(6):
+        batch = source.batch(rows_of(n, n + 1))
+        held.append((n, batch.memory, batch.starts, batch))
+    for _ in range(4):
+        source.batch(rows_of(99))
+    for n, memory, starts, batch in held:
+        assert [bytes(memory[start : start + 64]) for start in starts] == [numbered(n), numbered(n + 1)]
+        assert batch.frames() == [numbered(n), numbered(n + 1)]
+        assert [*batch, batch[1]] == [numbered(n), numbered(n + 1), numbered(n + 1)]
+        memory.release()
+        assert bytes(batch.memory)[starts[1] :] == numbered(n + 1)
+        assert batch.copy().frames() == batch.frames()
+
+
+@needs_core
+@in_both
+def test_packets_of_a_copied_batch_outlive_it(make: Callable[[], Source]) -> None:
+    """Packets of a batch that has a copy, or an arena, of its own show what they are when the batch is gone."""
+    for viewed in (False, True):
+        source = make()
+        batch: Any = source.batch(rows_of(1, 2, 3))
+        view = batch.memory if viewed else None
+        latest = [source.batch(rows_of(n)) for n in range(10, 14)]
+        packets = [batch[0], next(iter(batch)), *batch]
+        copied = batch.copy()
+        packets += [copied[1], *copied]
+        del batch, copied, view
+        latest = [source.batch(rows_of(n)) for n in range(20, 24)]
+        spoiled = [
+            bytes([n]) * size for n in range(40) for size in range(150, 250, 8)
+        ]  # what memory is used for again
+        assert [packet[:] for packet in packets] == [numbered(n) for n in (1, 1, 1, 2, 3, 2, 1, 2, 3)]
+        assert len(latest) + len(spoiled) > 4
+
+
+@needs_core
+def test_the_last_two_packets_of_an_iteration_are_read_in_place() -> None:
+    """The packet before the last one still reads in place, for a loop variable has it; the one before that has been copied."""
+    for of_batch in (True, False):
+        ring = Ring()
+        ring.fill(rows_of(*range(4)))
+        packets: Any = iter(ring.receiver.take_batch() or ()) if of_batch else iter(ring.receiver)
+        first, second = next(packets), next(packets)
+        ctypes.memset(ctypes.addressof(ring.memory), 0xEE, 64)
+        assert (first[20], second[:]) == (0xEE, numbered(1))
+        third = next(packets)
+        ctypes.memset(ctypes.addressof(ring.memory), 0x11, Ring.SIZE)
+        assert first[20] == 0xEE
+        assert (second[20], third[20]) == (0x11, 0x11)
+
+
+@needs_core
+def test_views_released_in_any_order() -> None:
+    """Views of a batch's memory, released in any order, after and before their batch, and views of views."""
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
+        source = Source(C)
+        batch: Any = source.batch(rows_of(1, 2))
+        views = [batch.memory, memoryview(batch), batch.memory[batch.starts[1] :], memoryview(batch.memory)]
+        del batch
+        for step, index in enumerate(order):
+            source.batch(rows_of(3, 4))
+            assert bytes(views[index])[-64:] == numbered(2)
+            views[index].release()
+            if step == 1:
+                gc.collect()
+        source.receiver.release()
+
+
+@needs_core
+def test_releasing_a_receiver_twice() -> None:
+    """What is held when a receiver gives its memory up stays true, also when that is done again, or from within deliver."""
+    for make in (arena, ring):
+        source = make()
+        source.fill(rows_of(*range(6)))
+        kept = [source.receiver.take_packet()]
+
+        def deliver(
+            _r: object, _l: object, _p: int, packet: Any, source: Source = source, kept: list[Any] = kept
+        ) -> None:
+            kept.append(packet)
+            source.receiver.release()
+            source.receiver.release()
+
+        assert source.receiver.deliver(deliver) == 1
+        source.receiver.take_back()
+        assert kept == [numbered(0), numbered(1)]
+        assert source.receiver.left == 0
+        source.fill(rows_of(9))
+        assert source.receiver.take_packet() == numbered(9)
+
+
+@needs_core
+def test_receiving_within_deliver() -> None:
+    """A deliver that receives by itself gets Busy, and every packet comes once."""
+    for make in (arena, ring):
+        source = make()
+        source.fill(rows_of(*range(6)))
+        got: list[Any] = []
+
+        def deliver(
+            _r: object, _l: object, _p: int, packet: Any, source: Source = source, got: list[Any] = got
+        ) -> None:
+            got.append(packet)
+            rx = source.receiver.rx
+            for receive in (
+                rx.drain,
+                rx.dispatch,
+                rx.recv,
+                rx._take,
+                rx._poll,
+                lambda: next(rx),
+                lambda: rx._next_batch(0),
+            ):
+                with pytest.raises(linkrx.Busy):
+                    receive()
+
+        assert source.receiver.deliver(deliver) == 6
+        assert got == [numbered(n) for n in range(6)]
+
+
+# The collector, finalizers, and the end of the interpreter.
+
+
+class Looks:
+    """Something that looks at packets and batches when it dies."""
+
+    def __init__(self, things: list[Any], told: list[object]) -> None:
+        self.things, self.told = things, told
+        self.me = self
+
+    def __del__(self) -> None:
+        for thing in self.things:
+            if isinstance(thing, linkrx.Batch):
+                self.told.append([bytes(packet) for packet in thing])
+                self.told.append(bytes(thing.memory)[-4:])
+                self.told.append(thing.lengths.tolist())
+            else:
+                self.told.append((thing[:20], bytes(thing.data), thing.frame[3], hash(thing), thing.copy()))
+
+
+@contextmanager
+def eager_collector() -> Iterator[None]:
+    """The collector runs at every allocation of a container."""
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()
+
+
+@needs_core
+@in_both
+def test_finalizers_that_look(make: Callable[[], Source]) -> None:
+    """Finalizers of cycles, run in the middle of whatever allocates, see what was sent, and change nothing for others."""
+    source = make()
+    told: list[object] = []
+    with eager_collector():
+        for n in range(40):
+            source.fill(rows_of(*range(n, n + 6)))
+            first: Any = source.receiver.take_packet()
+            Looks([first], told)
+            kept: list[Any] = []
+
+            def deliver(_r: object, _l: object, _p: int, packet: Any, kept: list[Any] = kept) -> None:
+                kept.append(packet)
+                Looks([packet], told)
+                if len(kept) == 3:
+                    raise LookupError
+
+            with suppress(LookupError):
+                source.receiver.deliver(deliver)
+            batch: Any = source.receiver.take_batch()
+            Looks([batch], told)
+            iterated = iter(batch)
+            Looks([next(iterated), batch[0], *kept], told)
+            shown = [[view.frame, view.data, view.link_header] for view in batch]
+            assert [views[0] for views in shown] == batch.frames()
+            assert [bytes(views[1]) for views in shown] == [frame[14:] for frame in batch.frames()]
+            assert batch.frames() == [numbered(k) for k in range(n + 1 + len(kept), n + 6)]
+            assert [column.tolist() for column in (batch.starts, batch.lengths, batch.flags)][1] == [
+                64
+            ] * len(batch)
+            assert [first, *kept] == [numbered(k) for k in range(n, n + 1 + len(kept))]
+    assert len(told) > 300
+
+
+@needs_core
+def test_a_collection_while_a_view_is_made() -> None:
+    """A finalizer that looks at the same packet or batch, just as a view of it is made, does not change which part that is."""
+    source = Source(C)
+    told: list[object] = []
+    parts = {"data": numbered(1)[14:], "link_header": numbered(1)[:14], "frame": numbered(1)}
+    for part, wanted in parts.items():
+        packet = source.packet_of(1)
+        with eager_collector():
+            gc.disable()
+            Looks([packet], told)
+            gc.enable()  # the next container is what the collector runs for
+            view = getattr(packet, part)
+        assert bytes(view) == wanted
+    for name in ("starts", "timestamps", "flags"):
+        batch = source.batch_of(1, 2)
+        with eager_collector():
+            gc.disable()
+            Looks([batch], told)
+            gc.enable()
+            column = getattr(batch, name)
+        assert column.format == {"starts": "I", "timestamps": "q", "flags": "H"}[name]
+    assert len(told) == 3 + 3 * 3
+
+
+@needs_core
+def test_packets_in_cycles_are_collected() -> None:
+    """Packets, batches, iterators and views that are part of a cycle go with it, and their memory is free again."""
+    source = Source(C)
+    source.fill(rows_of(*range(8)))
+    cycle: list[Any] = [source.receiver.take_packet(), source.receiver.take_packet()]
+    batch = source.receiver.take_batch()
+    assert batch is not None
+    cycle += [batch, iter(batch), batch[0], batch.starts, cycle]
+    del batch
+    owner = source.receiver.arena()
+    source.fill(rows_of(9))
+    cycle = []
+    gc.collect()
+    source.receiver.drop()
+    source.receiver.arena()
+    assert not owner.held
+
+
+EXIT = """
+import gc, socket, sys, threading
+import linkrx
+gc.disable()
+left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+rx = linkrx.open(left)
+for n in range(8):
+    right.send(bytes(14) + bytes([n]) * 50)
+class Late:
+    def __init__(self, *things): self.things, self.me = things, self
+    def __del__(self):
+        for thing in self.things:
+            bytes(thing) if not hasattr(thing, "frames") else thing.frames()
+first = rx.recv()
+second = next(iter(rx))
+batch = next(rx.batches())
+iterated = iter(batch)
+Late(first, second, batch, next(iterated), batch.memory, batch[2].data)
+kept = {"cycle": [first, second, batch, iterated, batch.memory, batch.starts, batch[1].frame]}
+kept["self"] = kept
+threading.local().kept = kept
+sys.kept = Late(first, batch, batch.memory, iterated and batch[1])
+if sys.argv[1] == "close":
+    rx.close()
+elif sys.argv[1] == "unload":
+    rx.close()
+    for name in [name for name in sys.modules if name.startswith("linkrx")]:
+        del sys.modules[name]
+    del linkrx, rx
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("way", ["open", "close", "unload"])
+def test_the_end_of_the_interpreter(way: str) -> None:
+    """A program that ends while it holds everything, in cycles and behind finalizers, ends with status 0."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", EXIT, way],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Fatal" not in done.stderr
+
+
+# Memory that is short.
+
+
+@contextmanager
+def failing(step: int) -> Iterator[None]:
+    """The allocation of that number fails, and the ones behind it do not."""
+    testcapi = pytest.importorskip("_testcapi", reason="needs _testcapi, which this Python comes without")
+    testcapi.set_nomemory(step, step + 1)
+    try:
+        yield
+    finally:
+        testcapi.remove_mem_hooks()
+
+
+def at_each_allocation(use: Callable[[], object], most: int = 400) -> Iterator[BaseException | None]:
+    """Call it so often that each of its allocations has failed once; gives what it raised, and at last None."""
+    for step in range(most):
+        error: BaseException | None = None
+        ended = True
+        try:
+            with failing(step):
+                use()
+        except MemoryError as raised:
+            error, ended = raised.with_traceback(None), False
+        yield error
+        del error
+        if ended:
+            return
+    raise AssertionError("it allocates without end")
+
+
+def looked_at(source: Source) -> dict[str, Callable[[Any], object]]:
+    """Everything that allocates, of a packet."""
+    return {
+        "slice": lambda p: p[3:9],
+        "steps": lambda p: p[::2],
+        "bytes": bytes,
+        "frame": lambda p: bytes(p.frame),
+        "data": lambda p: bytes(p.data[5:]),
+        "remote": lambda p: p.remote,
+        "tagged": lambda p: p.tagged(),
+        "vlan": lambda p: p.vlan,
+        "vnet": lambda p: p.vnet,
+        "number": lambda p: p.u32(0),
+        "hash": hash,
+        "repr": repr,
+        "copy": lambda p: bytes(p.copy()),
+        "in": lambda p: 5 in p,
+        "equal": lambda p: p == bytes(64),
+        "reduce": lambda p: p.__reduce__()[1],
+    }
+
+
+LOOKS = list(looked_at(Source))  # type: ignore[arg-type]
+
+
+@needs_core
+@in_both
+@pytest.mark.parametrize("name", LOOKS)
+def test_no_memory_to_look_at_a_packet(make: Callable[[], Source], name: str) -> None:
+    """Wherever memory is short as a packet is looked at, that is a MemoryError, and the next look gives what there is."""
+    framing = WITH_VNET
+    source = Ring(framing) if make is ring else Source(C, framing)
+    row = Row(numbered(5), vnet_bytes(0, 0, 0, 0, 5, 0), flags=4, vlan_tci=3, vlan_tpid=0x8100)
+    look = looked_at(source)[name]
+    wanted = look(source.batch([row])[0])
+    source.fill([row] * 200)
+    packets: Any = iter(source.receiver)
+    current = [next(packets)]
+    for _ in at_each_allocation(lambda: look(current[0])):
+        assert current[0][:] == numbered(5)
+        assert look(current[0]) == wanted
+        current[0] = next(packets)
+
+
+@needs_core
+@in_both
+def test_no_memory_to_hand_over(make: Callable[[], Source]) -> None:
+    """Wherever memory is short as packets are handed over, none is lost and none repeated, but for one whose deliver failed."""
+    source = make()
+    for way in ("take_packet", "next", "take_batch", "deliver"):
+        failures = 0
+        got: list[Any] = [None] * 8  # appending would allocate as well
+        count = 0
+
+        def deliver(
+            _remote: object, _local: object, _protocol: int, packet: Any, got: list[Any] = got
+        ) -> None:
+            nonlocal count
+            got[count] = packet
+            count += 1
+
+        def use(way: str = way) -> None:
+            if way == "deliver":
+                source.receiver.deliver(deliver)
+            elif way == "next":
+                for packet in source.receiver:
+                    deliver(None, None, 0, packet)
+            elif way == "take_packet":
+                while source.receiver.left:
+                    deliver(None, None, 0, source.receiver.take_packet())
+            else:
+                batch = source.receiver.take_batch()
+                if batch is not None:
+                    deliver(None, None, 0, batch)
+
+        for n in range(200):
+            source.fill(rows_of(*range(n, n + 5)))
+            count = raised = 0
+            with suppress(MemoryError), failing(n % 60):
+                raised = 1
+                use()
+                raised = 0
+            failures += raised
+            use()
+            seen = got[:count] if way != "take_batch" else list(got[0])
+            sent = [numbered(k) for k in range(n, n + 5)]
+            # CPython makes a frame for `deliver` here, and its failure is one of deliver's.
+            assert len(seen) >= len(sent) - raised
+            assert [bytes(packet) for packet in seen] == [frame for frame in sent if frame in seen]
+        assert failures > 0 or way == "take_batch"  # which was made before
+
+
+@needs_core
+@in_both
+def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
+    """Where memory for copies is short as memory is needed again, that is a MemoryError, nothing changes, and it goes on."""
+    source = make()
+    failures = 0
+    for n in range(60):
+        source.fill(rows_of(*range(n, n + 8)))
+        held: list[Any] = [source.receiver.take_packet() for _ in range(4)]
+        batch = source.receiver.take_batch()
+        assert batch is not None
+        held += [batch[0], next(iter(batch))]
+        wanted = [numbered(k) for k in (*range(n, n + 4), n + 4, n + 4)]
+        for k in range(4):
+            try:
+                with failing((n + k) % 12):
+                    # As a fill does: an arena, and the other half of a ring.
+                    source.receiver.arena()
+                    source.receiver.take_back()
+            except MemoryError:
+                failures += 1
+            assert [packet[:] for packet in held] == wanted
+            assert batch.frames() == [numbered(k) for k in range(n + 4, n + 8)]
+            source.fill(rows_of(90 + k))
+            source.receiver.drop()
+        assert held == wanted
+        assert batch.frames() == [numbered(k) for k in range(n + 4, n + 8)]
+    assert failures > 0
+
+
+class ShortOfMemory:
+    """A receiver, with one allocation of each take_in that fails at first."""
+
+    def __init__(self, receiver: Any) -> None:
+        self.arena = receiver.arena
+        self.taken_in = receiver.take_in
+        self.step = self.failures = 0
+
+    def take_in(self, owner: Any) -> bool:
+        """As the receiver does."""
+        self.step += 1
+        try:
+            with failing(self.step % 6):
+                return bool(self.taken_in(owner))
+        except MemoryError:
+            self.failures += 1
+            return bool(self.taken_in(owner))
+
+
+@needs_core
+def test_no_memory_to_take_in() -> None:
+    """Where memory is short as a batch is made, the same call does it later, and no packet is lost."""
+    source = arena()
+    receiver: Any = source.receiver
+    short: Any = ShortOfMemory(receiver)
+    for n in range(30):
+        source.receiver = short
+        assert source.fill(rows_of(n, n + 1))
+        source.receiver = receiver
+        assert [receiver.take_packet() for _ in range(2)] == [numbered(n), numbered(n + 1)]
+    assert short.failures > 0
+
+
+@needs_core
+def test_no_address_space_for_an_arena() -> None:
+    """Where mmap(2) finds no memory for another arena, that is a MemoryError that says so; what is held stays, and it goes on."""
+    source = Source(C)
+    held = [source.batch(rows_of(n)) for n in range(2)]
+    views = [batch.memory for batch in held]
+    spare = bytearray(1 << 20)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() // 2, limits[1])
+    )  # no mapping more
+    try:
+        with pytest.raises(
+            MemoryError, match=r"an arena of \d+ bytes for received frames: mmap\(2\) found no memory"
+        ):
+            source.receiver.arena()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    del spare
+    assert [bytes(view[-64:]) for view in views] == [numbered(0), numbered(1)]
+    assert source.packet_of(3) == numbered(3)
+
+
+# Forks.
+
+
+def child_says(work: Callable[[], object], fork: Callable[[], int] = os.fork) -> str:
+    """What becomes of some work in a forked child: an empty string, or what it raised; or how the child died."""
+    reading, writing = os.pipe()
+    child = fork()
+    if child == 0:  # pragma: no cover, another process
+        said = ""
+        try:
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return said if status == 0 else f"status {status}: {said}"
+
+
+def past_the_hooks() -> int:
+    """A fork that Python is not told of."""
+    return int(ctypes.PyDLL(None).fork())
+
+
+@contextmanager
+def held_of_a_ring(
+    deliver: Any = None,
+) -> Iterator[tuple[rigs.Rig, linkrx.Dispatcher, list[Any], Any, list[bytes]]]:
+    """A ring of which packets that read in place, a batch, and the rest of a receive are held."""
+    with rigs.interface() as rig, linkrx.open(rig.source, deliver, backend="packet_mmap", batch_size=8) as rx:
+        sent = [rig.frame(100, n) for n in range(24)]
+        for frame in sent:
+            rig.send(frame)
+        batch: Any = next(rx.batches(10))
+        packets: list[Any] = [batch[0], next(iter(batch))]
+        packets += islice(rx, 2)
+        yield rig, rx, packets, batch, sent
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+def test_a_fork_copies_what_is_held_of_a_ring() -> None:
+    """In a child of os.fork what is held of a ring shows what was sent, and so does it in the parent, which goes on."""
+    with held_of_a_ring() as (_, rx, packets, batch, sent):
+        first = len(batch)
+        wanted = [sent[0], sent[0], sent[first], sent[first + 1]]
+
+        def look() -> None:
+            assert packets == wanted
+            assert batch.frames() == sent[:first]
+            assert list(batch) == sent[:first]
+            assert [packet.remote for packet in packets] == [rigs.REMOTE] * 4
+            rx.close()
+            assert [*packets, *batch] == [*wanted, *sent[:first]]
+
+        assert child_says(look) == ""
+        assert packets == wanted
+        assert batch.frames() == sent[:first]
+        rest = [rx.recv(10) for _ in range(len(sent) - first - 2)]
+        assert rest == sent[first + 2 :]
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+@pytest.mark.skipif(not hasattr(ctypes, "PyDLL"), reason="needs ctypes")
+def test_a_fork_past_pythons_hooks() -> None:
+    """In a child that the C library forked, what reads in a ring is a RuntimeError, and so is receiving; the parent goes on."""
+    got: list[bytes] = []
+
+    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
+        got.append(bytes(packet))
+
+    with held_of_a_ring(deliver) as (rig, rx, packets, batch, sent):
+        first = len(batch)
+        uses: dict[str, Callable[[], object]] = {
+            "index": lambda: packets[0][0],
+            "slice": lambda: packets[1][3:9],
+            "bytes": lambda: bytes(packets[2]),
+            "data": lambda: packets[3].data,
+            "frames": lambda: batch.frames(),
+            "memory": lambda: batch.memory,
+            "iteration": lambda: bytes(next(iter(batch))),
+            "copy": lambda: batch.copy(),
+            "recv": lambda: bytes(rx.recv(0)),
+            "next": lambda: bytes(next(iter(rx))),
+            "drain": rx.drain,
+        }
+        for name, use in uses.items():
+            said = child_says(use, past_the_hooks)
+            assert said.startswith(
+                ("RuntimeError: this ", "Closed: this dispatcher belongs to the parent")
+            ), (name, said)
+            assert "fork()" in said
+        # What is no part of the ring can be asked for.
+        assert child_says(lambda: (len(packets[0]), batch.lengths, packets[0].protocol), past_the_hooks) == ""
+        # And closing ends the child no earlier than it ends the parent.
+        assert not child_says(rx.close, past_the_hooks).startswith("status")
+        assert packets == [sent[0], sent[0], sent[first], sent[first + 1]]
+        while len(got) < len(sent) - first - 2:
+            assert rx.dispatch(10)
+        assert got == sent[first + 2 :]
+        rig.send(rig.frame(100, 77))
+        assert rx.recv(10) == rig.frame(100, 77)
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("use", ["dispatch", "drain", "batches", "stats", "close"])
+def test_receiving_past_pythons_hooks(use: str) -> None:
+    """In such a child nothing that receives ends the process, whether or not anything is held."""
+    with rigs.interface() as rig, linkrx.open(rig.source, lambda *_: None, backend="packet_mmap") as rx:
+        for _ in range(3):
+            for n in range(5):
+                rig.send(rig.frame(100, n))
+            assert rx.dispatch(10)
+        for n in range(5):
+            rig.send(rig.frame(100, n))
+
+        def work() -> None:
+            for _ in range(3):
+                with suppress(OSError, RuntimeError, linkrx.Closed):
+                    {
+                        "dispatch": lambda: rx.dispatch(0.01),
+                        "drain": rx.drain,
+                        "batches": lambda: list(rx.batches(0)),
+                        "stats": rx.stats,
+                        "close": rx.close,
+                    }[use]()
+
+        assert child_says(work, past_the_hooks) == ""
+        before = rx.stats().packets
+        assert rx.dispatch(10)
+        assert rx.stats().packets > before
+
+
+# Anything, in any order.
+
+STEPS = (
+    "fill",
+    "take",
+    "next",
+    "deliver",
+    "raise",
+    "batch",
+    "index",
+    "iterate",
+    "step",
+    "memory",
+    "column",
+    "copy",
+    "view",
+    "drop",
+    "release",
+)
+
+
+class Holder:
+    """Does one thing after the other to a source, keeps what comes of it, and knows what each must show."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.sent: list[bytes] = []  # what waits in the receiver
+        self.number = 0
+        self.packets: list[tuple[Any, bytes]] = []
+        self.batches: list[tuple[Any, list[bytes]]] = []
+        self.iterators: list[tuple[Any, list[bytes]]] = []
+        self.views: list[tuple[memoryview, bytes]] = []
+
+    def step(self, name: str, choice: int) -> None:
+        """One thing, if there is what it needs."""
+        receiver = self.source.receiver
+        getattr(self, f"do_{name}")(receiver, choice)
+
+    def do_fill(self, receiver: Any, choice: int) -> None:
+        receiver.drop()
+        numbers = range(self.number, self.number + 1 + choice % 7)
+        self.number += len(numbers)
+        self.sent = [numbered(n, 30 + choice) for n in numbers]
+        self.source.fill([Row(frame, bytes(self.source.framing.prefix)) for frame in self.sent])
+
+    def keep(self, packet: Any, choice: int) -> None:
+        assert packet[:] == self.sent[0]
+        if choice % 2:
+            self.packets.append((packet, self.sent[0]))
+        del self.sent[0]
+
+    def do_take(self, receiver: Any, choice: int) -> None:
+        packet = receiver.take_packet()
+        assert (packet is None) == (not self.sent)
+        if packet is not None:
+            self.keep(packet, choice)
+
+    def do_next(self, receiver: Any, choice: int) -> None:
+        for packet in islice(receiver, choice % 4):
+            self.keep(packet, choice)
+
+    def do_deliver(self, receiver: Any, choice: int) -> None:
+        def deliver(_remote: object, _local: object, _protocol: int, packet: Any) -> None:
+            self.keep(packet, choice >> 1 & len(self.sent))
+            if self.number % 5 == choice % 5:
+                raise LookupError
+
+        with suppress(LookupError):
+            receiver.deliver(deliver)
+
+    do_raise = do_deliver
+
+    def do_batch(self, receiver: Any, _choice: int) -> None:
+        batch = receiver.take_batch()
+        assert (batch is None) == (not self.sent)
+        if batch is not None:
+            self.batches.append((batch, self.sent))
+            self.sent = []
+
+    def do_index(self, _receiver: Any, choice: int) -> None:
+        if self.batches:
+            batch, frames = self.batches[choice % len(self.batches)]
+            self.packets.append((batch[choice % len(frames)], frames[choice % len(frames)]))
+
+    def do_iterate(self, _receiver: Any, choice: int) -> None:
+        if self.batches:
+            batch, frames = self.batches[choice % len(self.batches)]
+            self.iterators.append((iter(batch), list(frames)))
+
+    def do_step(self, _receiver: Any, choice: int) -> None:
+        if self.iterators:
+            iterator, frames = self.iterators[choice % len(self.iterators)]
+            packet = next(iterator, None)
+            assert (packet is None) == (not frames)
+            if packet is not None:
+                if choice % 3:
+                    self.packets.append((packet, frames[0]))
+                del frames[0]
+
+    def do_memory(self, _receiver: Any, choice: int) -> None:
+        if self.batches:
+            batch, frames = self.batches[choice % len(self.batches)]
+            at = choice % len(frames)
+            self.views.append((batch.memory[batch.starts[at] :][: batch.lengths[at]], frames[at]))
+
+    def do_column(self, _receiver: Any, choice: int) -> None:
+        if self.batches:
+            batch, frames = self.batches[choice % len(self.batches)]
+            lengths = bytes(b"".join(len(frame).to_bytes(4, sys.byteorder) for frame in frames))
+            self.views.append((batch.lengths.cast("B"), lengths))
+
+    def do_copy(self, _receiver: Any, choice: int) -> None:
+        if self.batches:
+            batch, frames = self.batches[choice % len(self.batches)]
+            self.batches.append((batch.copy(), frames))
+        if self.packets:
+            packet, frame = self.packets[choice % len(self.packets)]
+            self.packets.append((packet.copy(), frame))
+
+    def do_view(self, _receiver: Any, choice: int) -> None:
+        if self.packets:
+            packet, frame = self.packets[choice % len(self.packets)]
+            self.views.append((packet.data, frame[14:]) if choice % 2 else (packet.frame, frame))
+
+    def do_drop(self, _receiver: Any, choice: int) -> None:
+        for things in (self.packets, self.batches, self.iterators, self.views):
+            del things[choice % 5 : choice % 5 + 2]
+
+    def do_release(self, _receiver: Any, choice: int) -> None:
+        if self.views:
+            view, _ = self.views.pop(choice % len(self.views))
+            view.release()
+
+    def check(self) -> None:
+        """All that is held shows what it must; without a look that would make packets copies."""
+        assert [packet[:] for packet, _ in self.packets] == [frame for _, frame in self.packets]
+        assert [batch.frames() for batch, _ in self.batches] == [frames for _, frames in self.batches]
+        assert [bytes(view) for view, _ in self.views] == [frame for _, frame in self.views]
+
+
+@every_kind
+@settings(max_examples=150, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 63)), max_size=60),
+    vnet=st.booleans(),
+    in_ring=st.booleans(),
+    eager=st.booleans(),
+)
+def test_anything_in_any_order(
+    kind: Kind, steps: list[tuple[str, int]], vnet: bool, in_ring: bool, eager: bool
+) -> None:
+    """Whatever is received, kept, looked at, copied, released and dropped, in any order: what is held shows what was sent."""
+    framing = WITH_VNET if vnet else ETHERNET
+    holder = Holder(Ring(framing) if in_ring and kind is C else Source(kind, framing))
+    holder.step("fill", 6)
+    for name, choice in steps:
+        holder.step(name, choice)
+        holder.check()
+        if eager:
+            gc.collect(0)
+    holder.source.receiver.release()
+    holder.source.receiver.take_back()
+    holder.check()
+    for packet, frame in holder.packets:
+        assert bytes(packet) == frame
+
+
+def test_the_core_is_what_is_tested() -> None:
+    """Where the core was built, the public types are those in C."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right, linkrx.open(left) as rx:
+        right.send(numbered(1))
+        kind = type(rx.recv(10))
+    assert kind is linkrx.Packet
+    assert (kind.__base__ is object) == (_core.types is not None)

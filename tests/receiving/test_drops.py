@@ -1,0 +1,48 @@
+"""Lost packets are told of in the log, once per interval and not when there are none."""
+
+from __future__ import annotations
+
+import pytest
+from support.run import that_take
+
+from linkrx.receiving import drops as dropwatch
+from linkrx.testing import rigs
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("packet"))
+def test_drops_are_told_of(
+    backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While drops rise there is one warning per interval, with the numbers and what to type; none while they do not."""
+    monkeypatch.setattr(dropwatch, "INTERVAL", 0.0)
+    with rigs.interface() as rig, rig.open(backend, receive_buffer=2304) as rx:
+        for _ in range(2):
+            for _ in range(3000):
+                rig.send(rig.frame(1000))
+            for _ in rx.batches(0.05):
+                pass
+            assert caplog.messages
+            drops = rx.stats().kernel_drops
+            assert (
+                f" dropped {drops} packets" in caplog.messages[0]
+                or f" {drops} since open" in caplog.messages[-1]
+            )
+            assert caplog.messages[-1].endswith("receive_buffer= makes the queue longer")
+            told = len(caplog.messages)
+            rig.send(rig.frame(1000))
+            for _ in rx.batches(0.05):
+                pass
+            assert len(caplog.messages) == told
+
+
+@pytest.mark.usefixtures("devices")
+def test_not_more_often_than_that(caplog: pytest.LogCaptureFixture) -> None:
+    """Within an interval nothing is said, whatever is lost."""
+    with rigs.interface() as rig, rig.open("auto", receive_buffer=2304) as rx:
+        for _ in range(3000):
+            rig.send(rig.frame(1000))
+        for _ in rx.batches(0.05):
+            pass
+        assert rx.stats().kernel_drops
+    assert caplog.messages == []

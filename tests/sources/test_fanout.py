@@ -1,0 +1,168 @@
+"""Fanout: several dispatchers share one interface, and every packet comes to one of them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from support.flows import frame
+from support.places import TESTS
+
+import linkrx
+from linkrx import _core
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import veth
+from linkrx.testing.waiting import patiently
+
+pytestmark = [
+    pytest.mark.usefixtures("devices"),
+    pytest.mark.skipif(_core.lib is None, reason="the C core was not built"),
+]
+
+# IPv4 and UDP, so that there are flows to hash; the last two bytes of the source address tell them apart.
+Wire = tuple[str, str, socket.socket]
+
+# The kernel closes one of a ring's 512 blocks every 50 ms: a sender that is kept off its processor has 25 s.
+LATENCY = 0.05
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """Near end, far end, and a socket that sends from the far one."""
+    with veth() as (near, far), injector_on(far) as injector:
+        yield near, far, injector
+
+
+def numbers(rx: linkrx.Dispatcher, timeout: float) -> list[int]:
+    """What `frame` put in, of all that comes until nothing does for so long."""
+    return [int.from_bytes(packet.data[28:32], "big") for batch in rx.batches(timeout) for packet in batch]
+
+
+def shares_of(members: list[linkrx.Dispatcher], total: int) -> list[list[int]]:
+    """What each member gets of so many frames, and what comes beyond these."""
+    shares: list[list[int]] = [[] for _ in members]
+    for _ in patiently(lambda: sum(map(len, shares)) >= total):
+        for member, share in zip(members, shares, strict=True):
+            share += numbers(member, 0.01)
+    for member, share in zip(members, shares, strict=True):
+        share += numbers(member, 2 * LATENCY)
+    return shares
+
+
+@pytest.mark.parametrize("mode", ["hash", "lb", "cpu", "rollover", "qm"])
+def test_members_share(wire: Wire, mode: str) -> None:
+    """Every packet comes to exactly one of three members, in order, by the way the mode says."""
+    near, _, injector = wire
+    with ExitStack() as stack:
+        first = stack.enter_context(linkrx.open(near, fanout=("auto", mode), latency=LATENCY))
+        group = first.fanout
+        assert group is not None
+        members = [first]
+        for _ in range(2):
+            members.append(stack.enter_context(linkrx.open(near, fanout=(group, mode), latency=LATENCY)))
+        assert {member.fanout for member in members} == {group}
+        for number in range(900):
+            injector.send(frame(number))
+        shares = shares_of(members, 900)
+        assert sorted(number for share in shares for number in share) == list(range(900))
+        assert all(share == sorted(share) for share in shares)
+        if mode == "lb":
+            assert [len(share) for share in shares] == [300, 300, 300]
+        if mode == "hash":
+            assert all(shares)
+            flows = [{number % 256 for number in share} for share in shares]
+            assert sum(map(len, flows)) == 256
+        assert [member.stats().kernel_drops for member in members] == [0, 0, 0]
+
+
+SENDER = """
+import sys, time
+from linkrx.testing.devices import injector_on
+from support.flows import frame
+with injector_on(sys.argv[1]) as injector:
+    frames = [frame(number) for number in range(int(sys.argv[2]))]
+    print("ready", flush=True)
+    send = injector.send
+    for half in (frames[::2], frames[1::2]):
+        sys.stdin.readline()
+        for one in half:
+            send(one)
+"""
+
+
+@pytest.mark.parametrize("mode", ["hash", "lb"])
+def test_joining_under_load(wire: Wire, mode: str) -> None:
+    """While members join, no packet is lost and none comes twice."""
+    near, far, _ = wire
+    # In a ring of 64 MiB each takes 152 bytes, and the first member may get them all.
+    total = 100_000
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", SENDER, far, str(total)],
+            cwd=TESTS,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as sender,
+        ExitStack() as stack,
+    ):
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "ready\n"
+        members = [stack.enter_context(linkrx.open(near, fanout=("auto", mode), latency=LATENCY))]
+        group = members[0].fanout
+        assert group is not None
+        while sender.poll() is None and len(members) < 12:
+            if len(members) < 3:  # half while the second joins, the other while the third does, and more
+                sender.stdin.write("go\n")
+                sender.stdin.flush()
+            members.append(stack.enter_context(linkrx.open(near, fanout=(group, mode), latency=LATENCY)))
+        assert sender.wait(60) == 0
+        shares = shares_of(members, total)
+        counted = [member.stats().kernel_drops for member in members]
+    got = sorted(number for share in shares for number in share)
+    assert counted == [0] * len(members)
+    assert got == list(range(total)), "lost or twice"
+    assert len([share for share in shares if share]) > 1
+
+
+def test_a_group_that_does_not_agree(wire: Wire) -> None:
+    """Another mode or another interface under the same number is an error that says what the group wants."""
+    with veth() as (other, _), linkrx.open(wire[0], fanout=4711) as rx:
+        assert rx.fanout == 4711
+        for source, option in ((wire[0], (4711, "cpu")), (other, 4711)):
+            with pytest.raises(OSError, match="fanout group 4711: Invalid argument; all its members have"):
+                linkrx.open(source, fanout=option)
+
+
+def test_fanout_is_for_what_linkrx_opens(wire: Wire) -> None:
+    """A borrowed socket could never leave the group, and is refused; so is a backend that cannot join."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
+        borrowed.bind((wire[0], 3))
+        with pytest.raises(linkrx.UnsupportedOption, match="left only by closing the socket"):
+            linkrx.open(borrowed, backend="packet_mmap", fanout=1)
+    with pytest.raises(linkrx.UnsupportedOption, match="recvmmsg cannot honour fanout=1"):
+        linkrx.open(wire[0], backend="recvmmsg", fanout=1)
+    with linkrx.open(wire[0]) as rx:
+        assert rx.fanout is None
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "hash", ("auto", 3), ("auto",), (None, "hash"), [1, "hash"]])
+def test_what_is_no_group(wire: Wire, value: Any) -> None:
+    """What is neither a number nor "auto", nor a pair of that and a mode, is a TypeError."""
+    with pytest.raises(TypeError, match="give the number of a group or 'auto'"):
+        linkrx.open(wire[0], fanout=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(-1, "0 to 65535"), (65_536, "0 to 65535"), ((1, "rnd"), "a mode is one of")]
+)
+def test_groups_that_cannot_be(wire: Wire, value: Any, said: str) -> None:
+    """A number out of range and an unknown mode are a ValueError that says what there is."""
+    with pytest.raises(ValueError, match=said):
+        linkrx.open(wire[0], fanout=value)

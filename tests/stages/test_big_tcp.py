@@ -1,0 +1,129 @@
+"""Frames that are longer than 64 KiB: TCP over IPv6 on a veth pair whose gso_max_size allows them."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.queues import local_route
+
+import linkrx
+from linkrx.kernel.namespace import inside, new_network
+from linkrx.testing.devices import Device, raised_injector
+from linkrx.testing.rigs import veth
+from linkrx.testing.waiting import PATIENCE, running, until
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+GSO_MAX_SIZE = 200_000
+SOURCE_TEXTS_LARGEST = 65_664  # what the source text's ladder holds
+STREAM = random.Random(6).randbytes(8_000_000)
+
+ETHERTYPE_IPV6 = 0x86DD
+HOP_BY_HOP, TCP = 0, 6  # IPPROTO numbers
+SYN = 0x02
+
+
+def give_address(name: str) -> None:
+    """Switch IPv6 on, which makes a link-local address, without waiting for others to object to it."""
+    settings = Path("/proc/sys/net/ipv6/conf", name)
+    (settings / "accept_dad").write_text("0")
+    (settings / "disable_ipv6").write_text("0")
+
+
+def link_local(name: str) -> str:
+    """The address that the kernel has given the interface, once it is this host's."""
+    for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines():
+        digits, *_, device = line.split()
+        if device == name and digits.startswith("fe80"):
+            # Local it is only when a worker of the kernel's has found that nobody is to be asked.
+            until(partial(local_route, digits, name))
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
+    raise AssertionError(f"{name} has no address")
+
+
+def tcp_of(packet: linkrx.Packet) -> bytes | None:
+    """The TCP segment of a packet, if it is one. The kernel puts a jumbo option (RFC 2675) in front of large ones."""
+    if packet.protocol != ETHERTYPE_IPV6:
+        return None
+    data = bytes(packet.data)
+    if data[6] == HOP_BY_HOP:
+        return data[48:] if data[40] == TCP else None
+    return data[40:] if data[6] == TCP else None
+
+
+@pytest.mark.parametrize("backend", [info.name for info in linkrx.backends() if info.supported])
+def test_big_tcp_frames_are_whole(backend: str) -> None:
+    """IPv6 BIG TCP frames above 65,664 bytes come uncut, with every byte that the sender wrote."""
+    namespace = new_network()
+    with veth() as (near, far):
+        for device in (Device(near, far), Device(far, near)):
+            device.set_mtu(1500)
+            device.set(gso_max_size=GSO_MAX_SIZE)
+        give_address(near)
+        Device(far).move(namespace)
+        try:
+            inside(namespace, lambda: give_address(far))
+            inside(namespace, lambda: raised_injector(far)).close()
+            here = (link_local(near), 0, 0, socket.if_nametoindex(near))
+            there = inside(namespace, lambda: (link_local(far), 0, 0, socket.if_nametoindex(far)))
+            with (
+                socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as listener,
+                inside(namespace, lambda: socket.socket(socket.AF_INET6, socket.SOCK_STREAM)) as sender,
+                linkrx.open(near, backend=backend) as rx,
+            ):
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_000_000)
+                sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_000_000)
+                listener.bind(here)
+                listener.listen()
+                sender.settimeout(PATIENCE)
+                sender.bind(there)
+                sender.connect((here[0], listener.getsockname()[1], 0, there[3]))
+                packets = transfer(rx, listener, sender)
+        finally:
+            os.close(namespace)
+    assert rx.capabilities.mtu == 1500
+    assert not any(packet.truncated for packet in packets)
+    assert max(map(len, packets)) > SOURCE_TEXTS_LARGEST
+    first = None
+    seen: set[int] = set()
+    for packet in packets:
+        segment = tcp_of(packet)
+        if segment is None:
+            continue
+        sequence = int.from_bytes(segment[4:8], "big")
+        if segment[13] & SYN:
+            first = sequence + 1
+        elif first is not None:
+            body = segment[(segment[12] >> 4) * 4 :]
+            at = (sequence - first) % 2**32
+            if body:
+                assert body == STREAM[at : at + len(body)]
+                seen.update(range(at // 1000, -(-(at + len(body)) // 1000)))
+    # Every thousand bytes of it: segments follow one another.
+    assert len(seen) == len(STREAM) // 1000
+
+
+def transfer(rx: linkrx.Dispatcher, listener: socket.socket, sender: socket.socket) -> list[linkrx.Packet]:
+    """Send STREAM over a connection, and return the packets that carried it."""
+    packets: list[linkrx.Packet] = []
+    accepted, _ = listener.accept()
+    with accepted:
+        accepted.settimeout(PATIENCE)
+
+        def swallow() -> None:
+            left = len(STREAM)
+            while left:
+                got = len(accepted.recv(1 << 20))
+                assert got
+                left -= got
+
+        with running(swallow), running(lambda: sender.sendall(STREAM)):
+            pass
+    for batch in rx.batches(0):
+        packets += batch
+    return packets

@@ -1,0 +1,20 @@
+"""The README and the files of docs/, and the Python programs in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from support.places import ROOT
+
+README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
+
+
+def programs(*documents: Path) -> list[str]:
+    """Every Python program of these documents, in order; of all without arguments."""
+    return [
+        program
+        for document in documents or DOCUMENTS
+        for program in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    ]

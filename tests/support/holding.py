@@ -1,0 +1,344 @@
+"""What can be held of a receive, who can hold it, and whether it still shows what was sent.
+
+Against public names only, so that it holds whatever packets and batches are made of. Without pytest, for the processes
+that `test_holding_processes.py` starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+import linkrx
+from linkrx.testing import rigs
+from linkrx.testing.rigs import MakeRig, Rig
+from linkrx.testing.waiting import patiently
+
+SIZE = 1403  # no multiple of 8, so that frames that follow each other have something between them
+MARKED = 18  # bytes in front of those that `frame` fills: link header and mark
+# Frames that every queue takes at once; and that fill four blocks of a ring. Twelve times as many are more than an arena
+# holds, and more than the ring of 32 blocks.
+BURST, RING_BURST = 60, 400
+RING_BYTES = 4 << 20
+BURSTS = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A kind of source and a backend that takes it."""
+
+    kind: MakeRig
+    backend: str
+
+    @property
+    def name(self) -> str:
+        """For the test's name."""
+        return f"{self.kind.__name__}-{self.backend}"
+
+    @contextmanager
+    def opened(self, deliver: Any = None, **options: Any) -> Iterator[tuple[Rig, linkrx.Dispatcher]]:
+        """A source and a dispatcher on it."""
+        with self.kind() as rig, self.open(rig, deliver, **options) as rx:
+            yield rig, rx
+
+    def open(self, rig: Rig, deliver: Any = None, **options: Any) -> linkrx.Dispatcher:
+        """A dispatcher on a source; of a ring a small one, so that it comes round soon."""
+        if self.backend == "packet_mmap":
+            options["receive_buffer"] = RING_BYTES
+        return rig.open(self.backend, deliver, **options)
+
+
+CELLS = tuple(
+    Cell(kind, backend)
+    for kind, backend in (
+        (rigs.unix_dgram, "recvmmsg"),
+        (rigs.tap, "readv"),
+        (rigs.tap_segment, "readv"),
+        (rigs.tun, "os_readv"),
+        (rigs.packet, "recvmmsg"),
+        (rigs.packet, "packet_mmap"),
+        (rigs.interface, "packet_mmap"),
+    )
+)
+NAMED = {cell.name: cell for cell in CELLS}
+
+
+def frame(rig: Rig, mark: int, size: int = SIZE) -> bytes:
+    """A frame of which every byte tells its mark."""
+    return rig.frame(size, mark)[:MARKED] + bytes([mark % 251 + 1]) * (size - MARKED)
+
+
+def send(rig: Rig, marks: range, size: int = SIZE) -> None:
+    """No more than `burst` frames."""
+    for mark in marks:
+        rig.send(frame(rig, mark, size))
+
+
+def mark_of(rig: Rig, packet: linkrx.Packet) -> int:
+    """Which frame it is."""
+    return int.from_bytes(packet.data[0 if rig.ethernet else 1 :][:4], "big")
+
+
+def burst(rx: linkrx.Dispatcher) -> int:
+    """How many frames to send at once."""
+    return RING_BURST if rx.backend == "packet_mmap" else BURST
+
+
+def receive(rig: Rig, rx: linkrx.Dispatcher, marks: range) -> list[linkrx.Batch]:
+    """The batches of a burst that is sent now; every frame must be there that the kernel had room for.
+
+    The timer of a ring may close all its blocks while a thread that sends waits for its turn.
+    """
+    before = rx.stats().kernel_drops or 0
+    batches: list[linkrx.Batch] = []
+
+    def all_there() -> bool:
+        lost = (rx.stats().kernel_drops or 0) - before
+        return sum(map(len, batches)) + lost == len(marks)
+
+    send(rig, marks)
+    for _ in patiently(all_there):
+        batches += islice(rx.batches(0.01), 1)
+    sent = iter(marks)
+    for packet in chain(*batches):
+        assert mark_of(rig, packet) in sent, "a frame comes twice or out of order"
+        assert bytes(packet) == frame(rig, mark_of(rig, packet))
+    return batches
+
+
+def lap(rig: Rig, rx: linkrx.Dispatcher) -> None:
+    """Frames of which nothing is kept: all memory that may be used again is."""
+    step = burst(rx)
+    for first in range(1_000_000, 1_000_000 + BURSTS * step, step):
+        receive(rig, rx, range(first, first + step))
+
+
+# What is held.
+
+
+@dataclass
+class Thing:
+    """Something that was made of a receive. It must show what it showed for as long as it is held."""
+
+    name: str
+    held: Any
+    read: Callable[[Any], object]
+    wanted: object
+
+    def wrong(self) -> str | None:
+        """Its name if it shows anything else."""
+        return None if self.read(self.held) == self.wanted else self.name
+
+
+def _frames_of(batch: linkrx.Batch) -> list[bytes]:
+    return [bytes(packet) for packet in batch]
+
+
+def _columns_of(batch: linkrx.Batch) -> list[list[int]]:
+    return [column.tolist() for column in _views_of(batch)]
+
+
+def _views_of(batch: linkrx.Batch) -> list[memoryview]:
+    return [
+        batch.starts,
+        batch.lengths,
+        batch.wire_lengths,
+        batch.protocols,
+        batch.flags,
+        batch.timestamps,
+        batch.vlan_tcis,
+        batch.vlan_tpids,
+    ]
+
+
+def _lists(columns: list[Any]) -> list[list[int]]:
+    return [column.tolist() for column in columns]
+
+
+def _cut(memory: tuple[memoryview, list[int]]) -> list[bytes]:
+    view, starts = memory
+    return [bytes(view[start : start + SIZE]) for start in starts]
+
+
+def _octets(array: Any) -> bytes:
+    octets: bytes = array.tobytes()
+    return octets
+
+
+def things_of(batch: linkrx.Batch, frames: list[bytes]) -> list[Thing]:
+    """Everything that a user can make of a batch, each by itself, but for arrays."""
+    first, last = batch[0], frames[-1]
+    columns = _columns_of(batch)
+    return [
+        Thing("packet by index", batch[0], bytes, frames[0]),
+        Thing("packet by iteration", list(batch)[-1], bytes, last),
+        Thing("copy of a packet", batch[-1].copy(), bytes, last),
+        Thing("batch", batch, _frames_of, frames),
+        Thing("columns of a batch", batch, _columns_of, columns),
+        Thing("copy of a batch", batch.copy(), _frames_of, frames),
+        Thing("columns", _views_of(batch), _lists, columns),
+        Thing("memory", (batch.memory, columns[0]), _cut, frames),
+        Thing("frame", first.frame, bytes, frames[0]),
+        Thing("slice of a slice", batch[-1].frame[20:900][5:300], bytes, last[25:320]),
+    ]
+
+
+def arrays_of(batch: linkrx.Batch, frames: list[bytes]) -> list[Thing]:
+    """Arrays over it. The collector does not look into them, so what they refer to is not garbage to it."""
+    return [
+        Thing("array of a frame", np.frombuffer(batch[-1].frame, np.uint8)[::3], _octets, frames[-1][::3]),
+        Thing("arrays of columns", [np.asarray(one) for one in _views_of(batch)], _lists, _columns_of(batch)),
+    ]
+
+
+Make = Callable[[linkrx.Batch, list[bytes]], list[Thing]]
+
+
+def take(rig: Rig, rx: linkrx.Dispatcher, make: Make = things_of) -> list[Thing]:
+    """Things of one receive, with nothing else of it held."""
+    batch = receive(rig, rx, range(burst(rx)))[0]
+    return make(batch, [frame(rig, mark_of(rig, packet)) for packet in batch])
+
+
+def wrong(things: list[Thing]) -> list[str]:
+    """The names of those that show something else."""
+    return [name for thing in things if (name := thing.wrong())]
+
+
+# Who holds it. Each returns what keeps the things until it is dropped and collected; then what it found is in `told`.
+
+Told = list[list[str]]
+Holder = Callable[[list[Thing], Told], object]
+
+
+class Owner:
+    """In a reference cycle with itself; its finalizer looks at what it has."""
+
+    def __init__(self, things: list[Thing], told: Told) -> None:
+        self.things, self.told = things, told
+        self.me: Owner | None = self
+
+    def __del__(self) -> None:
+        self.told.append(wrong(self.things))
+
+
+class Lazarus(Owner):
+    """Brought back to life by its finalizer; what it has is looked at afterwards."""
+
+    back: list[Lazarus] = []  # noqa: RUF012
+
+    def __del__(self) -> None:
+        self.back.append(self)
+
+
+def cycle(things: list[Thing], told: Told) -> object:
+    """A reference cycle with a finalizer."""
+    return Owner(things, told)
+
+
+def resurrection(things: list[Thing], told: Told) -> object:
+    """An object that a finalizer brings back."""
+    return Lazarus(things, told)
+
+
+def generator(things: list[Thing], told: Told) -> object:
+    """A suspended generator in a cycle with itself."""
+
+    def work(things: list[Thing], told: Told, box: list[object]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            told.append(wrong(things))
+
+    box: list[object] = []
+    suspended = work(things, told, box)
+    next(suspended)
+    box.append(suspended)
+    return box
+
+
+def task(things: list[Thing], told: Told) -> object:
+    """A pending task of a loop that is closed under it."""
+
+    async def wait(things: list[Thing], told: Told, future: asyncio.Future[None]) -> None:
+        try:
+            await future
+        finally:
+            told.append(wrong(things))
+
+    async def begin() -> asyncio.Task[None]:
+        loop = asyncio.get_running_loop()
+        pending = loop.create_task(wait(things, told, loop.create_future()))
+        await asyncio.sleep(0)
+        return pending
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _loop, _context: None)  # it says that a task was destroyed
+    try:
+        return loop.run_until_complete(begin())
+    finally:
+        loop.close()
+
+
+def traceback(things: list[Thing], told: Told) -> object:
+    """An exception that its own frame refers to, with an object that has a finalizer beside it."""
+
+    def fail(owner: Owner) -> BaseException:
+        try:
+            raise LookupError
+        except LookupError as error:
+            kept = error
+        return kept
+
+    return fail(Owner(things, told))
+
+
+HOLDERS: dict[str, Holder] = {
+    holder.__name__: holder for holder in (cycle, resurrection, generator, task, traceback)
+}
+
+
+def collected(told: dict[str, Told]) -> dict[str, list[str]]:
+    """What the finalizer of each holder found wrong, when everything that nobody refers to any more was collected."""
+    gc.collect()
+    while Lazarus.back:
+        one = Lazarus.back.pop()
+        one.told.append(wrong(one.things))
+        one.me = None
+    gc.collect()
+    Lazarus.back.clear()
+    assert all(told.values()), f"of some no finalizer came: {told}"
+    return {name: list(chain(*found)) for name, found in told.items() if any(found)}
+
+
+@contextmanager
+def collector(eager: bool) -> Iterator[None]:
+    """The cyclic collector at every allocation, or not at all."""
+    before = gc.get_threshold()
+    gc.set_threshold(1 if eager else 0)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+needs_core = pytest.mark.skipif(
+    not linkrx.backends()[0].supported, reason="the C core was not built, so this backend is not there"
+)
+
+
+def cells(*names: str) -> pytest.MarkDecorator:
+    """Those, or all, for a parameter of a test."""
+    chosen = [NAMED[name] for name in names] or CELLS
+    needs = {cell: () if cell.backend == "os_readv" else needs_core for cell in chosen}
+    return pytest.mark.parametrize(
+        "cell", [pytest.param(cell, id=cell.name, marks=needs[cell]) for cell in chosen]
+    )

@@ -1,0 +1,158 @@
+"""A process that holds what it received to its ordinary end: `python holding_process.py JOB CELL`, in a network namespace of
+its own. What it finds it writes out, line by line: `test_holding_processes.py` starts it, and reads that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from support.holding import BURST, HOLDERS, NAMED, frame, lap, mark_of, receive, send, take, wrong
+
+import linkrx
+from linkrx.kernel.namespace import enter_private_network
+from linkrx.testing.rigs import Rig
+
+KEPT = 100  # packets, one of each receive
+STEPS_MOST = 5000  # allocations of a receive, far less
+
+
+def say(what: str, write: Callable[[int, bytes], int] = os.write) -> None:
+    """At any time in the life of an interpreter: nothing is looked up by name."""
+    write(1, f"{what}\n".encode())
+
+
+class Reporter(list[list[str]]):
+    """Writes out what a finalizer finds as soon as it is found."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def append(self, found: list[str], say: Callable[[str], None] = say) -> None:
+        """As of a list."""
+        say(f"{self.name}: {found}")
+
+
+forever: list[object] = []  # until the interpreter has gone
+
+
+def keep(rig: Rig, rx: linkrx.Dispatcher) -> None:
+    """Things in every kind of holder."""
+    for name, hold in HOLDERS.items():
+        if name != "resurrection":  # nobody could look at it again
+            forever.append(hold(take(rig, rx), Reporter(name)))
+
+
+def open_for_ever(cell: str) -> tuple[Rig, linkrx.Dispatcher]:
+    """What nobody closes. The devices go with the namespace, and the sockets with the process: not before linkrx."""
+    made = NAMED[cell].kind()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+    rig = made.__enter__()
+    rx = NAMED[cell].open(rig)
+    forever.append(rx)
+    return rig, rx
+
+
+# The jobs.
+
+
+def forks(cell: str) -> None:
+    """Fork with Python's hooks and without, and end with everything held and the dispatcher open."""
+    rig, rx = open_for_ever(cell)
+    keep(rig, rx)
+    things = take(rig, rx)
+    by_library: Callable[[], int] = ctypes.PyDLL(None).fork  # of which Python is told nothing
+    for call in (os.fork, by_library):
+        gone_on, tell = os.pipe()
+        child = call()
+        if not child:
+            os.read(gone_on, 1)
+            say(f"child: {wrong(things)}")
+            try:
+                rx.recv(0)
+            except (RuntimeError, linkrx.LinkrxError):
+                say("child: refused")
+            return
+        lap(rig, rx)
+        os.write(tell, b".")
+        say(f"status of the child: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
+        lap(rig, rx)
+        say(f"parent: {wrong(things)}")
+
+
+def no_memory(cell: str) -> None:
+    """Each allocation of a receive fails in turn: what is held, and what comes behind it, shows what was sent."""
+    testcapi: Any = import_module("_testcapi")
+    held: list[tuple[int, Any]] = []
+    with NAMED[cell].opened(batch_size=16) as (rig, rx):
+        things = take(rig, rx)
+        kept: list[Any] = []
+
+        def use() -> None:
+            batch = next(batches)
+            packet = batch[0]
+            kept.extend((packet, bytes(packet), packet.frame, batch.memory, batch.lengths, packet.copy()))
+
+        failed, step, quiet = 0, 0, 0
+        while quiet < 3 and step < STEPS_MOST:
+            send(rig, range(4 * step, 4 * step + 4))
+            batches = rx.batches(1)
+            before = len(kept)
+            testcapi.set_nomemory(step, step + 1)
+            try:
+                use()
+                quiet += 1
+            except MemoryError:
+                failed, quiet = failed + 1, 0
+            finally:
+                testcapi.remove_mem_hooks()
+            for thing in kept[before : before + 1]:
+                held.append((mark_of(rig, thing), thing))
+            for batch in rx.batches(0):  # what it left
+                held.extend((mark_of(rig, packet), packet) for packet in batch)
+            step += 1
+        numbers = [number for number, _ in held]
+        say(f"out of order: {numbers != sorted(set(numbers))}")
+        lap(rig, rx)
+        say(f"before: {wrong(things)}")
+        say(f"behind: {[number for number, packet in held if bytes(packet) != frame(rig, number)]}")
+        say(f"enough failures: {failed > 5}")
+        say(f"it came to an end: {quiet == 3}")
+
+
+def cost(cell: str) -> None:
+    """What each of many kept packets takes, all else of its receive let go; then end with everything held and closed."""
+    with NAMED[cell].opened() as (rig, rx):
+        keep(rig, rx)
+        kept: list[linkrx.Packet] = []
+
+        def receive_and_keep(number: int) -> None:
+            for _ in range(number):
+                kept.append(receive(rig, rx, range(BURST))[-1][-1])
+
+        receive_and_keep(10)
+        kept.clear()
+        gc.collect()
+        before = resident()
+        receive_and_keep(KEPT)
+        say(f"bytes each: {(resident() - before) // KEPT}")
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+JOBS = {job.__name__: job for job in (forks, no_memory, cost)}
+
+
+if __name__ == "__main__":
+    enter_private_network()
+    gc.set_threshold(1)
+    JOBS[sys.argv[1]](sys.argv[2])

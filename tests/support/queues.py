@@ -1,0 +1,83 @@
+"""Queues of devices of their own, with and without super-packets, and what marks the end of what left through one."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from linkrx import TunTap, _core
+from linkrx.kernel.uapi import PACKET_VNET_HDR, SOL_PACKET, VNET_HEADER_BYTES
+from linkrx.stages import segmentation as segment
+from linkrx.testing.devices import Device
+from support.super_packets import LOCAL, REMOTE, SOURCES
+
+PATIENCE_MS = 5000
+LONGEST = 200_000
+RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
+QUEUE = 20_000  # packets: more than the smallest segments of the largest super-packet
+
+MAKES = [segment.in_python] + ([segment.in_c] if _core.lib else [])
+
+# What marks the end of what one injection led to.
+MARKS = {"tap": LOCAL + REMOTE + b"\x88\xb5" + bytes(50), "tun": b"\x45" + bytes(8) + b"\xfd" + bytes(10)}
+
+
+class Queue:
+    """A queue of a device of its own, and a socket that injects what leaves through it."""
+
+    def __init__(self, mode: str, *, offload: bool) -> None:
+        self.tap = TunTap(mode=mode, vnet_header=offload, offload=offload)
+        self.prefix = VNET_HEADER_BYTES if offload else 0
+        self.mark = MARKS[mode]
+        self.mode = mode
+        Device(self.tap.name).set(txqlen=QUEUE)
+        Device(self.tap.name).set_up()
+        self.sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self.sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        self.sender.bind((self.tap.name, 0))
+
+    def close(self) -> None:
+        self.sender.close()
+        self.tap.close()
+
+    def leaving(self, vnet: bytes, frame: bytes) -> list[bytes]:
+        """What the reader of the queue finds, prefix included, when this is sent through the device."""
+        self.sender.send(vnet + frame)
+        return self.until_mark()
+
+    def until_mark(self) -> list[bytes]:
+        """What has left so far."""
+        self.sender.send(bytes(VNET_HEADER_BYTES) + self.mark)
+        return list(self._read())
+
+    def _read(self) -> Iterator[bytes]:
+        poll = select.poll()
+        poll.register(self.tap.fileno(), select.POLLIN)
+        while True:
+            try:
+                data = os.read(self.tap.fileno(), LONGEST)
+            except BlockingIOError:
+                assert poll.poll(PATIENCE_MS), "the mark did not arrive"
+                continue
+            if data[self.prefix :] == self.mark:
+                return
+            if self.ours(data[self.prefix :]):
+                yield data
+
+    def ours(self, frame: bytes) -> bool:
+        """The kernel sends packets of its own, to find neighbours."""
+        if self.mode == "tap":
+            return frame[6:12] == REMOTE
+        return frame[12:16] == SOURCES[4] or frame[8:24] == SOURCES[6]
+
+
+def local_route(address: str, name: str) -> bool:
+    """Whether what comes for an IPv6 address is taken for this host's."""
+    routes = [line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()]
+    return any(
+        route[:2] == [address, "80"] and int(route[8], 16) & RTF_LOCAL and route[9] == name
+        for route in routes
+    )
