@@ -1,7 +1,8 @@
 """What a backend is: one kernel mechanism that fills an arena with packets.
 
 A backend never waits, parses, counts, logs or delivers. It is asked to `fill`, and answers with a count, with 0
-when there is nothing now, or with the OSError that the kernel gave; the dispatcher decides what that means.
+when there is nothing now, or with the OSError that the kernel gave; the dispatcher decides what that means. What an
+author of a backend needs is imported from here.
 """
 
 from __future__ import annotations
@@ -11,15 +12,32 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from linkrx import _core
-from linkrx.memory.columns import Descriptors
+from linkrx.memory.columns import Columns, Descriptors, align
 from linkrx.memory.layouts import Layout
+from linkrx.memory.report import Report
 from linkrx.packets import Owner
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.options import Options
 
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "Capabilities",
+    "Columns",
+    "CoreBackend",
+    "Descriptors",
+    "Layout",
+    "Mechanism",
+    "Options",
+    "Owner",
+    "ReceiveConfig",
+    "Report",
+    "align",
+]
+
 
 @dataclass(frozen=True)
-class Receive:
+class ReceiveConfig:
     """What a backend needs to know to receive from one source."""
 
     fd: int
@@ -41,7 +59,7 @@ class Mechanism(ABC):
 
         `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
         descriptors it was made with, and returns how many packets they describe. The kernel's errno goes into
-        `header[ERROR]`, also when it came behind packets; without packets it may be raised as OSError instead.
+        `report.error`, also when it came behind packets; without packets it may be raised as OSError instead.
         While an errno is there, `fill` is called for what is `held` only.
         """
 
@@ -110,7 +128,7 @@ class Backend(Mechanism):
         return None
 
     @abstractmethod
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
 
 
@@ -156,4 +174,4 @@ class CoreBackend(Backend):
         count: int = self._mechanism.fill(
             self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
         )
-        return max(0, count)  # the header has the errno
+        return max(0, count)  # the report has the errno

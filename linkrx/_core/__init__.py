@@ -107,6 +107,12 @@ def function(name: str) -> Any:
     return _native.ffi.addressof(lib, name)
 
 
+def fields(structure: str) -> dict[str, tuple[int, int]]:
+    """Offset and size of each field of a C structure."""
+    described = _native.ffi.typeof(structure).fields
+    return {name: (field.offset, _native.ffi.sizeof(field.type)) for name, field in described}
+
+
 def last_error() -> int:
     """The errno of the C call before."""
     return int(_native.ffi.errno)

@@ -1,7 +1,7 @@
 /* One pass over what a backend received: which are packets, and what is known about each. */
 #include <string.h>
 
-#include "packet.h"
+#include "report.h"
 #include "columns.inc"
 #include "classify.h"
 
@@ -14,7 +14,7 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
 {
     const struct lrx_columns in = lrx_descriptors_at(c->descriptors, c->rows);
     const struct lrx_columns out = lrx_columns_at(table, count);
-    uint32_t *header = lrx_header_at(c->descriptors);
+    struct lrx_report *report = lrx_report_at(c->descriptors);
     const uint8_t *memory = (const uint8_t *)region;
     uint64_t *counters = (uint64_t *)c->counters;
     uint64_t bytes = 0;
@@ -81,21 +81,21 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
     }
     counters[LRX_PACKETS] += n;
     counters[LRX_BYTES] += bytes;
-    header[LRX_CLASSIFIED] = n + 1;
-    header[LRX_ROWS] = count;
-    header[LRX_COUNT] = 0;
+    report->classified = n + 1;
+    report->rows = count;
+    report->count = 0;
 }
 
 int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
                  uint32_t end)
 {
-    uint32_t *header = lrx_header_at(descriptors);
-    const struct lrx_classifier *c = *(const struct lrx_classifier *const *)(descriptors + LRX_CLASSIFIER_AT);
+    struct lrx_report *report = lrx_report_at(descriptors);
+    const struct lrx_classifier *c = report->classifier;
 
     /* All is kept here as well: a signal handler that raises takes the return value from Python. */
-    header[LRX_COUNT] = count;
-    header[LRX_RECEIVES] = receives;
-    header[LRX_END] = end;
+    report->count = count;
+    report->receives = receives;
+    report->end = end;
     if (c && count)
         lrx_classify(c, frames, count, region + end);
     return (int)count;

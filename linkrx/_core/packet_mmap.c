@@ -4,7 +4,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "packet.h"
+#include "report.h"
 #include "columns.inc"
 #include "classify.h"
 #include "far_memory.inc"
@@ -175,7 +175,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     int error = 0;
 
     if (!is_mapped(s)) {
-        lrx_header_at(descriptors)[LRX_ERROR] = EOWNERDEAD;
+        lrx_report_at(descriptors)->error = EOWNERDEAD;
         return -EOWNERDEAD;
     }
     if (s->in_place) {
@@ -234,14 +234,14 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         else
             s->offset += next;
     }
-    lrx_header_at(descriptors)[LRX_HELD] = s->left;
+    lrx_report_at(descriptors)->held = s->left;
     if (n == 0 && s->in_place)
         lrx_ring_release(s, slot); /* empty blocks */
     /* Behind packets it is told as well, for nothing else may wake who polls. */
     if (n == 0 || (s->error && !s->left))
         error = pending_error(s);
     if (error)
-        lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
+        lrx_report_at(descriptors)->error = (uint32_t)error;
     if (n == 0)
         return -error;
     if (s->in_place)

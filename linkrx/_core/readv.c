@@ -9,7 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "packet.h"
+#include "report.h"
 #include "columns.inc"
 #include "classify.h"
 #include "readv.h"
@@ -122,7 +122,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         n++;
         cursor = lrx_align(cursor + length);
     }
-    lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)error;
+    lrx_report_at(descriptors)->error = (uint32_t)error;
     if (error && n == 0)
         return -error;
     return lrx_received(descriptors, region, n, n, region, cursor);

@@ -8,7 +8,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
-#include "packet.h"
+#include "report.h"
 #include "columns.inc"
 #include "classify.h"
 #include "far_memory.inc"
@@ -233,9 +233,9 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         out.wire_lengths[n] = wire_length;
         cursor = lrx_align(cursor + length);
     }
-    lrx_header_at(descriptors)[LRX_HELD] = s->ready - s->next;
+    lrx_report_at(descriptors)->held = s->ready - s->next;
     if (got < 0 && got != -EAGAIN) {
-        lrx_header_at(descriptors)[LRX_ERROR] = (uint32_t)-got;
+        lrx_report_at(descriptors)->error = (uint32_t)-got;
         if (n == 0)
             return got;
     }

@@ -5,7 +5,7 @@
 #include <linux/if_tun.h>
 #include <string.h>
 
-#include "packet.h"
+#include "report.h"
 #include "checksum.inc"
 #include "columns.inc"
 #include "classify.h"
@@ -373,13 +373,14 @@ static int receive(const struct lrx_segmenter *s, uintptr_t staging, const struc
 
     return m && o->n < o->rows && (o->n == 0 || o->size - o->cursor >= s->spare) &&
            (m->fill(m->state, s->taken, s->taken_rows, staging, s->staged) > 0 ||
-            lrx_header_at(s->taken)[LRX_ERROR]);
+            lrx_report_at(s->taken)->error);
 }
 
 int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, uint32_t size)
 {
     const struct lrx_columns in = lrx_descriptors_at(s->taken, s->taken_rows);
-    uint32_t *taken = lrx_header_at(s->taken), *given = lrx_header_at(s->given), receives = 0;
+    struct lrx_report *taken = lrx_report_at(s->taken), *given = lrx_report_at(s->given);
+    uint32_t receives = 0;
     struct output o = {
         .columns = lrx_descriptors_at(s->given, s->given_rows),
         .memory = (uint8_t *)region,
@@ -388,20 +389,20 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
     };
 
     do {
-        while (s->next < taken[LRX_COUNT] &&
+        while (s->next < taken->count &&
                give(s, (const uint8_t *)staging + in.starts[s->next], &in, s->next, &o)) {
             s->next++;
             s->done = 0;
         }
-        receives += taken[LRX_RECEIVES];
-        taken[LRX_RECEIVES] = 0;
-        if (s->next < taken[LRX_COUNT])
+        receives += taken->receives;
+        taken->receives = 0;
+        if (s->next < taken->count)
             break;
-        taken[LRX_COUNT] = s->next = s->done = 0;
+        taken->count = s->next = s->done = 0;
         /* The errno came behind the last of the packets. */
-        if (taken[LRX_ERROR])
-            given[LRX_ERROR] = taken[LRX_ERROR];
-        taken[LRX_ERROR] = 0;
-    } while (!given[LRX_ERROR] && receive(s, staging, &o));
+        if (taken->error)
+            given->error = taken->error;
+        taken->error = 0;
+    } while (!given->error && receive(s, staging, &o));
     return lrx_received(s->given, region, o.n, receives, region, o.cursor);
 }

@@ -11,11 +11,8 @@ from array import array
 from collections.abc import Callable, Iterator
 from itertools import repeat
 
-from linkrx.backend import Backend, Receive
-from linkrx.memory.columns import COUNT, END, ERROR, MOST, RECEIVES, Descriptors, align
-from linkrx.packets import Owner
+from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveConfig, align
 from linkrx.packets.headers import TRUNCATED
-from linkrx.sources.capabilities import Capabilities
 
 # A Python that was built with musl may lack it.
 RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
@@ -40,7 +37,7 @@ class OsReadv(Backend):
         """Nothing that has packet boundaries."""
         return None
 
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._fd = receive.fd
         self._layout = receive.layout
         self._descriptors = descriptors
@@ -83,7 +80,7 @@ class OsReadv(Backend):
             pass  # the queue is empty
         except OSError as error:
             if self._lengths:
-                self._descriptors.header[ERROR] = error.errno or 0  # behind what was read
+                self._descriptors.report.error = error.errno or 0  # behind what was read
             elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
                 self._ask_first()  # the driver knows no RWF_NOWAIT
                 self._receive(arena, room)
@@ -107,7 +104,7 @@ class OsReadv(Backend):
         the next time, which is in the same place when nothing is held.
         """
         last = room - self._layout.capacity - 1
-        most = self._descriptors.header[MOST] or self._descriptors.rows
+        most = self._descriptors.report.most or self._descriptors.rows
         starts = range(0, last + 1, self._stride)[:most]
         key = (arena, arena.cursor, self._stride, len(starts))
         buffers = self._made.get(key)
@@ -130,21 +127,21 @@ class OsReadv(Backend):
 
     def _report_one(self, length: int) -> None:
         """A packet that came alone, and was not cut."""
-        columns, header = self._descriptors.columns, self._descriptors.header
+        columns, report = self._descriptors.columns, self._descriptors.report
         if self._flagged:
             columns.flags[0] = 0
         columns.starts[0] = 0
         columns.lengths[0] = length
-        header[RECEIVES] = 1
-        header[END] = align(length)
-        header[COUNT] = 1
+        report.receives = 1
+        report.end = align(length)
+        report.count = 1
         self._lengths.clear()
         if length > self._stride:
             self._learn_stride(length)
 
     def _report(self, count: int) -> None:
         descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride
-        columns, header = descriptors.columns, descriptors.header
+        columns, report = descriptors.columns, descriptors.report
         kept, longest = self._lengths, max(self._lengths)
         if self._flagged:
             columns.flags[:] = array("H", bytes(2 * descriptors.rows))
@@ -155,9 +152,9 @@ class OsReadv(Backend):
             kept = [min(length, capacity) for length in kept]
         columns.starts[:count] = array("I", range(0, count * stride, stride))
         columns.lengths[:count] = array("I", kept)
-        header[RECEIVES] = count
-        header[END] = align((count - 1) * stride + kept[-1])
-        header[COUNT] = count
+        report.receives = count
+        report.end = align((count - 1) * stride + kept[-1])
+        report.count = count
         self._lengths.clear()
         self._learn_stride(longest)
 

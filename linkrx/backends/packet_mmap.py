@@ -9,12 +9,10 @@ from contextlib import closing
 from typing import Any
 
 from linkrx import _core
-from linkrx.backend import CoreBackend, Receive
+from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
 from linkrx.errors import BackendUnavailable, UnsupportedOption
 from linkrx.kernel.rtnetlink import RouteSocket
-from linkrx.memory.columns import Descriptors
 from linkrx.packets.headers import OUTGOING, TIMESTAMP
-from linkrx.sources.capabilities import Capabilities
 
 logger = logging.getLogger("linkrx")
 
@@ -68,7 +66,7 @@ class PacketMmap(CoreBackend):
             return None
         return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
 
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
         self._state, self._blocks = _ring(receive)
@@ -131,7 +129,7 @@ def shape(size: int, largest: int = 0) -> tuple[int, int]:
     return block, max(BLOCKS_LEAST, size // block)
 
 
-def _largest(receive: Receive) -> int:
+def _largest(receive: ReceiveConfig) -> int:
     """The most that the interface is set up for; 0 where that is not known, as of one in another namespace."""
     found = receive.capabilities
     if found.ifindex is None:
@@ -141,7 +139,7 @@ def _largest(receive: Receive) -> int:
     return link.super_packet if link and link.name == found.interface else 0
 
 
-def _ring(receive: Receive) -> tuple[Any, int]:
+def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
     """A ring as large as was asked for, or as the kernel has memory for; and the number of its blocks."""
     options, found = receive.options, receive.capabilities
     latency = LATENCY_LEAST if options.latency is None else options.latency

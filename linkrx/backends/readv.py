@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from linkrx import _core
-from linkrx.backend import CoreBackend, Receive
-from linkrx.memory.columns import Descriptors
-from linkrx.sources.capabilities import Capabilities
+from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
 
 
 class Readv(CoreBackend):
@@ -21,7 +19,7 @@ class Readv(CoreBackend):
         """Nothing that has packet boundaries."""
         return None
 
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         lib, found = _core.lib, receive.capabilities
         sizes = receive.layout.sizes or ()
         method = lib.LRX_RECV if found.socket else lib.LRX_READ

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 
 from linkrx import _core
-from linkrx.backend import CoreBackend, Receive
-from linkrx.memory.columns import Descriptors
-from linkrx.sources.capabilities import Capabilities
+from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
 
 # A slot takes a full Ethernet frame with everything in front of it; larger packets use memory of their own.
 SLOT_BYTES = 2048
@@ -32,7 +30,7 @@ class Recvmmsg(CoreBackend):
             return None
         return f"recvmmsg reads sockets only, and the source is {capabilities.a_title}"
 
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         layout = receive.layout
         self._use("lrx_recvmmsg_fill", descriptors)
         slots = min(descriptors.rows, SLOTS)

@@ -13,7 +13,7 @@ QUEUE_GONE = frozenset({errno.EBADFD, errno.EFAULT})
 INTERFACE_GONE = frozenset({errno.ENODEV, errno.ENXIO})
 # Reported once, then reception goes on: memory pressure, and what came back for packets that the same socket sent
 # (ICMP errors on UDP; ECONNRESET on a seqpacket socket whose peer closed with our data unread).
-PASSING = frozenset(
+TRANSIENT = frozenset(
     {
         errno.ENOBUFS,
         errno.ENOMEM,

@@ -6,21 +6,14 @@ table is. `_core/columns.inc` lays them out the same way.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from typing import Literal
 
 from linkrx import _core
+from linkrx.memory.report import REPORT_BYTES, WORDS_BYTES, Report
 
 # Bytes of one row: timestamp 8; start, length, wire length, interface 4 each; protocol, flags, VLAN TCI and TPID 2 each.
 ROW_BYTES = 32
-
-# Words of the header in front of a backend's descriptors, and behind them the address of C's classifier.
-COUNT, RECEIVES, END, ERROR, CLASSIFIED, ROWS, HELD, MOST = range(8)
-HEADER = struct.Struct("=8I")
-HEADER_BYTES = (
-    HEADER.size + 3 * 8
-)  # and three pointers; the columns behind are aligned, where these are shorter as well
 
 
 def align(offset: int) -> int:
@@ -106,37 +99,27 @@ class Table(Columns):
 
 
 class Descriptors:
-    """What a backend reports of one receive: a header of six words and a table of `rows` rows.
+    """What a backend reports of one receive: a `report` and a table of `rows` rows.
 
-    `header[COUNT]` packets were received with `header[RECEIVES]` system calls; the free part of the arena
-    starts `header[END]` bytes behind the place where the fill began. `columns.starts` count from that place
-    too. A backend writes `starts` and `lengths`; the other columns stay zero unless it has something to say
-    (a wire length of zero means: as long as the length). An errno that came behind these packets, or
-    without any, is in `header[ERROR]` until it has been acted upon. The other words of the header are the classifier's, which
-    C code that fills calls by itself where it is told of one. What is known about a receive is kept here, not in return
-    values, which an exception raised by a signal handler would lose.
+    `columns.starts` count from the place where the fill began. A backend writes `starts` and `lengths`; the other columns
+    stay zero unless it has something to say (a wire length of zero means: as long as the length). What is known about a
+    receive is kept here, not in return values, which an exception raised by a signal handler would lose.
     """
 
-    __slots__ = ("columns", "header", "memory", "rows")
+    __slots__ = ("columns", "memory", "report", "rows")
 
     def __init__(self, rows: int, memory: bytearray | None = None) -> None:
         """Over `memory` that another one made, or its own."""
         self.rows = rows
-        self.memory = bytearray(HEADER_BYTES + ROW_BYTES * rows) if memory is None else memory
-        whole = memoryview(self.memory)
-        self.header = whole[: HEADER.size].cast("I")
-        self.columns = Table(whole[HEADER_BYTES:], rows)
+        self.memory = bytearray(REPORT_BYTES + ROW_BYTES * rows) if memory is None else memory
+        self.report = Report.from_buffer(self.memory)
+        self.columns = Table(memoryview(self.memory)[REPORT_BYTES:], rows)
 
     def address(self) -> int:
         """Where C finds it."""
         return _core.address(self.memory)
 
-    @property
-    def classified(self) -> bool:
-        """Whether a receive was classified, and nobody has taken it in."""
-        return self.header[CLASSIFIED] > 0
-
     def clear(self) -> None:
         """Nothing reported, as it was made: before another backend writes. The address of C's classifier stays."""
-        self.memory[: HEADER.size] = bytes(HEADER.size)
-        self.memory[HEADER_BYTES:] = bytes(len(self.memory) - HEADER_BYTES)
+        self.memory[:WORDS_BYTES] = bytes(WORDS_BYTES)
+        self.memory[REPORT_BYTES:] = bytes(len(self.memory) - REPORT_BYTES)

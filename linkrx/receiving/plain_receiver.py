@@ -13,18 +13,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
-from linkrx.memory.columns import (
-    CLASSIFIED,
-    COUNT,
-    END,
-    ERROR,
-    HELD,
-    RECEIVES,
-    ROW_BYTES,
-    ROWS,
-    Descriptors,
-    Table,
-)
+from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
 from linkrx.receiving.deadline import deadline_after, seconds_left
@@ -108,7 +97,7 @@ class Receiver:
     ) -> None:
         described = Descriptors(rows, descriptors)
         self._stripped = Framing(bool(link_header), vnet, bool(packet_info), not big_endian)
-        self._words = described.header
+        self._report = described.report
         self._lengths = described.columns.lengths
         self._arena = Owner(START + room + rows * ROW_BYTES)
         self._classify: Callable[[Any, int], None] = classifier(
@@ -122,21 +111,21 @@ class Receiver:
 
     def _receive(self) -> bool:
         """Once, without waiting. True: something was received, be it no packet."""
-        words = self._words
+        report = self._report
         for _ in range(ERRORS_IN_A_ROW):
-            count = words[COUNT]
-            if not count and not words[CLASSIFIED] and (not words[ERROR] or words[HELD]):
+            count = report.count
+            if not count and not report.classified and (not report.error or report.held):
                 count = self._fill(self._arena)
-            if count and not words[CLASSIFIED]:
+            if count and not report.classified:
                 if self._may_hang_up and not self._lengths[count - 1]:
                     count = self._without_hangup(count)
                 if not count:
                     return False
                 self._classify(self._arena, count)
-            if words[CLASSIFIED]:
+            if report.classified:
                 self._take_in()
                 return True
-            if not words[ERROR]:
+            if not report.error:
                 return False
             self._handle_error()
             if self._ended:
@@ -144,8 +133,8 @@ class Receiver:
         return False
 
     def _take_in(self) -> None:
-        words, memory, framing = self._words, self._arena.view[START:], self._stripped
-        count, rows, end = words[CLASSIFIED] - 1, words[ROWS], words[END]
+        report, memory, framing = self._report, self._arena.view[START:], self._stripped
+        count, rows, end = report.classified - 1, report.rows, report.end
         table = Table(memory[end : end + rows * ROW_BYTES], rows)
         size = framing.vnet_header_size
         vnet = (1 if framing.vnet_little_endian else 2) if size else 0
@@ -170,8 +159,8 @@ class Receiver:
             )
         self._pending, self._next, self._incoming = packets, 0, []
         self._batches += 1
-        self._receives += words[RECEIVES]
-        words[CLASSIFIED] = 0
+        self._receives += report.receives
+        report.classified = 0
 
     def _await(self, timeout: float | None) -> str:
         """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over"."""
@@ -184,7 +173,7 @@ class Receiver:
                 return "over"
             if self._left:
                 return "ready"
-            known_down = self._link_down and not self._words[ERROR]
+            known_down = self._link_down and not self._report.error
             if self._receive():
                 self._in_vain = 0
                 now = time.monotonic()
@@ -265,13 +254,13 @@ class Receiver:
 
     @property
     def _has_something(self) -> bool:
-        words = self._words
+        report = self._report
         return (
             self._left > 0
             or self._ended
             or self._end_follows
             or self._stopping
-            or any(words[word] for word in (COUNT, CLASSIFIED, ERROR, HELD))
+            or any((report.count, report.classified, report.error, report.held))
         )
 
     # Ways to receive.
@@ -383,7 +372,7 @@ class Receiver:
         return
 
     def _drop(self) -> None:
-        if self._words[CLASSIFIED] and not self._left:
+        if self._report.classified and not self._left:
             self._take_in()
         rest = self._pending[self._next :]
         self._undelivered += len(rest)

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NoReturn
 
-from linkrx.backend import Backend, Mechanism, Receive
+from linkrx.backend import Backend, Mechanism, ReceiveConfig
 from linkrx.choice import Choice
 from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
-from linkrx.kernel.errnos import INTERFACE_GONE, PASSING, QUEUE_GONE, REFUSED, UNAVAILABLE
+from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
 from linkrx.memory import counters as slots
-from linkrx.memory.columns import CLASSIFIED, COUNT, ERROR, HELD, Descriptors, align
+from linkrx.memory.columns import Descriptors, align
 from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.layouts import Layout
 from linkrx.packets import ARENA_BYTES, Deliver, Owner
@@ -57,11 +57,11 @@ class Reception(Receiver):
         self._backends = backends
         self._framing = framing = options.framing(source.capabilities)
         layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
-        self._facts = Receive(source.fd, source.capabilities, layout, options)
+        self._facts = ReceiveConfig(source.fd, source.capabilities, layout, options)
         usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
         rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
-        self._header = self._descriptors.header
+        self._report = self._descriptors.report
         # A backend reads one byte more than it keeps, to see whether a packet was cut.
         self._room = ARENA_BYTES + align(layout.capacity + 1)
         self._counters = new_counters()
@@ -109,18 +109,18 @@ class Reception(Receiver):
     # A mechanism that is written in Python.
 
     def _fill(self, arena: Owner) -> int:
-        """Ask the mechanism. What the kernel says goes into the header, to be handled behind what was received."""
-        header, mechanism = self._header, self._mechanism
-        header[HELD] = 1  # until it is known: an exception may come at any point, and then somebody must look
+        """Ask the mechanism. What the kernel says goes into the report, to be handled behind what was received."""
+        report, mechanism = self._report, self._mechanism
+        report.held = 1  # until it is known: an exception may come at any point, and then somebody must look
         try:
             count = mechanism.fill(arena, self._room)
         except OSError as error:
-            if header[COUNT] or header[CLASSIFIED]:  # nothing is called before the errno is in the header
+            if report.count or report.classified:  # nothing is called before the errno is in the header
                 raise  # a signal handler's: the kernel's comes without packets
-            header[ERROR] = error.errno or errno.EIO
+            report.error = error.errno or errno.EIO
             count = 0
-        header[HELD] = mechanism.held
-        return header[COUNT] or count
+        report.held = mechanism.held
+        return report.count or count
 
     def _without_hangup(self, count: int) -> int:
         """Take from the end of a receive the zero lengths that say the peer has hung up.
@@ -136,7 +136,7 @@ class Reception(Receiver):
         if is_empty(count - 1) and not self._mechanism.held and self.source.hung_up():
             while count and is_empty(count - 1):
                 count -= 1
-            self._header[COUNT] = count
+            self._report.count = count
             self._end_behind = End.EOF
             self._end_follows = True
         return count
@@ -146,10 +146,10 @@ class Reception(Receiver):
     def _handle_error(self) -> None:
         """Decide what an errno means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
 
-        It stays in the header until that is done, however often an exception comes in between.
+        It stays in the report until that is done, however often an exception comes in between.
         """
-        header, kind = self._header, self.source.capabilities.kind
-        code = header[ERROR]
+        report, kind = self._report, self.source.capabilities.kind
+        code = report.error
         gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
         if code in gone:
             self._finish(End.LINK_GONE)
@@ -162,18 +162,18 @@ class Reception(Receiver):
             # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
             self._tally.indescribable += 1
         elif code == errno.EOWNERDEAD:
-            header[ERROR] = 0
+            report.error = 0
             raise RuntimeError(
                 f"receiving from the {self.source.capabilities.title}: the ring belongs to the parent process, and this child "
                 "was forked without os.fork(). Open the source again here"
             )
-        elif code not in PASSING:
-            header[ERROR] = 0
+        elif code not in TRANSIENT:
+            report.error = 0
             raise OSError(
                 code,
                 f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {os.strerror(code)}",
             )
-        header[ERROR] = 0
+        report.error = 0
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
@@ -250,11 +250,11 @@ class Reception(Receiver):
 
     def _is_cut_short(self) -> bool:
         """Whether an exception came between receiving packets and making a batch of them."""
-        return self._header[COUNT] > 0 or self._header[CLASSIFIED] > 0
+        return self._report.count > 0 or self._report.classified > 0
 
     def _finish(self, end: End) -> None:
         # What the backend received and nobody classified: packets or not, they were not delivered.
-        held_back = self._mechanism.held + self._header[COUNT]
+        held_back = self._mechanism.held + self._report.count
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see

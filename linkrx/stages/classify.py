@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TUN_PKT_STRIP
-from linkrx.memory.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table
+from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
 from linkrx.memory.framing import Framing
@@ -32,12 +32,12 @@ def classifier(
     descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
 ) -> Classify:
     """`interface` is the index of that of every packet, where the backend does not tell it."""
-    reported, header = descriptors.columns, descriptors.header
+    reported, report = descriptors.columns, descriptors.report
     prefix, link_header = framing.prefix, framing.link_header
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.view[arena.cursor :]
-        end = header[END]
+        end = report.end
         table = Table(region[end : end + ROW_BYTES * count], count)
         row = total = empty = runts = unknown = cut = malformed = 0
         for index in range(count):
@@ -86,8 +86,8 @@ def classifier(
         counters[UNKNOWN_PROTOCOL] += unknown
         counters[CUT] += cut
         counters[COUNT_MALFORMED] += malformed
-        header[ROWS] = count
-        header[CLASSIFIED] = row + 1
-        header[COUNT] = 0
+        report.rows = count
+        report.classified = row + 1
+        report.count = 0
 
     return classify

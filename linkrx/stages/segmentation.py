@@ -13,7 +13,7 @@ from typing import Protocol
 
 from linkrx import _core
 from linkrx.kernel.uapi import ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_ECN, TUN_PKT_STRIP, VNET_HEADER_BYTES
-from linkrx.memory.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
+from linkrx.memory.columns import Descriptors, align
 from linkrx.memory.framing import Framing
 from linkrx.packets import Owner
 from linkrx.packets.headers import CHECKSUM_UNFINISHED, MALFORMED, TRUNCATED, Gso, VnetHeader
@@ -71,7 +71,7 @@ class in_c:  # noqa: N801 - like in_python a way to make one
     """About 30 ns per full-sized segment more than copying it."""
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
-        self._header = taken.header
+        self._report = taken.report
         self._memory = (taken.memory, given.memory)  # C has their addresses
         self._state = _core.new(
             "struct lrx_segmenter *",
@@ -100,7 +100,7 @@ class in_c:  # noqa: N801 - like in_python a way to make one
 
     @property
     def waiting(self) -> int:
-        waiting: int = self._header[COUNT] - self._state.next
+        waiting: int = self._report.count - self._state.next
         return waiting
 
 
@@ -117,11 +117,11 @@ class in_python:  # noqa: N801
         return False
 
     def segment(self, staging: Owner, arena: Owner, room: int) -> int:
-        taken, given = self._taken.header, self._given.header
+        taken, given = self._taken.report, self._given.report
         columns = self._given.columns
         received = staging.view[staging.cursor :]
         region = arena.view[arena.cursor : arena.cursor + room]
-        count = taken[COUNT]
+        count = taken.count
         row, done, rows, cursor = self._at
         full = False
         while row < count and not full:
@@ -147,24 +147,24 @@ class in_python:  # noqa: N801
                 row, done = row + 1, 0
                 self._at = (row, done, rows, cursor)
         # Nothing is called from here on.
-        given[COUNT] = rows
-        given[END] = cursor
-        given[RECEIVES] = taken[RECEIVES]
-        taken[RECEIVES] = 0
+        given.count = rows
+        given.end = cursor
+        given.receives = taken.receives
+        taken.receives = 0
         if row < count:
             self._at = (row, done, 0, 0)
             return rows
         self._at = (0, 0, 0, 0)
-        taken[COUNT] = 0
+        taken.count = 0
         # The errno came behind the last of the packets.
-        if taken[ERROR]:
-            given[ERROR] = taken[ERROR]
-        taken[ERROR] = 0
+        if taken.error:
+            given.error = taken.error
+        taken.error = 0
         return rows
 
     @property
     def waiting(self) -> int:
-        return self._taken.header[COUNT] - self._at[0]
+        return self._taken.report.count - self._at[0]
 
     def _outcome_of(self, received: memoryview, row: int) -> _Outcome:
         framing, columns = self._framing, self._taken.columns

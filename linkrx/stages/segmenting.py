@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from errno import EIO
 
-from linkrx.backend import Backend, Mechanism, Receive
-from linkrx.memory.columns import CLASSIFIED, COUNT, ERROR, Descriptors, align
+from linkrx.backend import Backend, Mechanism, ReceiveConfig
+from linkrx.memory.columns import Descriptors, align
 from linkrx.memory.framing import Framing
 from linkrx.packets import ARENA_BYTES, Owner
 from linkrx.stages.segmentation import segmenter
@@ -31,10 +31,10 @@ class Segmenting(Mechanism):
     """
 
     def __init__(
-        self, backend: type[Backend], receive: Receive, descriptors: Descriptors, framing: Framing
+        self, backend: type[Backend], receive: ReceiveConfig, descriptors: Descriptors, framing: Framing
     ) -> None:
         self._taken = Descriptors(receive.options.batch_size or backend.batch_size)
-        self._given = descriptors.header
+        self._given = descriptors.report
         self._segmenter = segmenter(self._taken, descriptors, framing)
         # A backend wants room for one packet of any size behind all others, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
@@ -59,7 +59,7 @@ class Segmenting(Mechanism):
             return self._segmenter.segment(self._staging, arena, room)  # and receives as well
         try:
             # An errno that was told already comes before what is still to be received.
-            if not self._segmenter.waiting and (not self._taken.header[ERROR] or self._backend.held):
+            if not self._segmenter.waiting and (not self._taken.report.error or self._backend.held):
                 # No more than has room as frames: a few that were left over would be a batch of their own.
                 wanted = min(room - room // HEADERS_SHARE, STAGED_BYTES)
                 # A backend keeps as much free as the largest takes: where that is more, there must be some for others.
@@ -68,13 +68,13 @@ class Segmenting(Mechanism):
                 self._backend.fill(self._staging, max(wanted, self._largest))
             return self._segmenter.segment(self._staging, arena, room)
         except OSError as error:
-            if self._given[COUNT] or self._given[CLASSIFIED]:
+            if self._given.count or self._given.classified:
                 raise  # a signal handler's: the kernel's comes without packets
-            self._given[ERROR] = error.errno or EIO
+            self._given.error = error.errno or EIO
             return 0
         except BaseException:
             # What was received or told goes where it is looked for, unless it is there.
-            if not self._given[COUNT] and not self._given[CLASSIFIED]:
+            if not self._given.count and not self._given.classified:
                 self._segmenter.segment(self._staging, arena, room)
             raise
 

@@ -153,7 +153,7 @@ DEFECTS = {
         "s->done < p.segments; s->done++",
         "s->done + 1 < p.segments; s->done++",
     ),
-    "receives are told again": ("segment", "    taken[LRX_RECEIVES] = 0;\n", ""),
+    "receives are told again": ("segment", "    taken->receives = 0;\n", ""),
 }
 
 

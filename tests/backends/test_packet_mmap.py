@@ -22,7 +22,7 @@ from support.children import child
 
 import linkrx
 from linkrx import _core
-from linkrx.backend import Receive
+from linkrx.backend import ReceiveConfig
 from linkrx.backends import packet_mmap
 from linkrx.kernel.uapi import ETH_P_ALL, PACKET_VNET_HDR, SOL_PACKET
 from linkrx.sources.capabilities import LARGEST_MESSAGE
@@ -570,7 +570,7 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
     """When the interface is deleted while the ring is being made, open fails with ENODEV and leaves nothing behind."""
     make = packet_mmap._ring
 
-    def make_and_delete(receive: Receive) -> object:
+    def make_and_delete(receive: ReceiveConfig) -> object:
         state = make(receive)
         Device(wire[0]).delete()
         return state

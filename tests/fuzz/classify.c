@@ -19,15 +19,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint8_t *region = exactly(bytes);
     uint8_t *table = exactly(ROW_BYTES * count);
     uint8_t *expected = exactly(ROW_BYTES * count);
-    uint8_t *descriptors = exactly(LRX_HEADER_BYTES + ROW_BYTES * rows);
-    uint8_t *in_table = descriptors + LRX_HEADER_BYTES;
+    uint8_t *descriptors = exactly(sizeof(struct lrx_report) + ROW_BYTES * rows);
+    uint8_t *in_table = descriptors + sizeof(struct lrx_report);
     uint32_t interface = take(&in, 1) * 77;
     uint64_t *counters = (uint64_t *)exactly(COUNTERS * sizeof *counters);
     uint64_t expected_counters[COUNTERS];
-    uint32_t header[LRX_HEADER_BYTES / 4] = {count, 1, (bytes + 7) & ~7u, 0, 0, 0};
+    struct lrx_report due = {.count = count, .receives = 1, .end = (bytes + 7) & ~7u}, *report = &due;
     uint32_t n = 0;
 
-    memcpy(descriptors, header, sizeof header);
+    memcpy(descriptors, report, sizeof *report);
     for (int k = 0; k < COUNTERS; k++)
         expected_counters[k] = counters[k] = take(&in, 0xFFFFFFFF);
     for (uint32_t k = 0; k < count; k++) {
@@ -116,10 +116,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                               (uintptr_t)counters};
     lrx_classify(&classifier, (uintptr_t)region, count, (uintptr_t)table);
 
-    header[LRX_COUNT] = 0;
-    header[LRX_CLASSIFIED] = n + 1;
-    header[LRX_ROWS] = count;
-    MUST(!memcmp(descriptors, header, sizeof header));
+    report->count = 0;
+    report->classified = n + 1;
+    report->rows = count;
+    MUST(!memcmp(descriptors, report, sizeof *report));
     MUST(!count || !memcmp(table, expected, ROW_BYTES * count));
     MUST(!bytes || !memcmp(region, untouched_region, bytes));
     MUST(!rows || !memcmp(in_table, untouched_table, ROW_BYTES * rows));

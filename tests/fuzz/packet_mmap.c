@@ -506,21 +506,21 @@ static void check_error(uint32_t told, const struct expected *due, int was_due, 
 }
 
 /* In place: what stands before a fill. Some releases come late, and some early. */
-static void release_before(struct lrx_ring *s, uint32_t *header, uint32_t rows)
+static void release_before(struct lrx_ring *s, struct lrx_report *report, uint32_t rows)
 {
     if (take(kernel.in, 31) == 1) { /* a child that was forked past Python's hooks */
         *(uint32_t *)kernel.guard = 0;
         ASAN_POISON_MEMORY_REGION(kernel.memory, kernel.mapped);
         lrx_ring_release(s, take(kernel.in, 1));
-        MUST(lrx_packet_mmap_fill(s, (uintptr_t)header, rows, 0, 0) == -EOWNERDEAD && header[LRX_ERROR] == EOWNERDEAD);
+        MUST(lrx_packet_mmap_fill(s, (uintptr_t)report, rows, 0, 0) == -EOWNERDEAD && report->error == EOWNERDEAD);
         ASAN_UNPOISON_MEMORY_REGION(kernel.memory, kernel.mapped);
         *(uint32_t *)kernel.guard = 1;
-        header[LRX_ERROR] = 0;
+        report->error = 0;
     }
     for (uint32_t slot = 0; slot < 2; slot++)
         MUST(kernel.places->lent[slot] == kernel.slots[slot].blocks);
     if (kernel.slots[kernel.turn].blocks && take(kernel.in, 7) == 1)
-        MUST(lrx_packet_mmap_fill(s, (uintptr_t)header, rows, 0, 0) == -EBUSY);
+        MUST(lrx_packet_mmap_fill(s, (uintptr_t)report, rows, 0, 0) == -EBUSY);
     if (take(kernel.in, 1)) {
         lrx_ring_release(s, kernel.turn ^ 1);
         release_slot(kernel.turn ^ 1);
@@ -533,11 +533,11 @@ static void release_before(struct lrx_ring *s, uint32_t *header, uint32_t rows)
 static void run(struct lrx_ring *s)
 {
     uint32_t rows = 1 + take(kernel.in, ROWS_MOST - 1);
-    uint32_t table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
-    uint32_t *header = (uint32_t *)exactly(table_bytes);
+    uint32_t table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
+    struct lrx_report *report = (struct lrx_report *)exactly(table_bytes);
     int known = 0; /* an error that was taken off the socket, and waits */
 
-    memset(header, 0, table_bytes);
+    memset(report, 0, table_bytes);
     for (int fills = 0; fills < 40; fills++) {
         uint32_t room, told, read;
         uint8_t *region;
@@ -545,7 +545,7 @@ static void run(struct lrx_ring *s)
         int got, was_due;
 
         if (kernel.in_place)
-            release_before(s, header, rows);
+            release_before(s, report, rows);
         let_kernel_work();
         guard();
         room = take(kernel.in, 7) ? 4096 : take(kernel.in, kernel.capacity) & ~7u;
@@ -553,15 +553,15 @@ static void run(struct lrx_ring *s)
         read = kernel.read;
         was_due = known || kernel.error;
         due = expect(rows, room);
-        got = lrx_packet_mmap_fill(s, (uintptr_t)header, rows, (uintptr_t)region, room);
-        told = header[LRX_ERROR];
+        got = lrx_packet_mmap_fill(s, (uintptr_t)report, rows, (uintptr_t)region, room);
+        told = report->error;
         was_due = was_due || kernel.damaged;
         check_blocks();
-        MUST(header[LRX_COUNT] == due.count && got == (due.count ? (int)due.count : -(int)told));
+        MUST(report->count == due.count && got == (due.count ? (int)due.count : -(int)told));
         if (due.count) {
-            MUST(header[LRX_RECEIVES] == due.begun && header[LRX_END] <= room + 7);
-            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, &due,
-                       kernel.in_place ? (const uint8_t *)kernel.places->frames[kernel.places->turn ^ 1] : region, header[LRX_END]);
+            MUST(report->receives == due.begun && report->end <= room + 7);
+            check_rows((uint8_t *)(report + 1), rows, &due,
+                       kernel.in_place ? (const uint8_t *)kernel.places->frames[kernel.places->turn ^ 1] : region, report->end);
             MUST(!kernel.in_place || kernel.places->turn == kernel.turn);
         }
         check_error(told, &due, was_due, kernel.error_asked);
@@ -570,12 +570,12 @@ static void run(struct lrx_ring *s)
             known = kernel.damaged = 0;
         else
             known = was_due && !kernel.error; /* taken off the socket, it waits inside */
-        MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        MUST(!report->classified && !report->rows);
         const struct block *block = &kernel.block[kernel.read];
         MUST(lrx_ring_held(s) == (block->owner == CLOSED && block->begun ? block->claimed - block->taken : 0));
         MUST(due.count || told || read != kernel.read || block->owner != CLOSED || room < 4096);
         free(region);
-        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
+        report->count = report->end = report->receives = report->error = 0; /* as who takes it does */
         if (take(kernel.in, 7) == 1) {
             MUST(lrx_ring_drops(s) == kernel.drops);
             MUST(lrx_ring_freezes(s) == kernel.freezes);
@@ -583,7 +583,7 @@ static void run(struct lrx_ring *s)
         if (!kernel.in->left && !due.count && !told && read == kernel.read)
             break;
     }
-    free(header);
+    free(report);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -174,15 +174,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct input in = {data, size};
     const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL};
     struct lrx_readv r = {.fd = FD, .method = methods[take(&in, 3)]};
-    uint32_t rows = 1 + take(&in, 7), table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
-    uint32_t *header = (uint32_t *)exactly(table_bytes);
+    uint32_t rows = 1 + take(&in, 7), table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
+    struct lrx_report *report = (struct lrx_report *)exactly(table_bytes);
 
     r.sizes_count = take(&in, 3) ? 0 : take(&in, LRX_SIZES_MAX + 1);
     for (uint32_t k = 0; k < r.sizes_count && k < LRX_SIZES_MAX; k++)
         r.capacity += r.sizes[k] = 1 + take(&in, 40);
     if (!r.sizes_count)
         r.capacity = 1 + take(&in, 2000);
-    memset(header, 0, table_bytes);
+    memset(report, 0, table_bytes);
     memset(&kernel, 0, sizeof kernel);
     kernel.in = &in;
     kernel.capacity = r.capacity;
@@ -193,32 +193,32 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint8_t *region = exactly(room);
         kernel.nonblocking = fills % 2 == 0;
         kernel.plain = 0;
-        int got = lrx_readv_fill(&r, (uintptr_t)header, rows, (uintptr_t)region, room);
+        int got = lrx_readv_fill(&r, (uintptr_t)report, rows, (uintptr_t)region, room);
         int error = kernel.error == EAGAIN ? 0 : kernel.error;
 
         if (r.sizes_count > LRX_SIZES_MAX) {
             MUST(got == -EINVAL && !kernel.handed && !kernel.error && !kernel.known);
         } else if (kernel.handed) {
-            MUST(got == (int)kernel.handed && header[LRX_COUNT] == kernel.handed);
-            MUST(header[LRX_RECEIVES] == kernel.handed && header[LRX_ERROR] == (uint32_t)error);
+            MUST(got == (int)kernel.handed && report->count == kernel.handed);
+            MUST(report->receives == kernel.handed && report->error == (uint32_t)error);
         } else {
-            MUST(kernel.error && got == -error && header[LRX_COUNT] == 0);
-            MUST(header[LRX_ERROR] == (uint32_t)error);
+            MUST(kernel.error && got == -error && report->count == 0);
+            MUST(report->error == (uint32_t)error);
         }
         if (got > 0) {
-            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, region, header[LRX_END]);
+            check_rows((uint8_t *)(report + 1), rows, region, report->end);
             /* It stops for a reason only. */
-            MUST(kernel.error || kernel.handed == rows || room - header[LRX_END] < r.capacity + 1);
+            MUST(kernel.error || kernel.handed == rows || room - report->end < r.capacity + 1);
         }
-        MUST(header[LRX_END] <= room && !header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        MUST(report->end <= room && !report->classified && !report->rows);
         free(region);
-        header[LRX_COUNT] = header[LRX_END] = header[LRX_ERROR] = 0; /* as who takes it does */
+        report->count = report->end = report->error = 0; /* as who takes it does */
         kernel.first += kernel.handed;
         kernel.handed = 0;
         kernel.error = 0;
         if (!in.left && !kernel.known)
             break;
     }
-    free(header);
+    free(report);
     return 0;
 }

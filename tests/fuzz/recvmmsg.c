@@ -249,7 +249,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct input in = {data, size};
     uint32_t messages = take(&in, MESSAGES_MOST), rows = 1 + take(&in, MESSAGES_MOST - 1);
     uint32_t capacity = take(&in, 2000), slot = 1 + take(&in, 1000);
-    uint32_t table_bytes = LRX_HEADER_BYTES + ROW_BYTES * rows;
+    uint32_t table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
 
     memset(&kernel, 0, sizeof kernel);
     kernel.in = &in;
@@ -265,37 +265,37 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!s)
         return 0;
 
-    uint32_t *header = (uint32_t *)exactly(table_bytes);
-    memset(header, 0, table_bytes);
+    struct lrx_report *report = (struct lrx_report *)exactly(table_bytes);
+    memset(report, 0, table_bytes);
     for (int fills = 0; fills < 16; fills++) {
         int error;
         /* Room for a packet of any size, and sometimes not even that. */
         uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 4000)) & ~7u : take(&in, capacity) & ~7u;
         uint8_t *region = exactly(room);
-        int got = lrx_recvmmsg_fill(s, (uintptr_t)header, rows, (uintptr_t)region, room);
+        int got = lrx_recvmmsg_fill(s, (uintptr_t)report, rows, (uintptr_t)region, room);
         uint32_t waits = kernel.handed - kernel.taken;
         const struct told *first = &kernel.told[kernel.taken % MESSAGES_MOST];
 
         error = kernel.error == EAGAIN ? 0 : kernel.error;
-        MUST(header[LRX_ERROR] == (uint32_t)error);
+        MUST(report->error == (uint32_t)error);
         if (!waits) {
-            MUST(got == -error && !header[LRX_COUNT]);
+            MUST(got == -error && !report->count);
         } else if ((first->length < capacity ? first->length : capacity) > room) {
-            MUST(got == -EMSGSIZE && !header[LRX_COUNT]);
+            MUST(got == -EMSGSIZE && !report->count);
         } else {
-            MUST(got > 0 && header[LRX_COUNT] == (uint32_t)got && (uint32_t)got <= waits);
-            MUST(header[LRX_RECEIVES] == kernel.receives && header[LRX_END] <= room);
-            check_rows((uint8_t *)header + LRX_HEADER_BYTES, rows, (uint32_t)got, region, header[LRX_END]);
+            MUST(got > 0 && report->count == (uint32_t)got && (uint32_t)got <= waits);
+            MUST(report->receives == kernel.receives && report->end <= room);
+            check_rows((uint8_t *)(report + 1), rows, (uint32_t)got, region, report->end);
             /* It stops for a reason only: what is left did not fit. */
             waits = kernel.handed - kernel.taken;
             first = &kernel.told[kernel.taken % MESSAGES_MOST];
-            MUST(!waits || (first->length < capacity ? first->length : capacity) > room - header[LRX_END]);
+            MUST(!waits || (first->length < capacity ? first->length : capacity) > room - report->end);
             MUST(waits || (uint32_t)got == rows || kernel.empty);
         }
         MUST(lrx_recvmmsg_waiting(s) == kernel.handed - kernel.taken);
-        MUST(!header[LRX_CLASSIFIED] && !header[LRX_ROWS]);
+        MUST(!report->classified && !report->rows);
         free(region);
-        header[LRX_COUNT] = header[LRX_END] = header[LRX_RECEIVES] = header[LRX_ERROR] = 0; /* as who takes it does */
+        report->count = report->end = report->receives = report->error = 0; /* as who takes it does */
         kernel.error = kernel.empty = 0;
         kernel.receives = 0;
         if (!in.left && !waits && !kernel.kept_error)
@@ -303,6 +303,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     lrx_recvmmsg_close(s);
     MUST(!kernel.mapped);
-    free(header);
+    free(report);
     return 0;
 }

@@ -367,10 +367,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct framing f = {take(&in, 1) * 4, vnet_header_sizes[take(&in, 3)], take(&in, 1) * 14, take(&in, 1)};
     uint32_t count = take(&in, ROWS_MOST), rows = count + 1, given_rows = 1 + take(&in, GIVEN_MOST - 1);
     struct row row[ROWS_MOST];
-    uint8_t *taken = exactly(LRX_HEADER_BYTES + ROW_BYTES * rows);
-    uint8_t *given = exactly(LRX_HEADER_BYTES + ROW_BYTES * given_rows);
-    uint8_t *in_table = taken + LRX_HEADER_BYTES, *out_table = given + LRX_HEADER_BYTES;
-    uint32_t header[LRX_HEADER_BYTES / 4] = {count, count + 5, 0, take(&in, 200), 6, 7}, told[LRX_HEADER_BYTES / 4];
+    uint8_t *taken = exactly(sizeof(struct lrx_report) + ROW_BYTES * rows);
+    uint8_t *given = exactly(sizeof(struct lrx_report) + ROW_BYTES * given_rows);
+    uint8_t *in_table = taken + sizeof(struct lrx_report), *out_table = given + sizeof(struct lrx_report);
+    struct lrx_report made = {.count = count, .receives = count + 5, .error = take(&in, 200), .classified = 6, .rows = 7}, *report = &made;
+    struct lrx_report shown, *told = &shown;
     static uint8_t untouched[80000];
     uint32_t largest = 8, receives = 0, now = 0, k = 0;
 
@@ -385,8 +386,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(in_table, rows, n, VLAN_TPID, n + 99);
     }
     memset(untouched, 0xA5, largest + 2000);
-    memcpy(taken, header, sizeof header);
-    memset(given, 0, LRX_HEADER_BYTES);
+    memcpy(taken, report, sizeof *report);
+    memset(given, 0, sizeof(struct lrx_report));
     struct lrx_segmenter s = {(uintptr_t)taken, rows,       f.packet_info, f.vnet, f.swapped, f.link_header,
                               (uintptr_t)given, given_rows, 0,             0,      0,         0,
                               0};
@@ -398,17 +399,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         int n;
 
         /* One row at a time is shown, in memory of exactly its size. */
-        memcpy(told, taken, sizeof told);
-        told[LRX_COUNT] = later;
-        told[LRX_ERROR] = later == count ? header[LRX_ERROR] : 0;
-        memcpy(taken, told, sizeof told);
+        memcpy(told, taken, sizeof *told);
+        told->count = later;
+        told->error = later == count ? report->error : 0;
+        memcpy(taken, told, sizeof *told);
         if (s.next < count)
             put(in_table, rows, s.next, START, 0);
         n = lrx_segment(&s, s.next < count ? (uintptr_t)row[s.next].data : 0, (uintptr_t)region, room);
         MUST(n >= 0 && (uint32_t)n <= given_rows);
-        memcpy(told, given, sizeof told);
-        MUST(told[LRX_COUNT] == (uint32_t)n && told[LRX_END] <= room);
-        receives += told[LRX_RECEIVES];
+        memcpy(told, given, sizeof *told);
+        MUST(told->count == (uint32_t)n && told->end <= room);
+        receives += told->receives;
         for (int i = 0; i < n; i++) {
             uint32_t start = (uint32_t)get(out_table, given_rows, (size_t)i, START);
             uint32_t length = (uint32_t)get(out_table, given_rows, (size_t)i, LENGTH);
@@ -427,24 +428,24 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 k = 0;
             }
         }
-        MUST(end == told[LRX_END]);
+        MUST(end == told->end);
         MUST(end == room || !memcmp(region + end, untouched, room - end));
         free(region);
-        memcpy(told, taken, sizeof told);
-        MUST(!told[LRX_RECEIVES]);
-        if (!told[LRX_COUNT]) { /* all that was shown is used up */
+        memcpy(told, taken, sizeof *told);
+        MUST(!told->receives);
+        if (!told->count) { /* all that was shown is used up */
             MUST(s.next == 0 && s.done == 0 && now == later && k == 0);
             s.next = now;
         } else {
-            MUST(told[LRX_COUNT] == later && s.next == now && s.done == k);
+            MUST(told->count == later && s.next == now && s.done == k);
             MUST(n > 0 || room < largest);
         }
-        if (now == count && !told[LRX_COUNT])
+        if (now == count && !told->count)
             break;
         MUST(calls < CALLS_MOST);
     }
-    memcpy(told, given, sizeof told);
-    MUST(receives == header[LRX_RECEIVES] && told[LRX_ERROR] == header[LRX_ERROR]);
+    memcpy(told, given, sizeof *told);
+    MUST(receives == report->receives && told->error == report->error);
     for (uint32_t n = 0; n < count; n++)
         free(row[n].data);
     free(taken);

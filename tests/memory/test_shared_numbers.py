@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 
 import pytest
 
 from linkrx import _core, packets
-from linkrx.memory import columns
+from linkrx.memory import columns, report
 from linkrx.memory import counters as slots
 from linkrx.memory import layouts as buffers
 from linkrx.packets import headers, plain
@@ -17,17 +16,6 @@ from linkrx.sources import options
 
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
-    "LRX_COUNT": columns.COUNT,
-    "LRX_RECEIVES": columns.RECEIVES,
-    "LRX_END": columns.END,
-    "LRX_ERROR": columns.ERROR,
-    "LRX_CLASSIFIED": columns.CLASSIFIED,
-    "LRX_ROWS": columns.ROWS,
-    "LRX_HELD": columns.HELD,
-    "LRX_MOST": columns.MOST,
-    "LRX_CLASSIFIER_AT": columns.HEADER.size,
-    "LRX_MANY_AT": columns.HEADER.size + 8,
-    "LRX_HEADER_BYTES": columns.HEADER_BYTES,
     "LRX_ROW_BYTES": columns.ROW_BYTES,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,
@@ -59,7 +47,7 @@ def test_number(name: str, number: int) -> None:
 @needs_core
 def test_shared_files_hold_nothing_else() -> None:
     """Every number of the header that declares what C and Python share is compared above."""
-    header = Path(_core.__file__).with_name("packet.h")
+    header = Path(_core.__file__).with_name("report.h")
     if not header.exists():
         pytest.skip("installed from a wheel, which brings no C sources")
     assert set(re.findall(r"#define (LRX_\w+)", header.read_text())) <= set(SHARED)
@@ -101,21 +89,16 @@ def test_counters_have_a_slot_for_each() -> None:
     assert counters.itemsize == 8
 
 
-def test_header_has_a_word_for_each() -> None:
-    """The header of the descriptors is exactly as many 32-bit words as it has names, and three pointers."""
-    words = {
-        columns.COUNT,
-        columns.RECEIVES,
-        columns.END,
-        columns.ERROR,
-        columns.CLASSIFIED,
-        columns.ROWS,
-        columns.HELD,
-        columns.MOST,
+@needs_core
+def test_the_report_is_laid_out_alike() -> None:
+    """Each field of the report is where C has it, as wide, and behind the last one the table starts aligned."""
+    declared = _core.fields("struct lrx_report")
+    assert declared == {
+        name: (getattr(report.Report, name).offset, getattr(report.Report, name).size) for name in declared
     }
-    header = columns.Descriptors(1).header
-    assert words == set(range(len(header)))
-    assert columns.HEADER_BYTES - header.nbytes == 3 * 8 >= 3 * struct.calcsize("P")
+    assert list(declared) == [name for name, _ in report.Report._fields_]
+    assert report.REPORT_BYTES % 8 == 0
+    assert sum(size for _, size in declared.values() if size == 4) == report.WORDS_BYTES
 
 
 def test_row_is_the_sum_of_its_columns() -> None:

@@ -31,7 +31,7 @@ from support.received import (
 
 import linkrx
 from linkrx import VnetHeader, packets
-from linkrx.memory.columns import CLASSIFIED, END, ROW_BYTES, ROWS
+from linkrx.memory.columns import ROW_BYTES
 from linkrx.memory.framing import Framing
 from linkrx.packets.headers import header_bytes
 
@@ -502,18 +502,18 @@ def test_a_frame_without_room_for_its_header(start: int) -> None:
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        (END, 2**32 - 1),
-        (END, 70_000),
-        (ROWS, 2**32 - 1),
-        (ROWS, 0),
-        (CLASSIFIED, 2**32 - 1),
-        (CLASSIFIED, 5),
+        ("end", 2**32 - 1),
+        ("end", 70_000),
+        ("rows", 2**32 - 1),
+        ("rows", 0),
+        ("classified", 2**32 - 1),
+        ("classified", 5),
     ],
 )
-def test_a_header_that_is_wrong(word: int, value: int) -> None:
-    """A header whose table is not in the arena is a ValueError."""
+def test_a_report_that_is_wrong(word: str, value: int) -> None:
+    """A report whose table is not in the arena is a ValueError."""
     source, arena, _ = filled()
-    source.descriptors.header[word] = value
+    setattr(source.descriptors.report, word, value)
     with pytest.raises(ValueError, match=r"backend reports|nothing to take in"):
         source.receiver.take_in(arena)
 

@@ -17,8 +17,8 @@ from support.pairs import BACKENDS, frame, number_of, pair
 
 import linkrx
 from linkrx import registry
-from linkrx.backend import Backend, Receive
-from linkrx.memory.columns import COUNT, END, RECEIVES, Descriptors
+from linkrx.backend import Backend, ReceiveConfig
+from linkrx.memory.columns import Descriptors
 from linkrx.packets import Owner
 from linkrx.sources.capabilities import Capabilities
 
@@ -145,18 +145,18 @@ class Nonsense(Backend):
         """Nothing."""
         return None
 
-    def __init__(self, receive: Receive, descriptors: Descriptors) -> None:
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._descriptors = descriptors
 
     def fill(self, arena: Owner, room: int) -> int:
         """Describe it."""
-        header, columns, wrong = self._descriptors.header, self._descriptors.columns, self.wrong
+        report, columns, wrong = self._descriptors.report, self._descriptors.columns, self.wrong
         columns.starts[0] = 0xFFFFFF00 if wrong == "start" else 0
         columns.lengths[0] = {"length": 0xFFFFFF00, "beyond": 72}.get(wrong, 60)
-        header[RECEIVES] = 1
-        header[END] = {"end": 1 << 31, "alignment": 62}.get(wrong, 64)
-        header[COUNT] = {"count": self._descriptors.rows + 1, "negative": 0xFFFFFFFF}.get(wrong, 1)
-        return int(header[COUNT])
+        report.receives = 1
+        report.end = {"end": 1 << 31, "alignment": 62}.get(wrong, 64)
+        report.count = {"count": self._descriptors.rows + 1, "negative": 0xFFFFFFFF}.get(wrong, 1)
+        return int(report.count)
 
 
 @pytest.mark.skipif(len(BACKENDS) < 3, reason="the C core was not built: plain Python has no memory to guard")

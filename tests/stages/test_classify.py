@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linkrx import _core
-from linkrx.memory.columns import CLASSIFIED, COUNT, END, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.memory.columns import ROW_BYTES, Descriptors, Table, align
 from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
 from linkrx.memory.framing import Framing
@@ -46,7 +46,7 @@ def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], *, in
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.address + arena.cursor
-        _core.lib.lrx_classify(described, region, count, region + descriptors.header[END])
+        _core.lib.lrx_classify(described, region, count, region + descriptors.report.end)
 
     return classify
 
@@ -112,14 +112,14 @@ def run(make: Make, framing: Framing, packets: Sequence[Received], interface: in
         columns.vlan_tpids[index] = packet.vlan_tpid
         columns.interfaces[index] = packet.interface
         cursor = align(cursor + len(packet.data))
-    descriptors.header[COUNT] = len(packets)
-    descriptors.header[END] = cursor
+    descriptors.report.count = len(packets)
+    descriptors.report.end = cursor
     counters = new_counters()
     make(descriptors, framing, counters, interface=interface)(arena, len(packets))
 
-    assert descriptors.header[COUNT] == 0
-    assert descriptors.header[ROWS] == len(packets)
-    count = descriptors.header[CLASSIFIED] - 1
+    assert descriptors.report.count == 0
+    assert descriptors.report.rows == len(packets)
+    count = descriptors.report.classified - 1
     region = memoryview(bytes(arena.view[arena.cursor :]))
     table = Table(region[cursor : cursor + ROW_BYTES * len(packets)], len(packets))
     table._count = count
@@ -312,7 +312,7 @@ def test_counters_add_up(make: Make) -> None:
     arena.view[arena.cursor] = 0x45
     for _ in range(3):
         descriptors.columns.lengths[0] = 20
-        descriptors.header[COUNT], descriptors.header[END] = 1, 24
+        descriptors.report.count, descriptors.report.end = 1, 24
         one(arena, 1)
     assert (counters[PACKETS], counters[BYTES]) == (3, 60)
 
@@ -388,7 +388,7 @@ def test_c_and_python_agree(
 ) -> None:
     """Both leave the same memory, table and all, the same counters and header behind."""
     memory = random.Random(seed).randbytes(MEMORY)
-    left: list[tuple[bytes, list[int], list[int]]] = []
+    left: list[tuple[bytes, list[int], bytes]] = []
     for make, arena in zip((classifier, in_c), arena_pair(), strict=True):
         arena.view[:] = b"\xa5" * arena.limit
         cursor = arena.cursor
@@ -410,11 +410,11 @@ def test_c_and_python_agree(
                 struct.pack_into("=H", arena.view, at, packet.tun_pi_flags)
             if packet.first_byte is not None:
                 arena.view[at + framing.prefix] = packet.first_byte
-        descriptors.header[COUNT] = len(packets)
-        descriptors.header[END] = MEMORY
+        descriptors.report.count = len(packets)
+        descriptors.report.end = MEMORY
         counters = array("Q", [counted] * 7)
         make(descriptors, framing, counters, interface=interface)(arena, len(packets))
-        left.append((bytes(arena.view), list(counters), list(descriptors.header)))
+        left.append((bytes(arena.view), list(counters), bytes(descriptors.report)))
     of_python, of_c = left
     assert of_python == of_c
     # Every packet was counted exactly once, as one thing or another.

@@ -24,7 +24,7 @@ from support.super_packets import (
 )
 
 from linkrx import _core
-from linkrx.memory.columns import COUNT, ERROR, RECEIVES, Descriptors, align
+from linkrx.memory.columns import Descriptors, align
 from linkrx.memory.framing import Framing
 from linkrx.packets.headers import CHECKSUM_UNFINISHED, MALFORMED, TIMESTAMP, TRUNCATED, VLAN
 from linkrx.stages import segmentation as segment
@@ -316,15 +316,15 @@ def test_error_follows_the_packets(make: Make) -> None:
     bench = Bench(make, PLAIN, 2)
     bench.take([row(Super(payload=5000))], receives=9, error=77)
     bench.give(100_000)
-    assert (bench.given.header[ERROR], bench.taken.header[ERROR]) == (0, 77)
+    assert (bench.given.report.error, bench.taken.report.error) == (0, 77)
     bench.give(100_000)
-    assert (bench.given.header[ERROR], bench.taken.header[ERROR]) == (77, 0)
+    assert (bench.given.report.error, bench.taken.report.error) == (77, 0)
     bench.take([], receives=0, error=9)
     assert bench.give(100_000) == []
-    assert (bench.given.header[ERROR], bench.taken.header[ERROR]) == (9, 0)
+    assert (bench.given.report.error, bench.taken.report.error) == (9, 0)
     bench.take([OTHER])
     bench.give(100_000)
-    assert bench.given.header[ERROR] == 9  # until somebody acts upon it
+    assert bench.given.report.error == 9  # until somebody acts upon it
 
 
 @both
@@ -335,8 +335,8 @@ def test_receives_are_counted_once(make: Make) -> None:
     seen = []
     for _ in range(3):
         bench.give(100_000)
-        seen.append(bench.given.header[RECEIVES])
-    assert (seen, bench.taken.header[RECEIVES], bench.taken.header[COUNT]) == ([9, 0, 0], 0, 0)
+        seen.append(bench.given.report.receives)
+    assert (seen, bench.taken.report.receives, bench.taken.report.count) == ([9, 0, 0], 0, 0)
 
 
 def test_which_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,9 +361,9 @@ def test_interrupted() -> None:
                 bench.segmenter.segment(bench.staging, bench.arena, 100_000)
         except Interrupted:
             interrupted = True
-            if not bench.given.header[
-                COUNT
-            ]:  # what was taken is whole, and the next pass goes on in the same place
+            if (
+                not bench.given.report.count
+            ):  # what was taken is whole, and the next pass goes on in the same place
                 assert bytes(bench.taken.memory) == before
                 bench.segmenter.segment(bench.staging, bench.arena, 100_000)
         else:

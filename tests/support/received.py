@@ -13,7 +13,7 @@ import pytest
 
 from linkrx import _core, packets
 from linkrx.errors import Busy
-from linkrx.memory.columns import CLASSIFIED, END, RECEIVES, ROW_BYTES, ROWS, Descriptors, Table, align
+from linkrx.memory.columns import ROW_BYTES, Descriptors, Table, align
 from linkrx.memory.counters import new_counters
 from linkrx.memory.framing import Framing
 from linkrx.packets import plain
@@ -211,8 +211,8 @@ class Source:
             columns.flags[index] = row.flags
             columns.vlan_tcis[index] = row.vlan_tci
             columns.vlan_tpids[index] = row.vlan_tpid
-        header = self.descriptors.header
-        header[CLASSIFIED], header[ROWS], header[END], header[RECEIVES] = len(rows) + 1, count, end, 1
+        report = self.descriptors.report
+        report.classified, report.rows, report.end, report.receives = len(rows) + 1, count, end, 1
 
     def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> _types.Batch:
         """All of them together."""

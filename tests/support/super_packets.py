@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from linkrx.memory.columns import COUNT, END, ERROR, RECEIVES, Descriptors, align
+from linkrx.memory.columns import Descriptors, align
 from linkrx.memory.framing import Framing
 from linkrx.packets import Owner
 from linkrx.stages.segmentation import Segmenter
@@ -207,17 +207,17 @@ class Bench:
             columns.vlan_tcis[index - 1] = row.vlan_tci
             columns.vlan_tpids[index - 1] = row.vlan_tpid
             cursor = align(cursor + len(row.data))
-        header = self.taken.header
-        header[COUNT], header[RECEIVES], header[END], header[ERROR] = index, receives, cursor, error
+        report = self.taken.report
+        report.count, report.receives, report.end, report.error = index, receives, cursor, error
 
     def give(self, room: int) -> list[Row]:
         """One call, and what it described; what it may not touch it has not touched."""
-        arena, header = self.arena, self.given.header
+        arena, report = self.arena, self.given.report
         first, last = arena.cursor, arena.cursor + room
         arena.view[first - GUARD : last + GUARD] = b"\xa5" * (room + 2 * GUARD)
         rows = self.segmenter.segment(self.staging, arena, room)
-        assert rows == header[COUNT] <= self.given.rows
-        end = header[END]
+        assert rows == report.count <= self.given.rows
+        end = report.end
         assert end <= room
         assert bytes(arena.view[first - GUARD : first]) == b"\xa5" * GUARD
         assert bytes(arena.view[first + end : last + GUARD]) == b"\xa5" * (room - end + GUARD)
@@ -225,9 +225,9 @@ class Bench:
 
     def described(self) -> list[Row]:
         """What was given, one behind the other and each aligned."""
-        header, columns = self.given.header, self.given.columns
+        report, columns = self.given.report, self.given.columns
         given, before = [], 0
-        for index in range(header[COUNT]):
+        for index in range(report.count):
             start, length = columns.starts[index], columns.lengths[index]
             assert start == before
             before = align(start + length)
@@ -242,7 +242,7 @@ class Bench:
                     columns.vlan_tpids[index],
                 )
             )
-        assert header[END] == before
+        assert report.end == before
         return given
 
     def all(self, rows: Iterable[Row], room: int = 200_000) -> list[Row]:

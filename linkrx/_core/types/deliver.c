@@ -157,8 +157,8 @@ Batch *lrx_take_batch(Receiver *r)
 /* What is classified, and was not taken in. */
 static void drop_classified(Receiver *r)
 {
-    uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
-    const uint32_t count = header[LRX_CLASSIFIED] - 1, end = header[LRX_END], rows = header[LRX_ROWS];
+    struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
+    const uint32_t count = report->classified - 1, end = report->end, rows = report->rows;
     const Owner *arena = r->arenas[r->current];
 
     r->undelivered += count;
@@ -169,9 +169,9 @@ static void drop_classified(Receiver *r)
             r->undelivered_bytes += columns.lengths[k];
     }
     r->batches++;
-    r->receives += header[LRX_RECEIVES];
+    r->receives += report->receives;
     r->filling = false;
-    header[LRX_CLASSIFIED] = 0;
+    report->classified = 0;
 }
 
 /* Give up what waits, and count it. Nothing in here can fail. */
@@ -180,7 +180,7 @@ void lrx_drop(Receiver *r)
     const Batch *b = r->pending;
 
     if (!b) {
-        if (lrx_header_at((uintptr_t)r->descriptors.buf)[LRX_CLASSIFIED])
+        if (lrx_report_at((uintptr_t)r->descriptors.buf)->classified)
             drop_classified(r);
         return;
     }

@@ -81,17 +81,18 @@ static int fill_in_c(Receiver *r, const Owner *arena, uint32_t asked)
     struct lrx_mechanism *m = r->mechanism;
     const uintptr_t descriptors = (uintptr_t)r->descriptors.buf;
     PyThreadState *saved = NULL;
-    void **many = (void **)(descriptors + LRX_MANY_AT);
+    struct lrx_report *report = report_of(r);
     int count;
 
-    header_of(r)[LRX_MOST] = asked;
-    *(void (**)(void *))many = give_up_lock;
-    many[1] = &saved;
+    report->most = asked;
+    report->many = give_up_lock;
+    report->many_argument = &saved;
     count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START, r->room);
-    many[0] = many[1] = NULL;
+    report->many = NULL;
+    report->many_argument = NULL;
     if (saved)
         PyEval_RestoreThread(saved);
-    return count < 0 ? 0 : count; /* the header has the errno */
+    return count < 0 ? 0 : count; /* the report has the errno */
 }
 
 /* In place, at most two batches are in the mechanism's memory; before a fill the older is taken back. If nothing is there,
@@ -116,7 +117,7 @@ static int fill_in_python(Receiver *r, Owner *arena, uint32_t asked)
     PyObject *answer;
     long count;
 
-    header_of(r)[LRX_MOST] = asked;
+    report_of(r)->most = asked;
     answer = PyObject_CallMethod((PyObject *)r, "_fill", "O", arena);
     count = answer ? PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);
@@ -135,7 +136,7 @@ int lrx_fill(Receiver *r, bool all)
 
     /* What the mechanism keeps costs no system call; and at the end of a stream every record is empty, which is seen where all
      * of them are there. */
-    all = all || header_of(r)[LRX_HELD];
+    all = all || report_of(r)->held;
     asked = all ? r->rows : r->most;
 
     if (!arena)
@@ -151,10 +152,10 @@ int lrx_fill(Receiver *r, bool all)
 /* Make a batch of what is classified. */
 enum outcome lrx_take_in(Receiver *r)
 {
-    uint32_t *header = header_of(r);
+    struct lrx_report *report = report_of(r);
     Owner *arena = r->arenas[r->current], *owner = arena;
     const uint8_t *base = arena->memory + ARENA_START;
-    const uint32_t count = header[LRX_CLASSIFIED] - 1, end = header[LRX_END], rows = header[LRX_ROWS];
+    const uint32_t count = report->classified - 1, end = report->end, rows = report->rows;
     uint32_t size = end;
     Batch *b = NULL;
 
@@ -180,8 +181,8 @@ enum outcome lrx_take_in(Receiver *r)
     r->pending = b;
     r->next = 0;
     r->batches++;
-    r->receives += header[LRX_RECEIVES];
+    r->receives += report->receives;
     r->filling = false;
-    header[LRX_CLASSIFIED] = 0;
+    report->classified = 0;
     return b ? READY : NOTHING;
 }

@@ -94,7 +94,7 @@ static int without_hangup(Receiver *r, int count)
 static int check_reported(const Receiver *r, uint32_t count)
 {
     const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
-    const uint32_t end = header_of(r)[LRX_END];
+    const uint32_t end = report_of(r)->end;
 
     if (end > r->room || end % 8) {
         PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, r->room);
@@ -115,23 +115,23 @@ static int check_reported(const Receiver *r, uint32_t count)
 /* Once, without waiting. READY: something was received, be it no packet. */
 static enum outcome receive(Receiver *r, bool all)
 {
-    uint32_t *header = header_of(r);
+    struct lrx_report *report = report_of(r);
 
     for (int errors = 0; errors < ERRORS_IN_A_ROW; errors++) {
         int count;
 
-        if (header[LRX_COUNT] > r->rows) {
-            PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", header[LRX_COUNT], r->rows);
+        if (report->count > r->rows) {
+            PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", report->count, r->rows);
             return FAILED;
         }
-        count = (int)header[LRX_COUNT];
-        if (!count && !header[LRX_CLASSIFIED] && (!header[LRX_ERROR] || header[LRX_HELD]))
+        count = (int)report->count;
+        if (!count && !report->classified && (!report->error || report->held))
             count = lrx_fill(r, all);
         if (count < 0)
             return FAILED;
         if (!r->arenas[r->current]) /* a handler has forked, and this is the child, which has closed it */
             return NOTHING;
-        if (count && !header[LRX_CLASSIFIED]) {
+        if (count && !report->classified) {
             uintptr_t region;
 
             count = without_hangup(r, count);
@@ -140,11 +140,11 @@ static enum outcome receive(Receiver *r, bool all)
             if (!count || !r->arenas[r->current]) /* as above */
                 return NOTHING;
             region = (uintptr_t)r->arenas[r->current]->memory + ARENA_START;
-            lrx_classify(&r->classifier, region, (uint32_t)count, region + header[LRX_END]);
+            lrx_classify(&r->classifier, region, (uint32_t)count, region + report->end);
         }
-        if (header[LRX_CLASSIFIED])
+        if (report->classified)
             return lrx_take_in(r) == FAILED ? FAILED : READY;
-        if (!header[LRX_ERROR])
+        if (!report->error)
             return NOTHING;
         if (lrx_ask(r, "_handle_error") < 0)
             return FAILED;
@@ -237,10 +237,10 @@ static int wait(Receiver *r, double seconds)
 /* Whether to read before waiting is learned as well: where that was in vain, it is left out ever longer. */
 static bool read_first(Receiver *r, double timeout)
 {
-    const uint32_t *header = header_of(r);
+    const struct lrx_report *report = report_of(r);
 
-    if (timeout == 0 || r->reads_memory || header[LRX_COUNT] || header[LRX_CLASSIFIED] ||
-        header[LRX_ERROR] || header[LRX_HELD] || r->link_down)
+    if (timeout == 0 || r->reads_memory || report->count || report->classified ||
+        report->error || report->held || r->link_down)
         return true;
     if (!r->eager_wait)
         return true;
@@ -279,7 +279,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         if (r->pending)
             return READY;
         if (reads) {
-            const bool known_down = r->link_down && !header_of(r)[LRX_ERROR];
+            const bool known_down = r->link_down && !report_of(r)->error;
 
             switch (receive(r, all)) {
             case FAILED:

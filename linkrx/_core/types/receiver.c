@@ -29,12 +29,12 @@ static bool enter(Receiver *r)
 /* Whether there is something to hand over, or to tell, that does not need the source. */
 bool lrx_has_something(const Receiver *r)
 {
-    const uint32_t *header = lrx_header_at((uintptr_t)r->descriptors.buf);
+    const struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
 
     if (!r->prepared)
         return false;
-    return r->pending || r->ended || r->end_follows || r->stopping || header[LRX_COUNT] || header[LRX_CLASSIFIED] ||
-           header[LRX_ERROR] || header[LRX_HELD];
+    return r->pending || r->ended || r->end_follows || r->stopping || report->count || report->classified ||
+           report->error || report->held;
 }
 
 /* In C: an exception of a signal handler here would cost the packet that is on its way out. A stop() sets the event as well. */

@@ -31,7 +31,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     if (PyObject_GetBuffer(descriptors, &r->descriptors, PyBUF_WRITABLE) < 0 ||
         PyObject_GetBuffer(counters, &r->counters, PyBUF_WRITABLE) < 0)
         return NULL;
-    if (r->descriptors.len < (Py_ssize_t)(LRX_HEADER_BYTES + (size_t)rows * LRX_ROW_BYTES) ||
+    if (r->descriptors.len < (Py_ssize_t)(sizeof(struct lrx_report) + (size_t)rows * LRX_ROW_BYTES) ||
         r->counters.len < (Py_ssize_t)((LRX_COUNT_MALFORMED + 1) * sizeof(uint64_t))) {
         PyErr_SetString(PyExc_ValueError, "descriptors or counters are too short");
         return NULL;
@@ -50,11 +50,8 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };
-    if (!may_hang_up) { /* C code that fills classifies as well, while the frames are in the cache */
-        const struct lrx_classifier *classifier = &r->classifier;
-
-        memcpy((char *)r->descriptors.buf + LRX_CLASSIFIER_AT, &classifier, sizeof classifier);
-    }
+    if (!may_hang_up) /* C code that fills classifies as well, while the frames are in the cache */
+        report_of(r)->classifier = &r->classifier;
     if (deliver != Py_None) {
         Py_INCREF(deliver);
         r->deliver = deliver;

@@ -7,7 +7,7 @@
 
 #include "../classify.h"
 #include "../mechanism.h"
-#include "../packet.h"
+#include "../report.h"
 #include "../columns.inc"
 
 #define ETHER_ADDRESS 6
@@ -259,9 +259,9 @@ enum outcome {
     OVER,        /* nothing more will come */
 };
 
-static inline uint32_t *header_of(const Receiver *r)
+static inline struct lrx_report *report_of(const Receiver *r)
 {
-    return lrx_header_at((uintptr_t)r->descriptors.buf);
+    return lrx_report_at((uintptr_t)r->descriptors.buf);
 }
 
 /* In vain attempts are left out for so many turns at the most, and for twice as many each time. */

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <stdint.h>
+
+/* What Python and C share. Tests hold linkrx/memory/report.py, linkrx/packets/headers.py and linkrx/memory/counters.py to it. */
+
+struct lrx_classifier;
+
+/* What a fill reports, in front of the table of its packets. */
+struct lrx_report {
+    uint32_t count;      /* packets that the backend received and nobody classified yet */
+    uint32_t receives;   /* system calls that took */
+    uint32_t end;        /* bytes that they use of the region */
+    uint32_t error;      /* an errno that follows these packets */
+    uint32_t classified; /* one more than the packets that classification left; 0 before it */
+    uint32_t rows;       /* rows of the table it wrote */
+    uint32_t held;       /* packets that the backend has received and keeps for the next fill */
+    uint32_t most;       /* how many packets the next fill may receive; 0: as many as there are rows */
+    const struct lrx_classifier *classifier; /* or NULL: classify what is received with it */
+    void (*many)(void *);                    /* or NULL: see lrx_tell_many() */
+    void *many_argument;
+};
+
+#define LRX_ROW_BYTES 32  /* of the table behind the header: one element of each column */
+
+/* Bits of a packet's flags. */
+#define LRX_TRUNCATED 1
+#define LRX_OUTGOING 2
+#define LRX_VLAN 4
+#define LRX_TIMESTAMP 8
+#define LRX_CHECKSUM_UNFINISHED 16
+/* Between splitter and classifier only: no frame, and nothing of it may be read. No packet has it. */
+#define LRX_MALFORMED 0x8000
+
+/* Slots of the counters that classification adds to. */
+#define LRX_PACKETS 0
+#define LRX_BYTES 1
+#define LRX_RUNTS 2
+#define LRX_EMPTY 3
+#define LRX_UNKNOWN_PROTOCOL 4
+#define LRX_CUT 5
+#define LRX_COUNT_MALFORMED 6

@@ -1,0 +1,43 @@
+"""What a backend reports of one receive, in front of the table of its packets. `_core/report.h` lays it out the same way."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Report(ctypes.Structure):
+    """struct lrx_report.
+
+    `count` packets were received with `receives` system calls; the free part of the arena starts `end` bytes behind the
+    place where the fill began. An errno that came behind these packets, or without any, is `error` until it has been acted
+    upon. `held` packets wait in the backend for the next fill, and `most` is how many that may receive (0: as many as there
+    are rows). `classified` and `rows` are the classifier's: one more than the packets that it left, and the rows of the table
+    that it wrote. The pointers are for C: the classifier that a fill calls by itself, and whom it tells of many packets.
+    """
+
+    count: int
+    receives: int
+    end: int
+    error: int
+    classified: int
+    rows: int
+    held: int
+    most: int
+
+    _fields_ = (
+        ("count", ctypes.c_uint32),
+        ("receives", ctypes.c_uint32),
+        ("end", ctypes.c_uint32),
+        ("error", ctypes.c_uint32),
+        ("classified", ctypes.c_uint32),
+        ("rows", ctypes.c_uint32),
+        ("held", ctypes.c_uint32),
+        ("most", ctypes.c_uint32),
+        ("classifier", ctypes.c_void_p),
+        ("many", ctypes.c_void_p),
+        ("many_argument", ctypes.c_void_p),
+    )
+
+
+REPORT_BYTES = ctypes.sizeof(Report)  # the columns behind it are aligned
+WORDS_BYTES = Report.classifier.offset  # of what changes from receive to receive
