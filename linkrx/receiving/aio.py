@@ -3,12 +3,82 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from contextvars import Context
+from typing import TYPE_CHECKING, Self
 
+from linkrx import _core
 from linkrx.errors import Busy
 
 if TYPE_CHECKING:
-    from linkrx.receiving.reception import Reception
+    from linkrx.packets import Packet
+    from linkrx.receiving.dispatcher import Dispatcher
+
+
+class Waiter:
+    """What one task waits for: as much of asyncio.Future as asyncio.Task uses.
+
+    A Future has its loop call the task in the loop's next turn, and a turn costs as much as the packet: one more
+    epoll_wait(2). The event loop calls `Reader._receive` while no task runs, so there the task may go on at once.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_call", "_context", "_dispatcher", "_loop", "_result", "armed")
+
+    def __init__(self, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop) -> None:
+        self._dispatcher = dispatcher
+        self._loop = loop
+        self.armed = False
+        self._asyncio_future_blocking = False
+        self._call: Callable[[Waiter], object] | None = None
+        self._context: Context | None = None
+        self._result: bool | BaseException | None = None  # None: not done
+
+    def __await__(self) -> Generator[Waiter, None, bool]:
+        self._asyncio_future_blocking = True
+        yield self
+        return self.result()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Its event loop."""
+        return self._loop
+
+    def add_done_callback(self, call: Callable[[Waiter], object], *, context: Context | None = None) -> None:
+        """The task says how it is woken."""
+        self._call, self._context = call, context
+
+    def done(self) -> bool:
+        """Whether the task was or will be woken."""
+        return self._result is not None
+
+    def result(self) -> bool:
+        """What the task gets."""
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return bool(self._result)
+
+    def cancel(self, msg: object = None) -> bool:
+        """The task is being cancelled."""
+        if self.done():
+            return False
+        self.settle(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
+        self._dispatcher._stop_waiting()
+        return True
+
+    def settle(self, result: bool | BaseException) -> None:
+        """Wake the task in the loop's next turn."""
+        self._result = result
+        if self._call is not None:
+            self._loop.call_soon(self._call, self, context=self._context)
+
+    def settle_at_once(self, result: bool | BaseException) -> None:
+        """Wake the task now. Only for what the loop calls: no other task may be running."""
+        self._result = result
+        if self._call is not None and self._context is not None:
+            self._context.run(self._call, self)
+
+
+if not TYPE_CHECKING and _core.types is not None:
+    Waiter = _core.types.Waiter
 
 
 class Reader:
@@ -19,69 +89,79 @@ class Reader:
     nobody waits, it takes itself out, for packets that nobody fetches would call it in every turn of the loop.
     """
 
-    def __init__(self, dispatcher: Reception) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         """Made in the running loop."""
         self._dispatcher = dispatcher
         self._fd = dispatcher._wakeup.fileno()
-        self._loop = asyncio.get_running_loop()
-        self._registered = False
-        self._waiter: asyncio.Future[bool] | None = None
+        self.loop = asyncio.get_running_loop()
+        self._held_back = dispatcher.held_back
+        self._registered: Waiter | None = None  # for whom
+        self._waiter: Waiter | None = None
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
         try:
-            return asyncio.get_running_loop() is self._loop
+            return asyncio.get_running_loop() is self.loop
         except RuntimeError:  # none runs here
             return False
 
     def check_free(self) -> None:
         """Raise Busy if a task of its loop waits."""
-        if self._waiter is not None and not self._loop.is_closed():
+        if self._waiter is not None and not self.loop.is_closed():
             raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
         self._unregister()
 
+    def begin(self, waiter: Waiter) -> None:
+        """`waiter` is settled when packets wait in the dispatcher, or it is over. Raises Busy where another one waits."""
+        before = self._waiter
+        if before is not None and not before.done():
+            raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
+        if before is not None:
+            before.armed = False
+        self._waiter = waiter
+        # Back to the event loop before every batch, even under a flood: other tasks want to run.
+        if self._dispatcher._has_something:
+            self.loop.call_soon(self.ready)
+        else:
+            self._register(waiter)
+            waiter.armed = True
+
     async def wait(self, timeout: float | None) -> bool:
         """Until packets wait in the dispatcher, or it is over. False after `timeout` seconds without."""
-        dispatcher, loop = self._dispatcher, self._loop
-        if self._waiter is not None:
-            raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
-        waiter: asyncio.Future[bool] = loop.create_future()
-        self._waiter = waiter
-        timer = None
+        waiter = Waiter(self._dispatcher, self.loop)
+        self.begin(waiter)
+        timer = None if timeout is None else self.loop.call_later(timeout, self._settle, False)
         try:
-            # Back to the event loop before every batch, even under a flood: other tasks want to run.
-            if dispatcher._has_something:
-                loop.call_soon(self._ready)
-            else:
-                self._register()
-            if timeout is not None:
-                timer = loop.call_later(timeout, self._settle, False)
             return await waiter
         finally:
             self._waiter = None
             if timer is not None:
                 timer.cancel()
-            if waiter.cancelled():
-                self._unregister()
 
-    def _register(self) -> None:
-        if not self._registered:
+    def leave(self) -> None:
+        """The task that waited was cancelled: the event loop need not look any more."""
+        self._unregister()
+
+    def _register(self, waiter: Waiter) -> None:
+        if self._registered is not waiter:
             self._dispatcher._looped = True
             self._dispatcher._listen()
-            self._loop.add_reader(self._fd, self._ready)
-            self._registered = True
+            # In C, where the waiter is: no function in Python is called for a packet. No epoll_ctl(2) where another one was.
+            self.loop.add_reader(self._fd, getattr(waiter, "ready", self.ready))
+            self._registered = waiter
 
     def _settle(self, found: bool) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(found)
+            self._waiter.settle(found)
 
-    def _ready(self) -> None:
+    def ready(self) -> None:
+        """For the loop to call when the dispatcher is readable."""
         waiter = self._waiter
         if waiter is None or waiter.done():
             self._unregister()
-        elif self._dispatcher.held_back:  # until then more may have come, and the loop need not be told again
+        elif self._held_back:  # until then more may have come, and the loop need not be told again
             self._unregister()
-            self._loop.call_later(self._dispatcher.held_back, self._receive)
+            self.loop.call_later(self._held_back, self._receive)
         else:
             self._receive()
 
@@ -89,28 +169,64 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
+        found: bool | BaseException = True
         try:
-            if self._dispatcher._poll():
-                waiter.set_result(True)
-            else:
-                self._register()
+            if not self._dispatcher._poll():
+                self._register(waiter)
+                return
         except BaseException as error:
-            waiter.set_exception(error)
+            found = error
+        waiter.settle_at_once(found)
 
     def _unregister(self) -> None:
-        if self._registered:
-            self._registered = False
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._fd)
+        if self._waiter is not None:
+            self._waiter.armed = False
+        if self._registered is not None:
+            self._registered = None
+            if not self.loop.is_closed():
+                self.loop.remove_reader(self._fd)
 
     def close(self) -> None:
         """Take it out, and let its task go on: it finds the dispatcher closed. Raises Busy in another thread."""
-        if not self._loop.is_closed() and self._loop.is_running() and not self.is_here():
+        if not self.loop.is_closed() and self.loop.is_running() and not self.is_here():
             if self._waiter is not None:
                 raise Busy(
                     "close() while a task of another thread's event loop waits: call stop() and let it end first"
                 )
-            self._loop.call_soon_threadsafe(self._loop.remove_reader, self._fd)
-            self._registered = False
+            self.loop.call_soon_threadsafe(self.loop.remove_reader, self._fd)
+            self._registered = None
         self._unregister()
         self._settle(found=False)
+
+
+class PlainAsyncPackets:
+    """What `async for` over a dispatcher goes through, in Python."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Packet:
+        dispatcher = self._dispatcher
+        while True:
+            packet = dispatcher._take()
+            if packet is not None:
+                return packet
+            if dispatcher.end is not None and dispatcher._over():
+                raise StopAsyncIteration
+            await dispatcher._reader_here().wait(None)
+
+
+if not TYPE_CHECKING and _core.types is not None:
+    PlainAsyncPackets = _core.types.AsyncPackets
+
+
+class AsyncPackets(PlainAsyncPackets):
+    """What `async for` over a dispatcher goes through: in C where there is the core."""
+
+    __slots__ = ()
+
+    async def aclose(self) -> None:
+        """Nothing to do; for those who close what they iterate over, as contextlib.aclosing() does."""

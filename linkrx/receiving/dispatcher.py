@@ -115,7 +115,7 @@ class Dispatcher(Reception):
 
     def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
-        return AsyncPackets(self)
+        return aio.AsyncPackets(self)
 
     def _reader_here(self) -> aio.Reader:
         """What waits in the event loop that runs in this thread."""
@@ -126,6 +126,24 @@ class Dispatcher(Reception):
                 reader.check_free()
             reader = self._reader = aio.Reader(self)
         return reader
+
+    def _begin_waiting(self, waiter: aio.Waiter | None) -> aio.Waiter:
+        """`waiter`, or a new one where it is of another event loop, waits for packets from now on."""
+        reader = self._reader_here()
+        if waiter is None or waiter.get_loop() is not reader.loop:
+            waiter = aio.Waiter(self, reader.loop)
+        reader.begin(waiter)
+        return waiter
+
+    def _ready(self) -> None:
+        """The event loop finds it readable."""
+        if self._reader is not None:
+            self._reader.ready()
+
+    def _stop_waiting(self) -> None:
+        """The task that waited was cancelled."""
+        if self._reader is not None:
+            self._reader.leave()
 
     # Ways to end.
 
@@ -209,29 +227,6 @@ class Dispatcher(Reception):
         if not self._forked:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         self.close()
-
-
-class AsyncPackets:
-    """What `async for` over a dispatcher goes through."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-
-    def __aiter__(self) -> AsyncPackets:
-        return self
-
-    async def aclose(self) -> None:
-        """Nothing to do; for those who close what they iterate over, as contextlib.aclosing() does."""
-
-    async def __anext__(self) -> Packet:
-        dispatcher = self._dispatcher
-        while True:
-            packet = dispatcher._take()
-            if packet is not None:
-                return packet
-            if dispatcher.end is not None and dispatcher._over():
-                raise StopAsyncIteration
-            await dispatcher._reader_here().wait(None)
 
 
 class Batches:

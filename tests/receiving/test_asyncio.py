@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import linkrx
+from linkrx.receiving import aio
 from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import running, until
 
@@ -110,7 +111,7 @@ def test_bounded_work_per_wake_up(run: Run, ends: tuple[socket.socket, socket.so
                 if received == 200:
                     break
             await task
-            assert turns >= 20
+            assert turns >= 19  # between twenty batches
 
     run(work())
 
@@ -218,3 +219,166 @@ def test_close_from_outside_a_running_loop_is_refused(
             with pytest.raises(linkrx.Busy, match=r"stop\(\)"):
                 rx.close()
             rx.stop()
+
+
+def test_a_packet_that_is_waited_for_in_vain(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+    """wait_for(anext(packets)) that runs out, again and again, loses nothing of what comes afterwards, and leaves no reader."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver) as rx:
+            packets = aiter(rx)
+            for number in range(10):
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(anext(packets), 0.001)
+                assert asyncio.get_running_loop().remove_reader(rx.fileno()) is not True
+                sender.send(HEADER + bytes([number]))
+                assert (await asyncio.wait_for(anext(packets), 10)).data[0] == number
+
+    run(work())
+
+
+def test_cancelled_in_the_turn_in_which_it_would_go_on(
+    run: Run, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    """A task that is cancelled while packets wait already is cancelled, and the next one gets them all, in order."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver, batch_size=2) as rx:
+            for number in range(6):
+                sender.send(HEADER + bytes([number]))
+
+            async def consume() -> None:
+                await anext(aiter(rx))
+                got.append(0)
+                raise AssertionError("it was cancelled")
+
+            got: list[int] = []
+            task = asyncio.ensure_future(consume())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not got
+            async for packet in rx:
+                got.append(packet.data[0])
+                if len(got) == 6:
+                    break
+            assert got == list(range(6))
+
+    run(work())
+
+
+def test_an_error_reaches_the_task_that_waits(
+    run: Run, ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong in a receive that the event loop makes is raised in the task, which may go on afterwards."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver, backend="os_readv") as rx:
+            packets = aiter(rx)
+            task = asyncio.ensure_future(anext(packets))
+            await asyncio.sleep(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(rx._mechanism, "fill", lambda *_: 1 // 0)
+                sender.send(HEADER + b"\x07")
+                with pytest.raises(ZeroDivisionError):
+                    await task
+            assert (await anext(packets)).data[0] == 7
+
+    run(work())
+
+
+def test_an_iterator_in_another_event_loop(ends: tuple[socket.socket, socket.socket]) -> None:
+    """An asynchronous iterator that was used in one event loop goes on in the next one."""
+    receiver, sender = ends
+    with linkrx.open(receiver) as rx:
+        packets = aiter(rx)
+
+        async def one() -> int:
+            task = asyncio.ensure_future(anext(packets))
+            await asyncio.sleep(0)
+            sender.send(HEADER + b"\x07")
+            return (await task).data[0]
+
+        assert [asyncio.run(one()) for _ in range(3)] == [7, 7, 7]
+
+
+def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -> None:
+    """What is for asyncio alone may be called by anybody in any order: it says so, or does nothing."""
+    with linkrx.open(ends[0]) as rx:
+        packets: Any = aiter(rx)
+        for wrong in (3, None, object()):
+            with pytest.raises((TypeError, AttributeError)):
+                type(packets)(wrong).__anext__().__await__().send(None)
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            packets.__anext__().__await__().__next__()
+        loop: Any = asyncio.new_event_loop()
+        waiter: Any = aio.Waiter(rx, loop)
+        assert waiter.get_loop() is loop
+        assert not waiter.done()
+        waiter.settle_at_once(True)
+        assert waiter.done()
+        assert waiter.result() is True
+        assert not waiter.cancel()
+        waiter.add_done_callback(lambda _: None)
+        waiter.settle(False)
+        assert waiter.result() is False
+        waiter.settle_at_once(ValueError("mine"))
+        with pytest.raises(ValueError, match="mine"):
+            waiter.result()
+        if aio.Waiter.__module__ != aio.__name__:
+            for wrong in (3, None, ValueError):
+                with pytest.raises(TypeError, match="with a bool or an exception"):
+                    waiter.settle(wrong)
+            waiter.ready()
+            with pytest.raises(KeyError):
+                packets.throw(KeyError("thrown"))
+            packets.close()
+        loop.close()
+        ends[1].send(HEADER + b"\x07")
+        while not rx._poll():
+            pass
+        with pytest.raises(StopIteration) as told:
+            next(iter(packets.__anext__().__await__()))
+        assert told.value.value.data[0] == 7
+
+
+def test_a_second_task_on_the_same_iterator(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+    """While one task waits at an iterator, another at the same one gets Busy, and the first one gets the packet."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver) as rx:
+            packets = aiter(rx)
+            first = asyncio.ensure_future(anext(packets))
+            await asyncio.sleep(0)
+            with pytest.raises(linkrx.Busy):
+                await anext(packets)
+            sender.send(HEADER + b"\x07")
+            assert (await first).data[0] == 7
+
+    run(work())
+
+
+def test_thrown_out_while_it_waits(ends: tuple[socket.socket, socket.socket]) -> None:
+    """A coroutine that is closed, or gets an exception, while it waits leaves the dispatcher to the next one."""
+    with linkrx.open(ends[0]) as rx:
+        packets = aiter(rx)
+
+        async def one() -> bytes:
+            return bytes((await anext(packets)).data)
+
+        async def work() -> None:
+            closed, thrown = one(), one()
+            closed.send(None)
+            closed.close()
+            thrown.send(None)
+            with pytest.raises(KeyError):
+                thrown.throw(KeyError("thrown"))
+            ends[1].send(HEADER + b"\x07")
+            assert await one() == b"\x07"
+
+        asyncio.run(work())

@@ -48,8 +48,11 @@ static int execute(PyObject *module)
     state->batch_type = add_type(module, &lrx_batch_spec);
     state->batch_iterator_type = add_type(module, &lrx_batch_iterator_spec);
     state->receiver_type = add_type(module, &lrx_receiver_spec);
+    state->waiter_type = add_type(module, &lrx_waiter_spec);
+    state->async_packets_type = add_type(module, &lrx_async_packets_spec);
     if (!state->owner_type || !state->table_type || !state->packet_type || !state->batch_type ||
-        !state->batch_iterator_type || !state->receiver_type)
+        !state->batch_iterator_type || !state->receiver_type || !state->waiter_type ||
+        !state->async_packets_type)
         return -1;
     return PyModule_AddStringConstant(module, "SOURCES", LRX_SOURCES);
 }
@@ -64,6 +67,8 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT((PyObject *)state->batch_type);
     Py_VISIT((PyObject *)state->batch_iterator_type);
     Py_VISIT((PyObject *)state->receiver_type);
+    Py_VISIT((PyObject *)state->waiter_type);
+    Py_VISIT((PyObject *)state->async_packets_type);
     Py_VISIT(state->headers);
     return 0;
 }
@@ -78,6 +83,8 @@ static int clear(PyObject *module)
     Py_CLEAR(state->batch_type);
     Py_CLEAR(state->batch_iterator_type);
     Py_CLEAR(state->receiver_type);
+    Py_CLEAR(state->waiter_type);
+    Py_CLEAR(state->async_packets_type);
     Py_CLEAR(state->headers);
     return 0;
 }

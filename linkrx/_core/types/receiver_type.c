@@ -208,21 +208,31 @@ static PyObject *receiver_count(PyObject *self, void *offset)
 
 /* Making one. */
 
+/* NULL where it is no type of receivers. A subclass has no module state: that is the base's. */
+static State *state_of(PyTypeObject *type)
+{
+    for (PyTypeObject *base = type; base; base = PyType_GetSlot(base, Py_tp_base)) {
+        State *state = PyType_GetFlags(base) & Py_TPFLAGS_HEAPTYPE ? PyType_GetModuleState(base) : NULL;
+
+        if (state && state->receiver_type == base)
+            return state;
+        PyErr_Clear();
+    }
+    return NULL;
+}
+
+bool lrx_is_receiver(PyObject *o)
+{
+    return state_of(Py_TYPE(o)) != NULL;
+}
+
 static PyObject *receiver_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    State *state = NULL;
+    State *state = state_of(type);
     Receiver *r;
 
     (void)args, (void)keywords;
-    /* A subclass has no module state: that is the base's. */
-    for (PyTypeObject *base = type; base && !state; base = PyType_GetSlot(base, Py_tp_base)) {
-        state = PyType_GetModuleState(base);
-        if (!state || state->receiver_type != base) {
-            PyErr_Clear();
-            state = NULL;
-        }
-    }
     r = state ? (Receiver *)allocate(type, 0) : NULL;
     if (!state)
         PyErr_SetString(PyExc_TypeError, "no subclass of linkrx's Receiver");

@@ -31,6 +31,8 @@ struct State {
     PyTypeObject *batch_iterator_type;
     PyTypeObject *packet_type;
     PyTypeObject *receiver_type;
+    PyTypeObject *waiter_type;
+    PyTypeObject *async_packets_type;
     /* The module linkrx.packets.headers, once it was asked for: what is rare is written there, in Python. */
     PyObject *headers;
     /* Which process this is, in a page that is wiped in a forked child: 0 there until something is opened. NULL where the
@@ -313,6 +315,28 @@ PyObject *lrx_receiver_iterate(PyObject *self);
 
 /* receiver_type.c */
 extern PyType_Spec lrx_receiver_spec;
+bool lrx_is_receiver(PyObject *o);
+
+/* What a task of an event loop waits for. */
+typedef struct {
+    PyObject_HEAD
+    Receiver *receiver;
+    PyObject *loop;
+    PyObject *call;    /* how the task is woken, and in which context; NULL once it is */
+    PyObject *context;
+    PyObject *failure; /* what result() raises */
+    PyObject *run;     /* the string */
+    char blocking;     /* asyncio's word for: a task awaits this, and has not been told of it yet */
+    char armed;        /* the reader is registered, and will settle this one */
+    bool done;         /* nobody waits, or who waits was or will be woken */
+    bool found;        /* what result() gives: whether packets came */
+} Waiter;
+
+/* waiter.c */
+extern PyType_Spec lrx_waiter_spec;
+
+/* async_packets.c */
+extern PyType_Spec lrx_async_packets_spec;
 
 static inline void lrx_free(PyObject *self)
 {

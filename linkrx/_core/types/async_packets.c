@@ -1,0 +1,209 @@
+/* `async for packet in rx`: the asynchronous iterator, which is at once what it gives to await. */
+#include "types.h"
+
+typedef struct {
+    PyObject_HEAD
+    Receiver *receiver;
+    Waiter *waiter;          /* once something was waited for */
+    PyObject *running_loop;  /* asyncio.get_running_loop */
+} AsyncPackets;
+
+static PyObject *packets_new(PyTypeObject *type, PyObject *args, PyObject *names)
+{
+    static char *keywords[] = {"dispatcher", NULL};
+    PyObject *receiver, *asyncio;
+    AsyncPackets *a;
+
+    if (!PyArg_ParseTupleAndKeywords(args, names, "O", keywords, &receiver))
+        return NULL;
+    if (!lrx_is_receiver(receiver)) {
+        PyErr_SetString(PyExc_TypeError, "give a dispatcher");
+        return NULL;
+    }
+    asyncio = PyImport_ImportModule("asyncio");
+    a = asyncio ? (AsyncPackets *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0) : NULL;
+    if (a) {
+        Py_INCREF(receiver);
+        a->receiver = (Receiver *)receiver;
+        a->running_loop = PyObject_GetAttrString(asyncio, "get_running_loop");
+        if (!a->running_loop) {
+            Py_DECREF((PyObject *)a);
+            a = NULL;
+        }
+    }
+    Py_XDECREF(asyncio);
+    return (PyObject *)a;
+}
+
+static int packets_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    AsyncPackets *a = (AsyncPackets *)self;
+
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    Py_VISIT((PyObject *)a->receiver);
+    Py_VISIT((PyObject *)a->waiter);
+    Py_VISIT(a->running_loop);
+    return 0;
+}
+
+static int packets_clear(PyObject *self)
+{
+    Py_CLEAR(((AsyncPackets *)self)->waiter);
+    return 0; /* the rest stays, for every method uses it, and none of it refers to an iterator */
+}
+
+static void packets_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    AsyncPackets *a = (AsyncPackets *)self;
+
+    PyObject_GC_UnTrack(self);
+    Py_XDECREF((PyObject *)a->waiter);
+    Py_XDECREF((PyObject *)a->receiver);
+    Py_XDECREF(a->running_loop);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *packets_self(PyObject *self)
+{
+    Py_INCREF(self);
+    return self;
+}
+
+/* The waiter, which the reader settles when packets wait, or it is over. */
+static Waiter *begin_waiting(AsyncPackets *a)
+{
+    PyObject *loop = PyObject_CallObject(a->running_loop, NULL), *began;
+    Waiter *w = a->waiter;
+    bool as_before;
+
+    if (!loop)
+        return NULL;
+    as_before = w && w->loop == loop && w->armed && w->done && !lrx_has_something(a->receiver);
+    Py_DECREF(loop);
+    if (!as_before) {
+        /* Raises Busy where a task waits already. */
+        began = PyObject_CallMethod((PyObject *)a->receiver, "_begin_waiting", "O", w ? (PyObject *)w : Py_None);
+        if (!began)
+            return NULL;
+        if (Py_TYPE(began) != a->receiver->state->waiter_type) {
+            Py_DECREF(began);
+            PyErr_SetString(PyExc_TypeError, "_begin_waiting() gives a Waiter");
+            return NULL;
+        }
+        w = a->waiter;
+        a->waiter = (Waiter *)began;
+        Py_XDECREF((PyObject *)w);
+    }
+    Py_CLEAR(a->waiter->failure);
+    a->waiter->done = false;
+    a->waiter->blocking = 1;
+    return a->waiter;
+}
+
+/* A packet that waits here, StopAsyncIteration, or what the task waits for. */
+static PySendResult packets_send(PyObject *self, PyObject *unused, PyObject **result)
+{
+    AsyncPackets *a = (AsyncPackets *)self;
+    Receiver *r = a->receiver;
+    PyObject *packet = lrx_receiver_take((PyObject *)r, NULL);
+    Waiter *w;
+
+    (void)unused;
+    *result = NULL;
+    if (!packet)
+        return PYGEN_ERROR;
+    if (packet != Py_None) {
+        *result = packet;
+        return PYGEN_RETURN;
+    }
+    Py_DECREF(packet);
+    if (r->ended || r->stopping || r->end_follows) {
+        const int over = lrx_ask(r, "_over");
+
+        if (over > 0)
+            PyErr_SetNone(PyExc_StopAsyncIteration);
+        if (over)
+            return PYGEN_ERROR;
+    }
+    w = begin_waiting(a);
+    if (!w)
+        return PYGEN_ERROR;
+    *result = packets_self((PyObject *)w);
+    return PYGEN_NEXT;
+}
+
+static PyObject *packets_next(PyObject *self)
+{
+    PyObject *result;
+
+    switch (packets_send(self, Py_None, &result)) {
+    case PYGEN_NEXT:
+        return result;
+    case PYGEN_RETURN:
+        PyErr_SetObject(PyExc_StopIteration, result); /* a packet is neither a tuple nor an exception */
+        Py_DECREF(result);
+        return NULL;
+    default:
+        return NULL;
+    }
+}
+
+/* A coroutine that waits here is thrown out: nobody waits any more. */
+
+static PyObject *packets_close(PyObject *self, PyObject *unused)
+{
+    AsyncPackets *a = (AsyncPackets *)self;
+
+    (void)unused;
+    if (a->waiter)
+        a->waiter->done = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *packets_throw(PyObject *self, PyObject *args)
+{
+    PyObject *type, *value = NULL, *trace = NULL;
+
+    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &trace))
+        return NULL;
+    Py_DECREF(packets_close(self, NULL));
+    if (PyExceptionInstance_Check(type))
+        PyErr_SetObject((PyObject *)Py_TYPE(type), type);
+    else if (PyExceptionClass_Check(type))
+        PyErr_SetObject(type, value);
+    else
+        PyErr_SetString(PyExc_TypeError, "throw() takes an exception");
+    return NULL;
+}
+
+static PyMethodDef packets_methods[] = {
+    {"close", packets_close, METH_NOARGS, "close($self, /)\n--\n\nThe coroutine that waits is closed."},
+    {"throw", packets_throw, METH_VARARGS,
+     "throw($self, type, value=None, trace=None, /)\n--\n\nThe coroutine that waits gets an exception."},
+    {0},
+};
+
+static PyType_Slot packets_slots[] = {
+    {Py_tp_doc, "AsyncPackets(dispatcher)\n--\n\nWhat `async for` over a dispatcher goes through."},
+    {Py_tp_new, packets_new},
+    {Py_tp_dealloc, packets_dealloc},
+    {Py_tp_traverse, packets_traverse},
+    {Py_tp_clear, packets_clear},
+    {Py_tp_methods, packets_methods},
+    {Py_am_aiter, packets_self},
+    {Py_am_anext, packets_self},
+    {Py_am_await, packets_self},
+    {Py_am_send, packets_send},
+    {Py_tp_iter, packets_self},
+    {Py_tp_iternext, packets_next},
+    {0, NULL},
+};
+
+PyType_Spec lrx_async_packets_spec = {
+    .name = "linkrx._core._types.AsyncPackets",
+    .basicsize = sizeof(AsyncPackets),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = packets_slots,
+};

@@ -1,0 +1,317 @@
+/* What a task of an event loop waits for until packets come.
+ *
+ * A task that awaits an asyncio.Future goes on in the event loop's next turn, and a turn costs as much as the packet: one more
+ * epoll_wait(2). The loop calls the reader while no task runs, so there the task may go on at once. This type has as much of a
+ * future as asyncio.Task uses, and no more: `_asyncio_future_blocking`, get_loop(), add_done_callback(), result(), cancel().
+ * linkrx/receiving/aio.py has the reader, and the same in Python. */
+#include "types.h"
+
+#include <stddef.h>
+#include <structmember.h>
+
+/* Takes the new reference. */
+static void replace(PyObject **slot, PyObject *value)
+{
+    PyObject *before = *slot;
+
+    *slot = value;
+    Py_XDECREF(before);
+}
+
+static PyObject *waiter_new(PyTypeObject *type, PyObject *args, PyObject *names)
+{
+    static char *keywords[] = {"dispatcher", "loop", NULL};
+    PyObject *receiver, *loop;
+    Waiter *w;
+
+    if (!PyArg_ParseTupleAndKeywords(args, names, "OO", keywords, &receiver, &loop))
+        return NULL;
+    if (!lrx_is_receiver(receiver)) {
+        PyErr_SetString(PyExc_TypeError, "give a dispatcher");
+        return NULL;
+    }
+    w = (Waiter *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!w)
+        return NULL;
+    Py_INCREF(receiver);
+    w->receiver = (Receiver *)receiver;
+    Py_INCREF(loop);
+    w->loop = loop;
+    w->run = PyUnicode_InternFromString("run");
+    if (!w->run) {
+        Py_DECREF((PyObject *)w);
+        return NULL;
+    }
+    return (PyObject *)w;
+}
+
+static int waiter_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Waiter *w = (Waiter *)self;
+
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    Py_VISIT((PyObject *)w->receiver);
+    Py_VISIT(w->loop);
+    Py_VISIT(w->call);
+    Py_VISIT(w->context);
+    Py_VISIT(w->failure);
+    return 0;
+}
+
+static int waiter_clear(PyObject *self)
+{
+    Waiter *w = (Waiter *)self;
+
+    Py_CLEAR(w->loop);
+    Py_CLEAR(w->call);
+    Py_CLEAR(w->context);
+    Py_CLEAR(w->failure);
+    return 0; /* the receiver stays: every method uses it, and it refers to no waiter */
+}
+
+static void waiter_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    PyObject_GC_UnTrack(self);
+    waiter_clear(self);
+    Py_XDECREF((PyObject *)((Waiter *)self)->receiver);
+    Py_XDECREF(((Waiter *)self)->run);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *waiter_self(PyObject *self)
+{
+    Py_INCREF(self);
+    return self;
+}
+
+static PyObject *waiter_result(PyObject *self, PyObject *unused)
+{
+    Waiter *w = (Waiter *)self;
+    PyObject *failure = w->failure;
+
+    (void)unused;
+    if (!failure)
+        return PyBool_FromLong(w->found);
+    w->failure = NULL;
+    PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
+    Py_DECREF(failure);
+    return NULL;
+}
+
+/* `await waiter`: the waiter, and when the task goes on its result. */
+static PySendResult waiter_send(PyObject *self, PyObject *unused, PyObject **result)
+{
+    Waiter *w = (Waiter *)self;
+
+    (void)unused;
+    if (!w->done) {
+        w->blocking = 1;
+        *result = waiter_self(self);
+        return PYGEN_NEXT;
+    }
+    *result = waiter_result(self, NULL);
+    return *result ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+static PyObject *waiter_next(PyObject *self)
+{
+    PyObject *result;
+
+    switch (waiter_send(self, Py_None, &result)) {
+    case PYGEN_NEXT:
+        return result;
+    case PYGEN_RETURN:
+        PyErr_SetObject(PyExc_StopIteration, result);
+        Py_DECREF(result);
+        return NULL;
+    default:
+        return NULL;
+    }
+}
+
+/* What asyncio.Task calls of a future. */
+
+static PyObject *waiter_get_loop(PyObject *self, PyObject *unused)
+{
+    PyObject *loop = ((Waiter *)self)->loop;
+
+    (void)unused;
+    if (!loop)
+        loop = Py_None;
+    Py_INCREF(loop);
+    return loop;
+}
+
+static PyObject *waiter_add_done_callback(PyObject *self, PyObject *args, PyObject *names)
+{
+    static char *keywords[] = {"call", "context", NULL};
+    Waiter *w = (Waiter *)self;
+    PyObject *call, *context = NULL;
+
+    if (!PyArg_ParseTupleAndKeywords(args, names, "O|$O", keywords, &call, &context))
+        return NULL;
+    Py_INCREF(call);
+    replace(&w->call, call);
+    Py_XINCREF(context);
+    replace(&w->context, context);
+    Py_RETURN_NONE;
+}
+
+static PyObject *waiter_done(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(((Waiter *)self)->done);
+}
+
+/* Wake the task: at once, or in the loop's next turn. `result` is a bool, or the exception that the task gets. */
+static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
+{
+    PyObject *call = w->call, *context = w->context, *answer = NULL, *self = (PyObject *)w;
+
+    if (PyBool_Check(result)) {
+        w->found = result == Py_True;
+    } else if (!PyExceptionInstance_Check(result)) {
+        PyErr_SetString(PyExc_TypeError, "a waiter is settled with a bool or an exception");
+        return NULL;
+    } else {
+        Py_INCREF(result);
+        replace(&w->failure, result);
+    }
+    w->done = true;
+    w->call = w->context = NULL;
+    if (!call || (!w->loop && !(at_once && context)))
+        answer = waiter_self(Py_None); /* nobody waits */
+    else if (at_once && context)
+        answer = PyObject_CallMethodObjArgs(context, w->run, call, self, NULL);
+    else {
+        PyObject *call_soon = PyObject_GetAttrString(w->loop, "call_soon");
+        PyObject *args = PyTuple_Pack(2, call, self);
+        PyObject *names = context ? Py_BuildValue("{sO}", "context", context) : PyDict_New();
+
+        if (call_soon && args && names)
+            answer = PyObject_Call(call_soon, args, names);
+        Py_XDECREF(call_soon);
+        Py_XDECREF(args);
+        Py_XDECREF(names);
+    }
+    Py_XDECREF(call);
+    Py_XDECREF(context);
+    if (!answer)
+        return NULL;
+    Py_DECREF(answer);
+    Py_RETURN_NONE;
+}
+
+static PyObject *waiter_settle(PyObject *self, PyObject *result)
+{
+    return settle((Waiter *)self, result, false);
+}
+
+static PyObject *waiter_settle_at_once(PyObject *self, PyObject *result)
+{
+    return settle((Waiter *)self, result, true);
+}
+
+/* What the loop calls when the dispatcher is readable: Reader._ready() without a function in Python. */
+static PyObject *waiter_ready(PyObject *self, PyObject *unused)
+{
+    Waiter *w = (Waiter *)self;
+    PyObject *found, *answer, *type, *trace;
+
+    (void)unused;
+    if (!w->armed || w->done || w->receiver->latency > 0)
+        return PyObject_CallMethod((PyObject *)w->receiver, "_ready", NULL);
+    found = lrx_receiver_poll((PyObject *)w->receiver, NULL);
+    if (found == Py_False)
+        return found;
+    if (!found) {
+        PyErr_Fetch(&type, &found, &trace);
+        PyErr_NormalizeException(&type, &found, &trace);
+        if (trace)
+            PyException_SetTraceback(found, trace);
+        Py_XDECREF(type);
+        Py_XDECREF(trace);
+    }
+    answer = settle(w, found, true);
+    Py_DECREF(found);
+    return answer;
+}
+
+static PyObject *waiter_cancel(PyObject *self, PyObject *args, PyObject *names)
+{
+    static char *keywords[] = {"msg", NULL};
+    Waiter *w = (Waiter *)self;
+    PyObject *message = Py_None, *asyncio, *cancelled, *answer;
+
+    if (!PyArg_ParseTupleAndKeywords(args, names, "|O", keywords, &message))
+        return NULL;
+    if (w->done)
+        Py_RETURN_FALSE;
+    asyncio = PyImport_ImportModule("asyncio");
+    if (!asyncio)
+        return NULL;
+    cancelled = PyObject_CallMethod(asyncio, "CancelledError", message == Py_None ? NULL : "(O)", message);
+    Py_DECREF(asyncio);
+    if (!cancelled)
+        return NULL;
+    answer = settle(w, cancelled, false);
+    Py_DECREF(cancelled);
+    if (!answer)
+        return NULL;
+    Py_DECREF(answer);
+    answer = PyObject_CallMethod((PyObject *)w->receiver, "_stop_waiting", NULL);
+    if (!answer)
+        return NULL;
+    Py_DECREF(answer);
+    Py_RETURN_TRUE;
+}
+
+#define CALLABLE(function) ((PyCFunction)(void (*)(void))(function))
+
+static PyMethodDef waiter_methods[] = {
+    {"get_loop", waiter_get_loop, METH_NOARGS, "get_loop($self, /)\n--\n\nThe event loop of the task that waits."},
+    {"add_done_callback", CALLABLE(waiter_add_done_callback), METH_VARARGS | METH_KEYWORDS,
+     "add_done_callback($self, /, call, *, context=None)\n--\n\nHow the task is woken."},
+    {"done", waiter_done, METH_NOARGS, "done($self, /)\n--\n\nWhether nobody waits, or who waits was or will be woken."},
+    {"result", waiter_result, METH_NOARGS, "result($self, /)\n--\n\nWhether packets came. Raises what the task gets instead."},
+    {"cancel", CALLABLE(waiter_cancel), METH_VARARGS | METH_KEYWORDS,
+     "cancel($self, /, msg=None)\n--\n\nThe task is being cancelled. False where none waits."},
+    {"ready", waiter_ready, METH_NOARGS,
+     "ready($self, /)\n--\n\nFor the loop to call when the dispatcher is readable."},
+    {"settle", waiter_settle, METH_O,
+     "settle($self, result, /)\n--\n\nWake the task in the loop's next turn, with a bool or an exception."},
+    {"settle_at_once", waiter_settle_at_once, METH_O,
+     "settle_at_once($self, result, /)\n--\n\nWake the task now. Only for what the loop calls: no other task may be running."},
+    {0},
+};
+
+static PyMemberDef waiter_members[] = {
+    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
+    {"armed", T_BOOL, offsetof(Waiter, armed), 0, "Whether the reader is registered, and will settle this one."},
+    {0},
+};
+
+static PyType_Slot waiter_slots[] = {
+    {Py_tp_doc, "Waiter(dispatcher, loop)\n--\n\nWhat a task of an event loop waits for until packets come."},
+    {Py_tp_new, waiter_new},
+    {Py_tp_dealloc, waiter_dealloc},
+    {Py_tp_traverse, waiter_traverse},
+    {Py_tp_clear, waiter_clear},
+    {Py_tp_methods, waiter_methods},
+    {Py_tp_members, waiter_members},
+    {Py_am_await, waiter_self},
+    {Py_am_send, waiter_send},
+    {Py_tp_iter, waiter_self},
+    {Py_tp_iternext, waiter_next},
+    {0, NULL},
+};
+
+PyType_Spec lrx_waiter_spec = {
+    .name = "linkrx._core._types.Waiter",
+    .basicsize = sizeof(Waiter),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = waiter_slots,
+};
