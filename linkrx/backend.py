@@ -71,6 +71,12 @@ class Mechanism(ABC):
     # A packet may be held back for Options.latency by the mechanism itself.
     holds_back = False
 
+    # A packet can be read so many seconds after it has come, at the latest.
+    readable_within = 0.0
+
+    # How many packets can wait in memory of the mechanism, for one that `has_queue`; 0: the source has the queue.
+    queue_limit = 0
+
     # Somebody still reads in memory of the mechanism, which could not be copied: close() must leave it.
     held_by_others = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from contextlib import closing
 from typing import Any
 
@@ -41,6 +42,14 @@ SHARE_IN_PLACE = 8
 LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as the kernel likes
 RETIRE_MOST = 2**31 - 1
 
+# The kernel looks at the open block once in a retire time, and closes it when nothing has closed it since the last look. Both
+# are counted in timer ticks, before Linux 6.18: rounded up, and one late.
+RETIRE_LOOKS = 2
+_CLOCK_MONOTONIC_COARSE = 6  # linux/time.h; its resolution is a tick
+
+# What the shortest frame takes in a ring: struct tpacket3_hdr, struct sockaddr_ll and an Ethernet header, aligned.
+FRAME_LEAST = 96
+
 
 class PacketMmap(CoreBackend):
     """The recommended choice for an interface by name."""
@@ -70,6 +79,9 @@ class PacketMmap(CoreBackend):
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
         self._state, self._blocks = _ring(receive)
+        self.readable_within = RETIRE_LOOKS * (
+            (receive.options.latency or LATENCY_LEAST) + 2 * time.clock_getres(_CLOCK_MONOTONIC_COARSE)
+        )
         try:
             if not receive.options.segment:
                 most = min(BLOCKS_IN_PLACE, self._blocks // SHARE_IN_PLACE)
@@ -85,6 +97,12 @@ class PacketMmap(CoreBackend):
         """From now on this member of a fanout group takes its share."""
         if self._joins:
             _core.lib.lrx_ring_start(self._state)
+
+    @property
+    def queue_limit(self) -> int:  # type: ignore[override]
+        """As many as the ring holds of the shortest."""
+        size: int = _core.lib.lrx_ring_size(self._state)
+        return size // FRAME_LEAST
 
     @property
     def held(self) -> int:

@@ -24,6 +24,7 @@ from linkrx.kernel.uapi import (
     IFLA_STATS64,
     IFLA_TUN_NUM_QUEUES,
     IFLA_TUN_PI,
+    IFLA_TXQLEN,
     NLA_TYPE_MASK,
     NLM_F_REQUEST,
     NLMSG_ERROR,
@@ -46,7 +47,7 @@ _TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
 class Link:
     """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
 
-    `super_packet` is the most that a packet has before it is split, or behind merging.
+    `super_packet` is the most that a packet has before it is split, or behind merging; `queue_length` is its txqueuelen.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Link:
     queues: int
     tx_dropped: int | None
     super_packet: int
+    queue_length: int | None
 
 
 class RouteSocket:
@@ -138,6 +140,7 @@ def _parse(message: bytes) -> Link:
         super_packet=max(
             struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
         ),
+        queue_length=struct.unpack("=I", found[IFLA_TXQLEN])[0] if IFLA_TXQLEN in found else None,
     )
 
 

@@ -15,7 +15,7 @@ from linkrx.backend import Backend
 from linkrx.choice import Choice
 from linkrx.packets import Batch, Deliver, Packet
 from linkrx.receiving import aio
-from linkrx.receiving.deadline import deadline_after, seconds_left
+from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.reception import Reception
 from linkrx.receiving.stats import End
 from linkrx.sources.capabilities import Capabilities
@@ -108,10 +108,14 @@ class Dispatcher(Reception):
 
     # Ways to receive, beside those of the receiver: dispatch, run, drain, recv, and iteration.
 
-    def batches(self, timeout: float | None = None) -> Batches:
-        """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet."""
+    def batches(self, timeout: float | None = None, *, duration: float | None = None) -> Batches:
+        """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet.
+
+        `duration` limits the whole: so many seconds after this call no further batch comes, under load as well. What waits
+        then is the next call's.
+        """
         self._check_open()
-        return Batches(self, timeout)
+        return Batches(self, timeout, duration)
 
     def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
@@ -147,13 +151,20 @@ class Dispatcher(Reception):
 
     # Ways to end.
 
-    def stop(self) -> None:
+    def stop(self, flush: bool = False) -> None:
         """End reception, from any thread, signal handler or `deliver`; any number of times, at any time.
 
         After it returns no further `deliver` starts, except that one already running in another thread finishes.
+
+        `flush`: what came before this call is handed over first, by whatever receives. Reception ends when the source was
+        empty once, or has given as many packets as its queue holds; so some that came later may be among them. A ring is
+        waited for, two retire periods at most. A stop without `flush` ends this at once.
         """
         if not self._forked:
-            self._stopping = True
+            if flush:
+                self._flushing = True
+            else:
+                self._stopping = True
             event = self._wakeup.event
             if event is not None:
                 event.set()
@@ -232,16 +243,17 @@ class Dispatcher(Reception):
 class Batches:
     """What `Dispatcher.batches` returns: an iterator of Batch, also an asynchronous one."""
 
-    def __init__(self, dispatcher: Dispatcher, timeout: float | None) -> None:
+    def __init__(self, dispatcher: Dispatcher, timeout: float | None, duration: float | None) -> None:
         self._dispatcher = dispatcher
         self._timeout = timeout
+        self._until = deadline_after(duration, "duration")
 
     def __iter__(self) -> Iterator[Batch]:
         # In C: on a way through Python the exception of a signal handler would cost the batch that is on its way out.
-        return iter(partial(self._dispatcher._next_batch, self._timeout), None)
+        return iter(partial(self._dispatcher._next_batch, self._timeout, self._until), None)
 
     def __next__(self) -> Batch:
-        batch = self._dispatcher._next_batch(self._timeout)
+        batch = self._dispatcher._next_batch(self._timeout, self._until)
         if batch is None:
             raise StopIteration
         return batch
@@ -252,11 +264,11 @@ class Batches:
     async def __anext__(self) -> Batch:
         dispatcher = self._dispatcher
         dispatcher._check_open()
-        deadline = deadline_after(self._timeout)
-        while not (dispatcher.end is not None and dispatcher._over()):
+        deadline = earlier(deadline_after(self._timeout), self._until)
+        while not (dispatcher.end is not None and dispatcher._over()) and seconds_left(self._until) != 0:
             if not await dispatcher._reader_here().wait(seconds_left(deadline)):
                 break
-            batch = dispatcher._next_batch(0)
+            batch = dispatcher._next_batch(0, self._until)
             if batch is not None:
                 return batch
         raise StopAsyncIteration

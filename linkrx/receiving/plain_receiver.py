@@ -7,6 +7,8 @@ exception of `deliver` costs nothing.
 
 from __future__ import annotations
 
+import math
+import select
 import threading
 import time
 from array import array
@@ -14,9 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
+from linkrx.memory.counters import EMPTY, MALFORMED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
-from linkrx.receiving.deadline import deadline_after, seconds_left
+from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.stats import End
 from linkrx.receiving.wakeup import Wakeup
 from linkrx.stages.classify import classifier
@@ -43,11 +46,12 @@ class Receiver:
     _incoming: list[Packet]  # what is being taken in
     _next = 0
     _deliver: Callable[..., object] | None
-    _stopping = _delivering = _closed = _leaving = False
+    _stopping = _flushing = _delivering = _closed = _leaving = False
     _end_follows = _ended = _link_down = _looking_away = False
     _polled = _looped = _shown = False
     _batches = _receives = _waits = _undelivered = _undelivered_bytes = _in_vain = 0
     _drops_due = 0.0
+    _flush_until: tuple[int, float] | None = None  # how many may have been received by then, and when
 
     # Of the subclass.
     _wakeup: Wakeup
@@ -58,6 +62,7 @@ class Receiver:
     _look_at_link: Callable[[], None]
     _look_at_drops: Callable[[], float]
     _listen: Callable[[], None]
+    _flush_limits: Callable[[], tuple[int, float]]
     _vain: Callable[[], None]
     _show: Callable[[], None]
     _refuse: Callable[[bool], NoReturn]
@@ -103,6 +108,7 @@ class Receiver:
         self._classify: Callable[[Any, int], None] = classifier(
             described, self._stripped, counters, interface=interface
         )
+        self._counters = counters
         self._deliver = deliver
         self._may_hang_up = may_hang_up
         self._latency = latency
@@ -173,6 +179,11 @@ class Receiver:
                 return "over"
             if self._left:
                 return "ready"
+            looked = time.monotonic()
+            most, flushed = self._flush_until or (self._begin_flush() if self._flushing else (0, math.inf))
+            if self._flushing and self._received >= most:
+                self._stopping = True
+                continue
             known_down = self._link_down and not self._report.error
             if self._receive():
                 self._in_vain = 0
@@ -182,6 +193,8 @@ class Receiver:
                 return "ready" if self._left else "nothing"
             if known_down:
                 self._look_at_link()
+            if looked >= flushed:  # it was empty once
+                self._stopping = True
             if self._ended or self._stopping or self._end_follows:
                 continue
             if timeout == 0:
@@ -192,7 +205,20 @@ class Receiver:
             left = seconds_left(deadline)
             if left == 0:
                 return "nothing"
+            if self._flushing:  # nobody waits for the event, which is set, but for the source
+                select.select([self._wakeup.source], [], [], min(REST, flushed - looked))
+                continue
             idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
+
+    @property
+    def _received(self) -> int:
+        """What was received so far, packets or not."""
+        return sum(self._counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED))
+
+    def _begin_flush(self) -> tuple[int, float]:
+        most, seconds = self._flush_limits()
+        self._flush_until = self._received + most, time.monotonic() + seconds
+        return self._flush_until
 
     def _wait(self, seconds: float, on_source: bool, deadline: float | None) -> bool:
         if self._shown:
@@ -260,6 +286,7 @@ class Receiver:
             or self._ended
             or self._end_follows
             or self._stopping
+            or self._flushing
             or any((report.count, report.classified, report.error, report.held))
         )
 
@@ -270,38 +297,61 @@ class Receiver:
 
         def step() -> bool:
             self._deliver_what_comes(timeout)
-            # While nobody else can come in: it may drop what waits.
-            return self._ended or (
-                (self._stopping or self._end_follows) and not self._closed and self._over()
-            )
+            return self._is_over()
 
         return not self._inside(step) and not self._closed
 
-    def run(self) -> End:
-        """`dispatch()` until it is over. Returns why."""
-        while self.dispatch():
-            pass
-        end: End = self.end
+    def _is_over(self) -> bool:
+        """While nobody else can come in: it may drop what waits."""
+        return self._ended or (
+            (self._stopping or self._end_follows) and not self._closed and bool(self._over())
+        )
+
+    def run(self, *, count: int | None = None, duration: float | None = None) -> End | None:
+        """`dispatch()` until it is over, or `count` packets were delivered, or `duration` seconds have passed.
+
+        Returns why it is over, or None where a limit was reached.
+        """
+        if count is not None and not isinstance(count, int):
+            raise TypeError(f"count={count!r}: give a number of packets, or None for no limit")
+        if count is not None and count < 1:
+            raise ValueError(f"count={count!r}: give a number of packets above 0, or None for no limit")
+        deadline = deadline_after(duration, "duration")
+
+        def step() -> tuple[int, bool]:
+            delivered = self._deliver_what_comes(seconds_left(deadline), count, deadline)
+            return delivered, self._is_over()
+
+        over = self._inside(lambda: False)  # where the time is up at once nobody else looks
+        while not over and count != 0 and seconds_left(deadline) != 0 and not self._closed:
+            delivered, over = self._inside(step)
+            if count is not None:
+                count -= delivered
+        end: End | None = self.end
         return end
 
     def drain(self) -> int:
         """Deliver at most one batch of what is there now, without waiting. Returns how many packets that was."""
         return self._inside(lambda: self._deliver_what_comes(0))
 
-    def _deliver_what_comes(self, timeout: float | None) -> int:
+    def _deliver_what_comes(
+        self, timeout: float | None, most: int | None = None, deadline: float | None = None
+    ) -> int:
         if self._deliver is None:
             self._without_deliver()
         delivered = 0
         if self._await(timeout) == "ready":
             self._delivering = True
             try:
-                while self._next < len(self._pending) and not self._stopping:
+                while self._next < len(self._pending) and not self._stopping and delivered != most:
                     packet = self._pending[self._next]
                     remote, local, protocol = packet.remote, packet.local, packet.protocol
                     # No signal handler runs between here and the first instruction of `deliver`: nothing is called.
                     self._next += 1
                     delivered += 1
                     self._deliver(remote, local, protocol, packet)
+                    if deadline is not None and time.monotonic() >= deadline:
+                        break
             finally:
                 self._delivering = False
         return delivered
@@ -336,8 +386,10 @@ class Receiver:
             raise StopIteration
         return packet
 
-    def _next_batch(self, timeout: float | None, /) -> Batch | None:
-        deadline = deadline_after(timeout)
+    def _next_batch(self, timeout: float | None, until: float | None, /) -> Batch | None:
+        deadline = earlier(deadline_after(timeout), until)
+        if seconds_left(until) == 0:
+            return None
 
         def step() -> Batch | None:
             while True:

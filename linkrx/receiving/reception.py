@@ -37,6 +37,11 @@ logger = logging.getLogger("linkrx")
 # For how long a source is left out of the poll set that says it is readable and has nothing to read.
 _REST = 0.01
 
+# How many packets a queue may hold whose length the kernel does not tell; and frames that a super-packet of 64 KiB may
+# stand for, with 512 bytes of payload in each.
+FLUSH_MOST = 1 << 17
+FLUSH_FRAMES = 128
+
 # What recv() raises behind each end: the errno that a socket would give.
 _ENDED = {End.STOPPED: errno.ESHUTDOWN, End.EOF: errno.ESHUTDOWN, End.LINK_GONE: errno.ENODEV}
 
@@ -251,6 +256,15 @@ class Reception(Receiver):
     def _is_cut_short(self) -> bool:
         """Whether an exception came between receiving packets and making a batch of them."""
         return self._report.count > 0 or self._report.classified > 0
+
+    def _flush_limits(self) -> tuple[int, float]:
+        """What may have come before a stop(flush=True): how many packets the queue holds, and after how many seconds the
+        last of them can be read.
+        """
+        mechanism = self._mechanism
+        frames = FLUSH_FRAMES if self._facts.options.segment else 1
+        queue = mechanism.queue_limit or self.source.queue_limit() or FLUSH_MOST
+        return (queue + self._descriptors.rows) * frames, mechanism.readable_within
 
     def _finish(self, end: End) -> None:
         # What the backend received and nobody classified: packets or not, they were not delivered.

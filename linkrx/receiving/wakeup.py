@@ -82,7 +82,7 @@ class Wakeup:
 
     def __init__(self, source: int) -> None:
         self.event: EventFd | None = EventFd()
-        self._source = source
+        self.source = source
         self.listening = True
         self._link_down = False
         self._epoll = _epoll()
@@ -103,7 +103,7 @@ class Wakeup:
     def wait(self, timeout: float | None) -> bool:
         """Sleep until something happens or the time is up. True if the source says it is readable."""
         bounded = None if timeout is None else min(timeout, _LONGEST_SLEEP)
-        return any(fd == self._source for fd, _ in self._epoll.poll(bounded))
+        return any(fd == self.source for fd, _ in self._epoll.poll(bounded))
 
     def rest(self, timeout: float) -> None:
         """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
@@ -116,14 +116,14 @@ class Wakeup:
         """For those who poll: be silent about such a source for `timeout` seconds."""
         if self.listening:
             self.listening = False  # first: `listen` takes it in again, also where it was not out yet
-            self._epoll.unregister(self._source)
+            self._epoll.unregister(self.source)
         self._timer.set(timeout)
 
     def listen(self) -> None:
         """Take the source in again after `look_away`."""
         if not self.listening:
             with suppress(FileExistsError):  # an exception came in between, there or here
-                self._epoll.register(self._source, select.EPOLLIN)
+                self._epoll.register(self.source, select.EPOLLIN)
             self._timer.set(RECHECK_SECONDS if self._link_down else None)
             self.listening = True
 

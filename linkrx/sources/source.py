@@ -18,6 +18,7 @@ from functools import partial
 from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions
+from linkrx.kernel.rtnetlink import Link
 from linkrx.kernel.uapi import (
     ETH_P_ALL,
     IFF_UP,
@@ -49,6 +50,11 @@ logger = logging.getLogger("linkrx")
 # Without more, a socket holds 256 frames of 64 bytes or 93 of 1514: bursts are lost without a word. 32 MiB hold
 # some 40,000 small frames. The kernel takes the memory only while frames are queued.
 RECEIVE_BUFFER = 32 * 1024 * 1024
+
+
+# A packet that waits in a socket takes more of SO_RCVBUF than this, be it ever so short: include/linux/skbuff.h
+# SKB_TRUESIZE, the sizes of struct sk_buff and struct skb_shared_info.
+PACKET_LEAST = 512
 
 
 class LinkState(Enum):
@@ -166,20 +172,33 @@ class Source:
 
     def _queue_drops(self) -> int | None:
         """What the device counted as tx_dropped, asked in its own namespace; the last answer once it is gone."""
+        link = self._queue_link()
+        if link:
+            self._queue_dropped = link.tx_dropped
+        return self._queue_dropped
+
+    def _queue_link(self) -> Link | None:
+        """The device of a TAP or TUN queue, asked in its own namespace; None once it is gone, and for other sources."""
         found = self.capabilities
         if found.kind not in ("tap", "tun") or found.ifindex is None:
             return None
         asked = route_socket_for(self.fd)
-        if asked is not None:
-            route, certain = asked
-            try:
-                link = route.link(index=found.ifindex)
-            finally:
-                route.close()
-            # Where the kernel does not say which namespace it is, only the same name proves the same device.
-            if link and (certain is not None or link.name == found.interface):
-                self._queue_dropped = link.tx_dropped
-        return self._queue_dropped
+        if asked is None:
+            return None
+        route, certain = asked
+        try:
+            link = route.link(index=found.ifindex)
+        finally:
+            route.close()
+        # Where the kernel does not say which namespace it is, only the same name proves the same device.
+        return link if link and (certain is not None or link.name == found.interface) else None
+
+    def queue_limit(self) -> int | None:
+        """How many packets can wait in the source's queue at the most; None where the kernel does not tell."""
+        if self.capabilities.kind in ("packet", "packet_cooked", "udp"):
+            return SocketOptions(self.fd).get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // PACKET_LEAST + 1
+        link = self._queue_link()
+        return link.queue_length if link else None
 
     @property
     def watched(self) -> bool:

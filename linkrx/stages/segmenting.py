@@ -83,6 +83,16 @@ class Segmenting(Mechanism):
         """What the backend holds, and what was received and is not all split yet: super-packets count as one."""
         return self._backend.held + self._segmenter.waiting
 
+    @property
+    def readable_within(self) -> float:  # type: ignore[override]
+        """The backend's."""
+        return self._backend.readable_within
+
+    @property
+    def queue_limit(self) -> int:  # type: ignore[override]
+        """The backend's."""
+        return self._backend.queue_limit
+
     def drops(self) -> int:
         """The backend's."""
         return self._backend.drops()

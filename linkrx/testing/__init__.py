@@ -16,7 +16,7 @@ Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter
 
 from __future__ import annotations
 
-from linkrx.testing import exceptions, lifetimes, links, packets, resources, stops
+from linkrx.testing import exceptions, lifetimes, limits, links, packets, resources, stops
 from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
 from linkrx.testing.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 
@@ -46,6 +46,10 @@ CHECKS: tuple[Check, ...] = (
     stops.check_stop_under_load,
     stops.check_stop_from_deliver,
     stops.check_closing,
+    limits.check_limits,
+    limits.check_flush,
+    limits.check_flush_in_a_wait,
+    limits.check_flush_under_load,
     exceptions.check_raising,
     exceptions.check_interrupted_wait,
     exceptions.check_interrupted_flood,

@@ -407,7 +407,7 @@ def test_receiving_within_deliver() -> None:
                 rx._take,
                 rx._poll,
                 lambda: next(rx),
-                lambda: rx._next_batch(0),
+                lambda: rx._next_batch(0, None),
             ):
                 with pytest.raises(linkrx.Busy):
                     receive()

@@ -65,6 +65,9 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
     with linkrx.open(source, call, backend="recvmmsg", **options) as rx:
         try:
             rx.run()
+            limited: linkrx.End | None = rx.run(count=10, duration=1.5)
+            print(limited, [len(batch) for batch in rx.batches(1, duration=0.5)])
+            rx.stop(flush=True)
             batches: linkrx.Batches = rx.batches()
             frames = [batch.memory[batch.starts[0] :] for batch in batches]
             print(frames, rx.recv(0.1), rx.drain(), rx.dispatch(1), rx.fileno())

@@ -156,7 +156,7 @@ class Hand:
 
     def take_batch(self) -> Any:
         """All that waits, or None."""
-        return self.rx._next_batch(0) if self.left else None
+        return self.rx._next_batch(0, None) if self.left else None
 
     def drop(self) -> None:
         """Give up what waits."""

@@ -91,14 +91,14 @@ static PyObject *call(const Receiver *r, const Neighbour *n, Packet *p)
 }
 
 /* The position moves on before each call, so what `deliver` raises costs no packet, and repeats none. */
-PyObject *lrx_deliver(Receiver *r)
+Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
 {
     Batch *b = r->pending;
     Py_ssize_t delivered = 0;
 
     Py_INCREF((PyObject *)b);
     r->delivering = true;
-    while (r->pending == b && !r->stopping) {
+    while (r->pending == b && !r->stopping && delivered < most) {
         Packet *p = lrx_packet_in(r->state, &r->delivered);
         const Neighbour *n;
         PyObject *result;
@@ -117,13 +117,15 @@ PyObject *lrx_deliver(Receiver *r)
         if (!result)
             break;
         Py_DECREF(result);
+        if (deadline && lrx_coarse_now() >= deadline)
+            break;
     }
     r->delivering = false;
     if (!r->pending)
         lrx_batch_give_up(b, &r->spare);
     else
         Py_DECREF((PyObject *)b);
-    return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(delivered);
+    return PyErr_Occurred() ? -1 : delivered;
 }
 
 Packet *lrx_next_packet(Receiver *r)

@@ -13,6 +13,8 @@
  *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
  *   _listen()            the source was left out of the poll set
  *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
+ *   _flush_limits()      stop(flush=True) was called: how many packets may wait in the source, and after how many seconds the
+ *                        last of them can be read
  * and, from receiver.c:
  *   _refuse(same_thread) somebody is inside, or it is closed: raises
  *   _left_by_all()       nobody is inside any more
@@ -58,7 +60,7 @@ int lrx_ask(Receiver *r, const char *word)
     return truth;
 }
 
-static int64_t coarse_now(void)
+int64_t lrx_coarse_now(void)
 {
     struct timespec t;
 
@@ -68,7 +70,7 @@ static int64_t coarse_now(void)
 
 void lrx_let_others_run(Receiver *r)
 {
-    const int64_t now = coarse_now();
+    const int64_t now = lrx_coarse_now();
 
     if (now - r->others_ran < TURN)
         return;
@@ -156,7 +158,7 @@ static enum outcome receive(Receiver *r, bool all)
 
 static int look_at_drops(Receiver *r)
 {
-    const int64_t now = coarse_now();
+    const int64_t now = lrx_coarse_now();
     PyObject *answer;
     double seconds;
 
@@ -254,6 +256,41 @@ static void learn_to_wait(Receiver *r, bool in_vain)
     r->eager_wait = r->eager_hold;
 }
 
+/* What was received so far, packets or not. */
+static uint64_t received(const Receiver *r)
+{
+    const uint64_t *counters = r->counters.buf;
+
+    return counters[LRX_PACKETS] + counters[LRX_RUNTS] + counters[LRX_EMPTY] + counters[LRX_UNKNOWN_PROTOCOL] +
+           counters[LRX_COUNT_MALFORMED];
+}
+
+static int begin_flush(Receiver *r)
+{
+    PyObject *answer = PyObject_CallMethod((PyObject *)r, "_flush_limits", NULL);
+    unsigned long long most;
+    double seconds;
+
+    if (!answer || !PyArg_ParseTuple(answer, "Kd", &most, &seconds)) {
+        Py_XDECREF(answer);
+        return -1;
+    }
+    Py_DECREF(answer);
+    r->flush_received = received(r) + most;
+    r->flush_until = lrx_now() + seconds;
+    r->flush_begun = true;
+    return 0;
+}
+
+/* While it flushes nobody waits for the event, which is set, but for the source. A stop() that does not flush ends this. */
+static int wait_for_the_rest(Receiver *r, double seconds)
+{
+    struct pollfd source = {.fd = r->source, .events = POLLIN};
+    const int ready = sleep_on(&source, 1, seconds < REST ? seconds : REST);
+
+    return PyErr_CheckSignals() < 0 ? -1 : ready;
+}
+
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
@@ -263,7 +300,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
     if (r->looking_away && lrx_ask(r, "_listen") < 0)
         return FAILED;
     for (;;) {
-        double left = SLICE;
+        double left = SLICE, looked = 0;
         int happened;
 
         if (PyErr_CheckSignals() < 0) /* under load nobody waits, and `deliver` may be written in C */
@@ -278,6 +315,16 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         }
         if (r->pending)
             return READY;
+        if (r->flushing) {
+            if (!r->flush_begun && begin_flush(r) < 0)
+                return FAILED;
+            if (received(r) >= r->flush_received) {
+                r->stopping = true;
+                continue;
+            }
+            reads = all = true;
+            looked = lrx_now();
+        }
         if (reads) {
             const bool known_down = r->link_down && !report_of(r)->error;
 
@@ -298,6 +345,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             }
             if (known_down && lrx_ask(r, "_look_at_link") < 0) /* not when it is told only now: that comes before what was queued */
                 return FAILED;
+            if (looked && looked >= r->flush_until) /* it was empty once */
+                r->stopping = true;
             if (r->ended || r->stopping || r->end_follows)
                 continue;
             if (timeout == 0) {
@@ -321,7 +370,9 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         if (r->shown) /* nothing waits here now: the event must not end this wait at once */
             lrx_show(r);
         r->waits += !resumed; /* after a signal, or a slice, it is the same wait */
-        if (idle < IDLE_WAKES)
+        if (looked)
+            happened = wait_for_the_rest(r, left < r->flush_until - looked ? left : r->flush_until - looked) < 0 ? -1 : 0;
+        else if (idle < IDLE_WAKES)
             happened = wait(r, left);
         else
             happened = rest(r, left < REST ? left : REST) < 0 ? -1 : 0;

@@ -33,7 +33,7 @@ bool lrx_has_something(const Receiver *r)
 
     if (!r->prepared)
         return false;
-    return r->pending || r->ended || r->end_follows || r->stopping || report->count || report->classified ||
+    return r->pending || r->ended || r->end_follows || r->stopping || r->flushing || report->count || report->classified ||
            report->error || report->held;
 }
 
@@ -77,15 +77,15 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
     return result;
 }
 
-/* Seconds; less than 0 for None, which waits for ever. NAN and an exception for what is no timeout. */
-static double seconds_of(PyObject *timeout)
+/* Seconds; less than 0 for None, which waits for ever. NAN and an exception for what is no time. */
+static double seconds_of(const char *name, PyObject *timeout)
 {
     double seconds;
 
     if (!timeout || timeout == Py_None)
         return -1;
     if (!PyFloat_Check(timeout) && !PyLong_Check(timeout)) {
-        PyErr_Format(PyExc_TypeError, "timeout=%R: give seconds, or None to wait for ever", timeout);
+        PyErr_Format(PyExc_TypeError, "%s=%R: give seconds, or None for no limit", name, timeout);
         return NAN;
     }
     seconds = PyFloat_AsDouble(timeout);
@@ -94,7 +94,7 @@ static double seconds_of(PyObject *timeout)
     else if (seconds >= 0)
         return seconds < 1e9 ? seconds : 1e9;
     if (!PyErr_Occurred())
-        PyErr_Format(PyExc_ValueError, "timeout=%R: give seconds, or None to wait for ever", timeout);
+        PyErr_Format(PyExc_ValueError, "%s=%R: give seconds, or None for no limit", name, timeout);
     return NAN;
 }
 
@@ -111,84 +111,140 @@ static double timeout_of(PyObject *const *args, Py_ssize_t count, PyObject *name
         PyErr_Format(PyExc_TypeError, "there is no argument %R, only timeout", PyTuple_GetItem(names, 0));
         return NAN;
     }
-    return seconds_of(count + named ? args[0] : NULL);
+    return seconds_of("timeout", count + named ? args[0] : NULL);
 }
 
 /* Ways to receive. */
 
-/* Returns how many packets were delivered. `over`, where it is asked for: whether nothing more will come. */
-static PyObject *deliver_what_comes(PyObject *self, double timeout, bool all, bool *over)
+/* How far one call may go. */
+typedef struct {
+    double timeout; /* as for lrx_await() */
+    bool all;
+    Py_ssize_t most;  /* packets */
+    int64_t deadline; /* of lrx_coarse_now(); 0: none */
+} Limits;
+
+/* Returns how many packets were delivered, or -1. `over`, where it is asked for: whether nothing more will come. */
+static Py_ssize_t deliver_what_comes(PyObject *self, const Limits *limits, bool *over)
 {
     Receiver *r = (Receiver *)self;
     PyObject *result = NULL;
+    Py_ssize_t delivered = -1;
 
     if (!enter(r))
-        return NULL;
+        return -1;
     if (!r->deliver) {
-        result = PyObject_CallMethod(self, "_without_deliver", NULL);
-        return lrx_leave(r, result);
+        Py_XDECREF(PyObject_CallMethod(self, "_without_deliver", NULL));
+        lrx_leave(r, NULL);
+        return -1;
     }
-    switch (lrx_await(r, timeout, all)) {
+    switch (lrx_await(r, limits->timeout, limits->all)) {
     case FAILED:
         break;
     case READY:
-        result = lrx_deliver(r);
+        delivered = lrx_deliver(r, limits->most, limits->deadline);
         break;
     default:
-        result = PyLong_FromLong(0);
+        delivered = 0;
     }
-    if (result && over) {
+    if (delivered >= 0 && over) {
         int ended = r->ended;
 
         /* While nobody else can come in: it may drop what waits. */
         if (!ended && (r->stopping || r->end_follows) && !r->closed)
             ended = lrx_ask(r, "_over");
         if (ended < 0)
-            Py_CLEAR(result);
+            delivered = -1;
         *over = ended > 0;
     }
-    return lrx_leave(r, result);
+    /* For what is done on leaving to raise. */
+    if (delivered >= 0) {
+        result = Py_None;
+        Py_INCREF(result);
+    }
+    result = lrx_leave(r, result);
+    Py_XDECREF(result);
+    return result ? delivered : -1;
 }
 
 PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    Receiver *r = (Receiver *)self;
-    const double timeout = timeout_of(args, count, names);
-    PyObject *delivered;
+    const Limits limits = {.timeout = timeout_of(args, count, names), .most = PY_SSIZE_T_MAX};
     bool over = false;
 
-    if (isnan(timeout))
+    if (isnan(limits.timeout) || deliver_what_comes(self, &limits, &over) < 0)
         return NULL;
-    delivered = deliver_what_comes(self, timeout, false, &over);
-    if (!delivered)
-        return NULL;
-    Py_DECREF(delivered);
-    return PyBool_FromLong(!over && !r->closed);
+    return PyBool_FromLong(!over && !((Receiver *)self)->closed);
 }
 
-PyObject *lrx_receiver_run(PyObject *self, PyObject *unused)
+/* How many packets; PY_SSIZE_T_MAX for None, and -1 with an exception for what is no number of packets. */
+static Py_ssize_t packets_of(PyObject *count)
 {
-    static PyObject *const forever[1] = {NULL};
-    PyObject *more;
-    int truth;
+    Py_ssize_t packets;
 
-    (void)unused;
-    do {
-        more = lrx_receiver_dispatch(self, forever, 0, NULL);
-        truth = more ? PyObject_IsTrue(more) : -1;
-        Py_XDECREF(more);
-        lrx_let_others_run((Receiver *)self);
-    } while (truth > 0);
-    if (truth < 0)
+    if (!count || count == Py_None)
+        return PY_SSIZE_T_MAX;
+    if (!PyLong_Check(count)) {
+        PyErr_Format(PyExc_TypeError, "count=%R: give a number of packets, or None for no limit", count);
+        return -1;
+    }
+    packets = PyNumber_AsSsize_t(count, NULL); /* cut to what fits */
+    if (packets > 0)
+        return packets;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "count=%R: give a number of packets above 0, or None for no limit", count);
+    return -1;
+}
+
+PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names)
+{
+    static char *keywords[] = {"count", "duration", NULL};
+    Receiver *r = (Receiver *)self;
+    PyObject *count_given = NULL, *duration_given = NULL, *end;
+    Limits limits = {.timeout = -1};
+    double duration, until;
+    bool over = false;
+
+    if (!PyArg_ParseTupleAndKeywords(args, names, "|$OO:run", keywords, &count_given, &duration_given))
         return NULL;
+    limits.most = packets_of(count_given);
+    duration = seconds_of("duration", duration_given);
+    if (limits.most < 0 || isnan(duration))
+        return NULL;
+    until = lrx_now() + duration;
+    if (duration >= 0)
+        limits.deadline = lrx_coarse_now() + (int64_t)(duration * 1e9);
+    end = lrx_receiver_iterate(self); /* whether anybody may come in: where the time is up at once nobody else looks */
+    if (!end)
+        return NULL;
+    Py_DECREF(end);
+    while (!over && limits.most && !r->closed) {
+        Py_ssize_t delivered;
+
+        if (duration >= 0) {
+            limits.timeout = until - lrx_now();
+            if (limits.timeout <= 0)
+                break;
+        }
+        delivered = deliver_what_comes(self, &limits, &over);
+        if (delivered < 0)
+            return NULL;
+        if (limits.most != PY_SSIZE_T_MAX)
+            limits.most -= delivered;
+        lrx_let_others_run(r);
+    }
     return PyObject_GetAttrString(self, "end");
 }
 
 PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
 {
-    (void)unused;
     /* An event loop that polls fileno() calls again while more is there. */
-    return deliver_what_comes(self, 0, !((Receiver *)self)->polled, NULL);
+    const Limits limits = {.all = !((Receiver *)self)->polled, .most = PY_SSIZE_T_MAX};
+    Py_ssize_t delivered;
+
+    (void)unused;
+    delivered = deliver_what_comes(self, &limits, NULL);
+    return delivered < 0 ? NULL : PyLong_FromSsize_t(delivered);
 }
 
 PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
@@ -244,15 +300,31 @@ PyObject *lrx_receiver_next(PyObject *self)
     }
 }
 
-/* next_batch(timeout): the next batch, or the rest of the one at hand; None at the end or when the time is up. */
-PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *timeout_given)
+/* next_batch(timeout, until): the next batch, or the rest of the one at hand; None at the end or when the time is up. `until`
+ * is a moment of time.monotonic() behind which even what waits is left for the next call, or None. */
+PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
-    const double timeout = seconds_of(timeout_given), deadline = timeout > 0 ? lrx_now() + timeout : 0;
-    double left = timeout;
-    PyObject *result = NULL;
+    PyObject *timeout_given, *until_given, *result = NULL;
+    double timeout, deadline, left;
 
-    if (isnan(timeout) || !enter(r))
+    if (!PyArg_ParseTuple(args, "OO:_next_batch", &timeout_given, &until_given))
+        return NULL;
+    timeout = seconds_of("timeout", timeout_given);
+    if (isnan(timeout))
+        return NULL;
+    if (until_given != Py_None) {
+        left = PyFloat_AsDouble(until_given) - lrx_now();
+        if (PyErr_Occurred())
+            return NULL;
+        if (left <= 0)
+            Py_RETURN_NONE;
+        if (timeout < 0 || left < timeout)
+            timeout = left;
+    }
+    left = timeout;
+    deadline = timeout > 0 ? lrx_now() + timeout : 0;
+    if (!enter(r))
         return NULL;
     for (;;) {
         switch (lrx_await(r, left, true)) {

@@ -295,6 +295,8 @@ static PyGetSetDef receiver_attributes[] = {
     {"_thread", receiver_thread, NULL, "The thread that is inside, or None.", NULL},
     {"_has_something", receiver_busy, NULL, "Whether anything waits here that does not need the source.", NULL},
     {"_stopping", receiver_flag, receiver_set_flag, "Whether stop() was called.", (void *)offsetof(Receiver, stopping)},
+    {"_flushing", receiver_flag, receiver_set_flag, "Whether stop(flush=True) was called.",
+     (void *)offsetof(Receiver, flushing)},
     {"_delivering", receiver_flag, NULL, "Whether `deliver` is running.", (void *)offsetof(Receiver, delivering)},
     {"_closed", receiver_flag, receiver_set_flag, "Nobody comes in any more.", (void *)offsetof(Receiver, closed)},
     {"_leaving", receiver_flag, receiver_set_flag, "_left_by_all() is to be called when nobody is inside.",
@@ -329,14 +331,20 @@ static PyMethodDef receiver_methods[] = {
      "over, and `end` says why. What `deliver` raises comes out of here; the packets behind are delivered first by the next\n"
      "call. Raises Busy while another call receives, Closed after close(), and OSError for what the kernel says and linkrx\n"
      "cannot mend."},
-    {"run", lrx_receiver_run, METH_NOARGS, "run($self, /)\n--\n\n`dispatch()` until it is over. Returns why, an `End`."},
+    {"run", FAST(lrx_receiver_run), METH_VARARGS | METH_KEYWORDS,
+     "run($self, /, *, count=None, duration=None)\n--\n\n"
+     "`dispatch()` until it is over, or `count` packets were delivered, or `duration` seconds have passed.\n\n"
+     "Returns why it is over, an `End`, or None where a limit was reached: then the next call goes on with the packet behind,\n"
+     "also in the middle of a batch. A duration holds under load; it is looked at after each packet. Raises what `dispatch`\n"
+     "raises, TypeError and ValueError for no limit, such as count=0."},
     {"drain", lrx_receiver_drain, METH_NOARGS,
      "drain($self, /)\n--\n\nDeliver at most one batch of what is there now, without waiting. Returns how many packets that was."},
     {"recv", FAST(lrx_receiver_recv), METH_FASTCALL | METH_KEYWORDS,
      "recv($self, /, timeout=None)\n--\n\n"
      "The next packet.\n\nRaises TimeoutError after `timeout` seconds without one, and Ended when it is over."},
-    {"_next_batch", lrx_receiver_next_batch, METH_O,
-     "_next_batch($self, timeout, /)\n--\n\nThe next batch; None at the end or after `timeout` seconds without one."},
+    {"_next_batch", lrx_receiver_next_batch, METH_VARARGS,
+     "_next_batch($self, timeout, until, /)\n--\n\n"
+     "The next batch; None at the end, after `timeout` seconds without one, and behind the moment `until`."},
     {"_poll", lrx_receiver_poll, METH_NOARGS,
      "_poll($self, /)\n--\n\nReceive what is there now, without waiting. Whether packets wait here, or it is over."},
     {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA packet that waits here, or None."},

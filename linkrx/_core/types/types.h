@@ -243,6 +243,10 @@ typedef struct {
     Batch *spare;     /* nobody has it: for use again */
     uint32_t next;
     volatile bool stopping;
+    volatile bool flushing; /* stop once what had come by then is handed over: receive.c */
+    bool flush_begun;
+    uint64_t flush_received; /* how many may have been received by its end */
+    double flush_until;      /* when the last of them can be read */
     bool end_follows; /* behind what was received */
     bool ended;
     Packet *delivered;
@@ -287,13 +291,16 @@ void lrx_show(Receiver *r);
 /* Copy what is held of memory that is not this receiver's own. */
 int lrx_copy_places(Receiver *r);
 double lrx_now(void);
+/* As long ago as a timer's tick, and cheap. */
+int64_t lrx_coarse_now(void);
 /* Call a method without arguments, and say whether its answer is true; -1 and an exception. */
 int lrx_ask(Receiver *r, const char *word);
 /* Between two receives where no Python code need run: nothing but what is skipped comes, or `deliver` is written in C. */
 void lrx_let_others_run(Receiver *r);
 
 /* deliver.c */
-PyObject *lrx_deliver(Receiver *r);
+/* `most` packets at the most; and, with a deadline in nanoseconds of lrx_coarse_now(), none behind it. Returns how many, or -1. */
+Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline);
 Packet *lrx_next_packet(Receiver *r);
 Batch *lrx_take_batch(Receiver *r);
 void lrx_drop(Receiver *r);
@@ -304,11 +311,11 @@ void lrx_let_go(Receiver *r);
 bool lrx_has_something(const Receiver *r);
 PyObject *lrx_leave(Receiver *r, PyObject *result);
 PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names);
-PyObject *lrx_receiver_run(PyObject *self, PyObject *unused);
+PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names);
 PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused);
 PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names);
 PyObject *lrx_receiver_next(PyObject *self);
-PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *timeout_given);
+PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args);
 PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused);
 PyObject *lrx_receiver_take(PyObject *self, PyObject *unused);
 PyObject *lrx_receiver_iterate(PyObject *self);

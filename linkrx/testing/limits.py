@@ -1,0 +1,113 @@
+"""Checks of limits: so many packets, so many seconds, and what had come before a stop."""
+
+from __future__ import annotations
+
+import threading
+
+from linkrx.packets import Packet
+from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.receiving.stats import End
+from linkrx.testing.packets import sample
+from linkrx.testing.rigs import Rig
+from linkrx.testing.stops import alarmed, ignore
+from linkrx.testing.waiting import asleep, flooded, running, until
+
+SHORT = 0.01  # seconds
+
+
+def check_limits(rig: Rig, backend: str) -> None:
+    """run(count=) delivers so many and leaves the rest of the batch; durations hold in a flood; no limit is an end."""
+    got: list[bytes] = []
+    sent = sample(rig, 9)
+    with rig.open(backend, lambda *received: got.append(bytes(received[3]))) as rx:
+        for frame in sent:
+            rig.send(frame)
+        for count in (1, 3, 4):
+            before = len(got)
+            assert rx.run(count=count) is None
+            assert len(got) == before + count
+        assert bytes(rx.recv()) == sent[8]
+        assert got == sent[:8]
+        assert rx.run(duration=0) is None
+        assert rx.run(count=5, duration=SHORT) is None
+        assert list(rx.batches(duration=SHORT)) == []
+        for limit in (0, -1):
+            try:
+                rx.run(count=limit)
+            except ValueError:
+                continue
+            raise AssertionError(f"run() took count={limit}")
+        with flooded(rig) as flood:
+            until(lambda: flood[0] > 10)
+            assert rx.run(duration=SHORT) is None
+            for _ in rx.batches(duration=SHORT):
+                pass
+        assert rx.end is None
+        rx.stop()
+        assert rx.run(count=1, duration=SHORT) is End.STOPPED
+
+
+def _each(rx: Dispatcher) -> list[Packet]:
+    return list(rx)
+
+
+def _by_batch(rx: Dispatcher) -> list[Packet]:
+    return [packet for batch in rx.batches() for packet in batch]
+
+
+def check_flush(rig: Rig, backend: str) -> None:
+    """stop(flush=True) hands over what had come, in every way to receive, and ends; a stop() behind it ends at once."""
+    got: list[Packet] = []
+    sent = sample(rig, 6)
+
+    def run(rx: Dispatcher) -> list[Packet]:
+        got.clear()
+        assert rx.run() is End.STOPPED
+        return got
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
+        got.append(packet)
+
+    for way in (run, _each, _by_batch):
+        with rig.open(backend, deliver, batch_size=4) as rx:
+            for frame in sent:
+                rig.send(frame)
+            rx.stop(flush=True)
+            assert [bytes(packet) for packet in way(rx)] == sent
+            assert rx.end is End.STOPPED
+            told = rx.stats()
+            assert (told.packets, told.undelivered) == (6, 0)
+    with rig.open(backend, ignore) as rx:
+        rig.send(sent[0])
+        rx.stop(flush=True)
+        rx.stop()
+        assert rx.run() is End.STOPPED
+        assert rx.stats().packets == 0
+
+
+def check_flush_in_a_wait(rig: Rig, backend: str) -> None:
+    """stop(flush=True) from another thread or a signal handler ends a wait."""
+    with rig.open(backend, ignore) as rx:
+        with running(rx.run):
+            until(lambda: asleep(rx))
+            rx.stop(flush=True)
+        assert rx.end is End.STOPPED
+    with rig.open(backend, ignore) as rx, alarmed(lambda _: rx.stop(flush=True), first=SHORT):
+        assert rx.run() is End.STOPPED
+
+
+def check_flush_under_load(rig: Rig, backend: str) -> None:
+    """In a flood stop(flush=True) ends, and what the kernel had taken before is delivered or was dropped by it."""
+    began = threading.Event()
+    with rig.open(backend, lambda *_: began.set()) as rx:
+        with flooded(rig) as flood, running(rx.run):
+            try:
+                began.wait()
+                before = flood[0]
+                rx.stop(flush=True)
+                until(lambda: rx.end is not None)
+            finally:
+                rx.stop()
+        told = rx.stats()
+        assert rx.end is End.STOPPED
+        assert told.packets + (told.kernel_drops or 0) >= before

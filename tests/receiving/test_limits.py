@@ -1,0 +1,257 @@
+"""Limits of run() and batches(), and stop(flush=True), where conformance does not look."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import pytest
+from support.pairs import BACKENDS, Pair, frame, number_of, pair
+from support.run import that_take
+
+import linkrx
+from linkrx.testing import rigs
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import veth
+from linkrx.testing.waiting import PATIENCE
+
+LIMITS = [0, -1, 1.0, "2", float("nan")]
+
+
+@pytest.fixture
+def ends() -> Iterator[Pair]:
+    """A datagram pair."""
+    with pair() as found:
+        yield found
+
+
+@pytest.mark.parametrize("count", LIMITS)
+def test_no_count(ends: Pair, count: object) -> None:
+    """A count that is no number above 0 is an error that shows it, and nothing is received."""
+    ends[1].send(frame(1))
+    with linkrx.open(ends[0], lambda *_: None) as rx:
+        with pytest.raises((TypeError, ValueError), match=f"count={count!r}"):
+            rx.run(count=count)  # type: ignore[arg-type]
+        assert rx.stats().packets == 0
+
+
+@pytest.mark.parametrize("duration", [-1, float("nan"), "2"])
+def test_no_duration(ends: Pair, duration: object) -> None:
+    """A duration that is no time is an error that names it, of run() and of batches()."""
+    with linkrx.open(ends[0], lambda *_: None) as rx:
+        for call in (rx.run, rx.batches):
+            with pytest.raises((TypeError, ValueError), match=f"duration={duration!r}"):
+                call(duration=duration)  # type: ignore[arg-type]
+
+
+def test_a_count_of_any_size(ends: Pair) -> None:
+    """A count that no machine can count to is no limit that is reached."""
+    with linkrx.open(ends[0], lambda *_: rx.stop()) as rx:
+        ends[1].send(frame(1))
+        assert rx.run(count=10**30) is linkrx.End.STOPPED
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_add_up(ends: Pair, backend: str) -> None:
+    """Each packet is delivered once, in order, however the counts cut the batches, with other ways in between."""
+    got: list[int] = []
+    with linkrx.open(ends[0], lambda *received: got.append(number_of(received[3])), backend=backend) as rx:
+        for number in range(100):
+            ends[1].send(frame(number))
+            if number % 10 == 9:
+                rx.run(count=3)
+                got.append(number_of(rx.recv()))
+                rx.run(count=2)
+                if number % 20 == 19:
+                    rx.run(count=8)
+        assert got == list(range(100))
+
+
+def test_a_count_that_an_exception_cuts_short(ends: Pair) -> None:
+    """What deliver raises comes out of run(count=), and the next run() goes on behind that packet."""
+    got: list[int] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+        if got == [0, 1]:
+            raise ZeroDivisionError
+
+    with linkrx.open(ends[0], deliver) as rx:
+        for number in range(5):
+            ends[1].send(frame(number))
+        with pytest.raises(ZeroDivisionError):
+            rx.run(count=4)
+        assert rx.run(count=3) is None
+        assert got == [0, 1, 2, 3, 4]
+
+
+def test_a_stop_in_the_last_packet_of_a_count(ends: Pair) -> None:
+    """Where both a count is reached and it is over, run() returns the End."""
+    with linkrx.open(ends[0], lambda *_: rx.stop()) as rx:
+        ends[1].send(frame(1))
+        assert rx.run(count=1) is linkrx.End.STOPPED
+
+
+def test_a_duration_looks_at_the_clock_behind_each_packet(ends: Pair) -> None:
+    """A deliver that takes longer than the whole duration is called once."""
+    got: list[int] = []
+
+    def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+        signal.sigtimedwait([], 0.02)  # what takes time; nothing waits for it
+
+    with linkrx.open(ends[0], deliver) as rx:
+        for number in range(5):
+            ends[1].send(frame(number))
+        assert rx.run(duration=0.01) is None
+        assert got == [0]
+        assert [number_of(packet) for batch in rx.batches(0) for packet in batch] == [1, 2, 3, 4]
+
+
+def test_a_duration_leaves_what_waits(ends: Pair) -> None:
+    """Behind its duration batches() gives nothing, though packets wait; another iteration has them."""
+    with linkrx.open(ends[0]) as rx:
+        over = rx.batches(duration=0)
+        for number in range(3):
+            ends[1].send(frame(number))
+        assert list(over) == []
+        assert sum(map(len, rx.batches(0, duration=PATIENCE))) == 3
+
+
+def test_asynchronous_durations(ends: Pair) -> None:
+    """Under asyncio too a duration ends the iteration while packets never stop, and while none come."""
+
+    async def work() -> int:
+        received = 0
+        async for batch in rx.batches(duration=0.02):
+            received += len(batch)
+            ends[1].send(frame(1))
+        return received
+
+    with linkrx.open(ends[0]) as rx:
+        assert asyncio.run(work()) == 0
+        ends[1].send(frame(1))
+        assert asyncio.run(work()) > 0
+        assert rx.end is None
+
+
+# stop(flush=True) where the source never is empty.
+
+
+def never_empty(rx: linkrx.Dispatcher, send: object) -> int:
+    """Receive until the end, with more sent behind each packet than was taken. Returns how many packets came."""
+    received = 0
+    rx.stop(flush=True)
+    for _ in rx:
+        received += 1
+        for _ in range(2):
+            with suppress(BlockingIOError):
+                send()  # type: ignore[operator]
+    return received
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("tap"))
+def test_a_flush_of_a_queue_that_is_never_empty(backend: str) -> None:
+    """It ends when a queue of a thousand packets and a batch were taken, not before; what is left is not counted as lost."""
+    with rigs.tap() as rig, rig.open(backend) as rx:
+        assert rig.device is not None
+        rig.device.set(txqlen=1000)
+        rig.device.set_up()
+        rig.send(rig.frame(100))
+        received = never_empty(rx, lambda: rig.send(rig.frame(100)))
+        assert rx.end is linkrx.End.STOPPED
+        assert 1000 <= received <= 1000 + 3 * 512
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("packet"))
+def test_a_flush_of_an_interface_that_is_never_quiet(backend: str) -> None:
+    """It ends when as many packets were taken as the ring or the socket's buffer holds."""
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        linkrx.open(near, backend=backend, receive_buffer=1 << 18) as rx,
+    ):
+        injector.send(bytes(60))
+        assert never_empty(rx, lambda: injector.send(bytes(60))) > 100
+        assert rx.end is linkrx.End.STOPPED
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.skipif("packet_mmap" not in that_take("packet"), reason="rings need the C core")
+def test_a_flush_waits_for_an_open_block() -> None:
+    """With a ring that holds packets back for a long time, what came before the stop is delivered all the same."""
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        linkrx.open(near, backend="packet_mmap", latency=0.2) as rx,
+    ):
+        for number in range(5):
+            injector.send(frame(number).ljust(60, b"\0"))
+        rx.stop(flush=True)
+        assert [packet.u32(14) for packet in rx] == [0, 1, 2, 3, 4]
+        assert rx.end is linkrx.End.STOPPED
+
+
+def test_a_flush_in_an_event_loop(ends: Pair) -> None:
+    """fileno() stays readable until drain() has delivered what had come, and the end."""
+    got: list[int] = []
+    with (
+        linkrx.open(ends[0], lambda *received: got.append(number_of(received[3])), batch_size=2) as rx,
+        closing(selectors.DefaultSelector()) as selector,
+    ):
+        selector.register(rx, selectors.EVENT_READ)
+        for number in range(5):
+            ends[1].send(frame(number))
+        rx.stop(flush=True)
+        while rx.end is None:
+            assert selector.select(PATIENCE)
+            rx.drain()
+        assert got == [0, 1, 2, 3, 4]
+
+
+def test_a_flush_under_asyncio(ends: Pair) -> None:
+    """`async for` ends behind what had come, also where it waits when stop(flush=True) is called."""
+
+    async def work() -> list[int]:
+        got = []
+        asyncio.get_running_loop().call_later(0.01, rx.stop, True)
+        async for packet in rx:
+            got.append(number_of(packet))
+        return got
+
+    with linkrx.open(ends[0]) as rx:
+        ends[1].send(frame(1))
+        assert asyncio.run(work()) == [1]
+        assert rx.end is linkrx.End.STOPPED
+
+
+def test_a_flush_behind_the_end_and_after_close() -> None:
+    """It changes nothing there."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with receiver, linkrx.open(receiver, lambda *_: None) as rx:
+        with sender:
+            sender.send(frame(1))
+        assert rx.run() is linkrx.End.EOF
+        rx.stop(flush=True)
+        assert rx.run() is linkrx.End.EOF
+    rx.stop(flush=True)
+
+
+def test_a_flush_in_a_forked_child(ends: Pair) -> None:
+    """A child's stop(flush=True) does not disturb the parent."""
+    with linkrx.open(ends[0]) as rx:
+        child = os.fork()
+        if not child:
+            rx.stop(flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        ends[1].send(frame(1))
+        assert number_of(rx.recv(PATIENCE)) == 1
+        assert rx.end is None
