@@ -15,7 +15,7 @@ from linkrx import _core
 from linkrx.memory.columns import Columns, Descriptors, align
 from linkrx.memory.layouts import Layout
 from linkrx.memory.report import Report
-from linkrx.packets import Owner
+from linkrx.packets import ARENA_BYTES, Owner
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.options import Options
 
@@ -132,6 +132,11 @@ class Backend(Mechanism):
     def discouraged(cls, capabilities: Capabilities) -> str | None:
         """Why "auto" should not choose it for a source that it accepts; None when it may."""
         return None
+
+    @classmethod
+    def room(cls, layout: Layout) -> int:
+        """Bytes of an arena that `fill` makes use of, enough for a packet of any size. Only what is written takes memory."""
+        return ARENA_BYTES + align(layout.capacity + 1)
 
     @abstractmethod
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:

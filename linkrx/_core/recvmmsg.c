@@ -4,14 +4,12 @@
 #include <linux/if_packet.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 
 #include "report.h"
 #include "columns.inc"
 #include "classify.h"
-#include "far_memory.inc"
 #include "recvmmsg.h"
 
 /* linux/if_ether.h; its other contents clash with the C library's. */
@@ -19,40 +17,29 @@
 
 /* PACKET_AUXDATA and SO_TIMESTAMPNS take 72 bytes. The kernel writes the former last, so there is room for all
  * that the owner of a borrowed socket may have switched on: drops, mark, priority, Wi-Fi status, other stamps. */
-#define CONTROL 512
+#define CONTROL 576
+
+/* From one packet's place to the next one's beyond what it may need: an odd number of cache lines apart, for lines at a distance
+ * of a power of two push each other out of the cache. */
+#define CACHE_LINE 64u
 
 struct lrx_recvmmsg {
     int fd;
     int metadata;
     uint32_t messages;
-    uint32_t slot;
     uint32_t capacity;
-    uint32_t next;   /* the first message that is not in an arena yet */
-    uint32_t ready;  /* messages that the last call received */
-    size_t mapped;
-    uint8_t *memory; /* slots, then the overflow of each */
+    uint32_t stride; /* from one packet to the next */
     struct mmsghdr *headers;
     struct iovec *iovecs;
     struct sockaddr_ll *names;
     uint8_t *controls;
 };
 
-static uint8_t *slot_of(const struct lrx_recvmmsg *s, uint32_t k)
-{
-    return s->memory + (size_t)k * s->slot;
-}
-
-static uint8_t *overflow_of(const struct lrx_recvmmsg *s, uint32_t k)
-{
-    return s->memory + (size_t)s->messages * s->slot + (size_t)k * (s->capacity - s->slot);
-}
-
-struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t slot, uint32_t capacity,
-                                       int metadata)
+struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata)
 {
     struct lrx_recvmmsg *s;
 
-    if (messages == 0 || messages > LRX_MESSAGES_MAX || capacity == 0) {
+    if (messages == 0 || messages > LRX_MESSAGES_MAX || capacity == 0 || capacity > UINT32_MAX - 2 * CACHE_LINE) {
         errno = EINVAL;
         return NULL;
     }
@@ -63,31 +50,22 @@ struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t slot,
     s->metadata = metadata;
     s->messages = messages;
     s->capacity = capacity;
-    s->slot = slot < capacity ? slot : capacity;
-    s->mapped = (size_t)messages * capacity;
-    s->memory = mmap(NULL, s->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                     -1, 0);
-    if (s->memory == MAP_FAILED)
-        s->memory = NULL;
+    s->stride = lrx_recvmmsg_stride(capacity);
     s->headers = calloc(messages, sizeof *s->headers);
-    s->iovecs = calloc(messages, 2 * sizeof *s->iovecs);
+    s->iovecs = calloc(messages, sizeof *s->iovecs);
     s->names = calloc(messages, sizeof *s->names);
     s->controls = calloc(messages, CONTROL);
-    if (!s->memory || !s->headers || !s->iovecs || !s->names || !s->controls) {
+    if (!s->headers || !s->iovecs || !s->names || !s->controls) {
         lrx_recvmmsg_close(s);
         errno = ENOMEM;
         return NULL;
     }
     for (uint32_t k = 0; k < messages; k++) {
-        struct iovec *iov = s->iovecs + 2 * (size_t)k;
         struct msghdr *message = &s->headers[k].msg_hdr;
 
-        iov[0].iov_base = slot_of(s, k);
-        iov[0].iov_len = s->slot;
-        iov[1].iov_base = overflow_of(s, k);
-        iov[1].iov_len = capacity - s->slot;
-        message->msg_iov = iov;
-        message->msg_iovlen = capacity > s->slot ? 2 : 1;
+        s->iovecs[k].iov_len = capacity;
+        message->msg_iov = &s->iovecs[k];
+        message->msg_iovlen = 1;
         if (metadata) {
             message->msg_name = &s->names[k];
             message->msg_control = s->controls + (size_t)k * CONTROL;
@@ -100,8 +78,6 @@ void lrx_recvmmsg_close(struct lrx_recvmmsg *s)
 {
     if (!s)
         return;
-    if (s->memory)
-        munmap(s->memory, s->mapped);
     free(s->headers);
     free(s->iovecs);
     free(s->names);
@@ -109,18 +85,19 @@ void lrx_recvmmsg_close(struct lrx_recvmmsg *s)
     free(s);
 }
 
-uint32_t lrx_recvmmsg_waiting(const struct lrx_recvmmsg *s)
+uint32_t lrx_recvmmsg_stride(uint32_t capacity)
 {
-    return s->ready - s->next;
+    return (capacity + CACHE_LINE - 1) / CACHE_LINE / 2 * 2 * CACHE_LINE + CACHE_LINE;
 }
 
-/* Fill so many slots. The kernel writes the sizes of name and control back, so both are set anew. */
-static int receive(struct lrx_recvmmsg *s, uint32_t wanted)
+/* So many packets to `region` and on. The kernel writes the sizes of name and control back, so both are set anew. */
+static int receive(struct lrx_recvmmsg *s, uint8_t *region, uint32_t wanted)
 {
     int got;
 
-    if (s->metadata) {
-        for (uint32_t k = 0; k < wanted; k++) {
+    for (uint32_t k = 0; k < wanted; k++) {
+        s->iovecs[k].iov_base = region + (size_t)k * s->stride;
+        if (s->metadata) {
             s->headers[k].msg_hdr.msg_namelen = sizeof *s->names;
             s->headers[k].msg_hdr.msg_controllen = CONTROL;
         }
@@ -129,8 +106,6 @@ static int receive(struct lrx_recvmmsg *s, uint32_t wanted)
         /* No timeout: the kernel looks at it only after a packet, so it can wait for ever. */
         got = recvmmsg(s->fd, s->headers, wanted, MSG_DONTWAIT | MSG_TRUNC, NULL);
     } while (got < 0 && errno == EINTR);
-    s->next = 0;
-    s->ready = got < 0 ? 0 : (uint32_t)got;
     return got < 0 ? -errno : got;
 }
 
@@ -195,49 +170,37 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
 {
     struct lrx_recvmmsg *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
-    uint8_t *memory = (uint8_t *)region;
     const uint32_t most = lrx_most(descriptors, rows);
-    uint32_t cursor = 0, n = 0, receives = 0, wanted = 0;
-    int got = 0;
+    uint32_t end = 0, n = 0, receives = 0, wanted;
+    int got;
 
-    for (; n < most; s->next++, n++) {
-        uint32_t k, wire_length, length, head;
+    if (size < s->capacity)
+        return -EMSGSIZE;
+    do {
+        const uint64_t room = size - (uint64_t)n * s->stride, fit = room < s->capacity ? 0 : 1 + (room - s->capacity) / s->stride;
 
-        if (s->next == s->ready) {
-            if (receives && (uint32_t)got < wanted)
-                break; /* the queue was empty then */
-            if (receives == 1)
-                lrx_tell_many(descriptors);
-            wanted = most - n < s->messages ? most - n : s->messages;
-            got = receive(s, wanted);
-            if (got <= 0)
-                break;
-            receives++;
+        wanted = most - n < s->messages ? most - n : s->messages;
+        wanted = wanted < fit ? wanted : (uint32_t)fit;
+        if (receives == 1)
+            lrx_tell_many(descriptors);
+        got = receive(s, (uint8_t *)region + (size_t)n * s->stride, wanted);
+        receives += got > 0;
+        for (uint32_t k = 0; got > 0 && k < (uint32_t)got; k++, n++) {
+            uint32_t wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
+
+            out.starts[n] = n * s->stride;
+            out.lengths[n] = wire_length < s->capacity ? wire_length : s->capacity;
+            end = lrx_align(out.starts[n] + out.lengths[n]);
+            if (s->metadata)
+                read_metadata(s, k, &out, n, &wire_length);
+            out.wire_lengths[n] = wire_length;
         }
-        k = s->next;
-        wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
-        length = wire_length < s->capacity ? wire_length : s->capacity;
-        head = length < s->slot ? length : s->slot;
-        if ((uint64_t)cursor + length > size) {
-            if (n == 0)
-                return -EMSGSIZE;
-            break;
-        }
-        lrx_copy_far(memory + cursor, slot_of(s, k), head);
-        if (length > head)
-            memcpy(memory + cursor + head, overflow_of(s, k), length - head);
-        out.starts[n] = cursor;
-        out.lengths[n] = length;
-        if (s->metadata)
-            read_metadata(s, k, &out, n, &wire_length);
-        out.wire_lengths[n] = wire_length;
-        cursor = lrx_align(cursor + length);
-    }
-    lrx_report_at(descriptors)->held = s->ready - s->next;
+        /* Fewer than were asked for: the queue was empty then. */
+    } while ((uint32_t)got == wanted && n < most && (uint64_t)n * s->stride + s->capacity <= size);
     if (got < 0 && got != -EAGAIN) {
         lrx_report_at(descriptors)->error = (uint32_t)-got;
         if (n == 0)
             return got;
     }
-    return lrx_received(descriptors, region, n, receives, region, cursor);
+    return lrx_received(descriptors, region, n, receives, region, end);
 }

@@ -78,10 +78,9 @@ class PacketMmap(CoreBackend):
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._use("lrx_packet_mmap_fill", descriptors)
         self._joins = receive.options.fanout is not None
+        tick = time.clock_getres(_CLOCK_MONOTONIC_COARSE)
+        self.readable_within = RETIRE_LOOKS * ((receive.options.latency or LATENCY_LEAST) + 2 * tick)
         self._state, self._blocks = _ring(receive)
-        self.readable_within = RETIRE_LOOKS * (
-            (receive.options.latency or LATENCY_LEAST) + 2 * time.clock_getres(_CLOCK_MONOTONIC_COARSE)
-        )
         try:
             if not receive.options.segment:
                 most = min(BLOCKS_IN_PLACE, self._blocks // SHARE_IN_PLACE)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 
 from linkrx import _core
-from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
+from linkrx.backend import Capabilities, CoreBackend, Descriptors, Layout, ReceiveConfig
 
-# A slot takes a full Ethernet frame with everything in front of it; larger packets use memory of their own.
-SLOT_BYTES = 2048
+# That one system call receives: more of them gain nothing there, and who handles the packets finds them in the cache.
+MESSAGES = 64
 
-# That one system call fills: more of them gain nothing there, and what the kernel has written should still be in the
-# cache when it moves on into the arena.
-SLOTS = 64
+# Of address space, where packets may be larger than any kernel makes them.
+ROOM_MOST = 64 * 1024 * 1024
 
 
 class Recvmmsg(CoreBackend):
@@ -21,7 +20,7 @@ class Recvmmsg(CoreBackend):
     name = "recvmmsg"
     rank = 30
     honours = frozenset({"buffer_sizes", "outgoing", "timestamps"})
-    batch_size = 512
+    batch_size = MESSAGES
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
@@ -30,29 +29,28 @@ class Recvmmsg(CoreBackend):
             return None
         return f"recvmmsg reads sockets only, and the source is {capabilities.a_title}"
 
+    @classmethod
+    def room(cls, layout: Layout) -> int:
+        """A place for each packet of a system call."""
+        stride = int(_core.lib.lrx_recvmmsg_stride(layout.capacity))
+        return max(super().room(layout), min(MESSAGES, ROOM_MOST // stride) * stride)
+
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         layout = receive.layout
         self._use("lrx_recvmmsg_fill", descriptors)
-        slots = min(descriptors.rows, SLOTS)
+        messages = min(descriptors.rows, MESSAGES)
         self._state = _core.lib.lrx_recvmmsg_open(
             receive.fd,
-            slots,
-            max(SLOT_BYTES, layout.sizes[0]) if layout.sizes else SLOT_BYTES,
+            messages,
             layout.capacity,
             receive.capabilities.kind in ("packet", "packet_cooked"),
         )
         if not self._state:
             code = _core.last_error()
-            raise OSError(code, f"memory for {slots} packets: {os.strerror(code)}")
-
-    @property
-    def held(self) -> int:
-        """Packets that did not fit into the last arena."""
-        waiting: int = _core.lib.lrx_recvmmsg_waiting(self._state) if self._state is not None else 0
-        return waiting
+            raise OSError(code, f"memory for {messages} packets: {os.strerror(code)}")
 
     def close(self) -> None:
-        """Give the slots back."""
+        """Give the memory back."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_recvmmsg_close(state)

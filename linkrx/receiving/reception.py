@@ -19,10 +19,10 @@ from linkrx.choice import Choice
 from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
 from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
 from linkrx.memory import counters as slots
-from linkrx.memory.columns import Descriptors, align
+from linkrx.memory.columns import Descriptors
 from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.layouts import Layout
-from linkrx.packets import ARENA_BYTES, Deliver, Owner
+from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
 from linkrx.receiving.receiver import Receiver
@@ -67,8 +67,7 @@ class Reception(Receiver):
         rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
         self._report = self._descriptors.report
-        # A backend reads one byte more than it keeps, to see whether a packet was cut.
-        self._room = ARENA_BYTES + align(layout.capacity + 1)
+        self._room = max(backends[name].room(layout) for name in choice.ladder)
         self._counters = new_counters()
         self._drop_watch = DropWatch(source.capabilities)
         self._end: End | None = None

@@ -38,7 +38,7 @@ class Segmenting(Mechanism):
         self._segmenter = segmenter(self._taken, descriptors, framing)
         # A backend wants room for one packet of any size behind all others, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
-        self._staging = Owner(ARENA_BYTES + self._largest)
+        self._staging = Owner(backend.room(receive.layout))
         capacity, at_once = receive.layout.capacity, min(AT_ONCE, self._taken.rows)
         spare = min(STAGED_BYTES, at_once * (capacity + capacity // HEADERS_SHARE))
         self._backend = backend(receive, self._taken)

@@ -120,17 +120,17 @@ DEFECTS = {
     "an old timestamp shows": ("recvmmsg", "    out->timestamps[n] = 0;\n", ""),
     "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),
     "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
-    "no further packet for want of a slot": ("recvmmsg", "n < most; s->next++", "n + 1 < most; s->next++"),
-    "an empty queue is asked again": ("recvmmsg", "receives && (uint32_t)got < wanted", "receives > rows"),
+    "no further packet for want of a row": ("recvmmsg", "wanted && n < most &&", "wanted && n + 1 < most &&"),
+    "an empty queue is asked again": ("recvmmsg", "(uint32_t)got == wanted &&", "got > 0 &&"),
     "an error behind packets of a fill is lost": (
         "recvmmsg",
         "if (got < 0 && got != -EAGAIN) {",
         "if (n == 0 && got < 0 && got != -EAGAIN) {",
     ),
-    "the overflow starts too early": (
+    "the last packet has no room": (
         "recvmmsg",
-        "head = length < s->slot ?",
-        "head = length <= s->slot + 1 ?",
+        "1 + (room - s->capacity) / s->stride",
+        "2 + (room - s->capacity) / s->stride",
     ),
     "room is aligned without a look": ("segment", "end > o->size)", "end > o->size + 7ull)"),
     "IPv4 options behind the end": ("segment", "size >= IPV4_HEADER && size <= room", "size >= IPV4_HEADER"),

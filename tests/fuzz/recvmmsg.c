@@ -3,20 +3,15 @@
 #define _GNU_SOURCE
 #include <linux/if_packet.h>
 #include <stddef.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 
 #include "fuzz.h"
 
 static void *fake_calloc(size_t count, size_t size);
-static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
-static int fake_munmap(void *memory, size_t size);
 static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int flags, struct timespec *timeout);
 
 #define calloc fake_calloc
-#define mmap fake_mmap
-#define munmap fake_munmap
 #define recvmmsg fake_recvmmsg
 #include <recvmmsg.c>
 #undef calloc
@@ -42,31 +37,14 @@ static struct {
     uint32_t handed, taken;    /* packets that it handed out, and of these those that rows showed */
     struct told told[MESSAGES_MOST]; /* of packet `number`, at its remainder */
     int allocations_left;
-    size_t mapped;
+    const uint8_t *region;     /* of this fill */
+    uint32_t room, stride;
 } kernel;
 
 static void *fake_calloc(size_t count, size_t size)
 {
     errno = ENOMEM;
     return kernel.allocations_left-- > 0 ? calloc(count, size) : NULL;
-}
-
-static void *fake_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset)
-{
-    MUST(!at && protection == (PROT_READ | PROT_WRITE) && fd == -1 && !offset);
-    MUST(flags == (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE));
-    if (kernel.allocations_left-- <= 0)
-        return MAP_FAILED;
-    kernel.mapped = size;
-    return exactly(size);
-}
-
-static int fake_munmap(void *memory, size_t size)
-{
-    MUST(size == kernel.mapped);
-    kernel.mapped = 0;
-    free(memory);
-    return 0;
 }
 
 /* As put_cmsg() does it; but the length that the header claims may be any. False when nothing can be found behind. */
@@ -176,10 +154,13 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 {
     unsigned n = 0;
 
-    const uint32_t rows_left = kernel.rows - (kernel.handed - kernel.taken);
+    const uint32_t before = kernel.handed - kernel.taken, rows_left = kernel.rows - before;
 
     MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count);
-    MUST(count == (rows_left < kernel.messages ? rows_left : kernel.messages));
+    MUST(count <= rows_left && count <= kernel.messages);
+    /* No fewer than there is room for. */
+    MUST(count == rows_left || count == kernel.messages ||
+         (uint64_t)(before + count) * kernel.stride + kernel.capacity > kernel.room);
     MUST(!kernel.empty); /* not asked again what was told already */
     kernel.error = kernel.kept_error;
     for (kernel.kept_error = 0; n < count && !kernel.error; n++) {
@@ -193,12 +174,14 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
             kernel.error = event.error;
             break;
         }
+        MUST(message->msg_iov[0].iov_base == kernel.region + (size_t)(before + n) * kernel.stride);
+        MUST((size_t)(before + n) * kernel.stride + kernel.capacity <= kernel.room);
         for (uint32_t k = 0, at = 0; k < message->msg_iovlen; k++) {
             room += message->msg_iov[k].iov_len;
             for (size_t i = 0; i < message->msg_iov[k].iov_len && at < event.length; i++, at++)
                 ((uint8_t *)message->msg_iov[k].iov_base)[i] = content(number, at);
         }
-        MUST(room == kernel.capacity);
+        MUST(message->msg_iovlen == 1 && room == kernel.capacity);
         message->msg_flags = event.length > room ? MSG_TRUNC : 0;
         if (kernel.metadata) {
             MUST(message->msg_namelen == sizeof(struct sockaddr_ll) && message->msg_controllen == CONTROL);
@@ -248,7 +231,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, size};
     uint32_t messages = take(&in, MESSAGES_MOST), rows = 1 + take(&in, MESSAGES_MOST - 1);
-    uint32_t capacity = take(&in, 2000), slot = 1 + take(&in, 1000);
+    uint32_t capacity = take(&in, 2000);
     uint32_t table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
 
     memset(&kernel, 0, sizeof kernel);
@@ -257,10 +240,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     kernel.metadata = (int)take(&in, 1);
     kernel.rows = rows;
     kernel.messages = messages;
-    kernel.allocations_left = take(&in, 7) ? 6 : (int)take(&in, 5);
-    int enough = messages && capacity && kernel.allocations_left == 6;
-    struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, slot, capacity, kernel.metadata);
-    MUST(!s == !enough && (s || !kernel.mapped));
+    kernel.allocations_left = take(&in, 7) ? 5 : (int)take(&in, 4);
+    int enough = messages && capacity && kernel.allocations_left == 5;
+    struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, capacity, kernel.metadata);
+    MUST(!s == !enough);
     MUST(s || errno == (messages && capacity ? ENOMEM : EINVAL));
     if (!s)
         return 0;
@@ -270,39 +253,39 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int fills = 0; fills < 16; fills++) {
         int error;
         /* Room for a packet of any size, and sometimes not even that. */
-        uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 4000)) & ~7u : take(&in, capacity) & ~7u;
+        uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 9000)) & ~7u : take(&in, capacity) & ~7u;
         uint8_t *region = exactly(room);
+
+        kernel.region = region;
+        kernel.room = room;
+        kernel.stride = lrx_recvmmsg_stride(capacity);
+        MUST(kernel.stride >= capacity && kernel.stride / 64 % 2 == 1 && kernel.stride % 64 == 0);
+
         int got = lrx_recvmmsg_fill(s, (uintptr_t)report, rows, (uintptr_t)region, room);
-        uint32_t waits = kernel.handed - kernel.taken;
-        const struct told *first = &kernel.told[kernel.taken % MESSAGES_MOST];
+        uint32_t came = kernel.handed - kernel.taken;
 
         error = kernel.error == EAGAIN ? 0 : kernel.error;
         MUST(report->error == (uint32_t)error);
-        if (!waits) {
+        if (room < capacity) {
+            MUST(got == -EMSGSIZE && !report->count && !came);
+        } else if (!came) {
             MUST(got == -error && !report->count);
-        } else if ((first->length < capacity ? first->length : capacity) > room) {
-            MUST(got == -EMSGSIZE && !report->count);
         } else {
-            MUST(got > 0 && report->count == (uint32_t)got && (uint32_t)got <= waits);
-            MUST(report->receives == kernel.receives && report->end <= room);
+            MUST(got > 0 && report->count == (uint32_t)got && (uint32_t)got == came);
+            MUST(report->receives == kernel.receives && report->end <= room + 7);
             check_rows((uint8_t *)(report + 1), rows, (uint32_t)got, region, report->end);
-            /* It stops for a reason only: what is left did not fit. */
-            waits = kernel.handed - kernel.taken;
-            first = &kernel.told[kernel.taken % MESSAGES_MOST];
-            MUST(!waits || (first->length < capacity ? first->length : capacity) > room - report->end);
-            MUST(waits || (uint32_t)got == rows || kernel.empty);
+            /* It stops for a reason only. */
+            MUST((uint32_t)got == rows || kernel.empty || (uint64_t)came * kernel.stride + capacity > room);
         }
-        MUST(lrx_recvmmsg_waiting(s) == kernel.handed - kernel.taken);
         MUST(!report->classified && !report->rows);
         free(region);
         report->count = report->end = report->receives = report->error = 0; /* as who takes it does */
         kernel.error = kernel.empty = 0;
         kernel.receives = 0;
-        if (!in.left && !waits && !kernel.kept_error)
+        if (!in.left && !kernel.kept_error)
             break;
     }
     lrx_recvmmsg_close(s);
-    MUST(!kernel.mapped);
     free(report);
     return 0;
 }

@@ -31,7 +31,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
 {
     Batch *b = *spare;
     Table *t;
-    uint32_t end = 0;
+    uint32_t end = 0, packed = 0;
 
     if (owner->batch) {
         PyErr_SetString(PyExc_BufferError, "another batch reads here still: take_back() first");
@@ -58,12 +58,19 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
             Py_DECREF((PyObject *)b);
             return NULL;
         }
-        if (!owner->mapped) /* a ring: `memory` will be a copy, without what else is in the blocks */
-            t->starts[k] = aligned(end) + framing.vnet;
-        if (t->starts[k] + length > end)
-            end = t->starts[k] + length;
+        if (place + length > end)
+            end = place + length;
+        packed += aligned(framing.vnet + length);
     }
-    b->size = end;
+    /* A ring: `memory` will be a copy, without what else is in the blocks. And where most of the memory is between frames, a
+     * copy of them costs less than zeroes there, and less to keep. */
+    b->apart = !owner->mapped || end / 2 > packed;
+    for (uint32_t k = 0, next = 0; b->apart && k < count; k++) {
+        t->starts[k] = next + framing.vnet;
+        end = t->starts[k] + t->lengths[k];
+        next = aligned(end);
+    }
+    b->size = count ? end : 0;
     b->base = base;
     Py_INCREF((PyObject *)owner);
     b->owner = owner;
@@ -178,8 +185,8 @@ static int batch_getbuffer(PyObject *self, Py_buffer *view, int flags)
     Batch *b = (Batch *)self;
 
     view->obj = NULL;
-    if (!b->own && (!b->owner || !b->owner->mapped) && lrx_batch_own(b) < 0)
-        return -1; /* a ring's: `memory` is a copy */
+    if (!b->own && (!b->owner || b->apart) && lrx_batch_own(b) < 0)
+        return -1;
     if (b->own)
         return PyBuffer_FillInfo(view, b->own, (void *)b->base, b->size, 1, flags);
     if (!b->tidy) {

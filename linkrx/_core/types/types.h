@@ -103,6 +103,7 @@ struct Batch {
     uint32_t size;       /* bytes of `memory` */
     Framing framing;
     bool settled;        /* the owner is this batch's alone, or nobody's: packets are copied as they are made */
+    bool apart;          /* `memory` is to be a copy: the frames lie in a ring, or far from each other */
     bool tidy;           /* between frames there are zeroes */
     PyObject *columns[COLUMNS];
 };
