@@ -10,6 +10,17 @@
 #include "../report.h"
 #include "../columns.inc"
 
+/* Since CPython 3.12 None and its like are immortal, and its headers' macros take no reference. In the limited API of 3.11 that
+ * would be an abi3 core that destroys them on CPython 3.11. */
+#undef Py_RETURN_NONE
+#undef Py_RETURN_TRUE
+#undef Py_RETURN_FALSE
+#undef Py_RETURN_NOTIMPLEMENTED
+#define Py_RETURN_NONE return Py_NewRef(Py_None)
+#define Py_RETURN_TRUE return Py_NewRef(Py_True)
+#define Py_RETURN_FALSE return Py_NewRef(Py_False)
+#define Py_RETURN_NOTIMPLEMENTED return Py_NewRef(Py_NotImplemented)
+
 #define ETHER_ADDRESS 6
 #define ETHER_HEADER 14
 #define VNET_HEADER 10 /* linux/virtio_net.h: struct virtio_net_hdr */
