@@ -245,7 +245,6 @@ def test_ctrl_c() -> None:
 
 
 @pytest.mark.usefixtures("devices")
-@pytest.mark.only(3, 10)  # on none that is supported: it hangs at times, and nobody knows why yet
 def test_the_tunnel() -> None:
     """Packets of the device go to the peer, what comes from there goes to the device, and Ctrl-C ends both."""
     (program,) = [program for program in programs() if program.startswith('"""A tunnel."""')]

@@ -12,8 +12,7 @@ import pytest
 from support.holding import HOLDERS, SIZE, Cell, cells
 from support.places import TESTS
 
-# CPython 3.12.1 crashes in its last collection: not understood yet.
-pytestmark = [pytest.mark.usefixtures("devices"), pytest.mark.only(3, 11)]
+pytestmark = pytest.mark.usefixtures("devices")
 
 # What a packet that is kept by itself may take besides its bytes.
 OVERHEAD_MOST = 256

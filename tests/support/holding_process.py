@@ -19,7 +19,7 @@ import linkrx
 from linkrx.kernel.namespace import enter_private_network
 from linkrx.testing.rigs import Rig
 
-KEPT = 100  # packets, one of each receive
+KEPT = 800  # packets, one of each receive
 STEPS_MOST = 5000  # allocations of a receive, far less
 
 
@@ -156,3 +156,7 @@ if __name__ == "__main__":
     enter_private_network()
     gc.set_threshold(1)
     JOBS[sys.argv[1]](sys.argv[2])
+    if sys.version_info[:2] == (3, 12):
+        # CPython 3.12.1 begins a collection that is due inside the last one of all, in the first finalizer that this calls,
+        # and crashes: without linkrx too. So none may be due.
+        gc.set_threshold(700)
