@@ -13,11 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from support.holding import BURST, HOLDERS, NAMED, frame, lap, mark_of, receive, send, take, wrong
-
 import linkrx
 from linkrx.kernel.namespace import enter_private_network
 from linkrx.testing.rigs import Rig
+from support.holding import BURST, HOLDERS, NAMED, frame, lap, mark_of, receive, send, take, wrong
 
 KEPT = 800  # packets, one of each receive
 STEPS_MOST = 5000  # allocations of a receive, far less
