@@ -176,6 +176,29 @@ long fill(int fd, uint8_t *frames, long size, long distinct, long first, long pa
     return packets;
 }
 
+/* Send the frames, one behind the other in memory: many to a call on a socket, or with write(). */
+long send_all(int fd, uint8_t *frames, long size, long packets, long socket)
+{
+    struct mmsghdr messages[MESSAGES] = {0};
+    struct iovec pieces[MESSAGES];
+    long done = 0;
+
+    while (done < packets) {
+        int many = packets - done < MESSAGES ? (int)(packets - done) : MESSAGES;
+
+        for (int k = 0; socket && k < many; k++) {
+            pieces[k] = (struct iovec){frames + (done + k) * size, (size_t)size};
+            messages[k].msg_hdr.msg_iov = &pieces[k];
+            messages[k].msg_hdr.msg_iovlen = 1;
+        }
+        many = socket ? sendmmsg(fd, messages, (unsigned)many, MSG_DONTWAIT) : write(fd, frames + done * size, (size_t)size) > 0;
+        if (many <= 0)
+            break;
+        done += many;
+    }
+    return done;
+}
+
 static uint64_t clock_of(clockid_t clock)
 {
     struct timespec time;

@@ -29,6 +29,7 @@ FILES = (
     "test_kept.py",
     "test_peers.py",
     "test_super_packets.py",
+    "test_sending.py",
 )
 LEFT_OUT = ("--deselect", str(HERE / "test_peers.py::test_unix"))  # nothing is aimed at there
 RING_WORK = {  # times as fast as pcapy-ng's dispatch
@@ -205,6 +206,28 @@ def kept(results: Results) -> Iterator[Target]:
         )
 
 
+def sending(results: Results) -> Iterator[Target]:
+    """Sending."""
+    for source, by_hand, title in (
+        ("packet", "socket.send", "packet socket"),
+        ("tap", "os.write", "TAP"),
+    ):
+        cells = [results.one("test_sending", source=source, size=size) for size in WORK_SIZES]
+        yield Target(
+            f"{title}: `send` / `{by_hand}`, 64 and 1514 B",
+            1.0,
+            reached=[quotient(facts, "send", by_hand) for facts in cells],
+        )
+    cells = [results.one("test_sending", source="packet", size=size) for size in WORK_SIZES]
+    for other, most in (("socket.send", 0.6), ("C floor", 1.15)):
+        what = "C loop of sendmmsg()" if other == "C floor" else f"`{other}`"
+        yield Target(
+            f"packet socket: `send_batch` / {what}, 64 and 1514 B",
+            most,
+            reached=[quotient(facts, "send_batch", other) for facts in cells],
+        )
+
+
 def elsewhere(results: Results) -> Iterator[Target]:
     """What linkrx has not, and what takes longer."""
     capture = "there is no linkrx.CaptureFile" if not hasattr(linkrx, "CaptureFile") else "no benchmark yet"
@@ -216,7 +239,7 @@ def elsewhere(results: Results) -> Iterator[Target]:
     yield Target("the README's test command, minutes", 3, why="run it")
 
 
-GROUPS = (lone, paced, work, full_queues, super_packets, kept, elsewhere)
+GROUPS = (lone, paced, work, full_queues, super_packets, kept, sending, elsewhere)
 
 
 def targets_table(results: Results) -> Lines:

@@ -10,7 +10,7 @@ class LinkrxError(Exception):
 
 
 class UnsupportedSource(LinkrxError, ValueError):
-    """The source is of a kind that linkrx, or the named backend, does not receive from."""
+    """The source is of a kind that linkrx, or the named backend, does not receive from; or nothing can be sent out of it."""
 
 
 class UnsupportedOption(LinkrxError, ValueError):

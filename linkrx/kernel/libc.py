@@ -68,6 +68,11 @@ class SocketOptions:
         _checked(_libc.setsockopt(self._fd, level, name, data, len(data)), "setsockopt")
 
 
+def send(fd: int, data: bytes, flags: int) -> None:
+    """One message. See man 2 send."""
+    _checked(_libc.send(fd, data, len(data), flags), "send")
+
+
 def timerfd() -> int:
     """A timer that does not run, as a descriptor: timerfd_create(2)."""
     return _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")

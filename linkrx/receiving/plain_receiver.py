@@ -7,6 +7,7 @@ exception of `deliver` costs nothing.
 
 from __future__ import annotations
 
+import errno
 import math
 import select
 import threading
@@ -20,6 +21,7 @@ from linkrx.memory.counters import EMPTY, MALFORMED, PACKETS, RUNTS, UNKNOWN_PRO
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
+from linkrx.receiving.plain_sending import Sending
 from linkrx.receiving.stats import End
 from linkrx.receiving.wakeup import Wakeup
 from linkrx.stages.classify import classifier
@@ -38,7 +40,7 @@ SLICE = 1.0
 Result = TypeVar("Result")
 
 
-class Receiver:
+class Receiver(Sending):
     """One open source as far as it is touched once per packet or once per wake-up."""
 
     _claims: dict[str, list[int]]  # by thread: one, of who is inside
@@ -131,6 +133,9 @@ class Receiver:
             if report.classified:
                 self._take_in()
                 return True
+            if self._was_down and not report.error:
+                self._was_down = False
+                report.error = errno.ENETDOWN
             if not report.error:
                 return False
             self._handle_error()
@@ -287,6 +292,7 @@ class Receiver:
             or self._end_follows
             or self._stopping
             or self._flushing
+            or self._was_down
             or any((report.count, report.classified, report.error, report.held))
         )
 

@@ -26,6 +26,7 @@ from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
 from linkrx.receiving.receiver import Receiver
+from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
 from linkrx.receiving.wakeup import Wakeup
 from linkrx.sources.options import Options
@@ -103,6 +104,7 @@ class Reception(Receiver):
                 self._wakeup.fileno(),
                 self.held_back,
             )
+            self._prepare_sending(way_to_send(source.fd, found))
             self._use(self._mechanism.native)
             source.start()
             self._mechanism.start()
@@ -299,6 +301,10 @@ class Reception(Receiver):
         )
         raise Busy(f"receiving from {where}: there, only stop() and close() may be called")
 
+    def _refuse_send(self, code: int, length: int) -> NoReturn:
+        self._check_open()
+        raise refusal(code, length, self.source.capabilities) from None
+
     def _notice_fork(self) -> None:
         """A fork that Python was told nothing of, as C code makes it."""
         if not self._forked and os.getpid() != self._process:
@@ -390,4 +396,5 @@ class Reception(Receiver):
             link_downs=tally.link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
             undelivered=self._undelivered + tally.held_back,
+            sent=self._sent,
         )

@@ -16,7 +16,7 @@ Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter
 
 from __future__ import annotations
 
-from linkrx.testing import exceptions, lifetimes, limits, links, packets, resources, stops
+from linkrx.testing import exceptions, lifetimes, limits, links, packets, resources, sending, stops
 from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
 from linkrx.testing.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 
@@ -50,6 +50,15 @@ CHECKS: tuple[Check, ...] = (
     limits.check_flush,
     limits.check_flush_in_a_wait,
     limits.check_flush_under_load,
+    sending.check_sending,
+    sending.check_sending_packets,
+    sending.check_sending_anywhere,
+    sending.check_sending_both_ways,
+    sending.check_sending_odd_lengths,
+    sending.check_sending_to_nobody,
+    sending.check_sending_over_flaps,
+    sending.check_sending_at_the_end,
+    sending.check_sending_refused,
     exceptions.check_raising,
     exceptions.check_interrupted_wait,
     exceptions.check_interrupted_flood,

@@ -6,15 +6,16 @@ Those that make devices need CAP_NET_ADMIN and a network namespace of one's own:
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from linkrx.factory import open
-from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETH_P_ALL, SO_RCVBUFFORCE
+from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETH_P_ALL, PACKET_IGNORE_OUTGOING, SO_RCVBUFFORCE, SOL_PACKET
 from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.sources.capabilities import HasFileno
 from linkrx.sources.tuntap import TunTap
@@ -31,6 +32,9 @@ TUN_MTU = VETH_MTU = 65_535
 # Room for a hundred of the longest frames, where the kernel gives it.
 PACKET_BUFFER = 8 * 1024 * 1024
 
+FAR_END_PATIENCE = 30.0  # seconds
+LONGEST_MESSAGE = 1 << 20
+
 _numbers = count()
 
 
@@ -40,7 +44,8 @@ class Rig:
 
     `send` never blocks: it raises BlockingIOError when the source's queue is full, where that stops senders. That is
     not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
-    `prefix` is what `send` puts in front of each frame.
+    `prefix` is what `send` puts in front of each frame. `far_end` opens what gives the frames that the source itself sends:
+    a call waits for the next and returns it; None where a source sends nothing.
     """
 
     source: int | str | HasFileno
@@ -54,6 +59,7 @@ class Rig:
     queue: int = 100
     device: Device | None = None
     hang_up: Callable[[], None] | None = None
+    far_end: Callable[[], AbstractContextManager[Callable[[], bytes]]] | None = None
 
     def frame(self, size: int, mark: int = 0) -> bytes:
         """A good frame of `size` bytes; `mark` tells it from others."""
@@ -64,6 +70,40 @@ class Rig:
     def open(self, backend: str, deliver: Any = None, **options: Any) -> Dispatcher:
         """A dispatcher on this source."""
         return open(self.source, deliver, backend=backend, **{**self.options, **options})
+
+
+@contextmanager
+def _datagrams_of(peer: socket.socket, prefix: bytes) -> Iterator[Callable[[], bytes]]:
+    def take() -> bytes:
+        poll = select.poll()
+        poll.register(peer, select.POLLIN)
+        assert poll.poll(FAR_END_PATIENCE * 1000), "no frame came out at the far end"
+        message = peer.recv(LONGEST_MESSAGE)
+        assert message.startswith(prefix)
+        return message[len(prefix) :]
+
+    yield take
+
+
+@contextmanager
+def _frames_on(name: str, *, ethernet: bool) -> Iterator[Callable[[], bytes]]:
+    """What comes in on an interface and was made by `Rig.frame`: the kernel sends packets of its own."""
+    head = slice(12, 14) if ethernet else slice(0, 1)
+    mark = PROTOCOL.to_bytes(2, "big") if ethernet else b"\x45"
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as seen:
+        seen.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        with suppress(PermissionError):
+            seen.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_BUFFER)
+        seen.bind((name, ETH_P_ALL))
+        seen.settimeout(FAR_END_PATIENCE)
+
+        def take() -> bytes:
+            while True:
+                frame = seen.recv(LONGEST_MESSAGE)
+                if frame[head] == mark:
+                    return frame
+
+        yield take
 
 
 def _datagrams(kind: socket.SocketKind, *, blocking: bool = True, **options: Any) -> Iterator[Rig]:
@@ -81,6 +121,7 @@ def _datagrams(kind: socket.SocketKind, *, blocking: bool = True, **options: Any
             options=options,
             prefix=bytes(10) if options.get("vnet_header") else b"",
             hang_up=sender.close,
+            far_end=lambda: _datagrams_of(sender, rig.prefix),
         )
         yield rig
 
@@ -171,6 +212,7 @@ def _queue(
                 options=options or {},
                 takes_hostile=mode == "tun",
                 device=device,
+                far_end=lambda: _frames_on(device.name, ethernet=mode == "tap"),
             )
 
 
@@ -243,6 +285,7 @@ def interface(name: str | None = None) -> Iterator[Rig]:
             longest=VETH_MTU + ETH_HEADER_BYTES,
             takes_hostile=False,
             device=device,
+            far_end=lambda: _frames_on(far, ethernet=True),
         )
 
 
@@ -269,6 +312,7 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
             options=options,
             takes_hostile=not raw,
             device=device,
+            far_end=(lambda: _frames_on(far, ethernet=True)) if raw else None,
         )
 
 

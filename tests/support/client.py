@@ -67,6 +67,8 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
             rx.run()
             limited: linkrx.End | None = rx.run(count=10, duration=1.5)
             print(limited, [len(batch) for batch in rx.batches(1, duration=0.5)])
+            rx.send(b"frame")
+            print(rx.send_batch([bytearray(b"frame"), rx.recv()]), rx.send_batch(next(iter(rx.batches()))))
             rx.stop(flush=True)
             batches: linkrx.Batches = rx.batches()
             frames = [batch.memory[batch.starts[0] :] for batch in batches]

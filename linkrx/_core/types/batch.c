@@ -119,7 +119,7 @@ static void batch_dealloc(PyObject *self)
     lrx_free(self);
 }
 
-static bool readable(const Batch *b)
+bool lrx_batch_is_readable(const Batch *b)
 {
     if (!b->owner || !b->owner->guard || *b->owner->guard)
         return true;
@@ -169,7 +169,7 @@ int lrx_batch_own(Batch *b)
 {
     if (b->own || b->settled)
         return 0;
-    if (!readable(b))
+    if (!lrx_batch_is_readable(b))
         return -1;
     b->own = copy_frames(b);
     if (!b->own)
@@ -282,7 +282,7 @@ static PyObject *batch_frames(PyObject *self, PyObject *unused)
     list = PyList_New(count); /* the collector may run in here, and whatever it runs may take the memory back */
     if (!list)
         return NULL;
-    if (!readable(b)) {
+    if (!lrx_batch_is_readable(b)) {
         Py_DECREF(list);
         return NULL;
     }
@@ -310,7 +310,7 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
     if (b->own) {
         own = b->own;
         Py_INCREF(own);
-    } else if (!readable(b) || !(own = copy_frames(b))) {
+    } else if (!lrx_batch_is_readable(b) || !(own = copy_frames(b))) {
         return NULL;
     }
     from = (struct lrx_columns){

@@ -146,6 +146,10 @@ static enum outcome receive(Receiver *r, bool all)
         }
         if (report->classified)
             return lrx_take_in(r) == FAILED ? FAILED : READY;
+        if (r->was_down && !report->error) {
+            r->was_down = false;
+            report->error = ENETDOWN;
+        }
         if (!report->error)
             return NOTHING;
         if (lrx_ask(r, "_handle_error") < 0)

@@ -33,8 +33,8 @@ bool lrx_has_something(const Receiver *r)
 
     if (!r->prepared)
         return false;
-    return r->pending || r->ended || r->end_follows || r->stopping || r->flushing || report->count || report->classified ||
-           report->error || report->held;
+    return r->pending || r->ended || r->end_follows || r->stopping || r->flushing || r->was_down || report->count ||
+           report->classified || report->error || report->held;
 }
 
 /* In C: an exception of a signal handler here would cost the packet that is on its way out. A stop() sets the event as well. */

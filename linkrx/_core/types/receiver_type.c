@@ -65,6 +65,22 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* _prepare_sending(one of enum lrx_sends) */
+static PyObject *receiver_prepare_sending(PyObject *self, PyObject *how)
+{
+    Receiver *r = (Receiver *)self;
+    const long sends = PyLong_AsLong(how);
+
+    if (PyErr_Occurred())
+        return NULL;
+    if (!r->prepared || r->framing.vnet > LRX_VNET_MOST || sends < LRX_SENDS_NOTHING || sends > LRX_SENDS_POLLED) {
+        PyErr_SetString(PyExc_ValueError, "no such way to send");
+        return NULL;
+    }
+    r->sends = (int)sends;
+    Py_RETURN_NONE;
+}
+
 static int leave_mechanism(Receiver *r)
 {
     if (lrx_copy_places(r) < 0)
@@ -312,6 +328,7 @@ static PyGetSetDef receiver_attributes[] = {
     {"_polled", receiver_flag, receiver_set_flag, "Somebody polls fileno().", (void *)offsetof(Receiver, polled)},
     {"_shown", receiver_flag, receiver_set_flag, "fileno() is readable, for something waits here.",
      (void *)offsetof(Receiver, shown)},
+    {"_sent", receiver_count, NULL, "Frames that were sent.", (void *)offsetof(Receiver, sent)},
     {"_batches", receiver_count, NULL, "How often something was taken in.", (void *)offsetof(Receiver, batches)},
     {"_receives", receiver_count, NULL, "System calls that received it, or blocks of a ring.",
      (void *)offsetof(Receiver, receives)},
@@ -342,6 +359,20 @@ static PyMethodDef receiver_methods[] = {
     {"recv", FAST(lrx_receiver_recv), METH_FASTCALL | METH_KEYWORDS,
      "recv($self, /, timeout=None)\n--\n\n"
      "The next packet.\n\nRaises TimeoutError after `timeout` seconds without one, and Ended when it is over."},
+    {"send", lrx_receiver_send, METH_O,
+     "send($self, frame, /)\n--\n\n"
+     "Send one frame out of the source, from any thread, also while another one receives.\n\n"
+     "`frame` is bytes, link header included, or any other buffer. A packet is sent as it was on the wire, `tagged()`, with its\n"
+     "virtio-net header where the source has one. Never waits: raises BlockingIOError where the queue is full. Raises\n"
+     "UnsupportedSource for a source that sends nothing (a pipe, a cooked, unbound or unconnected socket), ValueError for a\n"
+     "packet that needs a virtio-net header where the source has none (an unfinished checksum, a super-packet), Closed, and\n"
+     "OSError for what the kernel says, such as ENETDOWN, EMSGSIZE, and EINVAL for what is too short."},
+    {"send_batch", lrx_receiver_send_batch, METH_O,
+     "send_batch($self, frames, /)\n--\n\n"
+     "Send many frames, in order, as `send` does: a batch, or an iterable. Returns how many were taken.\n\n"
+     "That is fewer than there are where the queue is full, 0 where it was full at once, and where a frame is refused: if that is\n"
+     "the first one it raises as `send` does, otherwise the error is left to the next call, which begins with that frame."},
+    {"_prepare_sending", receiver_prepare_sending, METH_O, "How frames are given to the kernel."},
     {"_next_batch", lrx_receiver_next_batch, METH_VARARGS,
      "_next_batch($self, timeout, until, /)\n--\n\n"
      "The next batch; None at the end, after `timeout` seconds without one, and behind the moment `until`."},

@@ -23,6 +23,7 @@
 
 #define ETHER_ADDRESS 6
 #define ETHER_HEADER 14
+#define LRX_VNET_MOST 4096 /* bytes of a virtio-net header: as in linkrx/sources/options.py */
 #define VNET_HEADER 10 /* linux/virtio_net.h: struct virtio_net_hdr */
 
 /* Where the frames of an arena start: see memory.c. */
@@ -195,6 +196,8 @@ void lrx_batch_give_up(Batch *b, Batch **spare);
 /* Leave the first `n` packets out. Only for a batch that nobody has seen. */
 void lrx_batch_skip(Batch *b, uint32_t n);
 int lrx_batch_own(Batch *b);
+/* Or RuntimeError, as for packets. */
+bool lrx_batch_is_readable(const Batch *b);
 
 /* What a delivery needs beside the packet: made once per neighbour and protocol. */
 typedef struct {
@@ -266,8 +269,17 @@ typedef struct {
     unsigned turn;
     Neighbour neighbours[NEIGHBOURS];
 
+    /* Sending: send.c. */
+    int sends;             /* enum lrx_sends */
+    bool sends_singly;     /* sendmmsg() is refused */
+    volatile bool was_down; /* a send was told that the link went down, in place of the receiver */
+    uint64_t sent;
+
     uint64_t batches, receives, waits, undelivered, undelivered_bytes;
 } Receiver;
+
+/* How frames are given to the kernel. linkrx/receiving/sending.py has the same numbers. */
+enum lrx_sends { LRX_SENDS_NOTHING, LRX_SENDS_WRITES, LRX_SENDS_MESSAGES, LRX_SENDS_POLLED };
 
 /* What a step came to. */
 enum outcome {
@@ -331,6 +343,10 @@ PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args);
 PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused);
 PyObject *lrx_receiver_take(PyObject *self, PyObject *unused);
 PyObject *lrx_receiver_iterate(PyObject *self);
+
+/* send.c */
+PyObject *lrx_receiver_send(PyObject *self, PyObject *frame);
+PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given);
 
 /* receiver_type.c */
 extern PyType_Spec lrx_receiver_spec;
