@@ -24,6 +24,7 @@ from linkrx.receiving.dispatcher import Batches, Dispatcher
 from linkrx.receiving.stats import End, Stats
 from linkrx.registry import backends
 from linkrx.sources.capabilities import Capabilities, HasFileno, probe
+from linkrx.sources.interfaces import Interface, interfaces
 from linkrx.sources.options import OpenOptions
 from linkrx.sources.tuntap import Offload, TunTap
 
@@ -46,6 +47,7 @@ __all__ = [
     "Flags",
     "Gso",
     "HasFileno",
+    "Interface",
     "IovecBuffer",
     "LinkrxError",
     "MissingPrivilege",
@@ -61,6 +63,7 @@ __all__ = [
     "VnetHeader",
     "backends",
     "choose",
+    "interfaces",
     "open",
     "probe",
 ]

@@ -15,18 +15,25 @@ from pathlib import Path
 
 from linkrx.kernel.namespace import inside
 from linkrx.kernel.uapi import (
+    IFF_UP,
     IFLA_ADDRESS,
+    IFLA_ALT_IFNAME,
     IFLA_IFNAME,
     IFLA_INFO_DATA,
     IFLA_INFO_KIND,
     IFLA_LINKINFO,
     IFLA_MTU,
+    IFLA_OPERSTATE,
+    IFLA_PROP_LIST,
     IFLA_STATS64,
     IFLA_TUN_NUM_QUEUES,
     IFLA_TUN_PI,
     IFLA_TXQLEN,
     NLA_TYPE_MASK,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
+    NLMSG_DONE,
     NLMSG_ERROR,
     RTM_GETLINK,
     RTM_NEWLINK,
@@ -40,6 +47,9 @@ SUPER_PACKETS = (41, 58, 63, 64)
 _MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr
 _INTERFACE = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
+# linux/if.h: IF_OPER_*, as `ip link` names them.
+_STATES = dict(enumerate(("unknown", "notpresent", "down", "lowerlayerdown", "testing", "dormant", "up")))
+_ANSWER_MOST = 65_536  # more than the kernel puts into one message
 _TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
 
 
@@ -48,6 +58,7 @@ class Link:
     """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
 
     `super_packet` is the most that a packet has before it is split, or behind merging; `queue_length` is its txqueuelen.
+    `up` is IFF_UP, and `state` the operational state, RFC 2863.
     """
 
     index: int
@@ -61,6 +72,9 @@ class Link:
     tx_dropped: int | None
     super_packet: int
     queue_length: int | None
+    up: bool
+    state: str
+    alternative_names: tuple[str, ...]
 
 
 class RouteSocket:
@@ -76,25 +90,54 @@ class RouteSocket:
             self._socket.close()
             raise
 
+    def links(self) -> list[Link]:
+        """All devices of the namespace."""
+        while True:
+            found, whole = [], True
+            self._ask(_INTERFACE.pack(socket.AF_UNSPEC, 0, 0, 0, 0), NLM_F_DUMP)
+            for kind, flags, body in self._answers():
+                whole = whole and not flags & NLM_F_DUMP_INTR
+                if kind == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", body)[0]
+                    raise OSError(code, f"listing interfaces, RTM_GETLINK: {os.strerror(code)}")
+                if kind == NLMSG_DONE:
+                    break
+                found.append(_parse(body))
+            if whole:  # or a device has come or gone meanwhile
+                return found
+
+    def _ask(self, body: bytes, flags: int = 0) -> None:
+        self._sequence += 1
+        head = _MESSAGE.pack(_MESSAGE.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, self._sequence, 0)
+        self._socket.send(head + body)
+
+    def _answers(self) -> Iterator[tuple[int, int, bytes]]:
+        """Type, flags and body of each message that answers the latest request; the caller knows the last."""
+        while True:
+            answer = self._socket.recv(_ANSWER_MOST)
+            offset = 0
+            while offset + _MESSAGE.size <= len(answer):
+                length, kind, flags, sequence, _ = _MESSAGE.unpack_from(answer, offset)
+                if length < _MESSAGE.size:
+                    break
+                if sequence == self._sequence:  # or a late answer to a request that timed out
+                    yield kind, flags, answer[offset + _MESSAGE.size : offset + length]
+                offset += (length + 3) & ~3
+
     def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
         """The device of that name or index, or None if there is none."""
-        self._sequence += 1
         body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         if name is not None:
             value = os.fsencode(name) + b"\0"
             body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
             body += bytes(-len(body) % 4)
-        head = _MESSAGE.pack(_MESSAGE.size + len(body), RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0)
-        self._socket.send(head + body)
-        while True:
-            answer = self._socket.recv(65536)
-            _, kind, _, sequence, _ = _MESSAGE.unpack_from(answer)
-            if sequence != self._sequence:
-                continue  # a late answer to a request that timed out
+        self._ask(body)
+        for kind, _, answer in self._answers():
             if kind == NLMSG_ERROR:
                 return None
             if kind == RTM_NEWLINK:
-                return _parse(answer[_MESSAGE.size :])
+                return _parse(answer)
+        return None
 
     def close(self) -> None:
         """Idempotent."""
@@ -116,7 +159,7 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(message: bytes) -> Link:
-    _, hardware_type, index, _, _ = _INTERFACE.unpack_from(message)
+    _, hardware_type, index, flags, _ = _INTERFACE.unpack_from(message)
     found = dict(_attributes(message[_INTERFACE.size :]))
     info = dict(_attributes(found.get(IFLA_LINKINFO, b"")))
     kind = info[IFLA_INFO_KIND].rstrip(b"\0").decode() if IFLA_INFO_KIND in info else None
@@ -141,6 +184,13 @@ def _parse(message: bytes) -> Link:
             struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
         ),
         queue_length=struct.unpack("=I", found[IFLA_TXQLEN])[0] if IFLA_TXQLEN in found else None,
+        up=bool(flags & IFF_UP),
+        state=_STATES.get(found.get(IFLA_OPERSTATE, b"\0")[0], "unknown"),
+        alternative_names=tuple(
+            os.fsdecode(value.rstrip(b"\0"))
+            for kind, value in _attributes(found.get(IFLA_PROP_LIST, b""))
+            if kind == IFLA_ALT_IFNAME
+        ),
     )
 
 

@@ -154,9 +154,9 @@ def describe(packet: Described) -> str:
 
 
 def tagged(packet: Described) -> bytes:
-    """The frame with the VLAN tag that the kernel took out put back behind the addresses (IEEE 802.1Q)."""
+    """The frame with the VLAN tag that the kernel took out put back behind the addresses (IEEE 802.1Q), where it has these."""
     frame, tag = packet.tobytes(), packet.vlan
-    if tag is None:
+    if tag is None or packet.local is None:
         return frame
     return frame[:12] + struct.pack("!HH", *tag) + frame[12:]
 

@@ -18,14 +18,13 @@ from typing_extensions import Buffer
 from linkrx.kernel import libc
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_ECN
 from linkrx.memory.framing import Framing
-from linkrx.packets.headers import CHECKSUM_UNFINISHED, NEEDS_CSUM, VLAN
+from linkrx.packets.headers import CHECKSUM_UNFINISHED, NEEDS_CSUM
 from linkrx.packets.plain import Packet
 from linkrx.receiving.sending import FULL, MESSAGES, NO_PROTOCOL, NOTHING, POLLED, SUPER_PACKET, UNFINISHED
 from linkrx.receiving.wakeup import Wakeup
 
 _RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
-_TAG_BYTES = 4
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 
@@ -165,6 +164,6 @@ def _headers(frame: bytes, packet: Packet | None, framing: Framing) -> bytes:
     flags, kind, headers, segment, start, offset = struct.unpack(
         ">BBHHHH" if packet._big_endian else "<BBHHHH", told
     )
-    tag = _TAG_BYTES if packet._flags & VLAN else 0  # put back in front of what the header counts to
+    tag = len(packet.tagged()) - len(packet)  # put back in front of what the header counts to
     vnet = (flags, kind, headers + tag if headers else 0, segment, start + tag if start else 0, offset)
     return info + struct.pack(framing.vnet_format, *vnet).ljust(size, b"\0")

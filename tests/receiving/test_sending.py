@@ -77,6 +77,14 @@ def test_a_packet_is_sent_tagged(ends: Pair) -> None:
     assert one.tagged() == LOCAL + REMOTE + b"\x88\xa8\x20\x05\x08\x00body"
 
 
+def test_without_addresses_there_is_no_tag(ends: Pair) -> None:
+    """A tag that came with a packet of a cooked socket has no place in it: it is sent, and `tagged()`, as it is."""
+    one = packet(b"\x45" + bytes(30), link_header=0, tag=(0x8100, 5))
+    with linkrx.open(ends[0], ethernet=False) as rx:
+        rx.send(one)
+        assert ends[1].recv(100) == bytes(one) == one.tagged()
+
+
 @pytest.mark.parametrize("size", [10, 12, 4096])
 @pytest.mark.parametrize("order", [LITTLE, BIG])
 def test_a_packet_keeps_its_virtio_net_header(ends: Pair, size: int, order: int) -> None:

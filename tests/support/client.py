@@ -24,6 +24,12 @@ def refused(source: int | str | linkrx.HasFileno) -> str | None:
     return None if found.mtu or choice.backend else verdicts[0].reason + choice.explain()
 
 
+def up() -> list[str]:
+    """The interfaces that are set up."""
+    found: tuple[linkrx.Interface, ...] = linkrx.interfaces()
+    return [one.name for one in found if one.up and one.state != "down" and one.link_type == 1]
+
+
 def names() -> list[str]:
     """The backends of this host."""
     infos: tuple[linkrx.BackendInfo, ...] = linkrx.backends()

@@ -185,7 +185,7 @@ static int packet_frame(const Packet *p, Frame *f)
         .vnet = p->has_vnet ? p->vnet : NULL,
         .big_endian = p->has_vnet == 2,
         .protocol = p->protocol,
-        .flags = p->flags,
+        .flags = p->link_header ? p->flags : (uint16_t)(p->flags & ~LRX_VLAN), /* no addresses, so no tag behind them */
         .vlan_tci = p->vlan_tci,
         .vlan_tpid = p->vlan_tpid,
     };
@@ -201,7 +201,7 @@ static void batch_frame(const Batch *b, Py_ssize_t row, Frame *f)
         .length = t->lengths[row],
         .big_endian = b->framing.big_endian,
         .protocol = t->protocols[row],
-        .flags = t->flags[row],
+        .flags = b->framing.link_header ? t->flags[row] : (uint16_t)(t->flags[row] & ~LRX_VLAN),
         .vlan_tci = t->vlan_tcis[row],
         .vlan_tpid = t->vlan_tpids[row],
     };
