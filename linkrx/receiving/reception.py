@@ -38,10 +38,11 @@ logger = logging.getLogger("linkrx")
 # For how long a source is left out of the poll set that says it is readable and has nothing to read.
 _REST = 0.01
 
-# How many packets a queue may hold whose length the kernel does not tell; and frames that a super-packet of 64 KiB may
-# stand for, with 512 bytes of payload in each.
+# How many packets a queue may hold whose length the kernel does not tell; and frames that a packet of a queue may stand for,
+# which is a super-packet of 64 KiB with 512 bytes of payload in each. Where a queue's length is in bytes, super-packets take
+# theirs: with 64 bytes of payload in each frame there are eight times as many as of the shortest packets.
 FLUSH_MOST = 1 << 17
-FLUSH_FRAMES = 128
+FLUSH_FRAMES, FLUSH_FRAMES_BY_BYTES = 128, 8
 
 # What recv() raises behind each end: the errno that a socket would give.
 _ENDED = {End.STOPPED: errno.ESHUTDOWN, End.EOF: errno.ESHUTDOWN, End.LINK_GONE: errno.ENODEV}
@@ -263,9 +264,10 @@ class Reception(Receiver):
         last of them can be read.
         """
         mechanism = self._mechanism
-        frames = FLUSH_FRAMES if self._facts.options.segment else 1
         queue = mechanism.queue_limit or self.source.queue_limit() or FLUSH_MOST
-        return (queue + self._descriptors.rows) * frames, mechanism.readable_within
+        if self._facts.options.segment:
+            queue *= FLUSH_FRAMES_BY_BYTES if self.source.capabilities.socket else FLUSH_FRAMES
+        return queue + self._descriptors.rows, mechanism.readable_within
 
     def _finish(self, end: End) -> None:
         # What the backend received and nobody classified: packets or not, they were not delivered.

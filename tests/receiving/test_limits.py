@@ -172,14 +172,16 @@ def test_a_flush_of_a_queue_that_is_never_empty(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_a_flush_of_an_interface_that_is_never_quiet(backend: str) -> None:
-    """It ends when as many packets were taken as the ring or the socket's buffer holds."""
+    """It ends when as many packets were taken as the socket's buffer holds; of a ring also earlier, for what comes last is in
+    a block that cannot be read yet.
+    """
     with (
         veth() as (near, far),
         injector_on(far) as injector,
         linkrx.open(near, backend=backend, receive_buffer=1 << 18) as rx,
     ):
         injector.send(bytes(60))
-        assert never_empty(rx, lambda: injector.send(bytes(60))) > 100
+        assert never_empty(rx, lambda: injector.send(bytes(60))) > (0 if backend == "packet_mmap" else 100)
         assert rx.end is linkrx.End.STOPPED
 
 
