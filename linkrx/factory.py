@@ -98,6 +98,8 @@ def open(  # noqa: A001
     to have super-packets split into the frames that they stand for, with complete checksums: for sources with a virtio-net
     header, which packet sockets are given for it.
 
+    `protocol`, an EtherType: of an interface by name only its packets, chosen by the kernel.
+
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
     cannot be, and OSError for what the kernel says.
     """

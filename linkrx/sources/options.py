@@ -8,13 +8,15 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from linkrx.errors import UnsupportedOption
-from linkrx.kernel.uapi import VNET_HEADER_BYTES
+from linkrx.kernel.uapi import ETH_P_ALL, VNET_HEADER_BYTES
 from linkrx.memory.framing import Framing
 from linkrx.memory.layouts import checked_sizes
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.fanout import Fanout
 
 BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
+
+ETHERTYPE_MOST = 0xFFFF
 
 VNET_HEADER_MOST = 4096  # far more than any that a kernel writes
 PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_HDR_SZ
@@ -39,6 +41,7 @@ class OpenOptions(TypedDict, total=False):
     fanout: int | str | tuple[int | str, str] | None
     receive_buffer: int | None
     latency: float | None
+    protocol: int | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Options:
     fanout: int | str | tuple[int | str, str] | None = None
     receive_buffer: int | None = None
     latency: float | None = None
+    protocol: int | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError and ValueError for values that no source could take."""
@@ -80,6 +84,13 @@ class Options:
             checked_sizes(self.buffer_sizes)
         if self.fanout is not None:
             Fanout.of(self.fanout)
+        if self.protocol is not None and not 0 < self.protocol <= ETHERTYPE_MOST:
+            raise ValueError(f"protocol={self.protocol}: give an EtherType, 1 to 0x{ETHERTYPE_MOST:04x}")
+        if self.outgoing and self.protocol not in (None, ETH_P_ALL):
+            raise UnsupportedOption(
+                f"outgoing=True and protocol=0x{self.protocol:04x} exclude each other: the kernel shows frames of this host to "
+                "sockets that are bound to all protocols only"
+            )
 
     @property
     def held_back(self) -> float:
@@ -102,6 +113,11 @@ class Options:
             raise UnsupportedOption(
                 f"fanout={self.fanout!r} on a borrowed socket could not be undone: a group is left only by closing the "
                 "socket. Give the name of the interface"
+            )
+        if self.protocol is not None and not capabilities.owned:
+            raise UnsupportedOption(
+                f"protocol=0x{self.protocol:04x} binds a packet socket that linkrx opens, and the source is "
+                f"{capabilities.a_title} of yours: give the name of the interface, or bind it to the protocol yourself"
             )
         if self.segment:
             self._check_segment(capabilities)
@@ -224,4 +240,5 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "timestamps": (bool,),
     "receive_buffer": (int,),
     "latency": (float, int),
+    "protocol": (int,),
 }

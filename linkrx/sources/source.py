@@ -101,6 +101,7 @@ class Source:
         self.fd = fd
         self.fanout: int | None = None  # the group, once it is joined
         self._joins = None if options.fanout is None else Fanout.of(options.fanout)
+        self._protocol = options.protocol or ETH_P_ALL
         self._receive_buffer = options.receive_buffer
         self._enlarged = False
         self.capabilities = capabilities
@@ -114,7 +115,7 @@ class Source:
         come. Nothing to do for a borrowed descriptor, from which they always did.
         """
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
-            _bind(self._held, self.capabilities.interface)
+            _bind(self._held, self.capabilities.interface, self._protocol)
             if self._joins is not None:  # the kernel wants a member bound
                 self.fanout = self._joins.join(self._held)
 
@@ -271,9 +272,9 @@ def _packet_socket(interface: str) -> socket.socket:
         ) from error
 
 
-def _bind(packet: socket.socket, interface: str | None) -> None:
+def _bind(packet: socket.socket, interface: str | None, protocol: int) -> None:
     try:
-        packet.bind((interface, ETH_P_ALL))
+        packet.bind((interface, protocol))
     except OSError as error:
         raise OSError(error.errno, f"binding a packet socket to {interface!r}: {error.strerror}") from error
     # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.

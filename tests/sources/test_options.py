@@ -22,6 +22,7 @@ NUMERIC: dict[str, tuple[object, ...]] = {
     "fanout": (None, "auto"),
     "receive_buffer": (None,),
     "latency": (),
+    "protocol": (None,),
 }
 NUMBERS = [math.nan, math.inf, -math.inf, -1, -0.5, 2**80, -(2**80), 10**400, 1.5, 1e300, Decimal(1)]
 OTHERS = [

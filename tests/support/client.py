@@ -14,7 +14,7 @@ def refused(source: int | str | linkrx.HasFileno) -> str | None:
     try:
         found: linkrx.Capabilities = linkrx.probe(source)
         choice: linkrx.Choice = linkrx.choose(
-            source, backend="auto", timestamps=True, fanout=("auto", "hash")
+            source, backend="auto", timestamps=True, fanout=("auto", "hash"), protocol=0x88CC
         )
     except (linkrx.UnsupportedSource, linkrx.UnsupportedOption, linkrx.BackendUnavailable) as error:
         return str(error)
