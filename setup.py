@@ -27,12 +27,15 @@ SOURCES_HASH = runpy.run_path(str(CORE / "sources.py"))["sources_hash"]()
 # A free-threaded build has no stable ABI before CPython 3.15, so only the others get an abi3 wheel.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
+# What both extensions have: classification, and the filters that it runs.
+SHARED = ("bpf.c", "bpf_check.c", "bpf_loads.c", "classify.c")
+
 # Beside the one that cffi makes from linkrx/_core/build.py: the types that Python touches once per packet. CPython 3.11 is
 # the first whose limited API has the buffer protocol.
 EXTENSIONS = [
     Extension(
         "linkrx._core._types",
-        [str(CORE / "classify.c"), *sorted(str(path) for path in (CORE / "types").glob("*.c"))],
+        [*(str(CORE / name) for name in SHARED), *sorted(str(path) for path in (CORE / "types").glob("*.c"))],
         py_limited_api=not FREE_THREADED,
         define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000")],
     )

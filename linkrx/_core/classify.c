@@ -10,6 +10,25 @@
 /* linux/if_tun.h: the queue cut the packet to the buffer. Told only with packet information. */
 #define TUN_PKT_STRIP 0x0001
 
+/* How many bytes of a frame the filter keeps; 0: it rejects the packet. */
+static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_columns *in, uint32_t k, const uint8_t *frame,
+                         uint32_t length, uint32_t wire_length)
+{
+    const struct lrx_filtered packet = {
+        .frame = frame,
+        .length = length,
+        .wire_length = wire_length,
+        .link_header = c->link_header,
+        .interface = in->interfaces[k] ? in->interfaces[k] : c->interface,
+        .outgoing = in->flags[k] & LRX_OUTGOING,
+        .tagged = in->flags[k] & LRX_VLAN,
+        .vlan_tci = in->vlan_tcis[k],
+        .vlan_tpid = in->vlan_tpids[k],
+    };
+
+    return lrx_filter_run(&c->filter, &packet);
+}
+
 void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table)
 {
     const struct lrx_columns in = lrx_descriptors_at(c->descriptors, c->rows);
@@ -44,6 +63,13 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         }
         length -= c->prefix;
         wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
+        if (c->filter.program) {
+            length = filtered(c, &in, k, frame, length, wire_length);
+            if (!length) {
+                counters[LRX_FILTERED]++;
+                continue;
+            }
+        }
         if (wire_length > length)
             flags |= LRX_TRUNCATED;
         if (flags & LRX_TRUNCATED)

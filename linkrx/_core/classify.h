@@ -1,6 +1,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "bpf.h"
+
 /* What the frames of one source look like, and where their classification goes. */
 struct lrx_classifier {
     uintptr_t descriptors;  /* header and table that the backend filled */
@@ -10,6 +12,7 @@ struct lrx_classifier {
     uint32_t link_header;   /* 14 for Ethernet, 0 for none */
     uint32_t interface;     /* of every packet whose backend does not tell it; 0 where nobody knows */
     uintptr_t counters;     /* uint64_t slots, LRX_PACKETS and on */
+    struct lrx_filter filter;
 };
 
 /* Write a table of `count` rows at `table` for the first `count` descriptors of `region`, leaving out

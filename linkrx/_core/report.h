@@ -40,3 +40,5 @@ struct lrx_report {
 #define LRX_UNKNOWN_PROTOCOL 4
 #define LRX_CUT 5
 #define LRX_COUNT_MALFORMED 6
+#define LRX_FILTERED 7
+#define LRX_COUNTERS 8

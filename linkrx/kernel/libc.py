@@ -58,6 +58,15 @@ class SocketOptions:
         _checked(_libc.getsockopt(self._fd, level, name, value, ctypes.byref(length)), "getsockopt")
         return value.raw[: length.value]
 
+    def get_items(self, level: int, name: int, size: int) -> bytes:
+        """All items of `size` bytes, of an option whose length counts items: SO_GET_FILTER."""
+        count = ctypes.c_uint32(0)
+        _checked(_libc.getsockopt(self._fd, level, name, None, ctypes.byref(count)), "getsockopt")
+        value = ctypes.create_string_buffer(max(1, size * count.value))
+        if count.value:
+            _checked(_libc.getsockopt(self._fd, level, name, value, ctypes.byref(count)), "getsockopt")
+        return value.raw[: size * count.value]
+
     def get_int(self, level: int, name: int) -> int:
         """An int."""
         return int.from_bytes(self.get(level, name), sys.byteorder, signed=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 
 # Slots of the counters that classification adds to, in C as in Python.
-PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT, MALFORMED = range(7)
+PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT, MALFORMED, FILTERED = range(8)
 
 
 def new_counters() -> array[int]:
-    """Seven zeroes of 64 bits."""
-    return array("Q", bytes(7 * 8))
+    """A zero of 64 bits for each."""
+    return array("Q", bytes((FILTERED + 1) * 8))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
-from linkrx.memory.counters import EMPTY, MALFORMED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
+from linkrx.memory.counters import EMPTY, FILTERED, MALFORMED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
@@ -218,7 +218,9 @@ class Receiver(Sending):
     @property
     def _received(self) -> int:
         """What was received so far, packets or not."""
-        return sum(self._counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED))
+        return sum(
+            self._counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED, FILTERED)
+        )
 
     def _begin_flush(self) -> tuple[int, float]:
         most, seconds = self._flush_limits()

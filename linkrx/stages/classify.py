@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from linkrx.kernel import bpf
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TUN_PKT_STRIP
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
-from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL
+from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
 from linkrx.memory.framing import Framing
-from linkrx.packets.headers import MALFORMED, TRUNCATED
+from linkrx.packets.headers import MALFORMED, OUTGOING, TRUNCATED, VLAN
 
 if TYPE_CHECKING:
     from linkrx.packets import Owner
@@ -28,10 +30,27 @@ _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 Classify = Callable[["Owner", int], None]
 
 
+@dataclass
+class Filter:
+    """What linkrx itself runs on each frame: struct lrx_filter. Without a program everything passes."""
+
+    program: Sequence[bpf.Instruction] = ()
+    tags: bool = False
+    hardware_type: int = 0
+
+
 def classifier(
-    descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
+    descriptors: Descriptors,
+    framing: Framing,
+    counters: array[int],
+    *,
+    interface: int = 0,
+    filter: Filter | None = None,
 ) -> Classify:
-    """`interface` is the index of that of every packet, where the backend does not tell it."""
+    """`interface` is the index of that of every packet, where the backend does not tell it. `filter` may change between two
+    receives.
+    """
+    rule = filter or Filter()
     reported, report = descriptors.columns, descriptors.report
     prefix, link_header = framing.prefix, framing.link_header
 
@@ -39,7 +58,7 @@ def classifier(
         region = arena.view[arena.cursor :]
         end = report.end
         table = Table(region[end : end + ROW_BYTES * count], count)
-        row = total = empty = runts = unknown = cut = malformed = 0
+        row = total = empty = runts = unknown = cut = malformed = filtered = 0
         for index in range(count):
             start, length = reported.starts[index], reported.lengths[index]
             flags = reported.flags[index]
@@ -53,10 +72,25 @@ def classifier(
             if framing.packet_info and struct.unpack_from("=H", region, start)[0] & TUN_PKT_STRIP:
                 flags |= TRUNCATED
             wire_length = max(reported.wire_lengths[index], length)
+            start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
+            if rule.program:
+                tagged = flags & VLAN
+                packet = bpf.Filtered(
+                    region[start : start + length],
+                    wire_length,
+                    link_header,
+                    reported.interfaces[index] or interface,
+                    rule.hardware_type,
+                    bool(flags & OUTGOING),
+                    (reported.vlan_tpids[index], reported.vlan_tcis[index]) if tagged else None,
+                )
+                length = bpf.kept(rule.program, packet, tags=rule.tags)
+                if not length:
+                    filtered += 1
+                    continue
             if wire_length > length:
                 flags |= TRUNCATED
             cut += flags & TRUNCATED
-            start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
             if link_header:
                 if length < ETH_HEADER_BYTES:
                     runts += 1
@@ -86,6 +120,7 @@ def classifier(
         counters[UNKNOWN_PROTOCOL] += unknown
         counters[CUT] += cut
         counters[COUNT_MALFORMED] += malformed
+        counters[FILTERED] += filtered
         report.rows = count
         report.classified = row + 1
         report.count = 0

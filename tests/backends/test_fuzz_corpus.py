@@ -60,6 +60,28 @@ def test_corpus_is_small(name: str) -> None:
 
 # One change each to the text of the core. The first of readv's, and the first four of recvmmsg's, were there once.
 DEFECTS = {
+    "a load ends a byte behind the frame": (
+        "bpf",
+        "(uint32_t)at + size > v->length",
+        "(uint32_t)at + size > v->length + 1ull",
+    ),
+    "a load with the tag put back ends behind the frame": (
+        "bpf",
+        "from + size > v->length",
+        "from + size > v->length + 1ull",
+    ),
+    "a division by zero goes on": (
+        "bpf",
+        "if (!operand)\n                    return 0;\n                a %=",
+        "if (!operand)\n                    break;\n                a %=",
+    ),
+    "a jump behind the end": ("bpf", "i->jt < left && i->jf < left", "i->jt < left"),
+    "scratch that nobody has written": ("bpf", "written[at + 1 + i->jf] &= now;", ""),
+    "a filter that cuts does not tell": (
+        "classify",
+        "wire_length > length)\n            flags",
+        "in.wire_lengths[k] > length)\n            flags",
+    ),
     "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
     "an interface that is told is forgotten": (

@@ -4,7 +4,7 @@
 #include <classify.c>
 
 #define PACKETS_MOST 12
-#define COUNTERS 7
+#define COUNTERS LRX_COUNTERS
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -26,6 +26,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint64_t expected_counters[COUNTERS];
     struct lrx_report due = {.count = count, .receives = 1, .end = (bytes + 7) & ~7u}, *report = &due;
     uint32_t n = 0;
+    /* The last byte is a filter as well. */
+    const uint32_t filters = size && data[size - 1] % 4 == 3, keeps = size ? data[size - 1] / 4 : 0;
+    const struct lrx_instruction keep = {0x06, 0, 0, keeps}; /* ret #keeps */
 
     memcpy(descriptors, report, sizeof *report);
     for (int k = 0; k < COUNTERS; k++)
@@ -74,7 +77,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint16_t strip = 0;
         if (packet_info)
             memcpy(&strip, region + start, 2);
-        if (wire > length || strip % 2)
+        const uint32_t whole = length;
+
+        if (filters && length - prefix > keeps)
+            length = prefix + keeps;
+        if (length == prefix) {
+            expected_counters[LRX_FILTERED]++;
+            continue;
+        }
+        if (wire > length || whole > length || strip % 2)
             flags |= LRX_TRUNCATED;
         expected_counters[LRX_CUT] += flags % 2;
         if (link_header && length - prefix < link_header) {
@@ -94,7 +105,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(expected, count, n, TIMESTAMP, get(in_table, rows, k, TIMESTAMP));
         put(expected, count, n, START, start + prefix);
         put(expected, count, n, LENGTH, length - prefix);
-        put(expected, count, n, WIRE_LENGTH, (wire > length ? wire : length) - prefix);
+        put(expected, count, n, WIRE_LENGTH, (wire > whole ? wire : whole) - prefix);
         put(expected, count, n, INTERFACE, k % 3 ? k % 3 * 1000 : interface);
         put(expected, count, n, PROTOCOL, protocol);
         put(expected, count, n, FLAGS, flags);
@@ -113,7 +124,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         memcpy(untouched_table, in_table, ROW_BYTES * rows);
     const struct lrx_classifier classifier = {(uintptr_t)descriptors, rows,      prefix,
                                               packet_info,            link_header, interface,
-                                              (uintptr_t)counters};
+                                              (uintptr_t)counters,    {.program = filters ? &keep : NULL}};
     lrx_classify(&classifier, (uintptr_t)region, count, (uintptr_t)table);
 
     report->count = 0;

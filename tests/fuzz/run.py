@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CORE = HERE.parent.parent / "linkrx" / "_core"
-NAMES = ("classify", "packet_mmap", "readv", "recvmmsg", "segment")
+NAMES = ("bpf", "classify", "packet_mmap", "readv", "recvmmsg", "segment")
 
 SANITIZERS = "address,undefined"
 FLAGS = ("-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all")
@@ -29,8 +29,10 @@ def compiled(compiler: str, name: str, folder: Path, *, sanitizers: str, core: P
     """The harness of that name, built in `folder`; with `fuzzer` among the sanitizers libFuzzer is its main."""
     program = folder / name
     sources = [HERE / f"{name}.c"] + ([] if "fuzzer" in sanitizers else [HERE / "replay.c"])
-    if name != "classify":
-        sources.append(core / "classify.c")  # what a fill ends with
+    if name != "bpf":
+        sources += [core / f"{filters}.c" for filters in ("bpf", "bpf_check", "bpf_loads")]
+        if name != "classify":
+            sources.append(core / "classify.c")  # what a fill ends with
     subprocess.run(
         [compiler, *FLAGS, f"-fsanitize={sanitizers}", f"-I{core}", *map(str, sources), "-o", str(program)],
         check=True,

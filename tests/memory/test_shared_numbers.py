@@ -30,6 +30,8 @@ SHARED: dict[str, int] = {
     "LRX_UNKNOWN_PROTOCOL": slots.UNKNOWN_PROTOCOL,
     "LRX_CUT": slots.CUT,
     "LRX_COUNT_MALFORMED": slots.MALFORMED,
+    "LRX_FILTERED": slots.FILTERED,
+    "LRX_COUNTERS": len(slots.new_counters()),
     "LRX_SIZES_MAX": buffers.SIZES_MAX,
     "LRX_MESSAGES_MAX": options.BATCH_SIZE_MAX,
 }
@@ -83,6 +85,7 @@ def test_counters_have_a_slot_for_each() -> None:
         slots.UNKNOWN_PROTOCOL,
         slots.CUT,
         slots.MALFORMED,
+        slots.FILTERED,
     }
     counters = slots.new_counters()
     assert places == set(range(len(counters)))

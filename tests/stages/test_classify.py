@@ -12,26 +12,41 @@ from typing import Protocol
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.programs import ANYWHERE, Maker, packed
 
 from linkrx import _core
+from linkrx.kernel import bpf
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table, align
-from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
 from linkrx.memory.framing import Framing
 from linkrx.packets import Owner
 from linkrx.packets.headers import MALFORMED, Flags
-from linkrx.stages.classify import Classify, classifier
+from linkrx.stages.classify import Classify, Filter, classifier
 
 
 class Make(Protocol):
     """One of the two implementations."""
 
     def __call__(
-        self, descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0
+        self,
+        descriptors: Descriptors,
+        framing: Framing,
+        counters: array[int],
+        *,
+        interface: int = 0,
+        filter: Filter | None = None,
     ) -> Classify: ...
 
 
-def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], *, interface: int = 0) -> Classify:
+def in_c(
+    descriptors: Descriptors,
+    framing: Framing,
+    counters: array[int],
+    *,
+    interface: int = 0,
+    filter: Filter | None = None,
+) -> Classify:
     """lrx_classify(), as the receiver in C calls it."""
     described = _core.new(
         "struct lrx_classifier *",
@@ -43,9 +58,16 @@ def in_c(descriptors: Descriptors, framing: Framing, counters: array[int], *, in
         interface=interface,
         counters=_core.address(counters),
     )
+    rule = filter or Filter()
+    program = bytearray(packed(rule.program))
+    if program:
+        described.filter.program = _core.at("struct lrx_instruction *", _core.address(program))
+        described.filter.tags = rule.tags
+        described.filter.hardware_type = rule.hardware_type
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.address + arena.cursor
+        assert bool(program) == bool(rule.program)  # kept alive
         _core.lib.lrx_classify(described, region, count, region + descriptors.report.end)
 
     return classify
@@ -377,6 +399,8 @@ def arena_pair() -> list[Owner]:
     spare_rows=st.integers(0, 3),
     interface=st.integers(0, 2**32 - 1),
     counted=st.integers(0, 2**40),
+    filters=st.booleans(),
+    tags=st.booleans(),
 )
 def test_c_and_python_agree(
     framing: Framing,
@@ -385,9 +409,13 @@ def test_c_and_python_agree(
     spare_rows: int,
     interface: int,
     counted: int,
+    filters: bool,
+    tags: bool,
 ) -> None:
     """Both leave the same memory, table and all, the same counters and header behind."""
     memory = random.Random(seed).randbytes(MEMORY)
+    program = Maker(seed, 100, ANYWHERE, headers=(bpf.NET_OFF, bpf.LL_OFF)).program() if filters else []
+    rule = Filter(program, tags, hardware_type=1)
     left: list[tuple[bytes, list[int], bytes]] = []
     for make, arena in zip((classifier, in_c), arena_pair(), strict=True):
         arena.view[:] = b"\xa5" * arena.limit
@@ -412,12 +440,12 @@ def test_c_and_python_agree(
                 arena.view[at + framing.prefix] = packet.first_byte
         descriptors.report.count = len(packets)
         descriptors.report.end = MEMORY
-        counters = array("Q", [counted] * 7)
-        make(descriptors, framing, counters, interface=interface)(arena, len(packets))
+        counters = array("Q", [counted] * len(new_counters()))
+        make(descriptors, framing, counters, interface=interface, filter=rule)(arena, len(packets))
         left.append((bytes(arena.view), list(counters), bytes(descriptors.report)))
     of_python, of_c = left
     assert of_python == of_c
     # Every packet was counted exactly once, as one thing or another.
     slots = of_c[1]
-    kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED)
+    kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED, FILTERED)
     assert sum(slots[slot] - counted for slot in kinds) == len(packets)

@@ -12,11 +12,11 @@ from typing import Any
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support.framed import Check, Framed, Setup, check_packet
 
 import linkrx
 from linkrx.packets import Packet
 from linkrx.receiving.dispatcher import Dispatcher
+from support.framed import Check, Framed, Setup, check_packet
 
 RUN_HERE = ("os_readv", "readv", "recvmmsg")
 BACKENDS = st.sampled_from(

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
-from support.framed import Check, hold_arrays, hold_batch, hold_packet
-from support.ledger import Ledger
 
 import linkrx
+from support.framed import Check, hold_arrays, hold_batch, hold_packet
+from support.ledger import Ledger
 
 KEPT_MOST = 24
 

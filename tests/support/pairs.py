@@ -6,10 +6,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from support.run import that_take
-
 import linkrx
 from linkrx.testing.rigs import LOCAL, REMOTE
+from support.run import that_take
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 BACKENDS = that_take("unix_dgram")

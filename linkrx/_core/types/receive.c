@@ -266,7 +266,7 @@ static uint64_t received(const Receiver *r)
     const uint64_t *counters = r->counters.buf;
 
     return counters[LRX_PACKETS] + counters[LRX_RUNTS] + counters[LRX_EMPTY] + counters[LRX_UNKNOWN_PROTOCOL] +
-           counters[LRX_COUNT_MALFORMED];
+           counters[LRX_COUNT_MALFORMED] + counters[LRX_FILTERED];
 }
 
 static int begin_flush(Receiver *r)

@@ -32,7 +32,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         PyObject_GetBuffer(counters, &r->counters, PyBUF_WRITABLE) < 0)
         return NULL;
     if (r->descriptors.len < (Py_ssize_t)(sizeof(struct lrx_report) + (size_t)rows * LRX_ROW_BYTES) ||
-        r->counters.len < (Py_ssize_t)((LRX_COUNT_MALFORMED + 1) * sizeof(uint64_t))) {
+        r->counters.len < (Py_ssize_t)(LRX_COUNTERS * sizeof(uint64_t))) {
         PyErr_SetString(PyExc_ValueError, "descriptors or counters are too short");
         return NULL;
     }
