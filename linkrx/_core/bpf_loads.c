@@ -30,7 +30,7 @@ static uint8_t byte_at(const struct view *v, uint32_t at)
     return at < TAG_AT + TAG ? tag[at - TAG_AT] : p->frame[at - TAG];
 }
 
-bool lrx_load_beside(const struct view *v, int32_t at, uint32_t size, uint32_t *value)
+bool lrx_load(const struct view *v, int32_t at, uint32_t size, uint32_t *value)
 {
     uint64_t from = (uint32_t)at;
 
@@ -88,31 +88,31 @@ static uint32_t payload_of(const struct view *v)
     bool first = true; /* fragment, or not one */
 
     while (type == ETH_P_8021Q || type == ETH_P_8021AD) {
-        if (!load(v, (int32_t)at + 2, 2, &type))
+        if (!lrx_load(v, (int32_t)at + 2, 2, &type))
             return 0;
         at += TAG;
     }
     if (type == ETH_P_IP) {
         uint32_t start;
 
-        if (!load(v, (int32_t)at + 16, 4, &word) || !load(v, (int32_t)at, 1, &start) || (start & 15) < 5)
+        if (!lrx_load(v, (int32_t)at + 16, 4, &word) || !lrx_load(v, (int32_t)at, 1, &start) || (start & 15) < 5)
             return 0;
-        (void)load(v, (int32_t)at + 9, 1, &protocol);
-        (void)load(v, (int32_t)at + 6, 2, &word);
+        (void)lrx_load(v, (int32_t)at + 9, 1, &protocol);
+        (void)lrx_load(v, (int32_t)at + 6, 2, &word);
         first = !(word & 0x1FFF);
         at += 4 * (start & 15);
     } else if (type == ETH_P_IPV6) {
-        if (!load(v, (int32_t)at + 36, 4, &word) || !load(v, (int32_t)at + 6, 1, &protocol))
+        if (!lrx_load(v, (int32_t)at + 36, 4, &word) || !lrx_load(v, (int32_t)at + 6, 1, &protocol))
             return 0;
         at += 40;
         while (protocol == 0 || protocol == 43 || protocol == 60) { /* hop-by-hop, routing, destination options */
-            if (!load(v, (int32_t)at, 2, &word))
+            if (!lrx_load(v, (int32_t)at, 2, &word))
                 return 0;
             protocol = word >> 8;
             at += 8 * ((word & 0xFF) + 1);
         }
         if (protocol == 44) {
-            if (!load(v, (int32_t)at, 4, &word))
+            if (!lrx_load(v, (int32_t)at, 4, &word))
                 return 0;
             protocol = word >> 24;
             first = !(word & 0xFFF8);
@@ -126,7 +126,7 @@ static uint32_t payload_of(const struct view *v)
         return at;
     switch (protocol) {
     case 6: /* TCP */
-        if (!load(v, (int32_t)at + 12, 1, &word))
+        if (!lrx_load(v, (int32_t)at + 12, 1, &word))
             return at;
         word = (word & 0xF0) >> 2;
         return at + (word > 20 ? word : 20);

@@ -309,7 +309,8 @@ class _Loads:
 
     def _payload(self) -> int:
         """Behind the headers of the transport protocol: skb_get_poff(), which knows more, and looks into
-        tunnels."""
+        tunnels.
+        """
         kind, at, protocol = self._protocol(), self._packet.link_header, 0
         try:
             while kind in (0x8100, 0x88A8):
