@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from linkrx.kernel import namespace
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
+
+# A shell without job control has what it starts in the background ignore Ctrl-C, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
 PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"

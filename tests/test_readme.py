@@ -10,7 +10,10 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.documents import DOCUMENTS, README, programs
@@ -30,6 +33,16 @@ TITLES = {"A DHCP watcher", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 def test_the_readme_is_short() -> None:
     """The README has 900 words at most, its code and tables included."""
     assert len(README.read_text().split()) <= 900
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process, killed where the test fails: else the end of this would wait for it for ever."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def anchors(document: Path) -> set[str]:
@@ -69,10 +82,8 @@ def test_the_ten_line_program() -> None:
     assert len(program.splitlines()) == 10
     with veth() as (near, far), injector_on(far) as injector:
         assert program.count('"eth0"') == 1
-        with subprocess.Popen(
+        with started(
             [sys.executable, "-u", "-c", program.replace('"eth0"', repr(near))],
-            stdout=subprocess.PIPE,
-            text=True,
             env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
         ) as process:
             assert process.stdout is not None
@@ -97,11 +108,9 @@ def test_the_other_programs() -> None:
     with veth() as (near, far), injector_on(far) as injector:
         for program in others:
             assert '"eth0"' in program
-            with subprocess.Popen(
+            with started(
                 [sys.executable, "-c", program.replace('"eth0"', repr(near))],
-                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
             ) as process:
                 while process.poll() is None:
                     injector.send(LOCAL + REMOTE + b"\x08\x00" + bytes(50))
@@ -136,7 +145,7 @@ def test_the_dhcp_watcher() -> None:
     with (
         veth() as (near, far),
         injector_on(far) as injector,
-        subprocess.Popen(example("A DHCP watcher", near), stdout=subprocess.PIPE, text=True) as process,
+        started(example("A DHCP watcher", near)) as process,
     ):
         assert process.stdout is not None
         asks = udp_packet(68, 67, dhcp(1, "0.0.0.0"))
@@ -164,10 +173,8 @@ def test_fanout() -> None:
     with (
         veth() as (near, far),
         injector_on(far) as injector,
-        subprocess.Popen(
+        started(
             example("Fanout", near),
-            stdout=subprocess.PIPE,
-            text=True,
             env={**os.environ, "PYTHONUNBUFFERED": ""},  # else two processes mix within a line
         ) as process,
     ):
@@ -190,7 +197,7 @@ def test_fanout_ends_on_a_busy_network() -> None:
         command = example("Fanout", near)
         assert command[-1].count("time.monotonic() + 10") == 1
         command[-1] = command[-1].replace("time.monotonic() + 10", "time.monotonic() + 0.2")
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with started(command) as process:
             while process.poll() is None:
                 for port in range(1000, 1100):
                     injector.send(udp_packet(port, port, bytes(20)))
@@ -205,7 +212,7 @@ def test_super_packets() -> None:
     """It prints what was agreed to, and the frames that a super-packet stands for."""
     (program,) = [program for program in programs() if program.startswith('"""Super-packets."""')]
     case = Super(payload=4000, size=1448)
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with started([sys.executable, "-c", program]) as process:
         assert process.stdout is not None
         assert "TSO4" in process.stdout.readline()
         Device("lrx0").set_up()
@@ -227,9 +234,7 @@ def test_ctrl_c() -> None:
     with (
         veth() as (near, far),
         injector_on(far) as injector,
-        subprocess.Popen(
-            example("Ctrl-C", near), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
+        started(example("Ctrl-C", near), stderr=subprocess.STDOUT) as process,
     ):
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
@@ -256,9 +261,7 @@ def test_the_tunnel() -> None:
         bring_up("lo", peer)
         peer.bind(("127.0.0.2", 4444))
         peer.settimeout(30)
-        with subprocess.Popen(
-            [sys.executable, "-c", program, "127.0.0.1", "127.0.0.2"], stdout=subprocess.PIPE, text=True
-        ) as process:
+        with started([sys.executable, "-c", program, "127.0.0.1", "127.0.0.2"]) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"
             bring_up("lrx0", peer)
