@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import linkrx
@@ -127,3 +128,13 @@ def test_no_test_imports_another() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.startswith(("test_", "conftest"))], path
+
+
+def test_one_core_for_all_versions_of_python() -> None:
+    """No format with a "#": what the headers of CPython 3.13 compile of that, 3.11 refuses. And None is referred to, see types.h."""
+    sources = {path.name: path.read_text() for path in (PACKAGE / "_core" / "types").glob("*.[ch]")}
+    assert [name for name, text in sources.items() if re.search(r'"[^"\n]*[ysz]#[^"\n]*"', text)] == []
+    redefined = set(
+        re.findall(r"^#define (Py_RETURN_\w+) return Py_NewRef\(", sources["types.h"], re.MULTILINE)
+    )
+    assert redefined >= set(re.findall(r"\bPy_RETURN_\w+", " ".join(sources.values())))

@@ -140,9 +140,9 @@ PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused)
     Py_DECREF(packets);
     if (!restore)
         return NULL;
-    result = Py_BuildValue("N(iOLIIHHHHiiy#)", restore, 1, p->own, (long long)p->timestamp, p->wire_length,
+    result = Py_BuildValue("N(iOLIIHHHHiiN)", restore, 1, p->own, (long long)p->timestamp, p->wire_length,
                            p->interface, p->protocol, p->flags, p->vlan_tci, p->vlan_tpid, p->link_header, p->has_vnet,
-                           p->vnet, p->has_vnet ? (Py_ssize_t)VNET_HEADER : (Py_ssize_t)0);
+                           PyBytes_FromStringAndSize((const char *)p->vnet, p->has_vnet ? VNET_HEADER : 0));
     return result;
 }
 
@@ -152,13 +152,11 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     State *state = PyModule_GetState(module);
     /* Unlike unsigned numbers, these are looked at before they are cut to their size. */
     long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_header, has_vnet;
-    PyObject *frame;
-    const char *vnet;
-    Py_ssize_t vnet_size;
+    PyObject *frame, *vnet;
     Packet *p;
 
-    if (!PyArg_ParseTuple(args, "SLLLLLLLLLy#:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
-                          &flags, &tci, &tpid, &link_header, &has_vnet, &vnet, &vnet_size)) {
+    if (!PyArg_ParseTuple(args, "SLLLLLLLLLS:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
+                          &flags, &tci, &tpid, &link_header, &has_vnet, &vnet)) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))
             return NULL;
         PyErr_Clear();
@@ -166,7 +164,7 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     }
     if (!PyBytes_CheckExact(frame) || PyBytes_Size(frame) < link_header || PyBytes_Size(frame) > UINT32_MAX ||
         (link_header != 0 && link_header != ETHER_HEADER) || has_vnet < 0 || has_vnet > 2 ||
-        vnet_size != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid) & ~UINT16_MAX) ||
+        PyBytes_Size(vnet) != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid) & ~UINT16_MAX) ||
         ((wire_length | interface) & ~(long long)UINT32_MAX))
         goto damaged;
     p = lrx_packet_new(state);
@@ -185,7 +183,7 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     p->vlan_tpid = (uint16_t)tpid;
     p->link_header = (uint8_t)link_header;
     p->has_vnet = (uint8_t)has_vnet;
-    memcpy(p->vnet, vnet, (size_t)vnet_size);
+    memcpy(p->vnet, PyBytes_AsString(vnet), (size_t)PyBytes_Size(vnet));
     return (PyObject *)p;
 
 damaged:

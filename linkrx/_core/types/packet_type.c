@@ -328,7 +328,7 @@ static PyObject *packet_vlan(PyObject *self, void *unused)
 static PyObject *packet_vnet(PyObject *self, void *unused)
 {
     const Packet *p = (Packet *)self;
-    PyObject *headers;
+    PyObject *headers, *vnet, *header;
 
     (void)unused;
     if (!p->has_vnet)
@@ -336,7 +336,12 @@ static PyObject *packet_vnet(PyObject *self, void *unused)
     headers = headers_of(self);
     if (!headers)
         return NULL;
-    return PyObject_CallMethod(headers, "vnet_of", "y#iO", p->vnet, (Py_ssize_t)VNET_HEADER, p->has_vnet == 2, self);
+    vnet = PyBytes_FromStringAndSize((const char *)p->vnet, VNET_HEADER);
+    if (!vnet)
+        return NULL;
+    header = PyObject_CallMethod(headers, "vnet_of", "OiO", vnet, p->has_vnet == 2, self);
+    Py_DECREF(vnet);
+    return header;
 }
 
 static PyGetSetDef packet_attributes[] = {

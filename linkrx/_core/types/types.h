@@ -10,7 +10,8 @@
 #include "../report.h"
 #include "../columns.inc"
 
-/* Since CPython 3.12 None and its like are immortal, and its headers' macros take no reference. In the limited API of 3.11 that
+/* What one CPython's headers compile must run on all since 3.11. So no "#" in a format: 3.13 has no PY_SSIZE_T_CLEAN any more,
+ * without which 3.11 refuses it. And since CPython 3.12 None and its like are immortal, and its headers' macros take no reference. In the limited API of 3.11 that
  * would be an abi3 core that destroys them on CPython 3.11. */
 #undef Py_RETURN_NONE
 #undef Py_RETURN_TRUE
@@ -102,8 +103,6 @@ typedef struct {
     uint32_t vnet;       /* bytes of the virtio-net header in front of each frame; 0, or 10 and more */
 } Framing;
 
-#define COLUMNS 10 /* that are shown */
-
 struct Batch {
     PyObject_HEAD
     State *state;
@@ -117,7 +116,6 @@ struct Batch {
     bool settled;        /* the owner is this batch's alone, or nobody's: packets are copied as they are made */
     bool apart;          /* `memory` is to be a copy: the frames lie in a ring, or far from each other */
     bool tidy;           /* between frames there are zeroes */
-    PyObject *columns[COLUMNS];
 };
 
 struct Packet {
@@ -264,6 +262,7 @@ typedef struct {
     double flush_until;      /* when the last of them can be read */
     bool end_follows; /* behind what was received */
     bool ended;
+    bool quiet; /* who polls has seen the end, and is called no more */
     Packet *delivered;
     Packet *turns[2];
     unsigned turn;
