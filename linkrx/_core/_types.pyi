@@ -125,6 +125,7 @@ class Receiver:
     _leaving: bool
     _end_follows: bool
     _ended: bool
+    _quiet: bool
     _link_down: bool
     _looking_away: bool
     _looped: bool

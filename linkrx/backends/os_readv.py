@@ -22,7 +22,8 @@ _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 STRIDE_LEAST = 64
-MADE_MOST = 8  # places for which buffers are kept: two arenas from their front, a few strides each
+ARENAS = 2  # of a receiver: for no more are buffers kept, for they keep the arena
+MADE_MOST = 4  # strides and counts of each
 
 
 class OsReadv(Backend):
@@ -49,7 +50,7 @@ class OsReadv(Backend):
         if RWF_NOWAIT is None:
             self._ask_first()
         self._stride = STRIDE_LEAST  # between the starts of two packets
-        self._made: dict[tuple[Owner, int, int, int], list[list[memoryview]]] = {}
+        self._made: dict[Owner, dict[tuple[int, int], list[list[memoryview]]]] = {}
         self._lengths: list[int] = []
         self._flagged = False
 
@@ -69,6 +70,10 @@ class OsReadv(Backend):
     def held(self) -> int:
         """Packets that were read when an exception came, and not reported yet."""
         return len(self._lengths)
+
+    def close(self) -> None:
+        """Let go of the arenas."""
+        self._made.clear()
 
     def _receive(self, arena: Owner, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
@@ -106,14 +111,17 @@ class OsReadv(Backend):
         last = room - self._layout.capacity - 1
         most = self._descriptors.report.most or self._descriptors.rows
         starts = range(0, last + 1, self._stride)[:most]
-        key = (arena, arena.cursor, self._stride, len(starts))
-        buffers = self._made.get(key)
+        if arena not in self._made and len(self._made) == ARENAS:
+            self._made.clear()
+        made = self._made.setdefault(arena, {})
+        key = (self._stride, len(starts))
+        buffers = made.get(key)
         if buffers is None:
-            if len(self._made) >= MADE_MOST:
-                self._made.clear()
+            if len(made) >= MADE_MOST:
+                made.clear()
             sizes = self._layout.sizes or (self._layout.capacity,)
             memory = arena.view[arena.cursor : arena.cursor + room]
-            buffers = self._made[key] = [_ladder(memory[start:], sizes) for start in starts]
+            buffers = made[key] = [_ladder(memory[start:], sizes) for start in starts]
         return buffers
 
     def _until_long(self, buffers: list[list[memoryview]]) -> Iterator[list[memoryview]]:

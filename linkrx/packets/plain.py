@@ -247,11 +247,13 @@ class Batch:
         raise TypeError("cannot create 'linkrx.Batch' instances")
 
     _packets: list[Packet]
+    _columns: dict[str, memoryview]
 
     @classmethod
     def _of(cls, packets: list[Packet]) -> Batch:
         batch = object.__new__(cls)
-        vars(batch).update(_packets=packets, memory=memoryview(b"".join(packets)))
+        columns = {"memory": memoryview(b"".join(packets))}
+        vars(batch).update(_packets=packets, _columns=columns)
         starts, end = [], 0
         for packet in packets:
             starts.append(end)
@@ -268,8 +270,14 @@ class Batch:
             "vlan_tpids": [packet._vlan.tpid for packet in packets],
         }
         for name, form in _FORMATS.items():
-            vars(batch)[name] = memoryview(array(form, values[name])).toreadonly()
+            columns[name] = memoryview(array(form, values[name])).toreadonly()
         return batch
+
+    def __getattr__(self, name: str) -> memoryview:
+        """A new view each time: whoever has it may release it."""
+        if name == "_columns" or name not in self._columns:
+            raise AttributeError(f"'linkrx.Batch' object has no attribute {name!r}", name=name, obj=self)
+        return memoryview(self._columns[name])
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"'linkrx.Batch' object attribute {name!r} is read-only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Generator
 from contextvars import Context
 from typing import TYPE_CHECKING, Self
@@ -87,13 +88,15 @@ class Reader:
     It stays registered while somebody waits, so packets that come one by one cost no epoll_ctl(2). When it is called it
     receives at once: were that left to the task, the loop would find the descriptor readable once more before. Called while
     nobody waits, it takes itself out, for packets that nobody fetches would call it in every turn of the loop.
+
+    It has a descriptor of its own: a loop has one reader for each number, and fileno() is the user's.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         """Made in the running loop."""
         self._dispatcher = dispatcher
-        self._fd = dispatcher._wakeup.fileno()
         self.loop = asyncio.get_running_loop()
+        self._fd = os.dup(dispatcher._wakeup.fileno())
         self._held_back = dispatcher.held_back
         self._registered: Waiter | None = None  # for whom
         self._waiter: Waiter | None = None
@@ -109,7 +112,7 @@ class Reader:
         """Raise Busy if a task of its loop waits."""
         if self._waiter is not None and not self.loop.is_closed():
             raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
-        self._unregister()
+        self._release()
 
     def begin(self, waiter: Waiter) -> None:
         """`waiter` is settled when packets wait in the dispatcher, or it is over. Raises Busy where another one waits."""
@@ -193,10 +196,29 @@ class Reader:
                 raise Busy(
                     "close() while a task of another thread's event loop waits: call stop() and let it end first"
                 )
-            self.loop.call_soon_threadsafe(self.loop.remove_reader, self._fd)
-            self._registered = None
-        self._unregister()
+            self.loop.call_soon_threadsafe(self._release)
+            return
+        self._release()
         self._settle(found=False)
+
+    def end_seen(self) -> None:
+        """The descriptor is quiet from now on: a task that waits must go on, and sees the end. From any thread."""
+        if self._waiter is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._settle, False)
+
+    def _release(self) -> None:
+        self._unregister()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptor alone: for a forked child, whose event loop is the parent's."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.abandon()
 
 
 class PlainAsyncPackets:

@@ -91,11 +91,14 @@ class Dispatcher(Reception):
     def fileno(self) -> int:
         """What to poll for readability, in an event loop of any kind: then call `drain()` and look at `end`.
 
-        Not the source's own descriptor. Stays readable while packets wait inside linkrx, and once it is over.
+        Not the source's own descriptor. Stays readable while packets wait inside linkrx, and once it is over until that was
+        seen: a call returned False, raised Ended, or has set `end`. Then it is quiet.
         """
         self._check_open()
         self._polled = True
-        if self._has_something != self._shown:
+        if self._ended:
+            self._hush()
+        elif self._has_something != self._shown:
             self._show()
         self._listen()
         return self._wakeup.fileno()
@@ -151,6 +154,11 @@ class Dispatcher(Reception):
 
     # Ways to end.
 
+    def _hush(self) -> None:
+        super()._hush()
+        if self._reader is not None:
+            self._reader.end_seen()
+
     def stop(self, flush: bool = False) -> None:
         """End reception, from any thread, signal handler or `deliver`; any number of times, at any time.
 
@@ -168,6 +176,8 @@ class Dispatcher(Reception):
             event = self._wakeup.event
             if event is not None:
                 event.set()
+                if self._quiet:
+                    event.clear()
 
     def close(self) -> None:
         """Release all that linkrx opened and restore what it changed on a borrowed descriptor. Idempotent.
@@ -180,8 +190,11 @@ class Dispatcher(Reception):
             return
         self._notice_fork()
         reader = self._reader
-        if reader is not None and not self._forked:
-            reader.close()
+        if reader is not None:
+            if self._forked:
+                reader.abandon()
+            else:
+                reader.close()
         while not self._released:
             if self._forked:
                 self._release_all()

@@ -27,8 +27,6 @@ from linkrx.receiving.wakeup import Wakeup
 from linkrx.stages.classify import classifier
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from linkrx.packets import Deliver
 
 # As in receive.c.
@@ -49,7 +47,7 @@ class Receiver(Sending):
     _next = 0
     _deliver: Callable[..., object] | None
     _stopping = _flushing = _delivering = _closed = _leaving = False
-    _end_follows = _ended = _link_down = _looking_away = False
+    _end_follows = _ended = _link_down = _looking_away = _quiet = False
     _polled = _looped = _shown = False
     _batches = _receives = _waits = _undelivered = _undelivered_bytes = _in_vain = 0
     _drops_due = 0.0
@@ -67,6 +65,7 @@ class Receiver(Sending):
     _flush_limits: Callable[[], tuple[int, float]]
     _vain: Callable[[], None]
     _show: Callable[[], None]
+    _hush: Callable[[], None]
     _refuse: Callable[[bool], NoReturn]
     _left_by_all: Callable[[], None]
     _release_all: Callable[[], None]
@@ -174,8 +173,12 @@ class Receiver(Sending):
         report.classified = 0
 
     def _await(self, timeout: float | None) -> str:
-        """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over"."""
+        """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over".
+
+        Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows.
+        """
         deadline = deadline_after(timeout)
+        before = self._received
         idle = 0
         if self._looking_away:
             self._listen()
@@ -195,7 +198,11 @@ class Receiver(Sending):
                 now = time.monotonic()
                 if now >= self._drops_due:
                     self._drops_due = now + self._look_at_drops()
-                return "ready" if self._left else "nothing"
+                if self._left:
+                    return "ready"
+                if timeout == 0 and self._received - before < len(self._lengths):
+                    continue  # behind what was skipped there may be a packet
+                return "nothing"
             if known_down:
                 self._look_at_link()
             if looked >= flushed:  # it was empty once
@@ -260,7 +267,10 @@ class Receiver(Sending):
             # No call comes before the claim is looked at, for there an exception of a signal handler could come.
             if "thread" in self._claims and self._claims["thread"] is claim:
                 try:
-                    if self._polled and self._has_something != self._shown:
+                    if self._polled and self._ended:
+                        if not self._quiet:
+                            self._hush()
+                    elif self._polled and self._has_something != self._shown:
                         self._show()
                 finally:
                     self._claims.clear()

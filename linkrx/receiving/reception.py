@@ -351,7 +351,8 @@ class Reception(Receiver):
     # For those who poll.
 
     def _listen(self) -> None:
-        self._wakeup.listen()
+        if not self._quiet:
+            self._wakeup.listen()
         self._looking_away = False
 
     def _vain(self) -> None:
@@ -359,6 +360,11 @@ class Reception(Receiver):
         if self._wakeup.wait(0):
             self._looking_away = True
             self._wakeup.look_away(_REST)
+
+    def _hush(self) -> None:
+        """Who polls has seen the end: there is nothing to call it for any more."""
+        self._quiet = True  # first: stop() looks at it behind setting the event
+        self._wakeup.hush()
 
     def _show(self) -> None:
         """Make the polled descriptor readable while there is something that does not need the source."""

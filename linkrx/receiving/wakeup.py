@@ -119,6 +119,16 @@ class Wakeup:
             self._epoll.unregister(self.source)
         self._timer.set(timeout)
 
+    def hush(self) -> None:
+        """Readable no more, whatever the source says."""
+        if self.listening:
+            with suppress(FileNotFoundError):  # an exception came in between
+                self._epoll.unregister(self.source)
+            self.listening = False
+        self._timer.set(None)
+        if self.event is not None:
+            self.event.clear()
+
     def listen(self) -> None:
         """Take the source in again after `look_away`."""
         if not self.listening:

@@ -59,7 +59,7 @@ def check_restoring(rig: Rig, backend: str) -> None:
 
 
 def check_polling(rig: Rig, backend: str) -> None:
-    """fileno() is readable exactly when drain() has something to do."""
+    """fileno() is readable exactly when drain() has something to do, the end included, which is told once."""
     got: list[bytes] = []
     with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet)), batch_size=4) as rx:
         poll = select.poll()
@@ -90,6 +90,11 @@ def check_polling(rig: Rig, backend: str) -> None:
         assert not poll.poll(0)
         rx.stop()
         assert poll.poll(0)
+        assert rx.drain() == 0
+        assert rx.end is not None
+        rx.stop()
+        poll.register(rx.fileno(), select.POLLIN)
+        assert not poll.poll(0)
 
 
 def check_overrun(rig: Rig, backend: str) -> None:

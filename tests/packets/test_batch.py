@@ -80,6 +80,19 @@ def test_column(kind: Kind, name: str) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("name", [*FORMATS, "memory"])
+def test_a_view_that_is_released_breaks_no_other(kind: Kind, name: str) -> None:
+    """Who releases a view of a column, or of the frames, breaks neither the next one nor one that another has."""
+    batch = batch_of(kind, some(3))
+    other = getattr(batch, name)
+    before = other.tolist()
+    for _ in range(2):
+        with getattr(batch, name) as view:
+            assert view.tolist() == before
+    assert other.tolist() == before
+
+
+@every_kind
 def test_columns_tell_the_rows(kind: Kind) -> None:
     """A column has its number of each row, in order."""
     rows = some(5)

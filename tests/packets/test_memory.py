@@ -287,7 +287,7 @@ def test_a_kept_batch_is_copied_once(make: Callable[[], Source]) -> None:
     assert latest is not None
     assert type(batch.memory.obj) is bytes
     assert batch.memory.obj is batch.memory.obj
-    assert (batch.starts is starts, starts.tolist()) == (True, places)
+    assert (batch.starts.obj is starts.obj, starts.tolist()) == (True, places)
     assert [bytes(batch.memory[start : start + 64]) for start in starts] == batch.frames()
 
 

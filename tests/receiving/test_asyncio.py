@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -52,6 +54,12 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with receiver, sender:
         yield receiver, sender
+
+
+def has_reader(rx: linkrx.Dispatcher) -> bool:
+    """Whether a loop calls when packets come; uvloop never tells. Takes it out."""
+    fd = rx._reader._fd if rx._reader else -1
+    return fd >= 0 and asyncio.get_running_loop().remove_reader(fd) is True
 
 
 def test_packets(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
@@ -131,7 +139,7 @@ def test_stop_and_cancel(run: Run, ends: tuple[socket.socket, socket.socket]) ->
             cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
-            assert asyncio.get_running_loop().remove_reader(rx.fileno()) is not True
+            assert not has_reader(rx)
             sender.send(HEADER)
             stopped = asyncio.ensure_future(consume())
             await asyncio.sleep(0.01)
@@ -173,9 +181,8 @@ def test_close_wakes_the_task_that_waits(run: Run, ends: tuple[socket.socket, so
 
         task = asyncio.ensure_future(consume())
         await asyncio.sleep(0)
-        descriptor = rx.fileno()
         rx.close()
-        assert asyncio.get_running_loop().remove_reader(descriptor) is not True
+        assert not has_reader(rx)
         with pytest.raises(linkrx.Closed):
             await asyncio.wait_for(task, 10)
 
@@ -231,7 +238,7 @@ def test_a_packet_that_is_waited_for_in_vain(run: Run, ends: tuple[socket.socket
             for number in range(10):
                 with pytest.raises(asyncio.TimeoutError):
                     await asyncio.wait_for(anext(packets), 0.001)
-                assert asyncio.get_running_loop().remove_reader(rx.fileno()) is not True
+                assert not has_reader(rx)
                 sender.send(HEADER + bytes([number]))
                 assert (await asyncio.wait_for(anext(packets), 10)).data[0] == number
 
@@ -382,3 +389,142 @@ def test_thrown_out_while_it_waits(ends: tuple[socket.socket, socket.socket]) ->
             assert await one() == b"\x07"
 
         asyncio.run(work())
+
+
+def test_the_users_own_reader_stays(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+    """`async for` and add_reader(rx.fileno()) are two readers: neither takes the other's place, nor its packets twice."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        got: list[int] = []
+        with linkrx.open(receiver, lambda *call: got.append(call[3].data[0])) as rx:
+            called = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def drain() -> None:
+                called.set()
+                rx.drain()
+
+            async def consume() -> None:
+                async for packet in rx:
+                    got.append(packet.data[0])
+
+            loop.add_reader(rx.fileno(), drain)
+            consumer = asyncio.ensure_future(consume())
+            await asyncio.sleep(0)
+            for number in range(100):
+                called.clear()
+                sender.send(HEADER + bytes([number]))
+                await called.wait()
+            rx.stop()
+            await asyncio.wait_for(consumer, 10)
+            loop.remove_reader(rx.fileno())
+            while len(got) < rx.stats().packets:
+                await asyncio.sleep(0)
+            assert got == list(range(100))
+
+    run(work())
+
+
+@pytest.mark.parametrize("mute", [True, False])
+def test_a_task_goes_on_when_somebody_else_sees_the_end(
+    run: Run, ends: tuple[socket.socket, socket.socket], mute: bool
+) -> None:
+    """A call that sees the end makes fileno() quiet: a task that waits in `async for` ends all the same."""
+
+    async def work() -> None:
+        with linkrx.open(ends[0], lambda *_: None) as rx:
+
+            async def consume() -> list[linkrx.Packet]:
+                return [packet async for packet in rx]
+
+            if mute:
+                rx.fileno()
+            task = asyncio.ensure_future(consume())
+            await asyncio.sleep(0)
+            rx.stop()
+            assert rx.dispatch(0) is False
+            assert await asyncio.wait_for(task, 10) == []
+
+    run(work())
+
+
+@pytest.mark.parametrize("way", ["packets", "batches"])
+def test_latency(run: Run, ends: tuple[socket.socket, socket.socket], way: str) -> None:
+    """With latency= what comes while a packet is held back comes with it, in one batch, in `async for` as well."""
+
+    async def work() -> None:
+        receiver, sender = ends
+        with linkrx.open(receiver, latency=0.2) as rx:
+            assert rx.stats().batches == 0
+
+            async def one_batch() -> list[int]:
+                if way == "packets":
+                    packets = aiter(rx)
+                    return [(await anext(packets)).data[0] for _ in range(5)]
+                return [packet.data[0] for packet in await anext(aiter(rx.batches()))]
+
+            # Twice: the reader of the second wait is registered already.
+            for turn in range(2):
+                task = asyncio.ensure_future(one_batch())
+                await asyncio.sleep(0)
+                for number in range(5):
+                    sender.send(HEADER + bytes([number]))
+                    await asyncio.sleep(0)
+                assert await task == list(range(5))
+                assert rx.stats().batches == turn + 1 or way == "packets"
+
+    run(work())
+
+
+CTRL_C = """
+import asyncio, os, signal, socket, sys, threading, time, linkrx
+
+receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+HEADER = bytes(12) + bytes((8, 0))
+got, total, in_a_wait = [], 2000, sys.argv[2] == "in a wait"
+pressed = threading.Event()
+
+def send():
+    if in_a_wait:
+        pressed.wait()
+    for number in range(total):
+        sender.send(HEADER + number.to_bytes(2, "big"))
+    sender.close()
+
+async def main(rx):
+    if sys.argv[1] == "packets":
+        async for packet in rx:
+            got.append(packet.u16(14))
+    else:
+        async for batch in rx.batches():
+            got.extend(packet.u16(14) for packet in batch)
+
+def press():
+    while not (len(got) > 100 or in_a_wait and rx._reader and rx._reader._waiter):
+        time.sleep(0)
+    os.kill(os.getpid(), signal.SIGINT)
+    pressed.set()
+
+with linkrx.open(receiver, batch_size=8) as rx:
+    threads = [threading.Thread(target=work, daemon=True) for work in (send, press)]
+    for thread in threads:
+        thread.start()
+    interruptions = 0
+    while rx.end is None:
+        try:
+            asyncio.run(main(rx))
+        except KeyboardInterrupt:
+            interruptions += 1
+    print(interruptions, got == list(range(total)), rx.stats().packets)
+"""
+
+
+@pytest.mark.parametrize("when", ["in a wait", "under load"])
+@pytest.mark.parametrize("way", ["packets", "batches"])
+def test_ctrl_c(way: str, when: str) -> None:
+    """Ctrl-C ends asyncio.run(), which cancels the task; the next run() goes on, with each packet once and none lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C, way, when], stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "1 True 2000\n"

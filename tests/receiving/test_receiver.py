@@ -24,6 +24,7 @@ from linkrx import _core
 from linkrx.testing import rigs
 from linkrx.testing.stops import alarmed, ignore
 from linkrx.testing.waiting import PATIENCE, asleep, running, until
+from linkrx.testing.waiting import number_of as marked
 
 
 @pytest.fixture
@@ -303,11 +304,69 @@ def test_latency_holds_back(backend: str, ends: Pair) -> None:
         assert rx.stats().waits == 1
 
 
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("tap"))
+def test_latency_holds_back_on_a_tap(backend: str) -> None:
+    """With latency= what comes into a TAP queue while a packet is held back is delivered with it, behind one wait."""
+    got: list[int] = []
+    with (
+        rigs.tap() as rig,
+        rig.open(backend, lambda *call: got.append(marked(rig, call[3])), latency=0.2) as rx,
+    ):
+
+        def send() -> None:
+            until(lambda: asleep(rx))
+            for number in range(5):
+                rig.send(rig.frame(60, number))
+
+        with running(send):
+            assert rx.dispatch(PATIENCE)
+            while len(got) < 5:
+                assert rx.dispatch(0)
+        assert got == list(range(5))
+        assert rx.stats().waits == 1
+
+
+@pytest.mark.parametrize("skipped", [1, 3, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_waiting_a_packet_is_found_behind_runts(backend: str, skipped: int, ends: Pair) -> None:
+    """A call with timeout 0 goes on behind what is skipped, as many frames as a batch has rows and no more."""
+    got: list[int] = []
+    rows = 4
+    with linkrx.open(
+        ends[0], lambda *call: got.append(number_of(call[3])), backend=backend, batch_size=rows
+    ) as rx:
+
+        def pull() -> None:
+            with suppress(TimeoutError):
+                got.append(number_of(rx.recv(0)))
+
+        def one_batch() -> None:
+            for batch in rx.batches(0):
+                got.extend(map(number_of, batch))
+                break
+
+        for number, call in enumerate((pull, rx.drain, lambda: rx.dispatch(0), one_batch)):
+            for _ in range(skipped):
+                ends[1].send(b"runt")
+            ends[1].send(frame(number))
+            calls = 0
+            while number not in got:
+                before = rx.stats().runts
+                call()
+                calls += 1
+                assert rx.stats().runts - before < 2 * rows
+                assert calls <= skipped
+            assert calls == 1 or skipped > rows
+        assert got == [0, 1, 2, 3]
+        assert rx.stats().runts == 4 * skipped
+
+
 # After the end.
 
 
 def test_fileno_after_the_end(ends: Pair) -> None:
-    """fileno() is readable once it is over, whether it was asked for before or after, and selectors take it."""
+    """fileno() is readable once it is over until a call has seen that, whether it was asked for before or after."""
     for early in (True, False):
         with linkrx.open(ends[0], ignore) as rx, selectors.DefaultSelector() as selector:
             if early:
@@ -317,6 +376,13 @@ def test_fileno_after_the_end(ends: Pair) -> None:
             assert selector.select(PATIENCE)
             assert rx.drain() == 0
             assert rx.end is linkrx.End.STOPPED
+            assert not selector.select(0)
+            rx.stop()
+            assert rx.dispatch() is False
+            assert not selector.select(0)
+            selector.unregister(rx)
+            selector.register(rx, selectors.EVENT_READ)
+            assert not selector.select(0)
             selector.unregister(rx)
     with selectors.DefaultSelector() as selector, pytest.raises(ValueError, match="closed"):
         selector.register(rx, selectors.EVENT_READ)

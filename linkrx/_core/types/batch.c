@@ -112,8 +112,6 @@ static void batch_dealloc(PyObject *self)
     Batch *b = (Batch *)self;
 
     leave_owner(b);
-    for (int column = 0; column < COLUMNS; column++)
-        Py_XDECREF(b->columns[column]);
     Py_XDECREF((PyObject *)b->table);
     Py_XDECREF(b->own);
     lrx_free(self);
@@ -214,21 +212,14 @@ static PyObject *batch_memory(PyObject *self, void *unused)
 static PyObject *batch_column(PyObject *self, void *which)
 {
     Batch *b = (Batch *)self;
-    const enum column column = (enum column)(uintptr_t)which;
-    PyObject *view = b->columns[column];
+    const int collects = PyGC_Disable(); /* a finalizer may make a view of another column */
+    PyObject *view;
 
-    if (!view) {
-        const int collects = PyGC_Disable(); /* a finalizer may make a view of another column */
-
-        b->table->column = column;
-        view = PyMemoryView_FromObject((PyObject *)b->table);
-        if (collects)
-            PyGC_Enable();
-        if (!view)
-            return NULL;
-        b->columns[column] = view;
-    }
-    Py_INCREF(view);
+    /* A new one each time: whoever has it may release it. */
+    b->table->column = (enum column)(uintptr_t)which;
+    view = PyMemoryView_FromObject((PyObject *)b->table);
+    if (collects)
+        PyGC_Enable();
     return view;
 }
 

@@ -12,6 +12,7 @@
  *   _look_at_link()      the link was down when nothing was received
  *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
  *   _listen()            the source was left out of the poll set
+ *   _hush()              somebody polls, and has seen the end
  *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
  *   _flush_limits()      stop(flush=True) was called: how many packets may wait in the source, and after how many seconds the
  *                        last of them can be read
@@ -295,9 +296,11 @@ static int wait_for_the_rest(Receiver *r, double seconds)
     return PyErr_CheckSignals() < 0 ? -1 : ready;
 }
 
+/* Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
+    const uint64_t before = received(r);
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
 
@@ -341,8 +344,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
                     learn_to_wait(r, false);
                 if (look_at_drops(r) < 0)
                     return FAILED;
-                if (r->pending)
-                    continue;
+                if (r->pending || (timeout == 0 && received(r) - before < r->rows))
+                    continue; /* behind what was skipped there may be a packet */
                 return NOTHING;
             default:
                 break;

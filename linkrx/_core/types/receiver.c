@@ -67,8 +67,12 @@ static void tell(Receiver *r, const char *word)
 /* `result` unless what is done on leaving raises. */
 PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
-    if (r->polled && lrx_has_something(r) != r->shown)
+    if (r->polled && r->ended) {
+        if (!r->quiet)
+            tell(r, "_hush");
+    } else if (r->polled && lrx_has_something(r) != r->shown) {
         lrx_show(r);
+    }
     r->claimed = false;
     if (r->leaving || r->closed)
         tell(r, "_left_by_all");

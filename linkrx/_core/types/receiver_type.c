@@ -320,6 +320,8 @@ static PyGetSetDef receiver_attributes[] = {
     {"_end_follows", receiver_flag, receiver_set_flag, "An end follows what was received.",
      (void *)offsetof(Receiver, end_follows)},
     {"_ended", receiver_flag, receiver_set_flag, "It is over.", (void *)offsetof(Receiver, ended)},
+    {"_quiet", receiver_flag, receiver_set_flag, "Who polls has seen the end, and is called no more.",
+     (void *)offsetof(Receiver, quiet)},
     {"_link_down", receiver_flag, receiver_set_flag, "The link is down.", (void *)offsetof(Receiver, link_down)},
     {"_looking_away", receiver_flag, receiver_set_flag, "The source is left out of the poll set.",
      (void *)offsetof(Receiver, looking_away)},
