@@ -62,16 +62,21 @@ class Steps:
         self.after = after
         self.before = before  # -1 at the start; of a generator that goes on, where it waited
         self.entered: list[str] = []
+        self.failed = False  # that instruction raised: behind it nothing is looked at
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Steps:
-        if event == "opcode":
+        if event == "exception":
+            self.failed = True
+        elif event == "opcode":
+            failed, self.failed = self.failed, False
             before, self.before = self.before, frame.f_lasti
             entered, self.entered = self.entered, []
             name = "" if before < 0 else dis.opname[frame.f_code.co_code[before]]
             # A function in Python that is called without C in between: behind that nothing is looked at.
             straight = len(entered) == 1 and not entered[0].startswith("__")
             jumped_back = frame.f_lasti < before and name != "JUMP_BACKWARD_NO_INTERRUPT"
-            if before < 0 or jumped_back or (name.startswith("CALL") and not straight):
+            called = name.startswith("CALL") and not straight
+            if before < 0 or (not failed and (jumped_back or called)):
                 self.after.count()
         return self
 
