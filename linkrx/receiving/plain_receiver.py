@@ -14,7 +14,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import EMPTY, FILTERED, MALFORMED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
@@ -23,7 +23,7 @@ from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restor
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.plain_sending import Sending
 from linkrx.receiving.stats import End
-from linkrx.receiving.wakeup import Wakeup
+from linkrx.receiving.words import Words
 from linkrx.stages.classify import classifier
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ SLICE = 1.0
 Result = TypeVar("Result")
 
 
-class Receiver(Sending):
+class Receiver(Sending, Words):
     """One open source as far as it is touched once per packet or once per wake-up."""
 
     _claims: dict[str, list[int]]  # by thread: one, of who is inside
@@ -52,26 +52,6 @@ class Receiver(Sending):
     _batches = _receives = _waits = _undelivered = _undelivered_bytes = _in_vain = 0
     _drops_due = 0.0
     _flush_until: tuple[int, float] | None = None  # how many may have been received by then, and when
-
-    # Of the subclass.
-    _wakeup: Wakeup
-    _fill: Callable[[Any], int]
-    _without_hangup: Callable[[int], int]
-    _handle_error: Callable[[], None]
-    _over: Callable[[], bool]
-    _look_at_link: Callable[[], None]
-    _look_at_drops: Callable[[], float]
-    _listen: Callable[[], None]
-    _flush_limits: Callable[[], tuple[int, float]]
-    _vain: Callable[[], None]
-    _show: Callable[[], None]
-    _hush: Callable[[], None]
-    _refuse: Callable[[bool], NoReturn]
-    _left_by_all: Callable[[], None]
-    _release_all: Callable[[], None]
-    _without_deliver: Callable[[], NoReturn]
-    _raise_ended: Callable[[], NoReturn]
-    end: Any
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Nothing is received before _prepare()."""

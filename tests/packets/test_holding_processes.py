@@ -46,6 +46,7 @@ def test_forks_and_the_end_of_the_interpreter(cell: Cell) -> None:
     assert seen == Counter(of_each) + Counter(dict.fromkeys(AT_THE_END, 3))
 
 
+@pytest.mark.counts_memory
 @TWO
 def test_what_one_kept_packet_costs(cell: Cell) -> None:
     """A packet takes its bytes and a bounded overhead; what is held when the interpreter ends shows what was sent."""
