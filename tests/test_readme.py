@@ -12,22 +12,26 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 from support.documents import DOCUMENTS, README, programs
 from support.places import ROOT
 from support.super_packets import Super
 
 import linkrx
+from linkrx.cli.responder import ECHO_REQUEST, Echo
 from linkrx.kernel.namespace import bring_up
 from linkrx.kernel.uapi import PACKET_VNET_HDR, SOL_PACKET
 from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
+from linkrx.testing.waiting import patiently
 
 # Programs that begin with a title have a test of their own below.
-TITLES = {"A DHCP watcher", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
+TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 
 
 def test_the_readme_is_short() -> None:
@@ -247,6 +251,42 @@ def test_ctrl_c() -> None:
         assert process.wait(30) == 0
     assert set(packets) == {"<Packet 0x0800 02:00:00:00:00:02 > 02:00:00:00:00:01 64 bytes>"}
     assert end == "End.STOPPED"
+
+
+@pytest.mark.usefixtures("devices")
+def test_the_host() -> None:
+    """The program has thirty lines, answers ARP and ping, and prints what it has answered."""
+    (program,) = [program for program in programs() if program.startswith('"""A host."""')]
+    assert sum(bool(line.strip()) for line in program.splitlines()) <= 30
+    with (
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process,
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as pinger,
+        IPRoute() as route,
+    ):
+        assert process.stdout is not None
+        for _ in patiently(lambda: route.link_lookup(ifname="lrx0")):
+            assert process.poll() is None
+        route.addr("add", index=socket.if_nametoindex("lrx0"), address="10.9.0.1", prefixlen=24)
+        Device("lrx0").set_up()
+        pinger.connect(("10.9.0.2", 0))
+        pinger.settimeout(30)
+        pings = [
+            Echo(
+                IPv4Address("10.9.0.1"), IPv4Address("10.9.0.2"), ECHO_REQUEST, 7, number, bytes(number * 99)
+            )
+            for number in range(5)
+        ]
+        for ping in pings:
+            pinger.send(ping.message())
+            assert Echo.parse(pinger.recv(2000)) == ping.reply()
+        lines = [process.stdout.readline()]
+        answered: list[str] = []
+        while len(answered) < len(pings):
+            line = process.stdout.readline()
+            answered += [line] if line.startswith("answered <Packet 0x0800 ") else []
+        process.terminate()
+    assert lines[0].startswith("answered <Packet 0x0806 ")
+    assert [line.split()[-2] for line in answered] == [str(42 + number * 99) for number in range(5)]
 
 
 @pytest.mark.usefixtures("devices")

@@ -86,7 +86,7 @@ class Demo:
         self._terminal = terminal
         self._tap = tap
         self._pinger = pinger
-        self._responder = Responder(tap, RESPONDER_MAC, RESPONDER)
+        self._responder = Responder(RESPONDER_MAC, RESPONDER)
         self._queue_found, self._interface_found = linkrx.probe(tap), linkrx.probe(tap.name)
         # Not "auto": the demo runs every backend by name, so the environment has no say.
         self._answering = decide(self._queue_found, backends(), Options()).backend
@@ -128,16 +128,22 @@ class Demo:
         def show(remote: bytes | None, local: bytes | None, protocol: int, packet: Packet) -> None:
             self._show(trial, remote, local, protocol, packet)
 
+        def answer(remote: bytes | None, _local: bytes | None, protocol: int, packet: Packet) -> None:
+            answer = self._responder.answer(remote, protocol, packet)
+            if answer is not None:
+                answering.send(answer)
+
         def show_and_answer(remote: bytes | None, local: bytes | None, protocol: int, packet: Packet) -> None:
             show(remote, local, protocol, packet)
-            self._responder.deliver(remote, local, protocol, packet)
+            answer(remote, local, protocol, packet)
 
         if by_name:
             trial.status = f"ok: watched {self._tap.name} while {self._answering} answered"
             yield linkrx.open(self._tap.name, show, backend=trial.backend)
-            yield linkrx.open(self._tap, self._responder.deliver, backend=self._answering)
+            answering = linkrx.open(self._tap, answer, backend=self._answering)
         else:
-            yield linkrx.open(self._tap, show_and_answer, backend=trial.backend)
+            answering = linkrx.open(self._tap, show_and_answer, backend=trial.backend)
+        yield answering
 
     def _ping(self, trial: Trial, readers: list[Dispatcher]) -> None:
         """One ping, answered when the backend delivered its packet and the kernel has the reply, payload unchanged."""

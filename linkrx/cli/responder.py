@@ -1,8 +1,7 @@
-"""A host that exists only in Python: it answers ARP and ICMP echo from what linkrx delivers."""
+"""A host that exists only in Python: what it answers to ARP, ICMP echo and UDP echo."""
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from ipaddress import IPv4Address
@@ -10,7 +9,6 @@ from typing import NamedTuple
 
 from linkrx.kernel.uapi import ETHERTYPE_ARP, ETHERTYPE_IPV4
 from linkrx.packets import Packet
-from linkrx.sources.tuntap import TunTap
 
 # RFC 826: hardware (1: Ethernet) and protocol type, their address lengths, operation, sender's and target's addresses.
 ARP = struct.Struct("!HHBBH6s4s6s4s")
@@ -22,6 +20,10 @@ IPV4 = struct.Struct("!BBHHHBBH4s4s")
 # RFC 792: type, code, checksum, identifier, sequence number.
 ICMP = struct.Struct("!BBHHH")
 ECHO_REPLY, ECHO_REQUEST = 0, 8
+IPV4_PROTOCOL = 9  # where in the header it is
+# RFC 768: source and destination port, length, checksum.
+UDP = struct.Struct("!HHHH")
+ECHO_PORT = 7  # RFC 862
 
 
 def checksum(data: bytes) -> int:
@@ -90,22 +92,24 @@ class Echo(NamedTuple):
 
 
 class Responder:
-    """Answers ARP and ICMP echo for one address. `deliver` is what linkrx calls with every packet."""
+    """Answers ARP, ICMP echo and the UDP echo protocol (RFC 862) for one address."""
 
-    def __init__(self, tap: TunTap, hardware: bytes, address: IPv4Address) -> None:
-        self._tap = tap
+    def __init__(self, hardware: bytes, address: IPv4Address) -> None:
         self._hardware = hardware
         self._address = address
 
-    def deliver(self, remote: bytes | None, local: bytes | None, protocol: int, packet: Packet) -> None:
-        """Write the answer, if there is one, into the queue that the question came from."""
+    def answer(self, remote: bytes | None, protocol: int, packet: Packet) -> bytes | None:
+        """The frame that answers a packet, for `Dispatcher.send`; None where there is nothing to say."""
         answer = None
         if protocol == ETHERTYPE_ARP:
             answer = self._answer_arp(bytes(packet.data))
         elif protocol == ETHERTYPE_IPV4:
-            answer = self._answer_echo(bytes(packet.data))
-        if answer is not None and remote is not None:
-            os.write(self._tap.fileno(), remote + self._hardware + protocol.to_bytes(2, "big") + answer)
+            data = bytes(packet.data)
+            udp = len(data) > IPV4.size and data[IPV4_PROTOCOL] == socket.IPPROTO_UDP
+            answer = self._answer_udp(data) if udp else self._answer_echo(data)
+        if answer is None or remote is None:
+            return None
+        return remote + self._hardware + protocol.to_bytes(2, "big") + answer
 
     def _answer_arp(self, data: bytes) -> bytes | None:
         if len(data) < ARP.size:
@@ -120,3 +124,20 @@ class Responder:
         if echo is None or (echo.kind, echo.destination) != (ECHO_REQUEST, self._address):
             return None
         return echo.reply().packet()
+
+    def _answer_udp(self, data: bytes) -> bytes | None:
+        """Addresses and ports change places, so both checksums stay right."""
+        start = (data[0] & 0xF) * 4
+        _, _, length, _, fragment, *_ = IPV4.unpack_from(data)
+        source, destination = data[12:16], data[16:20]
+        if (
+            destination != self._address.packed
+            or fragment & 0x3FFF
+            or not start + UDP.size <= length <= len(data)
+        ):
+            return None
+        from_port, to_port, *_ = UDP.unpack_from(data, start)
+        if to_port != ECHO_PORT or checksum(data[:start]):
+            return None
+        ports = struct.pack("!HH", to_port, from_port)
+        return data[:12] + destination + source + data[20:start] + ports + data[start + 4 : length]

@@ -190,7 +190,7 @@ from linkrx.cli import main as cli
 from linkrx.cli import demo
 from linkrx.cli import responder
 demo.PATIENCE = 0.01
-responder.Responder.deliver = lambda *call: None
+responder.Responder.answer = lambda *call: None
 sys.exit(cli.main(["demo", "--count", "2"]))
 """
 
