@@ -8,7 +8,14 @@ import os
 import socket
 import struct
 
-from linkrx.kernel.uapi import ETHTOOL_GTSO, IFNAMSIZ, SIOCETHTOOL
+from linkrx.kernel.uapi import (
+    ETHTOOL_GTSO,
+    ETHTOOL_SGRO,
+    ETHTOOL_STSO,
+    ETHTOOL_STXCSUM,
+    IFNAMSIZ,
+    SIOCETHTOOL,
+)
 
 
 def takes_super_packets(interface: str) -> bool:
@@ -16,11 +23,27 @@ def takes_super_packets(interface: str) -> bool:
 
     A TAP or TUN device hands such super-packets on to who reads it. False where this process may not ask, or the kernel does not answer.
     """
-    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0), 8)
-    request = struct.pack(f"{IFNAMSIZ}sP16x", os.fsencode(interface), ctypes.addressof(value))
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-            fcntl.ioctl(asked, SIOCETHTOOL, request)
+        return bool(_ask(interface, ETHTOOL_GTSO))
     except OSError:
         return False
-    return bool(struct.unpack("II", value.raw)[1])
+
+
+def set_offloads(interface: str, on: bool) -> None:
+    """Whether checksums and segmentation are left to a device of this namespace, and packets merged that it receives.
+
+    Off, frames come as they would on a wire. Raises OSError where the device does not know of them.
+    """
+    # Without checksums there is no segmentation in a device: netdev_fix_features() of net/core/dev.c. With them it is as asked.
+    for command in (ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGRO):
+        _ask(interface, command, int(on))
+
+
+def _ask(interface: str, command: int, value: int = 0) -> int:
+    """SIOCETHTOOL with a struct ethtool_value."""
+    asked = ctypes.create_string_buffer(struct.pack("II", command, value), 8)
+    request = struct.pack(f"{IFNAMSIZ}sP16x", os.fsencode(interface), ctypes.addressof(asked))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCETHTOOL, request)
+    answer: int = struct.unpack("II", asked.raw)[1]
+    return answer

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
+from collections.abc import Iterable
+
+from linkrx.kernel import uapi
 
 _CLOCK_MONOTONIC = 1
 # sys/timerfd.h: the values of O_CLOEXEC and O_NONBLOCK.
@@ -39,6 +43,20 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int) -> None:
     """Move this thread into the namespace that `fd` refers to. See man 2 setns."""
     _checked(_libc.setns(fd, kind), "setns")
+
+
+def keep_capabilities(kept: Iterable[int]) -> None:
+    """Give up all other capabilities, and hand these on to programs that this process starts. See man 7 capabilities.
+
+    A program that is not root's keeps nothing else than ambient capabilities.
+    """
+    kept = tuple(kept)
+    mask = sum(1 << capability for capability in kept)
+    header = struct.pack("=Ii", uapi.LINUX_CAPABILITY_VERSION_3, 0)  # of this thread
+    low, high = mask & 0xFFFF_FFFF, mask >> 32
+    _checked(_libc.capset(header, struct.pack("=6I", low, low, low, high, high, high)), "capset")
+    for capability in kept:
+        _checked(_libc.prctl(uapi.PR_CAP_AMBIENT, uapi.PR_CAP_AMBIENT_RAISE, capability, 0, 0), "prctl")
 
 
 class SocketOptions:

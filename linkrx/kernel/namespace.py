@@ -21,16 +21,30 @@ Result = TypeVar("Result")
 # linux/sockios.h
 IFREQ = struct.Struct("16sH22x")  # struct ifreq, of which this is the name and the flags
 
+# What the caller has in a user namespace of their own. They do not become root, who may read and write every file of
+# theirs, and whom some programs refuse.
+KEPT = (uapi.CAP_NET_BIND_SERVICE, uapi.CAP_NET_ADMIN, uapi.CAP_NET_RAW, uapi.CAP_SYS_ADMIN)
+
 
 def enter_private_network() -> None:
     """Move this process (one thread, nothing open on the network) into a new network namespace, in which `lo` is up.
 
-    Without CAP_SYS_ADMIN a user namespace comes with it, in which the caller is root. IPv6 is off on interfaces made
-    from now on, so that the kernel sends nothing of its own. Threads that run already stay where they are. Raises
+    Without CAP_SYS_ADMIN a user namespace comes with it, in which the caller stays who they are, and has, as all programs
+    that they start, the capabilities for networks: `KEPT`. IPv6 is off on interfaces made from now on, so that the kernel
+    sends nothing of its own. Threads that run already stay where they are. Raises
     MissingPrivilege where neither is allowed, and says which threads there are where they are what forbids it.
     """
+    _enter(_unshare)
+
+
+def enter_new_network() -> None:
+    """The same for this thread alone, and for what has CAP_SYS_ADMIN: threads may run, and it can `go_to` where it was."""
+    _enter(lambda: libc.unshare(uapi.CLONE_NEWNET))
+
+
+def _enter(unshare: Callable[[], None]) -> None:
     try:
-        _unshare()
+        unshare()
         _silence()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             bring_up("lo", control)
@@ -78,8 +92,19 @@ def _unshare() -> None:
         libc.unshare(uapi.CLONE_NEWUSER | uapi.CLONE_NEWNET)
         own = Path("/proc/self")
         (own / "setgroups").write_text("deny")
-        (own / "uid_map").write_text(f"0 {uid} 1")
-        (own / "gid_map").write_text(f"0 {gid} 1")
+        (own / "uid_map").write_text(f"{uid} {uid} 1")
+        (own / "gid_map").write_text(f"{gid} {gid} 1")
+        libc.keep_capabilities(KEPT)
+
+
+def open_here() -> int:
+    """A descriptor that refers to the network namespace of this thread."""
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def go_to(namespace: int) -> None:
+    """Move this thread, with nothing else, into the network namespace that a descriptor refers to. Needs CAP_SYS_ADMIN."""
+    libc.setns(namespace, uapi.CLONE_NEWNET)
 
 
 def new_network() -> int:
@@ -91,7 +116,7 @@ def new_network() -> int:
     def leave() -> int:
         libc.unshare(uapi.CLONE_NEWNET)
         _silence()
-        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        return open_here()
 
     return _in_thread(leave)
 
@@ -100,7 +125,7 @@ def inside(namespace: int, work: Callable[[], Result]) -> Result:
     """What `work` returns in a thread inside the network namespace that a descriptor refers to."""
 
     def enter() -> Result:
-        libc.setns(namespace, uapi.CLONE_NEWNET)
+        go_to(namespace)
         return work()
 
     return _in_thread(enter)

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from linkrx.kernel.namespace import inside
 from linkrx.kernel.uapi import (
+    BR_STATE_FORWARDING,
     IFF_UP,
     IFLA_ADDRESS,
     IFLA_ALT_IFNAME,
+    IFLA_BRPORT_STATE,
     IFLA_IFNAME,
     IFLA_INFO_DATA,
     IFLA_INFO_KIND,
+    IFLA_INFO_SLAVE_DATA,
     IFLA_LINKINFO,
     IFLA_MTU,
     IFLA_OPERSTATE,
@@ -58,7 +61,8 @@ class Link:
     """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
 
     `super_packet` is the most that a packet has before it is split, or behind merging; `queue_length` is its txqueuelen.
-    `up` is IFF_UP, and `state` the operational state, RFC 2863.
+    `up` is IFF_UP, and `state` the operational state, RFC 2863. `forwards` is
+    whether the bridge that it is a port of takes frames from it.
     """
 
     index: int
@@ -70,11 +74,17 @@ class Link:
     packet_info: bool | None
     queues: int
     tx_dropped: int | None
+    forwards: bool
     super_packet: int
     queue_length: int | None
     up: bool
     state: str
     alternative_names: tuple[str, ...]
+
+    @property
+    def sends(self) -> bool:
+        """Whether the kernel sends on it: it is up and has a carrier, or is of a kind that does not know of one."""
+        return self.up and self.state in ("up", "unknown")
 
 
 class RouteSocket:
@@ -167,6 +177,7 @@ def _parse(message: bytes) -> Link:
     # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
     packet_info = bool(data[IFLA_TUN_PI][0]) if IFLA_TUN_PI in data else None
     stats = found.get(IFLA_STATS64, b"")
+    port = dict(_attributes(info.get(IFLA_INFO_SLAVE_DATA, b"")))
     return Link(
         index=index,
         name=os.fsdecode(found.get(IFLA_IFNAME, b"").rstrip(b"\0")),
@@ -180,6 +191,7 @@ def _parse(message: bytes) -> Link:
         tx_dropped=(
             struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
         ),
+        forwards=port.get(IFLA_BRPORT_STATE, b"\0")[0] == BR_STATE_FORWARDING,
         super_packet=max(
             struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
         ),

@@ -1,0 +1,215 @@
+"""A private network for one test, and the interfaces in it.
+
+    from linkrx.testing.network import Network
+
+    with Network() as network:
+        near, far = network.veth()
+        near.inject(bytes.fromhex("ffffffffffff 020000000001 88b5") + b"hello")
+        print(far.expect(lambda packet: packet.protocol == 0x88B5))
+
+Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, which `linkrx.kernel.namespace.enter_private_network` gives to anyone, and pyroute2.
+The pytest plugin has all this as fixtures.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+from linkrx.errors import LinkrxError
+from linkrx.kernel import namespace
+from linkrx.kernel.rtnetlink import RouteSocket
+from linkrx.kernel.uapi import TUNSETPERSIST
+from linkrx.sources.tuntap import TunTap
+from linkrx.testing.ends import Bridge, End, Tap
+
+__all__ = ["Bridge", "End", "Network", "Tap"]
+
+Result = TypeVar("Result")
+AnyEnd = TypeVar("AnyEnd", bound=End)
+
+
+def _raise(error: LinkrxError) -> NoReturn:
+    raise error
+
+
+class Network:
+    """A network namespace that this thread is in while the `with` block runs, and threads and processes that it starts.
+
+    `lo` is up, IPv6 is off, and nothing is in it but what the block makes. At the end the thread is back where it was. The
+    kernel deletes the namespace, with all that is in it, when no thread, process or open socket is left in it.
+    """
+
+    def __init__(self, *, records: bool = False, unable: Callable[[LinkrxError], NoReturn] = _raise) -> None:
+        """`records` keeps every packet of every end, for `End.recorded`. `unable` is called with the error where something
+        cannot be made on this host: it raises that, or whatever else ends the test.
+        """
+        self.records = records
+        self.ends: list[End] = []
+        self._unable = unable
+        self._opened = ExitStack()
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opening:
+            before = namespace.open_here()
+            opening.callback(os.close, before)
+            try:
+                namespace.enter_new_network()
+            except LinkrxError as error:
+                self._unable(error)
+            opening.callback(namespace.go_to, before)  # called first at the end
+            self._fd = namespace.open_here()
+            opening.callback(self._close)
+            self.route = RouteSocket()
+            opening.callback(self.route.close)
+            self._opened = opening.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._opened, ExitStack() as closing:
+            for end in self.ends:
+                closing.callback(end.close)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the `with` block runs."""
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        """A descriptor that refers to the namespace; -1 behind the block."""
+        return self._fd
+
+    def inside(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns in this network, whatever network the calling thread is in. It runs in a thread of its own."""
+        return namespace.inside(self._fd, work)
+
+    def configure(self, work: Callable[[Any], Result]) -> Result:
+        """What `work` returns when it is called with a pyroute2.IPRoute of this network.
+
+        In a thread of its own: pyroute2 runs an event loop, which cannot be done where one runs already.
+        """
+        try:
+            from pyroute2 import IPRoute
+        except ImportError as error:
+            self._unable(
+                LinkrxError(
+                    f"making and configuring devices needs pyroute2 ({error}): "
+                    "python3 -m pip install 'linkrx[pytest]'"
+                )
+            )
+
+        def run() -> Result:
+            with IPRoute() as route:
+                return work(route)
+
+        return self.inside(run)
+
+    # What can be in it.
+
+    def tap(
+        self,
+        name: str | None = None,
+        *,
+        multi_queue: bool = False,
+        vnet_header: bool = False,
+        offload: bool = False,
+    ) -> Tap:
+        """A TAP device that is up. The program under test opens its queue, or takes `.queue`; see `linkrx.TunTap`."""
+        return self._queue_device(
+            "tap", name, multi_queue=multi_queue, vnet_header=vnet_header, offload=offload
+        )
+
+    def tun(
+        self,
+        name: str | None = None,
+        *,
+        multi_queue: bool = False,
+        vnet_header: bool = False,
+        offload: bool = False,
+    ) -> Tap:
+        """The same with a TUN device, whose frames are IP packets."""
+        return self._queue_device(
+            "tun", name, multi_queue=multi_queue, vnet_header=vnet_header, offload=offload
+        )
+
+    def veth(self, near: str | None = None, far: str | None = None) -> tuple[End, End]:
+        """Two ends of a cable, both up: what is injected at one comes in at the other."""
+        near = near or self._free_name("veth")
+        far = far or self._free_name("veth", near)
+        self._make("veth", ifname=near, peer=far)
+        ends = (self._add(End(self, near)), self._add(End(self, far)))
+        for end in ends:
+            end.set_offloads(False)
+            end.up()
+        return ends
+
+    def bridge(self, name: str | None = None) -> Bridge:
+        """A bridge that is up, without ports: `Bridge.port` adds one."""
+        name = name or self._free_name("br")
+        self._make("bridge", ifname=name, br_forward_delay=0, br_stp_state=0, br_mcast_snooping=0)
+        # A host that has br_netfilter loaded has its firewall look at what bridges forward, and IP packets that are wrong are lost.
+        for settings in Path("/proc/sys/net/bridge").glob("bridge-nf-call-*"):
+            self.inside(lambda settings=settings: settings.write_text("0"))  # type: ignore[misc]
+        made = self._add(Bridge(self, name))
+        made.set_offloads(False)
+        made.up()
+        return made
+
+    def end(self, name: str) -> End:
+        """An interface that is there already, such as `lo`, as an end."""
+        return self._add(End(self, name))
+
+    def _queue_device(self, mode: str, name: str | None, **settings: bool) -> Tap:
+        name = name or self._free_name(mode)
+
+        def make() -> None:
+            with TunTap(name, mode, multi_queue=settings["multi_queue"]) as queue:
+                fcntl.ioctl(queue.fileno(), TUNSETPERSIST, 1)  # it goes with the namespace
+
+        try:
+            self.inside(make)
+        except LinkrxError as error:
+            self._unable(error)
+        made = self._add(Tap(self, name, mode, **settings))
+        made.up()
+        return made
+
+    def _make(self, kind: str, **settings: Any) -> None:
+        def make(route: Any) -> None:
+            from pyroute2.netlink.exceptions import NetlinkError
+
+            try:
+                route.link("add", kind=kind, **settings)
+            except NetlinkError as error:
+                if error.code != errno.EOPNOTSUPP:
+                    raise
+                raise LinkrxError(
+                    f"this kernel makes no {kind} devices: load the driver with `sudo modprobe {kind}`"
+                ) from error
+
+        try:
+            self.configure(make)
+        except LinkrxError as error:
+            self._unable(error)
+
+    def _add(self, end: AnyEnd) -> AnyEnd:
+        self.ends.append(end)
+        return end
+
+    def _free_name(self, stem: str, *taken: str) -> str:
+        there = {name for _, name in self.inside(socket.if_nameindex)} | set(taken)
+        return next(name for name in (f"{stem}{number}" for number in range(10_000)) if name not in there)

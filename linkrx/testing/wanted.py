@@ -1,0 +1,69 @@
+"""What a test sends and expects, in the forms that it may give, and what is told when it does not come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import SupportsBytes, TypeAlias, TypeGuard, cast
+
+from linkrx.packets import Packet
+from linkrx.testing import differences
+
+# A frame is whatever `bytes()` makes of it: bytes, packets of linkrx, scapy and dpkt.
+Frame: TypeAlias = bytes | bytearray | memoryview | SupportsBytes
+# What may be expected: a frame, or what says of a packet whether it is meant.
+Wanted: TypeAlias = Frame | Callable[[Packet], object]
+
+
+def is_frame(thing: object) -> TypeGuard[Frame]:
+    """Whether it is one frame."""
+    return isinstance(thing, bytes | bytearray | memoryview | Packet) or hasattr(thing, "__bytes__")
+
+
+def frames_of(frames: Frame | Iterable[Frame]) -> Iterator[bytes]:
+    """Each as bytes. A packet of scapy's can be iterated over, and is one frame all the same."""
+    several = [frames] if is_frame(frames) else cast(Iterable[Frame], frames)
+    for frame in several:
+        if not is_frame(frame):
+            raise TypeError(f"a frame is bytes, or what bytes() makes them of, not {type(frame).__name__}")
+        yield bytes(frame)
+
+
+def matcher_of(wanted: Wanted) -> Callable[[Packet], object]:
+    """What says of a packet whether it is wanted."""
+    if is_frame(wanted):
+        frame = bytes(wanted)
+        return lambda packet: packet.tagged() == frame
+    if callable(wanted):
+        return wanted
+    raise TypeError(f"expect a frame or a predicate of a packet, not {type(wanted).__name__}")
+
+
+def title_of(wanted: Wanted) -> str:
+    """What is told of what was wanted."""
+    if callable(wanted):
+        return f"packet for which {getattr(wanted, '__name__', repr(wanted))} is true"
+    return "frame like the one given"
+
+
+def failure(
+    wanted: Wanted, packets: Sequence[Packet], when: str, interface: str, ethernet: bool
+) -> Iterator[str]:
+    """The lines that tell of what did not come to an interface, and of the packets that came instead."""
+    came = [packet.tagged() for packet in packets]
+    frame = bytes(wanted) if is_frame(wanted) else None
+    if frame is None:
+        yield f"{interface} did not get a {title_of(wanted)} {when}."
+    else:
+        yield f"{interface} did not get this frame {when}:"
+        yield f"  {differences.line_of(frame, ethernet)}"
+    if not came:
+        yield "Nothing came at all."
+        return
+    yield "What came instead:"
+    yield from differences.listed(came, ethernet)
+    if frame is not None:
+        near = differences.most_similar(frame, came)
+        yield f"Where number {near + 1} (+) is not what was expected (-):"
+        yield from differences.difference(frame, came[near])
+        if packets[near].checksum_unfinished:
+            yield "Its checksum was left to a device that it has not passed: set_offloads(False) where it is sent."
