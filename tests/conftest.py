@@ -5,7 +5,6 @@ Tests run in several processes, of pytest-xdist, unless `-n` says otherwise. Eac
 
 from __future__ import annotations
 
-import getpass
 import os
 import signal
 import sys
@@ -30,6 +29,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
 PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
 
+# A project of its own, which tests run in processes of their own.
+collect_ignore = ["downstream"]
+
 # Examples are not timed: a machine under load takes as long as it takes.
 hypothesis.settings.register_profile(
     "linkrx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -41,8 +43,6 @@ def _enter() -> str | None:
     """Why device tests cannot run here; None when they can."""
     if PARENTS_REASON in os.environ:
         return os.environ[PARENTS_REASON]
-    # In a user namespace everyone is root, and pytest would want root's folder of temporary files.
-    os.environ.setdefault("LOGNAME", getpass.getuser())
     try:
         namespace.enter_private_network()
         linkrx.TunTap().close()
