@@ -1,0 +1,423 @@
+"""The pytest plugin as a project of somebody else's meets it: suites of their own, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.anyone import as_anyone
+from support.places import ROOT, TESTS
+
+DOWNSTREAM = TESTS / "downstream"
+PATIENCE = 120.0  # seconds until a suite that should have ended hangs
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+Suite = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that anyone may read and write."""
+    with tempfile.TemporaryDirectory(prefix="linkrx-plugin-") as made:
+        os.chmod(made, 0o777)
+        yield Path(made)
+
+
+def inherited(**environment: str) -> dict[str, str]:
+    """This environment, less what belongs to the run of these tests."""
+    own = ("LINKRX_", "PYTEST_", "PYTHON")
+    return {name: value for name, value in os.environ.items() if not name.startswith(own)} | environment
+
+
+def pytest_command(*arguments: str, python: str = sys.executable) -> list[str]:
+    """pytest, which leaves nothing in the folder."""
+    return [python, "-B", "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments]
+
+
+@pytest.fixture
+def suite(folder: Path) -> Suite:
+    """Runs pytest on the source of a test file, as root or whoever runs these tests; with `anyone` without privileges."""
+    (folder / "hold").mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\n")
+
+    def run(
+        source: str, *arguments: str, anyone: bool = False, before: tuple[str, ...] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        (folder / "test_suite.py").write_text(source)
+        command = pytest_command("test_suite.py", *arguments)
+        done = subprocess.run(
+            [*before, *(as_anyone(folder / "hold", command) if anyone else command)],
+            cwd=folder,
+            env=inherited(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        print(done.stdout)
+        return done
+
+    return run
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line without the time: "2 passed, 1 skipped"."""
+    return re.sub(r"^=* ?| in [\d.]+s.*$", "", done.stdout.splitlines()[-1])
+
+
+def interfaces() -> set[str]:
+    """What there is where these tests run."""
+    return {name for _, name in socket.if_nameindex()}
+
+
+WHERE = """
+import os, socket
+from pathlib import Path
+
+def here():
+    return os.readlink("/proc/thread-self/ns/net")
+
+def names():
+    return {name for _, name in socket.if_nameindex()}
+
+START = here()
+"""
+
+EXCHANGE = (
+    WHERE
+    + """
+FRAME = bytes.fromhex("ffffffffffff 020000000001 88b5") + bytes(50)
+
+def test_exchange(linkrx_veth):
+    near, far = linkrx_veth
+    near.inject(FRAME)
+    far.expect(FRAME)
+"""
+)
+
+ALL_KINDS = (
+    EXCHANGE
+    + """
+def test_tap(linkrx_tap):
+    assert linkrx_tap.queue.name == linkrx_tap.name
+
+def test_tun(linkrx_tun):
+    assert linkrx_tun.queue.mode == "tun"
+
+def test_bridge(linkrx_bridge):
+    linkrx_bridge.port().inject(FRAME)
+    linkrx_bridge.expect(FRAME)
+"""
+)
+
+
+def test_it_imports_nothing(suite: Suite) -> None:
+    """A suite that uses none of it loads the plugin, and nothing of linkrx."""
+    done = suite(
+        "import sys\n"
+        "def test_nothing():\n"
+        "    assert 'pytest_linkrx' in sys.modules\n"
+        "    assert not [name for name in sys.modules if name == 'pyroute2' or name.split('.')[0] == 'linkrx']\n"
+    )
+    assert outcome(done) == "1 passed"
+
+
+def test_each_test_has_a_network_of_its_own(suite: Suite) -> None:
+    """A test sees no device of another, and the process is back where it was behind each."""
+    done = suite(
+        WHERE
+        + """
+import subprocess
+import pytest
+
+seen = set()
+
+@pytest.mark.parametrize("number", range(3))
+def test_own(linkrx_network, number):
+    assert here() != START
+    seen.add(here())
+    assert names() == {"lo"}
+    subprocess.run(["ip", "link", "add", "left", "type", "bridge"], check=True)  # left behind
+    linkrx_network.tap()
+    assert names() == {"lo", "left", "tap0"}
+
+def test_back():
+    assert here() == START
+    assert not names() & {"left", "tap0"}
+"""
+    )
+    assert outcome(done) == "4 passed"
+    assert not interfaces() & {"left", "tap0"}
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_without_root(suite: Suite, workers: tuple[str, ...]) -> None:
+    """With --linkrx-private it takes no privilege, and tests are run as whoever runs them."""
+    more = f"\ndef test_who():\n    assert os.getuid() == {os.getuid() or 65534}\n"
+    closed = "\ndef test_closed(tmp_path):\n    (tmp_path / 'x').touch(mode=0)\n    with pytest.raises(PermissionError):\n        (tmp_path / 'x').open()\n"
+    done = suite("import pytest\n" + ALL_KINDS + more + closed, "--linkrx-private", *workers, anyone=True)
+    assert outcome(done) == "6 passed"
+
+
+def test_the_ini_line(suite: Suite, folder: Path) -> None:
+    """A line of the ini file does what the option does."""
+    (folder / "pytest.ini").write_text("[pytest]\nlinkrx_private = true\n")
+    done = suite(EXCHANGE, anyone=True)
+    assert outcome(done) == "1 passed"
+    assert "linkrx: in a private network" in done.stdout
+
+
+def test_without_the_option(suite: Suite) -> None:
+    """Without privileges and option the test is skipped, and the reason says what to type; --linkrx-require makes it fail."""
+    skipped = suite(EXCHANGE, anyone=True)
+    assert outcome(skipped) == "1 skipped"
+    assert "run pytest with --linkrx-private, or put `linkrx_private = true` into its ini" in skipped.stdout
+    failed = suite(EXCHANGE, "--linkrx-require", anyone=True)
+    assert outcome(failed) == "1 error"
+    assert "linkrx is required here, and cannot: this process may make no network namespace" in failed.stdout
+
+
+NO_DRIVER = 'mount -t tmpfs none /dev/net; exec "$@"'
+
+
+def test_no_tap_driver(suite: Suite) -> None:
+    """Without /dev/net/tun tests of TAP devices are skipped and say what to do, those that make one by hand too; others run."""
+    hidden = ("unshare", "--mount", "bash", "-euc", NO_DRIVER, "_")
+    source = ALL_KINDS + "\ndef test_by_hand(linkrx_network):\n    linkrx_network.tap()\n"
+    done = suite(source, before=hidden)
+    assert outcome(done) == "2 passed, 3 skipped"
+    assert done.stdout.count("/dev/net/tun does not exist: load the driver with `sudo modprobe tun`") == 3
+    assert outcome(suite(source, "--linkrx-require", before=hidden)) == "1 failed, 2 passed, 2 errors"
+
+
+def test_a_closed_tap_driver(suite: Suite) -> None:
+    """Where /dev/net/tun is there and not for this user, the reason says so and what to type."""
+    if os.getuid():
+        pytest.skip("only root can make a device file")
+    closed = 'mount -t tmpfs none /dev/net; mknod -m 600 /dev/net/tun c 10 200; exec "$@"'
+    # Root that may not do what it likes with files of others.
+    closed = closed.replace("exec", "chown 1 /dev/net/tun; exec setpriv --bounding-set=-dac_override")
+    done = suite(ALL_KINDS, before=("unshare", "--mount", "bash", "-euc", closed, "_"))
+    assert outcome(done) == "2 passed, 2 skipped"
+    assert "opening /dev/net/tun needs access to the device; `sudo chgrp GROUP /dev/net/tun" in done.stdout
+
+
+# A user namespace around, whose limit is its own: how many user namespaces there may be inside.
+NO_USER_NAMESPACES = (
+    *("unshare", "--user", "--map-root-user", "bash", "-euc"),
+    'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all "$@"',
+    "_",
+)
+
+
+def test_no_user_namespaces(suite: Suite) -> None:
+    """Where the kernel allows no user namespace, tests are skipped with that reason; what needs none runs."""
+    done = suite(EXCHANGE + "\ndef test_other(): pass\n", "--linkrx-private", before=NO_USER_NAMESPACES)
+    assert outcome(done) == "1 passed, 1 skipped"
+    assert "user.max_user_namespaces is 0" in done.stdout
+
+
+def test_no_pyroute2(suite: Suite, folder: Path) -> None:
+    """Without pyroute2 tests of devices are skipped, and the reason is the command that installs it."""
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "pyroute2.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pyroute2'\")\n"
+    )
+    alone = "\ndef test_alone(linkrx_network):\n    assert names() == {'lo'}\n"
+    done = suite(ALL_KINDS + alone, PYTHONPATH=str(folder / "hidden"))
+    assert outcome(done) == "1 passed, 4 skipped"
+    assert "(No module named 'pyroute2'): python3 -m pip install 'linkrx[pytest]'" in done.stdout
+
+
+THREAD = """
+import threading
+over = threading.Event()
+thread = threading.Thread(target=over.wait, name="the one that waits", daemon=True)
+thread.start()
+"""
+
+
+def test_threads_before_the_fixture(suite: Suite) -> None:
+    """Threads that run already stay where they are, and keep nobody from a network; those that start in a test are in it."""
+    done = suite(
+        WHERE
+        + THREAD
+        + """
+from concurrent.futures import ThreadPoolExecutor
+
+def test_threads(linkrx_network):
+    assert os.readlink(f"/proc/self/task/{thread.native_id}/ns/net") == START != here()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(here).result() == here()
+        near, far = pool.submit(linkrx_network.veth).result()
+    assert names() == {"lo", near.name, far.name}
+
+def test_end():
+    over.set()
+"""
+    )
+    assert outcome(done) == "2 passed"
+
+
+def test_threads_before_pytest(suite: Suite, folder: Path) -> None:
+    """Where a thread keeps the process from a user namespace, tests are skipped and its name is told."""
+    (folder / "threaded.py").write_text(THREAD)
+    done = suite(EXCHANGE, "-p", "threaded", "--linkrx-private", anyone=True, PYTHONPATH=str(folder))
+    assert outcome(done) == "1 skipped"
+    assert "in a process of 2 threads (MainThread, the one that waits)" in done.stdout
+
+
+def test_a_test_that_kills_its_worker(suite: Suite) -> None:
+    """A worker that is killed in the middle of a test fails that test alone, and leaves nothing where it came from."""
+    source = ALL_KINDS + "\ndef test_killed(linkrx_network, linkrx_tap):\n    os.kill(os.getpid(), 9)\n"
+    before = interfaces()
+    done = suite(source, "-n", "2", "--linkrx-private", anyone=True)
+    assert outcome(done) == "1 failed, 4 passed"
+    assert interfaces() == before
+
+
+def networks() -> set[str]:
+    """The network namespaces of all processes that this one may look at."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*/ns/net"):
+        try:
+            found.add(os.readlink(process))
+        except OSError:  # it has ended, or is another's
+            continue
+    return found
+
+
+def test_pytest_is_killed(folder: Path) -> None:
+    """pytest that is killed in a test with devices leaves neither process, namespace nor interface."""
+    (folder / "test_suite.py").write_text(
+        WHERE
+        + "\ndef test_hang(linkrx_tap, linkrx_bridge):\n"
+        + "    linkrx_tap.queue\n"
+        + "    Path('network').write_text(here())\n"
+        + "    os.read(linkrx_bridge.port()._injector.fileno(), 1)\n"
+    )
+    before = interfaces()
+    with subprocess.Popen(
+        pytest_command("-s", "test_suite.py"), cwd=folder, env=inherited(), stdout=subprocess.PIPE
+    ) as process:
+        while not (folder / "network").exists() or not (folder / "network").read_text():
+            assert process.poll() is None
+            os.sched_yield()
+        network = (folder / "network").read_text()
+        assert network in networks()
+        process.send_signal(signal.SIGKILL)
+        process.wait(PATIENCE)
+    assert network not in networks()
+    assert interfaces() == before
+
+
+def test_nested(suite: Suite) -> None:
+    """A network in a network, and pytest in a test, leave the outer ones as they were."""
+    done = suite(
+        WHERE
+        + """
+import subprocess, sys
+from linkrx.testing.network import Network
+
+INNER = '''
+def test_inner(linkrx_tap):
+    linkrx_tap.queue
+'''
+
+def test_network(linkrx_network):
+    outer = here()
+    linkrx_network.tap("outer")
+    with Network() as inner:
+        assert here() not in (outer, START)
+        assert names() == {"lo"}
+        inner.tap("inner")
+    assert here() == outer
+    assert names() == {"lo", "outer"}
+
+def test_pytest(linkrx_tap, tmp_path):
+    (tmp_path / "test_inner.py").write_text(INNER)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--linkrx-private", "--linkrx-require", tmp_path])
+    assert done.returncode == 0
+    assert names() == {"lo", "tap0"}
+
+pytest_plugins = "pytester"
+
+def test_pytest_in_process(pytester, linkrx_tap):
+    outer = here()
+    pytester.makepyfile(INNER)
+    pytester.inline_run("--linkrx-private").assertoutcome(passed=1)
+    assert here() == outer
+    assert names() == {"lo", "tap0"}
+""",
+        "--linkrx-private",
+        anyone=True,
+    )
+    assert outcome(done) == "3 passed"
+
+
+def test_two_suites_at_once(folder: Path) -> None:
+    """Two suites that run at the same time have devices of the same names, and do not meet."""
+    (folder / "test_suite.py").write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "def test_meeting(linkrx_tap):\n"
+        "    Path(os.environ['ME']).write_text(linkrx_tap.name)\n"
+        "    while not Path(os.environ['OTHER']).exists():\n"
+        "        os.sched_yield()\n"
+        "    linkrx_tap.inject(b'x' * 60) if linkrx_tap.queue else None\n"
+        "    assert os.read(linkrx_tap.queue.fileno(), 100) == b'x' * 60\n"
+    )
+    suites = [
+        subprocess.Popen(
+            pytest_command("-q", "test_suite.py"),
+            cwd=folder,
+            env=inherited(ME=me, OTHER=other),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for me, other in (("one", "other"), ("other", "one"))
+    ]
+    told = [one.communicate(timeout=PATIENCE)[0] for one in suites]
+    assert [one.returncode for one in suites] == [0, 0], told
+    assert (folder / "one").read_text() == (folder / "other").read_text() == "tap0"
+
+
+WAYS = {
+    "as_caller": (False, ()),
+    "without_privileges": (True, ()),
+    "xdist": (True, ("-n", "2")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_downstream(folder: Path, way: str) -> None:
+    """A project of its own tests its program on TAP devices, as root, as an ordinary user, and in several processes."""
+    anyone, arguments = WAYS[way]
+    project = folder / "project"
+    shutil.copytree(DOWNSTREAM, project, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "hold").mkdir()
+    command = pytest_command(*arguments)
+    done = subprocess.run(
+        as_anyone(folder / "hold", command) if anyone else command,
+        cwd=project,
+        env=inherited(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    print(done.stdout)
+    assert re.fullmatch(r"\d+ passed", outcome(done))
