@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.anyone import as_anyone
-from support.places import ROOT, TESTS
+from support.places import TESTS
 
 DOWNSTREAM = TESTS / "downstream"
 PATIENCE = 120.0  # seconds until a suite that should have ended hangs
@@ -29,19 +29,21 @@ Suite = Callable[..., subprocess.CompletedProcess[str]]
 def folder() -> Iterator[Path]:
     """A folder that anyone may read and write."""
     with tempfile.TemporaryDirectory(prefix="linkrx-plugin-") as made:
-        os.chmod(made, 0o777)
-        yield Path(made)
+        path = Path(made)
+        path.chmod(0o777)
+        yield path
 
 
 def inherited(**environment: str) -> dict[str, str]:
-    """This environment, less what belongs to the run of these tests."""
+    """The environment, less what belongs to the run of these tests."""
     own = ("LINKRX_", "PYTEST_", "PYTHON")
     return {name: value for name, value in os.environ.items() if not name.startswith(own)} | environment
 
 
 def pytest_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """pytest, which leaves nothing in the folder."""
-    return [python, "-B", "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments]
+    """pytest, which leaves nothing in the folder, and loads no plugins that are of no use here and take a while."""
+    without = [f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "benchmark")]
+    return [python, "-B", "-m", "pytest", *without, "-ra", *arguments]
 
 
 @pytest.fixture
@@ -292,7 +294,7 @@ def networks() -> set[str]:
     found = set()
     for process in Path("/proc").glob("[0-9]*/ns/net"):
         try:
-            found.add(os.readlink(process))
+            found.add(str(process.readlink()))
         except OSError:  # it has ended, or is another's
             continue
     return found
