@@ -30,8 +30,9 @@ from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
 from linkrx.testing.waiting import patiently
 
-# Programs that begin with a title have a test of their own below.
+# Programs that begin with a title have a test of their own: below, and those of docs/testing.md in testing/test_plugin.py.
 TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
+TITLES |= {"A first test", "A network", "Conformance", "Rigs"}
 
 
 def test_the_readme_is_short() -> None:

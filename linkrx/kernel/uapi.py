@@ -116,6 +116,8 @@ IFLA_BRPORT_STATE = 1
 IFLA_TUN_PI = 4
 IFLA_TUN_NUM_QUEUES = 8
 BR_STATE_FORWARDING = 3  # linux/if_bridge.h
+IFA_F_NODAD = 0x02  # linux/if_addr.h
+RT_TABLE_LOCAL = 255
 TX_DROPPED = 7  # the eighth counter of struct rtnl_link_stats64
 
 # linux/sched.h

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +16,7 @@ from linkrx.errors import Ended
 from linkrx.factory import open
 from linkrx.kernel import ethtool
 from linkrx.kernel.rtnetlink import Link
-from linkrx.kernel.uapi import ARPHRD_ETHER
+from linkrx.kernel.uapi import ARPHRD_ETHER, IFA_F_NODAD, RT_TABLE_LOCAL
 from linkrx.packets import Packet
 from linkrx.registry import backends
 from linkrx.sources.options import OpenOptions
@@ -165,19 +166,28 @@ class End:
         self._network.inside(lambda: ethtool.set_offloads(self.name, on))
 
     def add_address(self, address: str) -> None:
-        """Give it an IP address, as "10.0.0.1/24". The first IPv6 address turns IPv6 on, and the kernel then joins groups."""
+        """Give it an IP address, as "10.0.0.1/24", ready for use where the interface sends.
+
+        The first IPv6 address turns IPv6 on: from then on the kernel sends reports of the groups that it joins.
+        """
         wanted = ipaddress.ip_interface(address)
+        flags = 0
         if wanted.version == 6:
-            settings = {"addr_gen_mode": "1", "accept_dad": "0", "disable_ipv6": "0"}
+            flags = IFA_F_NODAD
             folder = Path("/proc/sys/net/ipv6/conf") / self.name
-            self._network.inside(
-                lambda: [(folder / name).write_text(value) for name, value in settings.items()]
-            )
-        self._network.configure(
-            lambda route: route.addr(
-                "add", index=self.index, address=str(wanted.ip), prefixlen=wanted.network.prefixlen
-            )
-        )
+            for name, value in {"addr_gen_mode": "1", "disable_ipv6": "0"}.items():
+                self._network.inside(partial((folder / name).write_text, value))
+
+        def add(route: Any) -> None:
+            ip, length = str(wanted.ip), wanted.network.prefixlen
+            route.addr("add", index=self.index, address=ip, prefixlen=length, flags=flags)
+            if flags and self.link.sends:
+                # A worker of the kernel's makes it local, be there nobody to ask whether it is another's.
+                deadline = time.monotonic() + PATIENCE
+                while not list(route.get_routes(family=socket.AF_INET6, table=RT_TABLE_LOCAL, dst=ip)):
+                    assert time.monotonic() < deadline, f"{address} never became local"
+
+        self._network.configure(add)
 
     def _set(self, **settings: Any) -> None:
         self._network.configure(lambda route: route.link("set", index=self.index, **settings))

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from support.anyone import as_anyone
-from support.places import TESTS
+from support.documents import programs
+from support.places import ROOT, TESTS
 
 DOWNSTREAM = TESTS / "downstream"
 PATIENCE = 120.0  # seconds until a suite that should have ended hangs
@@ -423,3 +424,60 @@ def test_downstream(folder: Path, way: str) -> None:
     )
     print(done.stdout)
     assert re.fullmatch(r"\d+ passed", outcome(done))
+
+
+DOCUMENT = ROOT / "docs" / "testing.md"
+
+
+def documented(title: str) -> str:
+    """The program of that title."""
+    (program,) = [one for one in programs(DOCUMENT) if one.startswith(f'"""{title}."""')]
+    return program
+
+
+def test_the_first_test(suite: Suite) -> None:
+    """From nothing to the first green test it is less than twenty lines, and no root."""
+    beginning = DOCUMENT.read_text().partition("## The first test")[2].partition("\n## ")[0]
+    typed = [block.strip() for block in re.findall(r"```(?:sh|python)\n(.*?)```", beginning, re.DOTALL)]
+    assert len("\n".join(typed).splitlines()) < 20
+    assert typed[1] == documented("A first test").strip()
+    assert typed[2] == ".venv/bin/pytest --linkrx-private"
+    assert outcome(suite(typed[1], "--linkrx-private", anyone=True)) == "1 passed"
+
+
+def test_the_failing_expect(suite: Suite) -> None:
+    """What the document shows of a failing `expect` is what pytest prints."""
+    (shown,) = re.findall(r"```text\n(>  .*?)```", DOCUMENT.read_text(), re.DOTALL)
+    done = suite(
+        f"import sys\nsys.path.insert(0, {str(DOWNSTREAM)!r})\nsys.path.insert(0, {str(DOWNSTREAM / 'tests')!r})\n"
+        "import os\n"
+        "from test_arp_responder import reply\n"
+        "def test_wrong(linkrx_tap):\n"
+        "    os.write(linkrx_tap.queue.fileno(), reply('10.0.0.3'))\n"
+        '    linkrx_tap.expect(reply("10.0.0.2"))\n'
+    )
+    assert outcome(done) == "1 failed"
+    found = [line for line in done.stdout.splitlines() if line.startswith((">  ", "E  "))]
+    assert found == shown.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("title", "pattern"),
+    [
+        ("A network", r"<Packet 0x88b5 02:00:5e:00:00:01 > 02:00:5e:00:00:02 19 bytes>\n"),
+        ("Rigs", r"(\w+ 64\n){7}"),
+        ("Conformance", r"(os_readv-unix_dgram-\w+ (supported|inapplicable)\n)+"),
+    ],
+)
+def test_the_other_programs(title: str, pattern: str) -> None:
+    """The programs that need no pytest run to their end, and print what they say."""
+    done = subprocess.run(
+        [sys.executable, "-c", documented(title)],
+        env=inherited(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(pattern, done.stdout)
