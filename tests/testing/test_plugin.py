@@ -76,7 +76,7 @@ def suite(folder: Path) -> Suite:
 
 def outcome(done: subprocess.CompletedProcess[str]) -> str:
     """The last line without the time: "2 passed, 1 skipped"."""
-    return re.sub(r"^=* ?| in [\d.]+s.*$", "", done.stdout.splitlines()[-1])
+    return re.sub(r"^=* ?| in [\d.]+s.*$", "", (done.stdout.splitlines() or [""])[-1])
 
 
 def interfaces() -> set[str]:
