@@ -10,6 +10,7 @@ from linkrx.errors import (
     BackendUnavailable,
     Busy,
     Closed,
+    DamagedCapture,
     Ended,
     LinkrxError,
     MissingPrivilege,
@@ -25,6 +26,7 @@ from linkrx.receiving.stats import End, Stats
 from linkrx.registry import backends
 from linkrx.sources.capabilities import Capabilities, HasFileno, probe
 from linkrx.sources.interfaces import Interface, interfaces
+from linkrx.sources.capture_file import CaptureFile
 from linkrx.sources.options import OpenOptions
 from linkrx.sources.tuntap import Offload, TunTap
 
@@ -38,8 +40,10 @@ __all__ = [
     "Batches",
     "Busy",
     "Capabilities",
+    "CaptureFile",
     "Choice",
     "Closed",
+    "DamagedCapture",
     "Deliver",
     "Dispatcher",
     "End",

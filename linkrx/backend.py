@@ -17,6 +17,7 @@ from linkrx.memory.layouts import Layout
 from linkrx.memory.report import Report
 from linkrx.packets import ARENA_BYTES, Owner
 from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.capture_file import CaptureReader
 from linkrx.sources.options import Options
 
 __all__ = [
@@ -44,6 +45,7 @@ class ReceiveConfig:
     capabilities: Capabilities
     layout: Layout
     options: Options
+    file: CaptureReader | None = None  # of a capture file; `fd` can only be polled then
 
 
 class Mechanism(ABC):
@@ -60,8 +62,12 @@ class Mechanism(ABC):
         `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
         descriptors it was made with, and returns how many packets they describe. The kernel's errno goes into
         `report.error`, also when it came behind packets; without packets it may be raised as OSError instead.
-        While an errno is there, `fill` is called for what is `held` only.
+        While an errno is there, `fill` is called for what is `held` only. ENODATA: the source is over, as a file is at its end.
         """
+
+    def explain(self, code: int) -> Exception | None:
+        """What to raise for an errno that `fill` has told, where that is more than its name says."""
+        return None
 
     @property
     def native(self) -> int:

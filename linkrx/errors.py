@@ -50,3 +50,15 @@ class Ended(LinkrxError, OSError, EOFError):
 
 class Busy(LinkrxError, RuntimeError):
     """Another thread, or the caller's own `deliver`, is inside the dispatcher already."""
+
+
+class DamagedCapture(LinkrxError, OSError):
+    """A capture file is cut or damaged. What was whole in front of that place was delivered; nothing behind it is.
+
+    `offset` is the byte in the file at which the record begins that is not whole; of a compressed file, the byte in what it
+    holds. As an OSError it has the errno EBADMSG.
+    """
+
+    def __init__(self, name: str, offset: int, what: str) -> None:
+        super().__init__(errno.EBADMSG, f"{name} is damaged at byte {offset}: {what}")
+        self.offset = offset

@@ -13,7 +13,7 @@ from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSour
 from linkrx.packets import Deliver
 from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.registry import backends
-from linkrx.sources.capabilities import Capabilities, HasFileno, probe
+from linkrx.sources.capabilities import AnySource, Capabilities, probe
 from linkrx.sources.options import OpenOptions, Options
 from linkrx.sources.source import open_source
 
@@ -47,7 +47,7 @@ def _warn_without_core(reason: str) -> None:
     logger.warning("without its C core linkrx receives many times slower: %s", reason)
 
 
-def choose(source: int | str | HasFileno, *, backend: str = "auto", **options: Unpack[OpenOptions]) -> Choice:
+def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOptions]) -> Choice:
     """Which backend `open` would take with the same arguments, and why. Opens nothing and changes nothing.
 
     The environment has its say as in `open`. Raises what `open` would raise for such a source and such options, as far
@@ -74,7 +74,7 @@ def _checked(function: str, options: OpenOptions) -> Options:
 
 
 def open(  # noqa: A001
-    source: int | str | HasFileno,
+    source: AnySource,
     deliver: Deliver | None = None,
     *,
     backend: str = "auto",
@@ -82,8 +82,9 @@ def open(  # noqa: A001
 ) -> Dispatcher:
     """Receive packets from `source`. Receiving is live when this returns.
 
-    `source`: a file descriptor or an object with `fileno()`, which is borrowed and never closed; or an interface
-    name, for which linkrx opens, configures and owns an AF_PACKET socket. `deliver(remote, local, protocol, packet)`
+    `source`: a file descriptor or an object with `fileno()`, which is borrowed and never closed; an interface
+    name, for which linkrx opens, configures and owns an AF_PACKET socket; or a `CaptureFile`, for which any `os.PathLike` is
+    short. `deliver(remote, local, protocol, packet)`
     is called for every packet by `dispatch`, `drain` and `run`; iteration needs none.
 
     `backend`: "auto" takes the best that accepts the source, as `choice.explain()` of the result tells; a name is

@@ -113,6 +113,11 @@ def fields(structure: str) -> dict[str, tuple[int, int]]:
     return {name: (field.offset, _native.ffi.sizeof(field.type)) for name, field in described}
 
 
+def text(characters: Any) -> str:
+    """A string of C, whatever its bytes are."""
+    return bytes(_native.ffi.string(characters)).decode(errors="replace")
+
+
 def last_error() -> int:
     """The errno of the C call before."""
     return int(_native.ffi.errno)

@@ -35,8 +35,10 @@ class OsReadv(Backend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """Nothing that has packet boundaries."""
-        return None
+        """Nothing where each read gives one packet."""
+        if capabilities.kind != "capture_file":
+            return None
+        return "os_readv reads one packet per system call, and a capture file is a stream of bytes"
 
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._fd = receive.fd

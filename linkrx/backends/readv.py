@@ -16,8 +16,10 @@ class Readv(CoreBackend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """Nothing that has packet boundaries."""
-        return None
+        """Nothing where each read gives one packet."""
+        if capabilities.kind != "capture_file":
+            return None
+        return "readv reads one packet per system call, and a capture file is a stream of bytes"
 
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         lib, found = _core.lib, receive.capabilities

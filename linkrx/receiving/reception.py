@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from linkrx.backend import Backend, Mechanism, ReceiveConfig
 from linkrx.choice import Choice
-from linkrx.errors import BackendUnavailable, Busy, Closed, Ended, LinkrxError
+from linkrx.errors import BackendUnavailable, Busy, Closed, DamagedCapture, Ended, LinkrxError
 from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
 from linkrx.memory import counters as slots
 from linkrx.memory.columns import Descriptors
@@ -64,7 +64,7 @@ class Reception(Receiver):
         self._backends = backends
         self._framing = framing = options.framing(source.capabilities)
         layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
-        self._facts = ReceiveConfig(source.fd, source.capabilities, layout, options)
+        self._facts = ReceiveConfig(source.fd, source.capabilities, layout, options, source.file)
         usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
         rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
@@ -158,8 +158,17 @@ class Reception(Receiver):
         report, kind = self._report, self.source.capabilities.kind
         code = report.error
         gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
+        told = self._mechanism.explain(code)
+        if told is not None:
+            if isinstance(told, DamagedCapture):
+                self._end_behind = End.EOF  # nothing behind that is read
+                self._end_follows = True
+            report.error = 0
+            raise told
         if code in gone:
             self._finish(End.LINK_GONE)
+        elif code == errno.ENODATA:
+            self._finish(End.EOF)
         elif code == errno.ENETDOWN:
             self._watch_link(down=True)
             self._tally.link_downs += 1

@@ -11,7 +11,10 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from linkrx.sources.capture_file import CaptureFile
 
 from linkrx.errors import UnsupportedSource
 from linkrx.kernel.ethtool import takes_super_packets
@@ -70,12 +73,16 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
+# What linkrx.open takes.
+AnySource: TypeAlias = "int | str | HasFileno | CaptureFile | os.PathLike[str]"
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What probing a source found. None means that the source does not say.
 
     `kind` is one of `tap`, `tun`, `packet` (AF_PACKET with link headers), `packet_cooked` (without),
-    `unix_dgram`, `unix_seqpacket`, `udp`, `pipe` (in packet mode). `ethernet` tells whether frames start with an
+    `unix_dgram`, `unix_seqpacket`, `udp`, `pipe` (in packet mode), `capture_file`, of the name `path`. `ethernet` tells whether frames start with an
     Ethernet header. `vnet_header_size` is the size in bytes of the virtio-net header in front of every frame, 0
     for none. `hardware_gso`: super-packets may come; without a virtio-net header nothing tells them from other frames, and
     their checksums are unfinished. `interface`, `ifindex` and `mtu` describe the
@@ -99,6 +106,7 @@ class Capabilities:
     local: bool | None = None
     nonblocking: bool = False
     owned: bool = False
+    path: str | None = None
 
     @property
     def title(self) -> str:
@@ -112,6 +120,7 @@ class Capabilities:
             "unix_seqpacket": "AF_UNIX seqpacket socket",
             "udp": "UDP socket",
             "pipe": "packet pipe",
+            "capture_file": f"capture file {self.path}",
         }[self.kind]
         return f"{words} on {self.interface}" if self.interface else words
 
@@ -121,12 +130,17 @@ class Capabilities:
         return f"{'an' if self.title.startswith('A') else 'a'} {self.title}"
 
 
-def probe(source: int | str | HasFileno) -> Capabilities:
+def probe(source: AnySource) -> Capabilities:
     """Find out what `source` can do. Changes nothing and reads no packet.
 
-    A file descriptor, an object with `fileno()`, or an interface name (then: what a socket that linkrx opens on it
-    will be). Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a source at all.
+    A file descriptor, an object with `fileno()`, an interface name (then: what a socket that linkrx opens on it
+    will be), or a CaptureFile or its path. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a
+    source at all.
     """
+    from linkrx.sources.capture_file import CaptureFile, capture_of  # which imports this module
+
+    if isinstance(source, (CaptureFile, os.PathLike)):
+        return capture_of(source).probe()
     if isinstance(source, str):
         return _probe_interface(source)
     fd = descriptor(source)
@@ -221,10 +235,11 @@ def _probe_interface(name: str) -> Capabilities:
         try:
             index, hardware_type, mtu = interface_of(request, name)
         except ValueError as error:
-            raise UnsupportedSource(str(error)) from error
+            raise UnsupportedSource(_perhaps_a_file(name) or str(error)) from error
         except OSError as error:
             raise UnsupportedSource(
-                f"interface {name!r}: {error.strerror}; `ip link` lists the interfaces of this network namespace"
+                _perhaps_a_file(name)
+                or f"interface {name!r}: {error.strerror}; `ip link` lists the interfaces of this network namespace"
             ) from error
     return Capabilities(
         kind="packet",
@@ -239,6 +254,13 @@ def _probe_interface(name: str) -> Capabilities:
         nonblocking=True,
         owned=True,
     )
+
+
+def _perhaps_a_file(name: str) -> str | None:
+    """What to say of a name that no interface has and a file does."""
+    if "\0" in name or not Path(name).exists():
+        return None
+    return f"{name!r} names no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"
 
 
 def _probe_socket(fd: int) -> Capabilities:

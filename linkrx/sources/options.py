@@ -199,6 +199,10 @@ class Options:
         wanted, size = self.vnet_header, found.vnet_header_size
         if wanted is None:
             return size
+        if found.kind == "capture_file" and wanted:
+            raise UnsupportedOption(
+                f"vnet_header={wanted} contradicts the source: no link type of a {found.title} has a virtio-net header"
+            )
         if found.kind in ("tap", "tun", "packet", "packet_cooked"):
             if bool(wanted) != bool(size) or (wanted is not True and wanted is not False and wanted != size):
                 raise UnsupportedOption(

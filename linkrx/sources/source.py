@@ -40,7 +40,8 @@ from linkrx.kernel.uapi import (
     SOL_PACKET,
     VNET_HEADER_BYTES,
 )
-from linkrx.sources.capabilities import Capabilities, HasFileno, descriptor, probe, route_socket_for
+from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, probe, route_socket_for
+from linkrx.sources.capture_file import CaptureFile, CaptureReader, capture_of
 from linkrx.sources.fanout import Fanout
 from linkrx.sources.options import Options
 
@@ -110,6 +111,11 @@ class Source:
         self._queue_dropped: int | None = None
         self._drops_at_open = self._drops()
 
+    @property
+    def file(self) -> CaptureReader | None:
+        """What a capture file is read through."""
+        return self._held if isinstance(self._held, CaptureReader) else None
+
     def start(self) -> None:
         """Bind the packet socket of an interface, with everything set up that packets could need: from here on they
         come. Nothing to do for a borrowed descriptor, from which they always did.
@@ -138,7 +144,9 @@ class Source:
     def abandon(self) -> None:
         """In a forked child: let go without changing what the parent still uses."""
         self._undo.forget()
-        if self.capabilities.owned:
+        if isinstance(self._held, CaptureReader):
+            self._held.close()  # what it closes is the child's own
+        elif self.capabilities.owned:
             os.close(self.fd)
             if isinstance(self._held, socket.socket):
                 self._held.detach()
@@ -230,10 +238,14 @@ class Source:
         return queued == 0
 
 
-def open_source(source: int | str | HasFileno, options: Options) -> Source:
+def open_source(source: AnySource, options: Options) -> Source:
     """Probe and prepare a source, for `start`. On any failure what was done is undone."""
     capabilities = probe(source)
     options.check_source(capabilities)
+    if isinstance(source, (CaptureFile, os.PathLike)):
+        reader, undo = capture_of(source).open(), Undo()
+        undo.add(reader.close)
+        return Source(reader.fd, capabilities, reader, undo, options)
     if capabilities.hardware_gso and not capabilities.vnet_header_size:
         logger.warning(
             "the %s hands over super-packets, and no virtio-net header tells which they are: an earlier owner of the "

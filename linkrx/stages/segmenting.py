@@ -93,6 +93,10 @@ class Segmenting(Mechanism):
         """The backend's."""
         return self._backend.queue_limit
 
+    def explain(self, code: int) -> Exception | None:
+        """As the backend does."""
+        return self._backend.explain(code)
+
     def drops(self) -> int:
         """The backend's."""
         return self._backend.drops()

@@ -1,0 +1,221 @@
+/* Capture files: pcap as in pcap-savefile(5), pcapng in pcapng.c, and what goes from one piece of a file to the next. What stands
+ * in a file is believed only where it was looked at: every length is held against what is there and against what can be. */
+#include <stdlib.h>
+
+#include "classify.h"
+#include "capture_file.inc"
+
+/* Magic numbers of pcap: microseconds, nanoseconds, and with a longer record header, of Alexey Kuznetzov's libpcap. */
+#define PCAP_MICROSECONDS 0xA1B2C3D4
+#define PCAP_NANOSECONDS 0xA1B23C4D
+#define PCAP_KUZNETZOV 0xA1B2CD34
+#define PCAP_FILE_HEADER 24
+#define PCAP_RECORD_HEADER 16
+#define PCAP_KUZNETZOV_HEADER 24 /* with the interface's index, the protocol and linux/if_packet.h's packet type */
+#define PACKET_OUTGOING 4
+
+struct lrx_capture_interface *lrx_capture_add_interface(struct lrx_capture *c)
+{
+    struct lrx_capture_interface *i;
+
+    if (c->count == LRX_CAPTURE_INTERFACES) {
+        damaged(c, LRX_CAPTURE_TOO_MANY, c->count);
+        return NULL;
+    }
+    if (c->count == c->room) {
+        const uint32_t room = c->room ? 2 * c->room : 4;
+
+        i = realloc(c->interfaces, room * sizeof *i);
+        if (!i) {
+            damaged(c, LRX_CAPTURE_MEMORY, c->count);
+            return NULL;
+        }
+        c->interfaces = i;
+        c->room = room;
+    }
+    i = &c->interfaces[c->count];
+    memset(i, 0, sizeof *i);
+    return i;
+}
+
+/* pcap. */
+
+static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t magic)
+{
+    struct lrx_capture_interface *i;
+    uint16_t major, minor;
+
+    major = u16(c, at + 4);
+    minor = u16(c, at + 6);
+    /* As sf-pcap.c of libpcap has it: before 2.3 the lengths stood the other way round, in 2.3 they may, and DG/UX called that
+     * 543.0. */
+    if (major == 543 || (major == 2 && minor < 3))
+        c->lengths = 1;
+    else if (major == 2 && minor == 3)
+        c->lengths = 2;
+    else if (major != 2)
+        return damaged(c, LRX_CAPTURE_VERSION, (uint64_t)major << 16 | minor);
+    i = lrx_capture_add_interface(c);
+    if (!i)
+        return 0;
+    c->count = 1;
+    i->multiply = magic == PCAP_NANOSECONDS ? 1 : 1000;
+    i->snaplen = u32(c, at + 16);
+    i->link_type = u32(c, at + 20) & 0x03FFFFFF; /* above are the length of the frame check sequence, and flags */
+    c->header = magic == PCAP_KUZNETZOV ? PCAP_KUZNETZOV_HEADER : PCAP_RECORD_HEADER;
+    c->begun = 1;
+    return PCAP_FILE_HEADER;
+}
+
+static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t size, struct rows *r)
+{
+    const struct lrx_capture_interface *i = c->interfaces;
+    uint32_t length, wire_length, interface = 0;
+    uint16_t flags = 0;
+
+    if (size < c->header)
+        return wait_for(c, c->header);
+    length = u32(c, at + 8);
+    wire_length = u32(c, at + 12);
+    if (c->lengths == 1 || (c->lengths == 2 && length > wire_length)) {
+        const uint32_t other = length;
+
+        length = wire_length;
+        wire_length = other;
+    }
+    if (length > LRX_CAPTURE_LONGEST)
+        return damaged(c, LRX_CAPTURE_LENGTH, length);
+    if (size - c->header < length)
+        return wait_for(c, c->header + length);
+    if (c->header == PCAP_KUZNETZOV_HEADER) {
+        interface = u32(c, at + 16);
+        flags = at[22] == PACKET_OUTGOING ? LRX_OUTGOING : 0;
+    }
+    put(r, at + c->header, length, wire_length, interface);
+    r->out.timestamps[r->n] = (int64_t)u32(c, at) * LRX_SECOND + (int64_t)u32(c, at + 4) * i->multiply;
+    r->out.flags[r->n] = flags | LRX_TIMESTAMP;
+    r->n++;
+    return c->header + length;
+}
+
+/* The first record tells what file it is. */
+static uint32_t begin(struct lrx_capture *c, const uint8_t *at, uint32_t size)
+{
+    uint32_t magic;
+
+    if (size < 4)
+        return wait_for(c, 4);
+    memcpy(&magic, at, sizeof magic);
+    if (magic == LRX_BLOCK_SECTION)
+        return lrx_pcapng_section(c, at, size);
+    for (int swapped = 0; swapped < 2; swapped++, magic = __builtin_bswap32(magic)) {
+        if (magic != PCAP_MICROSECONDS && magic != PCAP_NANOSECONDS && magic != PCAP_KUZNETZOV)
+            continue;
+        if (size < PCAP_FILE_HEADER)
+            return wait_for(c, PCAP_FILE_HEADER);
+        c->swapped = (uint32_t)swapped;
+        return begin_pcap(c, at, magic);
+    }
+    return damaged(c, LRX_CAPTURE_MAGIC, magic);
+}
+
+/* Until a record is not whole, or `most` rows are filled. Returns how many bytes were walked over. */
+static uint32_t walk(struct lrx_capture *c, const uint8_t *memory, uint32_t size, struct rows *r, uint32_t most)
+{
+    uint32_t at = 0;
+
+    c->needed = 0;
+    while (!c->damage) {
+        uint32_t step;
+
+        if (c->skip) {
+            step = c->skip < size - at ? (uint32_t)c->skip : size - at;
+            c->skip -= step;
+            c->offset += step;
+            at += step;
+            if (c->skip)
+                break;
+        }
+        if (r->n == most || at == size)
+            break;
+        if (!c->begun)
+            step = begin(c, memory + at, size - at);
+        else if (c->pcapng)
+            step = lrx_pcapng_block(c, memory + at, size - at, r);
+        else
+            step = pcap_record(c, memory + at, size - at, r);
+        if (!step)
+            break;
+        at += step;
+        c->offset += step;
+    }
+    return at;
+}
+
+struct lrx_capture *lrx_capture_open(void)
+{
+    struct lrx_capture *c = calloc(1, sizeof *c);
+
+    if (!c)
+        return NULL;
+    c->rest = malloc(LRX_CAPTURE_WHOLE + LRX_CAPTURE_PIECE);
+    if (!c->rest) {
+        free(c);
+        return NULL;
+    }
+    return c;
+}
+
+void lrx_capture_close(struct lrx_capture *c)
+{
+    free(c->interfaces);
+    free(c->rest);
+    free(c);
+}
+
+int lrx_capture_again(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region)
+{
+    struct rows r = {lrx_descriptors_at(descriptors, rows), c->rest + c->rest_at, 0};
+    uint32_t walked;
+
+    if (c->rest_at == c->rest_end)
+        return 0;
+    walked = walk(c, c->rest + c->rest_at, c->rest_end - c->rest_at, &r, rows);
+    if (r.n)
+        memcpy((void *)region, c->rest + c->rest_at, walked);
+    c->rest_at += walked;
+    return r.n ? lrx_received(descriptors, region, r.n, 0, region, lrx_align(walked)) : 0;
+}
+
+int lrx_capture_walk(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size,
+                     uint32_t piece)
+{
+    uint8_t *memory = (uint8_t *)region;
+    const uint32_t left = c->rest_end - c->rest_at;
+    struct rows r = {lrx_descriptors_at(descriptors, rows), memory, 0};
+    uint32_t walked;
+
+    if (piece == c->piece || size > LRX_CAPTURE_PIECE || left > LRX_CAPTURE_WHOLE)
+        return 0;
+    c->piece = piece;
+    if (left)
+        memcpy(memory, c->rest + c->rest_at, left);
+    size += left;
+    walked = walk(c, memory, size, &r, rows);
+    c->rest_at = 0;
+    c->rest_end = size - walked;
+    if (c->rest_end)
+        memcpy(c->rest, memory + walked, c->rest_end);
+    return r.n ? lrx_received(descriptors, region, r.n, 1, region, lrx_align(walked)) : 0;
+}
+
+int lrx_capture_end(struct lrx_capture *c)
+{
+    if (c->damage)
+        return 0;
+    if (c->skip || c->rest_at != c->rest_end || !c->begun) {
+        damaged(c, LRX_CAPTURE_CUT, c->rest_end - c->rest_at);
+        return 0;
+    }
+    return 1;
+}

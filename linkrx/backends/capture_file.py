@@ -1,0 +1,143 @@
+"""C: a walk over the records of pcap and pcapng files, which are read in large pieces."""
+
+from __future__ import annotations
+
+import errno
+import zlib
+from typing import Any
+
+from linkrx import _core
+from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveConfig
+from linkrx.errors import DamagedCapture
+from linkrx.sources.capture_file import CaptureReader, Got
+
+# Pieces that one fill reads without a packet in them, 16 MiB: whoever wants to stop is looked for in between.
+PIECES_MOST = 64
+
+PIECE_NUMBERS = 2**32 - 1
+
+
+class CaptureWalk(Backend):
+    """The only choice for a capture file. A piece of the file is read into the arena, and frames stay where they are."""
+
+    name = "capture_file"
+    rank = 50
+    batch_size = 4096  # a piece of 256 KiB has 3276 frames of 64 bytes
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The core may not have been built."""
+        return _core.reason
+
+    @classmethod
+    def refuses(cls, capabilities: Capabilities) -> str | None:
+        """All but capture files."""
+        if capabilities.kind == "capture_file":
+            return None
+        return f"capture_file reads linkrx.CaptureFile only, and the source is {capabilities.a_title}"
+
+    def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
+        assert receive.file is not None
+        self._file: CaptureReader = receive.file
+        self._name = receive.capabilities.title
+        self._descriptors, self._rows = descriptors, descriptors.rows
+        self._address = descriptors.address()
+        self._got: Got = []  # a piece that was read and not walked over yet: one at most
+        self._piece = 1
+        self._failure: Exception | None = None
+        self._state: Any = _core.lib.lrx_capture_open()
+        if not self._state:
+            raise MemoryError("a buffer for a capture file: there is no memory")
+
+    def fill(self, arena: Owner, room: int) -> int:
+        """The packets of one piece. What `report.most` says is for mechanisms that would wait for more."""
+        lib, state, got = _core.lib, self._state, self._got
+        region = arena.address + arena.cursor
+        for _ in range(PIECES_MOST):
+            if not got:
+                count: int = lib.lrx_capture_again(state, self._address, self._rows, region)
+                if count:
+                    return count
+                if state.damage or self._failure:
+                    return self._tell(errno.EBADMSG)
+                if self._piece == state.piece:  # which was walked over
+                    self._piece = self._piece % PIECE_NUMBERS + 1
+                try:
+                    self._read(arena)
+                except BlockingIOError:
+                    return 0
+            first = got[0]
+            size = first if isinstance(first, int) else len(first)
+            if not size:
+                return self._end()
+            if not isinstance(first, int):
+                start = arena.cursor + state.rest_end - state.rest_at
+                if self._piece != state.piece:
+                    arena.view[start : start + size] = first
+            count = lib.lrx_capture_walk(state, self._address, self._rows, region, size, self._piece)
+            got.clear()
+            if count:
+                return count
+        return 0
+
+    def _read(self, arena: Owner) -> None:
+        start = arena.cursor + self._state.rest_end - self._state.rest_at
+        try:
+            self._file.read(self._got, arena.view[start : start + _core.lib.LRX_CAPTURE_PIECE])
+        except (EOFError, zlib.error) as error:
+            self._failure = DamagedCapture(self._name, self._state.offset, str(error))
+            raise OSError(errno.EBADMSG, str(error)) from error
+
+    def _end(self) -> int:
+        """The file has no more."""
+        self._file.finish()
+        return self._tell(errno.ENODATA if _core.lib.lrx_capture_end(self._state) else errno.EBADMSG)
+
+    def _tell(self, code: int) -> int:
+        self._descriptors.report.error = code
+        return 0
+
+    def explain(self, code: int) -> Exception | None:
+        """What is wrong with the file."""
+        if code != errno.EBADMSG:
+            return None
+        state = self._state
+        return self._failure or DamagedCapture(self._name, state.offset, _sentence(state))
+
+    def interface_name(self, number: int) -> str | None:
+        """The name of an interface of the current section of a pcapng file."""
+        state = self._state
+        index = number - state.first - 1
+        if not (state.pcapng and 0 <= index < state.count):
+            return None
+        return _core.text(state.interfaces[index].name) or None
+
+    def close(self) -> None:
+        """Give the buffer back. The file is the source's."""
+        state, self._state = self._state, None
+        if state is not None:
+            _core.lib.lrx_capture_close(state)
+
+
+def _sentence(state: Any) -> str:
+    """What is wrong at `offset`: see LRX_CAPTURE_MAGIC and on in _core/capture_file.h."""
+    lib, value = _core.lib, state.value
+    return {
+        lib.LRX_CAPTURE_MAGIC: f"it begins with 0x{value:08x}, and neither pcap nor pcapng does",
+        lib.LRX_CAPTURE_VERSION: f"version {value >> 16}.{value & 0xFFFF} of the format is not known",
+        lib.LRX_CAPTURE_LENGTH: f"a packet of {value} bytes, which is more than the record or any packet has",
+        lib.LRX_CAPTURE_BLOCK_LENGTH: f"a block of {value} bytes: too few for its kind, too many, or no multiple of 4",
+        lib.LRX_CAPTURE_TRAILER: f"behind the block its length is {value} bytes, and another in front of it",
+        lib.LRX_CAPTURE_BYTE_ORDER: f"the byte-order magic of a section is 0x{value:08x}",
+        lib.LRX_CAPTURE_INTERFACE: f"a packet of interface {value}, which no block has described",
+        lib.LRX_CAPTURE_OPTION: f"option {value} of an interface is longer than its block",
+        lib.LRX_CAPTURE_TOO_MANY: f"more than {value} interfaces in a section",
+        lib.LRX_CAPTURE_MEMORY: f"no memory for more than {value} interfaces",
+        lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, and the record does not"
+        if value
+        else _nothing(state),
+    }[state.damage]
+
+
+def _nothing(state: Any) -> str:
+    return "the file ends within a block" if state.begun else "it is empty"

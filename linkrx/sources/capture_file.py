@@ -1,0 +1,309 @@
+"""A capture file as a source: what it is, and how it is opened and read."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import socket
+import stat
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from linkrx.errors import UnsupportedSource
+from linkrx.sources.capabilities import Capabilities
+
+LARGEST_RECORDED = 262_144  # MAXIMUM_SNAPLEN of libpcap, as in _core/capture_file.h
+
+GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952
+_GZIP_BITS = 31  # of zlib: the largest window, with a gzip header
+_COMPRESSED_BYTES = 64 * 1024
+
+# How a capture file begins, in either byte order: see _core/capture_file.c.
+_MAGICS = frozenset(
+    {b"\x0a\x0d\x0d\x0a"}
+    | {struct.pack(order, magic) for order in ("<I", ">I") for magic in (0xA1B2C3D4, 0xA1B23C4D, 0xA1B2CD34)}
+)
+
+# A Python that was built with musl may lack it.
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+# What preadv2 answers where a driver or the kernel does not have it, or a seccomp filter does not let it through.
+_NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+
+# What was read: how many bytes are in the memory that was given, or the bytes themselves. In a list that the call into C
+# which has read extends: what a signal handler raises can come before or behind that, and nothing is lost.
+Got = list[int | bytes]
+Read = Callable[[Got, memoryview], None]
+
+
+@runtime_checkable
+class BinaryFile(Protocol):
+    """What a capture file is read from, beside a path: an object with `read`, as `open(path, "rb")` gives one."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class CaptureFile:
+    """Recorded packets as a source: a pcap or pcapng file, compressed by gzip or not.
+
+    `file`: a path, which `linkrx.open` opens and closes, each time anew; or a binary file, which is borrowed and read from where
+    it stands: `open(path, "rb")`, `io.BytesIO`, `sys.stdin.buffer`, `gzip.open(path)`. A file with a descriptor is read through that,
+    without waiting for more than is there; another one by its `readinto` or `read`, which may wait as long as they like.
+    """
+
+    def __init__(self, file: str | os.PathLike[str] | BinaryFile) -> None:
+        if not isinstance(file, (str, os.PathLike, BinaryFile)):
+            raise TypeError(f"CaptureFile({file!r}): give a path, or a binary file such as open(path, 'rb')")
+        self.file = file
+
+    def __repr__(self) -> str:
+        return f"CaptureFile({self.file!r})"
+
+    @property
+    def name(self) -> str:
+        """The path, or what the file says that its name is."""
+        if isinstance(self.file, (str, os.PathLike)):
+            return os.fspath(self.file)
+        name = getattr(self.file, "name", None)
+        return name if isinstance(name, str) else type(self.file).__name__
+
+    def probe(self) -> Capabilities:
+        """What `linkrx.probe` returns. Of a regular file by its path, how it begins is looked at."""
+        if isinstance(self.file, (str, os.PathLike)):
+            _check_path(self.file)
+        return Capabilities(
+            kind="capture_file",
+            socket=False,
+            largest_frame=LARGEST_RECORDED,
+            path=self.name,
+            owned=isinstance(self.file, (str, os.PathLike)),
+        )
+
+    def open(self) -> CaptureReader:
+        """What it is read through from now on."""
+        return CaptureReader(self)
+
+
+def capture_of(source: CaptureFile | os.PathLike[str]) -> CaptureFile:
+    """The capture file that a source is, or is short for."""
+    return source if isinstance(source, CaptureFile) else CaptureFile(source)
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    """Raise UnsupportedSource for a path at which there is no capture file, as far as can be told without waiting."""
+    shown = repr(os.fspath(path))
+    try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UnsupportedSource(f"{shown} is a directory: give the path of a capture file")
+        if not stat.S_ISREG(mode):
+            return  # reading would take from it
+        with Path(path).open("rb", buffering=0) as file:
+            begin = file.read(4) or b""
+    except OSError as error:
+        raise UnsupportedSource(f"reading the capture file {shown}: {error.strerror}") from error
+    if begin not in _MAGICS and not begin.startswith(GZIP_MAGIC):
+        raise UnsupportedSource(
+            f"{shown} is no capture file: it begins with {begin.hex(' ') or 'nothing'}, and neither pcap, pcapng nor gzip does. "
+            "`file` tells what it is"
+        )
+
+
+class CaptureReader:
+    """An open capture file. `fd` can be polled, and is readable while reading does not wait."""
+
+    def __init__(self, capture: CaptureFile) -> None:
+        self.name = capture.name
+        self.compressed = False
+        self.fd = -1
+        self._owned = -1  # the descriptor to close
+        self._always = -1  # an eventfd that is readable, for a file that cannot be polled
+        file = capture.file
+        try:
+            if isinstance(file, (str, os.PathLike)):
+                self._owned = fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                self.read = self._by_descriptor(fd)
+                if stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, 2, 0) == GZIP_MAGIC:
+                    self.read, self.compressed = _Inflate(self.read).read, True
+            else:
+                found = _descriptor_of(file)
+                self.read = _by_method(file) if found is None else _drained(file, self._by_descriptor(found))
+            if self.fd < 0:
+                self.fd = self._always = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except BaseException:
+            self.close()
+            raise
+
+    # Read what is there now, as much as finds room in the memory, and append to the list how much that is, or the bytes. 0: the
+    # file has ended. Raises BlockingIOError when nothing is there now, OSError, EOFError for compressed data that end too early, and
+    # zlib.error for those that are no such.
+    read: Read
+
+    def _by_descriptor(self, fd: int) -> Read:
+        if not _can_be_polled(fd):
+            return _plain_read(fd)  # what is not there yet comes from a disk
+        self.fd = fd
+        return _patient_read(fd)
+
+    def finish(self) -> None:
+        """The end was seen: nobody need look any more."""
+        if self._always >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._always)
+
+    def close(self) -> None:
+        """Close what was opened. Idempotent."""
+        owned, self._owned = self._owned, -1
+        if owned >= 0:
+            os.close(owned)
+        always, self._always = self._always, -1
+        if always >= 0:
+            os.close(always)
+
+
+def _descriptor_of(file: BinaryFile) -> int | None:
+    """Of a file that is nothing but its descriptor, with a buffer at most: GzipFile has one as well, and holds something else."""
+    raw: object = file.raw if isinstance(file, (io.BufferedReader, io.BufferedRandom)) else file
+    if not isinstance(raw, (io.FileIO, socket.SocketIO)):
+        return None
+    try:
+        return raw.fileno()
+    except ValueError as error:
+        raise UnsupportedSource(f"{file!r}: {error}") from error
+
+
+def _can_be_polled(fd: int) -> bool:
+    """epoll_ctl(2) answers EPERM for regular files, block devices and /dev/null."""
+    with select.epoll() as epoll:
+        try:
+            epoll.register(fd, select.EPOLLIN)
+        except PermissionError:
+            return False
+    return True
+
+
+def _plain_read(fd: int) -> Read:
+    def read(got: Got, memory: memoryview) -> None:
+        got.extend(map(os.readv, (fd,), ([memory],)))
+
+    return read
+
+
+def _patient_read(fd: int) -> Read:
+    """Of a pipe or socket: never waits. O_NONBLOCK is no help, for it belongs to all who have the open file."""
+    ready = select.poll()
+    ready.register(fd, select.POLLIN)
+    plain, nowait = _plain_read(fd), _NOWAIT
+
+    def read(got: Got, memory: memoryview) -> None:
+        nonlocal nowait
+        if not ready.poll(0):
+            raise BlockingIOError
+        if nowait is not None:
+            # Another reader of the same pipe may take between the two what was there.
+            try:
+                got.extend(map(os.preadv, (fd,), ([memory],), (-1,), (nowait,)))
+            except OSError as error:
+                if error.errno not in _NOWAIT_UNKNOWN:
+                    raise
+                nowait = None
+            else:
+                return
+        plain(got, memory)
+
+    return read
+
+
+def _by_method(file: BinaryFile) -> Read:
+    """Of a file without a descriptor."""
+    readinto: Callable[[memoryview], int | None] | None = getattr(file, "readinto1", None) or getattr(
+        file, "readinto", None
+    )
+
+    def read(got: Got, memory: memoryview) -> None:
+        if readinto is None:
+            got.extend(map(file.read, (len(memory),)))
+        else:
+            got.extend(map(readinto, (memory,)))  # type: ignore[arg-type] # None is looked for below
+        if got and got[0] is None:  # a file that does not wait
+            got.clear()
+            raise BlockingIOError
+
+    return read
+
+
+def _drained(file: BinaryFile, behind: Read) -> Read:
+    """First what a buffered file has read already, then its descriptor alone."""
+    if not isinstance(file, (io.BufferedReader, io.BufferedRandom)):
+        return behind
+    ready = select.poll()
+    ready.register(file, select.POLLIN)
+    drained = False
+
+    def read(got: Got, memory: memoryview) -> None:
+        nonlocal drained
+        if drained:
+            behind(got, memory)
+            return
+        if not ready.poll(0):  # peek() waits where nothing is in the buffer
+            raise BlockingIOError
+        buffered = min(len(file.peek(1)), len(memory))
+        if buffered:
+            got.extend(map(file.readinto, (memory[:buffered],)))
+        else:
+            behind(got, memory)
+        drained = buffered < len(memory)
+
+    return read
+
+
+class _Inflate:
+    """What gzip has compressed, member by member (RFC 1952)."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._zlib = zlib.decompressobj(_GZIP_BITS)
+        self._compressed: Got = []  # read, and not given to zlib yet: one piece at most
+        self._memory = memoryview(bytearray(_COMPRESSED_BYTES))
+
+    def read(self, got: Got, memory: memoryview) -> None:
+        """As CaptureReader.read."""
+        while True:
+            if not self._compressed:
+                self._fetch()
+                continue
+            first = self._compressed[0]
+            if isinstance(first, int):  # so many bytes were read into the memory
+                if first == 0:
+                    break
+                self._compressed[0] = bytes(self._memory[:first])
+                continue
+            # In one call from end to end: what is taken out of the list is inflated, and that is in `got`.
+            pieces = iter(self._compressed.pop, None)
+            got.extend(islice(map(self._zlib.decompress, pieces, repeat(len(memory))), 1))  # type: ignore[arg-type]
+            if got[0]:
+                return
+            got.clear()
+        if not self._zlib.eof:
+            raise EOFError("the compressed data end too early")
+        got.append(0)
+
+    def _fetch(self) -> None:
+        """More of what is compressed: what zlib has left, the next member, or the next piece of the file."""
+        if self._zlib.eof:
+            # Behind a member there may be zeroes, as on tape. zlib keeps what is behind a member, also what it is given later.
+            behind, fresh = self._zlib.unused_data.lstrip(b"\0"), zlib.decompressobj(_GZIP_BITS)
+            if behind:
+                self._compressed, self._zlib = [behind], fresh
+                return
+        left = self._zlib.unconsumed_tail
+        if left:
+            self._compressed.append(left)
+        else:
+            self._read(self._compressed, self._memory)
