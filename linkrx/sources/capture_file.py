@@ -281,6 +281,10 @@ class _Inflate:
             first = self._compressed[0]
             if isinstance(first, int):  # so many bytes were read into the memory
                 if first == 0:
+                    # What zlib holds back still, where the last piece of memory was full.
+                    got.extend(map(self._zlib.decompress, (b"",), (len(memory),)))
+                    if got[0]:
+                        return
                     break
                 self._compressed[0] = bytes(self._memory[:first])
                 continue
@@ -291,8 +295,8 @@ class _Inflate:
                 return
             got.clear()
         if not self._zlib.eof:
+            got.clear()
             raise EOFError("the compressed data end too early")
-        got.append(0)
 
     def _fetch(self) -> None:
         """More of what is compressed: what zlib has left, the next member, or the next piece of the file."""
@@ -302,8 +306,7 @@ class _Inflate:
             if behind:
                 self._compressed, self._zlib = [behind], fresh
                 return
-        left = self._zlib.unconsumed_tail
-        if left:
-            self._compressed.append(left)
-        else:
-            self._read(self._compressed, self._memory)
+        elif self._zlib.unconsumed_tail:
+            self._compressed.append(self._zlib.unconsumed_tail)
+            return
+        self._read(self._compressed, self._memory)
