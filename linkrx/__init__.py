@@ -27,6 +27,7 @@ from linkrx.registry import backends
 from linkrx.sources.capabilities import Capabilities, HasFileno, probe
 from linkrx.sources.interfaces import Interface, interfaces
 from linkrx.sources.capture_file import CaptureFile
+from linkrx.sources.capture_file import BinaryFile, CaptureFile
 from linkrx.sources.options import OpenOptions
 from linkrx.sources.tuntap import Offload, TunTap
 
@@ -38,6 +39,7 @@ __all__ = [
     "BackendUnavailable",
     "Batch",
     "Batches",
+    "BinaryFile",
     "Busy",
     "Capabilities",
     "CaptureFile",

@@ -9,6 +9,10 @@
 #define SECTION_LEAST 28
 #define BYTE_ORDER_MAGIC 0x1A2B3C4D
 
+/* Units of less than 10^-28 seconds, and so of 2^-96: 64 bits of them are no whole nanosecond. */
+#define NO_NANOSECOND 28
+#define SHIFT_TO_NOTHING 127
+
 #define OPTION_END 0
 #define IF_NAME 2
 #define IF_TSRESOL 9
@@ -36,9 +40,9 @@ static void set_resolution(struct lrx_capture_interface *i, uint8_t resolution)
         for (; power < 9; power++)
             i->multiply *= 10;
     } else {
-        /* A time of 64 bits has no whole nanosecond left from 10^-29 seconds on. */
-        i->divide = power > 28 ? UINT64_MAX : 1;
-        for (; power > 9 && i->divide != UINT64_MAX; power--)
+        if (power > NO_NANOSECOND)
+            i->shift = SHIFT_TO_NOTHING;
+        for (i->divide = power > NO_NANOSECOND ? 0 : 1; i->divide && power > 9; power--)
             i->divide *= 10;
     }
 }
@@ -55,17 +59,19 @@ static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64
     } else if (i->divide) {
         t = (int64_t)(units / i->divide);
     } else {
-        const uint64_t seconds = i->shift < 64 ? units >> i->shift : 0;
-        uint64_t fraction = i->shift < 64 ? units & ((UINT64_C(1) << i->shift) - 1) : units;
-        uint32_t shift = i->shift;
+        const uint32_t shift = i->shift;
+        const uint64_t seconds = shift < 64 ? units >> shift : 0;
+        const uint64_t fraction = shift < 64 ? units & ((UINT64_C(1) << shift) - 1) : units;
+        /* The fraction in nanoseconds, times 2^shift: what is above 32 bits, for that takes more than 64 in all. */
+        const uint64_t high = (fraction >> 32) * LRX_SECOND + ((fraction & UINT32_MAX) * LRX_SECOND >> 32);
 
         if (seconds > (uint64_t)(INT64_MAX / LRX_SECOND) - 1)
             return false;
-        if (shift > 34) { /* times 10^9 it must fit into 64 bits; what is left out is less than a tenth of a nanosecond */
-            fraction = shift - 34 < 64 ? fraction >> (shift - 34) : 0;
-            shift = 34;
-        }
-        t = (int64_t)seconds * LRX_SECOND + (int64_t)((fraction * (uint64_t)LRX_SECOND) >> shift);
+        t = (int64_t)seconds * LRX_SECOND;
+        if (shift < 32)
+            t += (int64_t)(fraction * LRX_SECOND >> shift);
+        else
+            t += shift < 96 ? (int64_t)(high >> (shift - 32)) : 0;
     }
     if (__builtin_mul_overflow(i->offset, LRX_SECOND, &offset) || __builtin_add_overflow(t, offset, time))
         return false;

@@ -137,12 +137,17 @@ def probe(source: AnySource) -> Capabilities:
     will be), or a CaptureFile or its path. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a
     source at all.
     """
-    from linkrx.sources.capture_file import CaptureFile, capture_of  # which imports this module
+    from linkrx.sources.capture_file import (
+        CaptureFile,
+        capture_of,
+        perhaps_a_file,
+    )  # which imports this module
 
     if isinstance(source, (CaptureFile, os.PathLike)):
         return capture_of(source).probe()
     if isinstance(source, str):
-        return _probe_interface(source)
+        with perhaps_a_file(source):
+            return _probe_interface(source)
     fd = descriptor(source)
     try:
         mode = os.fstat(fd).st_mode
@@ -235,11 +240,10 @@ def _probe_interface(name: str) -> Capabilities:
         try:
             index, hardware_type, mtu = interface_of(request, name)
         except ValueError as error:
-            raise UnsupportedSource(_perhaps_a_file(name) or str(error)) from error
+            raise UnsupportedSource(str(error)) from error
         except OSError as error:
             raise UnsupportedSource(
-                _perhaps_a_file(name)
-                or f"interface {name!r}: {error.strerror}; `ip link` lists the interfaces of this network namespace"
+                f"interface {name!r}: {error.strerror}; `ip link` lists the interfaces of this network namespace"
             ) from error
     return Capabilities(
         kind="packet",
@@ -254,13 +258,6 @@ def _probe_interface(name: str) -> Capabilities:
         nonblocking=True,
         owned=True,
     )
-
-
-def _perhaps_a_file(name: str) -> str | None:
-    """What to say of a name that no interface has and a file does."""
-    if "\0" in name or not Path(name).exists():
-        return None
-    return f"{name!r} names no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"
 
 
 def _probe_socket(fd: int) -> Capabilities:

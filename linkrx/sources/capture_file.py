@@ -10,8 +10,8 @@ import socket
 import stat
 import struct
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -93,6 +93,19 @@ class CaptureFile:
 def capture_of(source: CaptureFile | os.PathLike[str]) -> CaptureFile:
     """The capture file that a source is, or is short for."""
     return source if isinstance(source, CaptureFile) else CaptureFile(source)
+
+
+@contextmanager
+def perhaps_a_file(name: str) -> Iterator[None]:
+    """What an UnsupportedSource says of a name that no interface has and a file does."""
+    try:
+        yield
+    except UnsupportedSource as error:
+        if "\0" in name or not name or not Path(name).exists() or Path(name).is_dir():
+            raise
+        raise UnsupportedSource(
+            f"{name!r} names no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"
+        ) from error
 
 
 def _check_path(path: str | os.PathLike[str]) -> None:

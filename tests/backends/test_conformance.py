@@ -92,7 +92,7 @@ def test_device_cell(cell: testing.Cell) -> None:
 
 def test_every_backend_is_here() -> None:
     """The backends of the folder are listed, best first, and the matrix has a row for each."""
-    assert NAMES == ["packet_mmap", "recvmmsg", "readv", "os_readv"]
+    assert NAMES == ["packet_mmap", "recvmmsg", "readv", "os_readv", "capture_file"]
     assert list(published("backend")) == NAMES
 
 

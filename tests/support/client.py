@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import linkrx
 
@@ -87,6 +88,16 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
         print(stats.kernel_drops, rx.choice.explain(), rx.capabilities.kind)
         asyncio.run(watch(rx))
         return rx.end
+
+
+def recorded(path: Path, file: linkrx.BinaryFile) -> list[bytes]:
+    """What capture files hold."""
+    try:
+        with linkrx.open(path) as rx, linkrx.open(linkrx.CaptureFile(file)) as other:
+            return [packet.tobytes() for packet in (*rx, *other)]
+    except linkrx.DamagedCapture as error:
+        print(error.offset)
+        return []
 
 
 def main() -> None:
