@@ -73,8 +73,7 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-# What linkrx.open takes.
-AnySource: TypeAlias = "int | str | HasFileno | CaptureFile | os.PathLike[str]"
+AnySource: TypeAlias = "int | str | HasFileno | CaptureFile | os.PathLike[str]"  # what linkrx.open takes
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,8 @@ class Capabilities:
 def probe(source: AnySource) -> Capabilities:
     """Find out what `source` can do. Changes nothing and reads no packet.
 
-    A file descriptor, an object with `fileno()`, an interface name (then: what a socket that linkrx opens on it
-    will be), or a CaptureFile or its path. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a
-    source at all.
+    A file descriptor, an object with `fileno()`, an interface name (then: what a socket that linkrx opens on it will be), or a
+    CaptureFile. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a source at all.
     """
     from linkrx.sources.capture_file import (
         CaptureFile,

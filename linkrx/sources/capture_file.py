@@ -85,10 +85,6 @@ class CaptureFile:
             owned=isinstance(self.file, (str, os.PathLike)),
         )
 
-    def open(self) -> CaptureReader:
-        """What it is read through from now on."""
-        return CaptureReader(self)
-
 
 def capture_of(source: CaptureFile | os.PathLike[str]) -> CaptureFile:
     """The capture file that a source is, or is short for."""

@@ -243,7 +243,7 @@ def open_source(source: AnySource, options: Options) -> Source:
     capabilities = probe(source)
     options.check_source(capabilities)
     if isinstance(source, (CaptureFile, os.PathLike)):
-        reader, undo = capture_of(source).open(), Undo()
+        reader, undo = CaptureReader(capture_of(source)), Undo()
         undo.add(reader.close)
         return Source(reader.fd, capabilities, reader, undo, options)
     if capabilities.hardware_gso and not capabilities.vnet_header_size:

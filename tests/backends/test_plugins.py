@@ -95,7 +95,7 @@ print([info.name for info in linkrx.backends()])
     said = run(program, tmp_path)
     assert "the backend 'broken' of nowhere:Broken could not be loaded" in said
     assert "ModuleNotFoundError" in said
-    assert said.splitlines()[-1] == "['packet_mmap', 'recvmmsg', 'readv', 'os_readv']"
+    assert said.splitlines()[-1] == "['packet_mmap', 'recvmmsg', 'readv', 'os_readv', 'capture_file']"
 
 
 def test_an_entry_point_that_is_no_backend(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ print([info.name for info in linkrx.backends()])
 """
     said = run(program, tmp_path).splitlines()
     assert "the backend 'odd' of os:getpid is left out: it is no Backend" in said[0]
-    assert said[-1] == "['packet_mmap', 'recvmmsg', 'readv', 'os_readv']"
+    assert said[-1] == "['packet_mmap', 'recvmmsg', 'readv', 'os_readv', 'capture_file']"
 
 
 def test_the_keywords_of_open_are_the_options() -> None:
