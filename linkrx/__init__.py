@@ -5,6 +5,7 @@ protocol and link addresses.
 """
 
 from linkrx.backend import BackendInfo
+from linkrx.capture.writer import PcapWriter, WritableFile
 from linkrx.choice import Choice, Verdict
 from linkrx.errors import (
     BackendUnavailable,
@@ -14,6 +15,7 @@ from linkrx.errors import (
     Ended,
     LinkrxError,
     MissingPrivilege,
+    RecordingFailed,
     UnsupportedOption,
     UnsupportedSource,
 )
@@ -60,6 +62,8 @@ __all__ = [
     "Offload",
     "OpenOptions",
     "Packet",
+    "PcapWriter",
+    "RecordingFailed",
     "Stats",
     "TunTap",
     "UnsupportedOption",
@@ -67,6 +71,7 @@ __all__ = [
     "Verdict",
     "Vlan",
     "VnetHeader",
+    "WritableFile",
     "backends",
     "choose",
     "interfaces",

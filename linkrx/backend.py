@@ -65,6 +65,10 @@ class Mechanism(ABC):
         While an errno is there, `fill` is called for what is `held` only. ENODATA: the source is over, as a file is at its end.
         """
 
+    def interface_name(self, index: int) -> str | None:
+        """The name of the interface of that number, where the mechanism knows it."""
+        return None
+
     def explain(self, code: int) -> Exception | None:
         """What to raise for an errno that `fill` has told, where that is more than its name says."""
         return None

@@ -62,3 +62,18 @@ class DamagedCapture(LinkrxError, OSError):
     def __init__(self, name: str, offset: int, what: str) -> None:
         super().__init__(errno.EBADMSG, f"{name} is damaged at byte {offset}: {what}")
         self.offset = offset
+
+
+class RecordingFailed(LinkrxError, OSError):
+    """A capture file could not take what was to be recorded: the errno is the kernel's.
+
+    `packets` is how many are whole in the file. Of a regular file nothing follows them; in a pipe there may be the beginning of a
+    record, `torn` bytes of it.
+    """
+
+    def __init__(self, name: str, error: OSError, packets: int, torn: int) -> None:
+        cut = f", and {torn} bytes of the next record" if torn else ""
+        why = error.strerror or str(error)
+        super().__init__(error.errno or errno.EIO, f"recording to {name}: {why}; {packets} packets are whole there{cut}")
+        self.packets = packets
+        self.torn = torn

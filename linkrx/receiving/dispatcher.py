@@ -88,6 +88,14 @@ class Dispatcher(Reception):
         """Why it is over, or None while it is not."""
         return self._end or (End.STOPPED if self._stopping else None)
 
+    def interface_name(self, index: int) -> str | None:
+        """The name of the interface that packets with this `interface` come through; None where nobody knows it.
+
+        Of a packet socket as it is now, in the socket's network namespace; of a capture file as the file says.
+        """
+        self._check_open()
+        return self._mechanism.interface_name(index) or self.source.interface_name(index)
+
     def fileno(self) -> int:
         """What to poll for readability, in an event loop of any kind: then call `drain()` and look at `end`.
 

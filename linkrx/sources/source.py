@@ -209,6 +209,17 @@ class Source:
         link = self._queue_link()
         return link.queue_length if link else None
 
+    def interface_name(self, index: int) -> str | None:
+        """The name of an interface in the namespace of a packet socket, where one may have left; of another source its own."""
+        found = self.capabilities
+        if index in (0, found.ifindex) or found.kind not in ("packet", "packet_cooked"):
+            return found.interface
+        try:
+            named = fcntl.ioctl(self.fd, SIOCGIFNAME, struct.pack("16si20x", b"", index))
+        except OSError:
+            return None
+        return os.fsdecode(named[:IFNAMSIZ].rstrip(b"\0"))
+
     @property
     def watched(self) -> bool:
         """Whether the source tells when its link goes down: a packet socket bound to an interface."""

@@ -93,6 +93,10 @@ class Segmenting(Mechanism):
         """The backend's."""
         return self._backend.queue_limit
 
+    def interface_name(self, index: int) -> str | None:
+        """As the backend does."""
+        return self._backend.interface_name(index)
+
     def explain(self, code: int) -> Exception | None:
         """As the backend does."""
         return self._backend.explain(code)

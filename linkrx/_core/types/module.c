@@ -90,6 +90,7 @@ static int clear(PyObject *module)
 }
 
 static PyMethodDef functions[] = {
+    {"record", lrx_record, METH_VARARGS, "Records of a capture file for packets: see types.h."},
     {"restore_packet", lrx_packet_restore, METH_VARARGS, "A packet from what its pickle has behind the version."},
     {0},
 };

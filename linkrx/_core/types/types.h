@@ -346,6 +346,12 @@ PyObject *lrx_receiver_iterate(PyObject *self);
 /* send.c */
 PyObject *lrx_receiver_send(PyObject *self, PyObject *frame);
 PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given);
+/* record.c */
+/* record(packets, first, keys, out, at, pcapng, clock): packets of a batch, or one, from the first-th on, as records of a capture
+ * file behind the first `at` bytes of a buffer. `keys` are those of the file's interfaces, 64 bits each, see key_of() there, and `clock`
+ * is the time in nanoseconds of packets that have none. Returns the number of the packet that comes next, where the records end, and, if it
+ * stopped for an interface that is not among the keys, its key, else 0: if more packets follow then, there was no room for the next. */
+PyObject *lrx_record(PyObject *module, PyObject *args);
 
 /* receiver_type.c */
 extern PyType_Spec lrx_receiver_spec;

@@ -1,0 +1,208 @@
+/* Packets on their way into a capture file: one record behind the other in a buffer, for one write(2). */
+#include "types.h"
+
+#include <string.h>
+
+#define BLOCK_ENHANCED 6
+#define BLOCK_HEAD 28 /* type, length, interface, time in two halves, both lengths of the packet */
+#define BLOCK_TAIL 4  /* the length again */
+#define EPB_FLAGS 2   /* an option of four bytes */
+#define OUTBOUND 2
+#define DIRECTION 12  /* bytes of that option, and of the one that ends options */
+#define RECORD_HEAD 16 /* of pcap: seconds, nanoseconds, both lengths */
+
+#define SECOND 1000000000
+
+/* LINKTYPE_*, as the file has it. */
+#define ETHERNET 1
+#define RAW 101
+
+#define TAG_OFFSET 12 /* behind both addresses */
+#define TAG 4
+
+/* One packet. */
+typedef struct {
+    const uint8_t *frame;
+    int64_t timestamp;
+    uint32_t length, wire_length, interface;
+    uint16_t flags, vlan_tci, vlan_tpid;
+    uint8_t link_header;
+} Row;
+
+static bool readable(const Owner *owner)
+{
+    if (!owner || !owner->guard || *owner->guard)
+        return true;
+    PyErr_SetString(PyExc_RuntimeError, "these packets lie in a ring of the parent process, and this child was forked without os.fork()");
+    return false;
+}
+
+static void row_of_packet(const Packet *p, Row *row)
+{
+    *row = (Row){
+        .frame = p->frame,
+        .timestamp = p->timestamp,
+        .length = p->length,
+        .wire_length = p->wire_length,
+        .interface = p->interface,
+        .flags = p->flags,
+        .vlan_tci = p->vlan_tci,
+        .vlan_tpid = p->vlan_tpid,
+        .link_header = p->link_header,
+    };
+}
+
+static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
+{
+    const Table *t = b->table;
+
+    *row = (Row){
+        .frame = b->base + t->places[k],
+        .timestamp = t->timestamps[k],
+        .length = t->lengths[k],
+        .wire_length = t->wire_lengths[k],
+        .interface = t->interfaces[k],
+        .flags = t->flags[k],
+        .vlan_tci = t->vlan_tcis[k],
+        .vlan_tpid = t->vlan_tpids[k],
+        .link_header = b->framing.link_header,
+    };
+}
+
+/* Packets of an interface with a link type: LINKTYPE_* and the interface's index. */
+static uint64_t key_of(const Row *row)
+{
+    return (uint64_t)(row->link_header ? ETHERNET : RAW) << 32 | row->interface;
+}
+
+static uint8_t *word(uint8_t *to, uint32_t value)
+{
+    memcpy(to, &value, sizeof value);
+    return to + sizeof value;
+}
+
+static uint32_t tag_bytes(const Row *row)
+{
+    return row->flags & LRX_VLAN && row->link_header && row->length >= TAG_OFFSET ? TAG : 0;
+}
+
+/* The frame as it was on the wire, with the tag that the kernel took out. */
+static uint8_t *put_frame(uint8_t *to, const Row *row)
+{
+    uint32_t head = 0;
+
+    if (tag_bytes(row)) {
+        head = TAG_OFFSET;
+        memcpy(to, row->frame, head);
+        to += head;
+        *to++ = (uint8_t)(row->vlan_tpid >> 8);
+        *to++ = (uint8_t)row->vlan_tpid;
+        *to++ = (uint8_t)(row->vlan_tci >> 8);
+        *to++ = (uint8_t)row->vlan_tci;
+    }
+    memcpy(to, row->frame + head, row->length - head);
+    return to + row->length - head;
+}
+
+static uint64_t size_of(const Row *row, bool pcapng)
+{
+    const uint64_t length = (uint64_t)row->length + tag_bytes(row);
+
+    if (!pcapng)
+        return RECORD_HEAD + length;
+    return BLOCK_HEAD + ((length + 3) & ~UINT64_C(3)) + (row->flags & LRX_OUTGOING ? DIRECTION : 0) + BLOCK_TAIL;
+}
+
+static uint8_t *put_block(uint8_t *to, const Row *row, uint32_t interface, uint64_t time)
+{
+    const uint32_t length = row->length + tag_bytes(row), size = (uint32_t)size_of(row, true);
+
+    to = word(to, BLOCK_ENHANCED);
+    to = word(to, size);
+    to = word(to, interface);
+    to = word(to, (uint32_t)(time >> 32));
+    to = word(to, (uint32_t)time);
+    to = word(to, length);
+    to = word(to, row->wire_length + tag_bytes(row));
+    to = put_frame(to, row);
+    for (uint32_t k = length; k % 4; k++)
+        *to++ = 0;
+    if (row->flags & LRX_OUTGOING) {
+        const uint16_t option[] = {EPB_FLAGS, sizeof(uint32_t)};
+
+        memcpy(to, option, sizeof option);
+        to = word(to + sizeof option, OUTBOUND);
+        to = word(to, 0);
+    }
+    return word(to, size);
+}
+
+static uint8_t *put_record(uint8_t *to, const Row *row, uint64_t time)
+{
+    to = word(to, (uint32_t)(time / SECOND));
+    to = word(to, (uint32_t)(time % SECOND));
+    to = word(to, row->length + tag_bytes(row));
+    to = word(to, row->wire_length + tag_bytes(row));
+    return put_frame(to, row);
+}
+
+PyObject *lrx_record(PyObject *module, PyObject *args)
+{
+    const State *state = PyModule_GetState(module);
+    Py_ssize_t first, at, count, known = 0;
+    Py_buffer keys = {0}, out = {0};
+    PyObject *packets, *result = NULL;
+    const Batch *b = NULL;
+    const Packet *p = NULL;
+    unsigned long long missing = 0;
+    long long clock;
+    int pcapng;
+
+    if (!PyArg_ParseTuple(args, "Ony*w*npL:record", &packets, &first, &keys, &out, &at, &pcapng, &clock))
+        return NULL;
+    if (Py_TYPE(packets) == state->batch_type)
+        b = (const Batch *)packets;
+    else if (Py_TYPE(packets) == state->packet_type)
+        p = (const Packet *)packets;
+    count = b ? b->table->count : 1;
+    if (!b && !p) {
+        PyErr_Format(PyExc_TypeError, "%R: give a Packet or a Batch", packets);
+        goto done;
+    }
+    if (first < 0 || at < 0 || at > out.len) {
+        PyErr_SetString(PyExc_ValueError, "a place before the first packet, or outside of the buffer");
+        goto done;
+    }
+    if (!readable(b ? b->owner : p->owner))
+        goto done;
+    for (; first < count; first++) {
+        const Py_ssize_t interfaces = keys.len / (Py_ssize_t)sizeof(uint64_t);
+        const uint64_t *list = keys.buf;
+        uint8_t *to = (uint8_t *)out.buf + at;
+        uint64_t key, time;
+        Row row;
+
+        if (b)
+            row_of_batch(b, first, &row);
+        else
+            row_of_packet(p, &row);
+        key = key_of(&row);
+        if (known >= interfaces || list[known] != key) /* most are of the same one as the packet before */
+            for (known = 0; known < interfaces && list[known] != key; known++)
+                ;
+        if (known == interfaces) {
+            missing = key;
+            break;
+        }
+        if (size_of(&row, pcapng) > (uint64_t)(out.len - at))
+            break;
+        time = (uint64_t)(row.flags & LRX_TIMESTAMP ? row.timestamp : clock);
+        at = (pcapng ? put_block(to, &row, (uint32_t)known, time) : put_record(to, &row, time)) - (uint8_t *)out.buf;
+    }
+    result = Py_BuildValue("nnK", first, at, missing);
+
+done:
+    PyBuffer_Release(&keys);
+    PyBuffer_Release(&out);
+    return result;
+}

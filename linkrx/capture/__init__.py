@@ -1,0 +1,1 @@
+"""Capture files out: what was received, recorded."""

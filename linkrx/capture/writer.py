@@ -1,0 +1,261 @@
+"""Recording what was received, in pcapng and pcap."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import socket
+import stat
+import time
+import warnings
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from linkrx import _core
+from linkrx.capture import blocks
+from linkrx.errors import Closed, RecordingFailed
+from linkrx.packets import Batch, Packet
+from linkrx.receiving.dispatcher import Dispatcher
+
+if _core.types is None:
+    from linkrx.capture.plain import record
+else:
+    record = _core.types.record
+
+# What one write(2) takes: it stays in a core's second-level cache, and few batches of small frames need two.
+BUFFER_BYTES = 256 * 1024
+
+ETHERNET = 1  # LINKTYPE_ETHERNET
+
+
+class WritableFile(Protocol):
+    """What packets are recorded to, beside a path: an object with `write`, as `open(path, "wb")` gives one."""
+
+    def write(self, data: memoryview, /) -> int | None: ...
+
+
+class PcapWriter:
+    """A capture file that packets are recorded to: pcapng, or pcap with nanoseconds.
+
+    `file`: a path, whose file is made anew, and closed by `close`; or a binary file, which is borrowed. When `write` returns, what it was
+    given is in the file, whole records only, so that others can read it while it grows; a file without a descriptor has been given it.
+    `source`, the dispatcher that the packets come from, tells the names of interfaces and how many packets the kernel
+    dropped; without it the interfaces of this network namespace have the names that they have there.
+
+    pcapng has an interface for each interface and link type of the packets, nanoseconds, the direction of what this host has sent,
+    and the drops at the end. pcap has one link type. Both have the true length of packets that were cut, and the VLAN tags that the
+    kernel took out. A packet without a timestamp gets the time of the `write`.
+
+    Belongs to one thread at a time. Raises OSError where the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str] | WritableFile,
+        *,
+        format: Literal["pcapng", "pcap"] = "pcapng",
+        source: Dispatcher | None = None,
+    ) -> None:
+        self._closed = True  # until all is open
+        self._owned = False
+        if format not in ("pcapng", "pcap"):
+            raise ValueError(f"format={format!r}: give 'pcapng' or 'pcap'")
+        self._pcapng = format == "pcapng"
+        self._source = source
+        self._packets = 0  # whole in the file
+        self._pending = 0  # whole in the buffer
+        self._keys = array("Q")  # of the file's interfaces: link type and index
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._end = 0  # of what is to be written
+        self._done: list[int | None] = []  # how many bytes of that were written, call by call
+        self._failure: RecordingFailed | None = None
+        self._open(file)
+        self._closed = False
+        if self._pcapng:
+            try:
+                self._put(blocks.section("linkrx"))
+                self._flush()
+            except BaseException:
+                self._release()
+                raise
+
+    def _open(self, file: str | os.PathLike[str] | WritableFile) -> None:
+        self._fd = -1  # or by what it is written
+        self._write: Callable[[memoryview], int | None]
+        if isinstance(file, (str, os.PathLike)):
+            self._name = repr(os.fspath(file))
+            self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._owned = True
+        elif isinstance(file, io.TextIOBase) or not hasattr(file, "write"):
+            raise TypeError(f"PcapWriter({file!r}): give a path, or a binary file such as open(path, 'wb')")
+        else:
+            self._name = str(getattr(file, "name", type(file).__name__))
+            self._file = file  # which must not be collected, and so closed
+            raw = file.raw if isinstance(file, (io.BufferedWriter, io.BufferedRandom)) else file
+            if isinstance(raw, (io.FileIO, socket.SocketIO)):
+                if raw is not file:
+                    file.flush()  # type: ignore[attr-defined] # a buffered one
+                self._fd = raw.fileno()
+        self._write = file.write if self._fd < 0 else partial(os.write, self._fd)  # type: ignore[union-attr]
+
+    @property
+    def packets(self) -> int:
+        """How many packets are whole in the file."""
+        return self._packets
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "failed" if self._failure else "open"
+        return f"<PcapWriter of {self._packets} packets to {self._name}, {state}>"
+
+    def write(self, packets: Packet | Batch) -> None:
+        """Record a packet, or all of a batch.
+
+        Raises RecordingFailed, an OSError, where the file cannot take them: a full disk, a closed pipe. A regular file then ends behind
+        its last whole record. Raises ValueError for a packet whose link type a pcap file cannot have beside that of its
+        first, and Closed after close(). What a signal handler raises may cost packets of this call, and leaves no torn record.
+        """
+        self._check()
+        self._flush()  # what an exception of a signal handler has left
+        count = len(packets) if isinstance(packets, Batch) else 1
+        clock, following = time.time_ns(), 0
+        while True:
+            before = following
+            following, self._end, missing = record(
+                packets, before, self._keys, self._buffer, self._end, self._pcapng, clock
+            )
+            self._pending += following - before
+            if missing:
+                self._add_interface(missing)
+            elif following == count:
+                break
+            elif self._end:
+                self._flush()
+            else:
+                self._buffer = bytearray(2 * len(self._buffer))  # for a packet that is longer than all of it
+        self._flush()
+
+    def _add_interface(self, key: int) -> None:
+        link_type, index = key >> 32, key & 0xFFFFFFFF
+        if self._pcapng:
+            self._put(blocks.interface(link_type, self._name_of(index)))
+        elif not self._keys:
+            self._put(blocks.pcap_header(link_type))
+            self._flush()
+        elif self._keys[0] >> 32 != link_type:
+            self._flush()
+            raise ValueError(
+                f"a packet of link type {link_type} in a pcap file of link type {self._keys[0] >> 32}: a file of "
+                "format='pcapng' has room for both"
+            )
+        self._keys.append(key)
+
+    def _name_of(self, index: int) -> str | None:
+        if self._source is not None:
+            return self._source.interface_name(index)
+        try:
+            return socket.if_indextoname(index) if index else None
+        except OSError:
+            return None  # it is gone, or in another namespace
+
+    def _put(self, block: bytes) -> None:
+        """A block behind what is to be written."""
+        if self._end + len(block) > len(self._buffer):
+            self._flush()
+        self._buffer[self._end : self._end + len(block)] = block
+        self._end += len(block)
+
+    def _flush(self) -> None:
+        """Write all. Each length goes into the list in the same C call that has written: what a signal handler raises costs none."""
+        if self._failure is not None:
+            raise self._failure
+        memory = memoryview(self._buffer)
+        while self._end:
+            written = sum(size or 0 for size in self._done)
+            if written == self._end:
+                packets = self._packets + self._pending
+                self._packets, self._pending, self._end, self._done = packets, 0, 0, []
+                break
+            try:
+                self._done.extend(map(self._write, (memory[written : self._end],)))
+                if self._done[-1] is None:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            except BlockingIOError as error:
+                if self._fd < 0:
+                    self._fail(error, written)
+                self._wait()
+            except OSError as error:
+                self._fail(error, written)
+
+    def _wait(self) -> None:
+        """Until a pipe that does not block has room."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        poll.poll()
+
+    def _fail(self, error: OSError, written: int) -> None:
+        """Let the file end behind its last whole record, and say how many packets there are."""
+        packets, whole = blocks.whole_packets(self._buffer, written, pcapng=self._pcapng)
+        torn = written - whole
+        if torn and self._fd >= 0 and stat.S_ISREG(os.fstat(self._fd).st_mode):
+            with suppress(OSError):  # one that is open for appending only, or gone: the error says what is torn
+                os.ftruncate(self._fd, os.lseek(self._fd, -torn, os.SEEK_CUR))
+                torn = 0
+        failure = RecordingFailed(self._name, error, self._packets + packets, torn)
+        self._packets, self._pending, self._end, self._done = failure.packets, 0, 0, []
+        self._failure = failure
+        raise failure from error
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Closed("this PcapWriter was closed: make another one")
+
+    def close(self) -> None:
+        """Write the statistics, and close a file that was opened by its path. Idempotent. Raises as `write` does."""
+        if self._closed:
+            return
+        try:
+            if self._failure is None:
+                self._flush()
+                self._put_end()
+                self._flush()
+        finally:
+            self._release()
+
+    def _put_end(self) -> None:
+        """What comes behind all packets; of a pcap file without any, its header."""
+        if not self._pcapng:
+            if not self._keys:
+                self._put(blocks.pcap_header(ETHERNET))
+            return
+        drops = None
+        with suppress(Closed):
+            drops = self._source.stats().kernel_drops if self._source is not None else None
+        if drops is not None and self._keys:
+            several = f"of all {len(self._keys)} interfaces together" if len(self._keys) > 1 else None
+            self._put(blocks.statistics(0, time.time_ns(), drops, several))
+
+    def _release(self) -> None:
+        self._closed = True
+        if self._owned:
+            self._owned = False
+            os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        self._check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_owned", False):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._release()
