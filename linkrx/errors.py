@@ -74,6 +74,8 @@ class RecordingFailed(LinkrxError, OSError):
     def __init__(self, name: str, error: OSError, packets: int, torn: int) -> None:
         cut = f", and {torn} bytes of the next record" if torn else ""
         why = error.strerror or str(error)
-        super().__init__(error.errno or errno.EIO, f"recording to {name}: {why}; {packets} packets are whole there{cut}")
+        super().__init__(
+            error.errno or errno.EIO, f"recording to {name}: {why}; {packets} packets are whole there{cut}"
+        )
         self.packets = packets
         self.torn = torn

@@ -18,7 +18,14 @@ _SECOND = 10**9
 
 
 def record(
-    packets: Batch | Packet, first: int, keys: array[int], out: bytearray, at: int, pcapng: bool, clock: int, /
+    packets: Batch | Packet,
+    first: int,
+    keys: array[int],
+    out: bytearray,
+    at: int,
+    pcapng: bool,
+    clock: int,
+    /,
 ) -> tuple[int, int, int]:
     """Records for packets, from the first-th on: see lrx_record() in _core/types/types.h."""
     from linkrx.packets import Packet
@@ -29,11 +36,13 @@ def record(
         key = (ETHERNET if len(packet.link_header) else RAW) << 32 | packet.interface
         if key not in keys:
             return index, at, key
-        frame = packet.tagged()
+        frame = packet.tagged() if len(packet.link_header) else packet.tobytes()
         true = packet.wire_length + len(frame) - len(packet)
         when = clock if packet.timestamp_ns is None else packet.timestamp_ns
         if pcapng:
-            body = pack("=IIIII", keys.index(key), when >> 32 & 0xFFFFFFFF, when & 0xFFFFFFFF, len(frame), true)
+            body = pack(
+                "=IIIII", keys.index(key), when >> 32 & 0xFFFFFFFF, when & 0xFFFFFFFF, len(frame), true
+            )
             body += padded(frame) + (_OUTBOUND if packet.outgoing else b"")
             length = BLOCK_HEAD.size + len(body) + 4
             made = BLOCK_HEAD.pack(ENHANCED, length) + body + pack("=I", length)

@@ -183,14 +183,15 @@ class PcapWriter:
                 break
             try:
                 self._done.extend(map(self._write, (memory[written : self._end],)))
-                if self._done[-1] is None:
-                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             except BlockingIOError as error:
                 if self._fd < 0:
                     self._fail(error, written)
                 self._wait()
             except OSError as error:
                 self._fail(error, written)
+            else:
+                if self._done[-1] is None:  # a raw file that does not block
+                    self._fail(BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), written)
 
     def _wait(self) -> None:
         """Until a pipe that does not block has room."""
@@ -203,7 +204,9 @@ class PcapWriter:
         packets, whole = blocks.whole_packets(self._buffer, written, pcapng=self._pcapng)
         torn = written - whole
         if torn and self._fd >= 0 and stat.S_ISREG(os.fstat(self._fd).st_mode):
-            with suppress(OSError):  # one that is open for appending only, or gone: the error says what is torn
+            with suppress(
+                OSError
+            ):  # one that is open for appending only, or gone: the error says what is torn
                 os.ftruncate(self._fd, os.lseek(self._fd, -torn, os.SEEK_CUR))
                 torn = 0
         failure = RecordingFailed(self._name, error, self._packets + packets, torn)
