@@ -1,0 +1,331 @@
+"""PcapWriter: what it writes is read back as it was received, whole at every moment, and what fails is told."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from support import captures
+from support.captures import Interface, Recorded, frame, read
+
+import linkrx
+from linkrx import _core
+from linkrx.capture import blocks, plain
+from linkrx.testing import rigs
+
+Format = Literal["pcapng", "pcap"]
+FORMATS: tuple[Format, ...] = ("pcapng", "pcap")
+every_format = pytest.mark.parametrize("form", FORMATS)
+needs_core = pytest.mark.skipif(
+    _core.reason is not None, reason=f"capture files take the C core: {_core.reason}"
+)
+
+
+def recorded_file(count: int = 50) -> bytes:
+    """Two interfaces, both directions, cut packets, nanoseconds."""
+    made = captures.section() + b"".join(
+        Interface(name=name, resolution=9).block() for name in ("eth7", "br0")
+    )
+    for n in range(count):
+        options = captures.option("<", 2, struct.pack("<I", 1 + n % 2)) + captures.option("<", 0, b"")
+        made += captures.enhanced("<", n % 2, 10**18 + n, frame(60 + n, n), 60 + n + n % 3, options)
+    return made
+
+
+def without_interfaces(packets: list[Recorded]) -> list[Recorded]:
+    """As pcap has them."""
+    return [Recorded(one.data, one.wire_length, one.timestamp_ns) for one in packets]
+
+
+def by_batch(rx: linkrx.Dispatcher, out: linkrx.PcapWriter) -> None:
+    """Record all."""
+    for batch in rx.batches():
+        out.write(batch)
+
+
+def by_packet(rx: linkrx.Dispatcher, out: linkrx.PcapWriter) -> None:
+    """Record all."""
+    for packet in rx:
+        out.write(packet)
+
+
+@needs_core
+@every_format
+@pytest.mark.parametrize("way", [by_batch, by_packet])
+def test_round_trip(
+    tmp_path: Path, form: Format, way: Callable[[linkrx.Dispatcher, linkrx.PcapWriter], None]
+) -> None:
+    """What a file holds, recorded again, is the same packets, times, lengths, and in pcapng directions and interfaces."""
+    data, path = recorded_file(), tmp_path / "out"
+    with (
+        linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx,
+        linkrx.PcapWriter(path, format=form, source=rx) as out,
+    ):
+        way(rx, out)
+        assert out.packets == 50
+    packets = read(io.BytesIO(data))
+    assert read(path) == (packets if form == "pcapng" else without_interfaces(packets))
+    with linkrx.open(path) as rx:
+        list(rx)
+        names = [rx.interface_name(number) for number in (1, 2, 3)]
+    assert names == (["eth7", "br0", None] if form == "pcapng" else [None, None, None])
+
+
+@needs_core
+@every_format
+def test_whole_when_write_returns(tmp_path: Path, form: Format) -> None:
+    """After each write the file has all that was written, for whoever opens it then."""
+    data, path = recorded_file(), tmp_path / "out"
+    packets = read(io.BytesIO(data))
+    with (
+        linkrx.open(linkrx.CaptureFile(io.BytesIO(data)), batch_size=7) as rx,
+        linkrx.PcapWriter(path, format=form, source=rx) as out,
+    ):
+        for batch in rx.batches():
+            out.write(batch)
+            assert [one.data for one in read(path)] == [one.data for one in packets[: out.packets]]
+
+
+@needs_core
+def test_a_file_cut_anywhere_is_readable_up_to_there(tmp_path: Path) -> None:
+    """Of a file of which only a beginning is left, the packets that are whole are read, and the error names the byte behind them."""
+    data = recorded_file(5)
+    boundaries = {}
+    for count in range(6):
+        boundaries[len(recorded_file(count))] = count
+    start = len(recorded_file(0))
+    for end in range(start, len(data)):
+        whole = max(count for boundary, count in boundaries.items() if boundary <= end)
+        got = []
+        with linkrx.open(linkrx.CaptureFile(io.BytesIO(data[:end]))) as rx:
+            if end in boundaries:
+                assert len(list(rx)) == whole
+                continue
+            with pytest.raises(linkrx.DamagedCapture) as caught:
+                for packet in rx:
+                    got.append(packet)
+            assert len(got) == whole
+            assert caught.value.offset == max(boundary for boundary in boundaries if boundary <= end)
+            assert list(rx) == []
+            assert rx.end is linkrx.End.EOF
+
+
+def test_packets_of_a_device_and_their_clock(tmp_path: Path) -> None:
+    """Packets without a timestamp have that of the write, and no interface where none is known."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    path = tmp_path / "out"
+    with receiver, sender, linkrx.open(receiver) as rx, linkrx.PcapWriter(path, source=rx) as out:
+        before = time.time_ns()
+        sender.send(frame(100))
+        out.write(rx.recv(10))
+        after = time.time_ns()
+    saved = path.read_bytes()
+    assert before <= stamp_of(saved) <= after
+
+
+def stamp_of(saved: bytes) -> int:
+    """The time of the first packet of a pcapng file."""
+    body = next(body for kind, body in blocks_of(saved) if kind == blocks.ENHANCED)
+    high, low = struct.unpack_from("=II", body, 4)
+    return int(high << 32 | low)
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+def test_vlan_tags_names_and_drops(tmp_path: Path) -> None:
+    """On an interface by name the tags that the kernel took out are back in the file, with its name and what was dropped."""
+    path = tmp_path / "out"
+    tagged = frame(60)[:12] + b"\x81\x00\x20\x07" + frame(60)[12:]
+    with (
+        rigs.interface() as rig,
+        linkrx.open(str(rig.source), timestamps=True) as rx,
+        linkrx.PcapWriter(path, source=rx) as out,
+    ):
+        rig.send(tagged)
+        packet = rx.recv(10)
+        assert packet.vlan is not None
+        assert packet.tobytes() == frame(60)
+        out.write(packet)
+        name, stamp = rig.source, packet.timestamp_ns
+        out.close()
+        out.close()
+        with pytest.raises(linkrx.Closed):
+            out.write(packet)
+    assert read(path) == [Recorded(tagged, len(tagged), stamp, 1)]
+    with linkrx.open(path) as rx:
+        list(rx)
+        assert rx.interface_name(1) == name
+    statistics = [body for kind, body in blocks_of(path.read_bytes()) if kind == blocks.STATISTICS]
+    assert [struct.unpack_from("=I8xHHQ", body) for body in statistics] == [(0, blocks.ISB_IFDROP, 8, 0)]
+
+
+def blocks_of(saved: bytes) -> list[tuple[int, bytes]]:
+    """The blocks of a pcapng file: type and body."""
+    found, at = [], 0
+    while at < len(saved):
+        kind, length = struct.unpack_from("=II", saved, at)
+        found.append((kind, saved[at + 8 : at + length - 4]))
+        at += length
+    return found
+
+
+@needs_core
+@every_format
+def test_a_full_disk(form: Format) -> None:
+    """A disk without room is an error with the kernel's errno and the number of whole packets, and the file ends behind these."""
+    data = recorded_file(1000)
+    packets = read(io.BytesIO(data))
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+        batch = next(iter(rx.batches())).copy()
+    for room in (5000, 20_000, 70_001):
+        small = Filling(room)
+        out = linkrx.PcapWriter(small, format=form)
+        with pytest.raises(
+            linkrx.RecordingFailed, match=r"No space left on device; \d+ packets are whole"
+        ) as caught:
+            for _ in range(10):
+                out.write(batch)
+        assert caught.value.errno == 28
+        assert caught.value.packets == out.packets
+        with pytest.raises(linkrx.RecordingFailed):
+            out.write(batch)
+        out.close()
+        whole = bytes(small.taken)
+        got = []
+        with linkrx.open(linkrx.CaptureFile(io.BytesIO(whole))) as rx:
+            try:
+                for packet in rx:
+                    got.append(packet.tobytes())
+            except linkrx.DamagedCapture:
+                assert caught.value.torn
+        assert got == [one.data for one in packets][: caught.value.packets]
+
+
+class Filling:
+    """A file that takes so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.taken = room, bytearray()
+
+    def write(self, data: memoryview) -> int:
+        """As much as there is room for."""
+        if not self.room:
+            raise OSError(28, os.strerror(28))
+        taken = min(self.room, len(data))
+        self.taken += data[:taken]
+        self.room -= taken
+        return taken
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+@every_format
+def test_a_full_file_system_leaves_whole_records(tmp_path: Path, form: Format) -> None:
+    """On a file system that fills up, the regular file is cut behind its last whole record, and is read without an error."""
+    data, path = recorded_file(1000), tmp_path / "out"
+    packets = read(io.BytesIO(data))
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+        batch = next(iter(rx.batches())).copy()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_001, limits[1]))
+        with (
+            linkrx.PcapWriter(path, format=form) as out,
+            pytest.raises(linkrx.RecordingFailed, match="File too large") as caught,
+        ):
+            for _ in range(10):
+                out.write(batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.torn == 0
+    assert [one.data for one in read(path)] == [one.data for one in packets][: caught.value.packets]
+    assert caught.value.packets > 100
+
+
+@needs_core
+def test_a_closed_pipe() -> None:
+    """A reader that goes is an error, EPIPE, with what was written whole before."""
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(recorded_file()))) as rx:
+        batch = next(iter(rx.batches())).copy()
+    reading, writing = os.pipe()
+    with open(writing, "wb") as pipe, linkrx.PcapWriter(pipe) as out:  # noqa: PTH123 - a descriptor
+        out.write(batch)
+        os.close(reading)
+        with pytest.raises(linkrx.RecordingFailed, match="Broken pipe; 50 packets are whole there"):
+            out.write(batch)
+
+
+@needs_core
+def test_a_pipe_that_does_not_block_and_a_slow_reader() -> None:
+    """A pipe that is full is waited for, and every packet goes through it."""
+    data = recorded_file(3000)
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    got: list[Recorded] = []
+
+    def take() -> None:
+        with open(reading, "rb", buffering=0) as pipe, linkrx.open(linkrx.CaptureFile(pipe)) as rx:  # noqa: PTH123
+            got.extend(Recorded.of(packet) for packet in rx)
+
+    thread = threading.Thread(target=take)
+    with (
+        open(writing, "wb", buffering=0) as pipe,  # noqa: PTH123
+        linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx,
+        linkrx.PcapWriter(pipe, source=rx) as out,
+    ):
+        thread.start()
+        by_batch(rx, out)
+    thread.join(30)
+    assert got == read(io.BytesIO(data))
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    """Formats that there are not, files of text, and things that are no packets are errors, and leave no descriptor open."""
+    with pytest.raises(ValueError, match="format='snoop'"):
+        linkrx.PcapWriter(tmp_path / "out", format="snoop")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="binary file"):
+        linkrx.PcapWriter(io.StringIO())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="binary file"):
+        linkrx.PcapWriter(7)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError):
+        linkrx.PcapWriter(tmp_path / "none" / "out")
+    with linkrx.PcapWriter(tmp_path / "out") as out, pytest.raises((TypeError, AttributeError)):
+        out.write(b"a frame")  # type: ignore[arg-type]
+    with pytest.warns(ResourceWarning, match="unclosed <PcapWriter"):
+        linkrx.PcapWriter(tmp_path / "out")
+    with linkrx.PcapWriter(tmp_path / "empty", format="pcap"):
+        pass
+    assert (tmp_path / "empty").stat().st_size == 24
+
+
+@needs_core
+def test_the_plain_twin() -> None:
+    """Without the core the same records are made, byte for byte."""
+    data = recorded_file(20)
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+        packets = [packet.copy() for packet in rx]
+    for pcapng in (True, False):
+        keys = array("Q", [1 << 32 | 2, 1 << 32 | 1])
+        fast, slow, at, other = bytearray(2000), bytearray(2000), 0, 0
+        for packet in packets:
+            first = _core.types.record(packet, 0, keys, fast, at, pcapng, 5)
+            second = _plain(packet, keys, slow, other, pcapng)
+            assert first == second
+            at, other = first[1], second[1]
+        assert fast == slow
+        assert at > 1500
+
+
+def _plain(packet: linkrx.Packet, keys: Any, out: bytearray, at: int, pcapng: bool) -> tuple[int, int, int]:
+    return plain.record(packet, 0, keys, out, at, pcapng, 5)
