@@ -16,29 +16,28 @@
 
 struct lrx_capture_interface *lrx_capture_add_interface(struct lrx_capture *c)
 {
+    const uint32_t count = c->first + c->count;
     struct lrx_capture_interface *i;
 
-    if (c->count == LRX_CAPTURE_INTERFACES) {
-        damaged(c, LRX_CAPTURE_TOO_MANY, c->count);
+    if (count == LRX_CAPTURE_INTERFACES) {
+        damaged(c, LRX_CAPTURE_TOO_MANY, count);
         return NULL;
     }
-    if (c->count == c->room) {
+    if (count == c->room) {
         const uint32_t room = c->room ? 2 * c->room : 4;
 
         i = realloc(c->interfaces, room * sizeof *i);
         if (!i) {
-            damaged(c, LRX_CAPTURE_MEMORY, c->count);
+            damaged(c, LRX_CAPTURE_MEMORY, count);
             return NULL;
         }
         c->interfaces = i;
         c->room = room;
     }
-    i = &c->interfaces[c->count];
+    i = &c->interfaces[count];
     memset(i, 0, sizeof *i);
     return i;
 }
-
-/* pcap. */
 
 static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t magic)
 {

@@ -7,7 +7,7 @@
 #define LRX_CAPTURE_LONGEST 262144   /* of a packet: MAXIMUM_SNAPLEN of libpcap */
 #define LRX_CAPTURE_WHOLE 327680     /* of a record that lies in memory whole; of a longer one what stands behind the packet is passed over */
 #define LRX_CAPTURE_BLOCK 16777216   /* of a pcapng block: MAX_BLOCKSIZE of libpcap's reader at its start */
-#define LRX_CAPTURE_INTERFACES 65536 /* of one section */
+#define LRX_CAPTURE_INTERFACES 262144 /* of a file */
 #define LRX_CAPTURE_NAME 64
 
 /* What is wrong with a file, in lrx_capture.damage; `value` is the number that cannot be. */
@@ -43,7 +43,7 @@ struct lrx_capture {
     uint32_t header;     /* pcap: bytes of a record's header */
     uint32_t lengths;    /* pcap: 1 where captured and true length stand the other way round, 2 where they may */
     uint32_t first;      /* pcapng: interfaces of the sections before */
-    uint32_t count;      /* interfaces of this section */
+    uint32_t count;      /* interfaces of this section, which come behind those */
     uint32_t room;       /* of `interfaces` */
     struct lrx_capture_interface *interfaces;
     uint32_t needed;     /* bytes of the next record that must be in memory together */

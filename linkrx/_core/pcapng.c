@@ -196,7 +196,7 @@ static uint32_t packet(struct lrx_capture *c, const uint8_t *at, uint32_t type, 
         number = u16(c, at + 8);
     if (number >= c->count)
         return damaged(c, LRX_CAPTURE_INTERFACE, number);
-    i = &c->interfaces[number];
+    i = &c->interfaces[c->first + number];
     if (type == BLOCK_SIMPLE) {
         wire_length = u32(c, at + 8);
         length = i->snaplen && i->snaplen < wire_length ? i->snaplen : wire_length;

@@ -104,13 +104,12 @@ class CaptureWalk(Backend):
         state = self._state
         return self._failure or DamagedCapture(self._name, state.offset, _sentence(state))
 
-    def interface_name(self, number: int) -> str | None:
-        """The name of an interface of the current section of a pcapng file."""
+    def interface_name(self, index: int) -> str | None:
+        """The name of an interface of a pcapng file, once its block was read."""
         state = self._state
-        index = number - state.first - 1
-        if not (state.pcapng and 0 <= index < state.count):
+        if not (state.pcapng and 1 <= index <= state.first + state.count):
             return None
-        return _core.text(state.interfaces[index].name) or None
+        return _core.text(state.interfaces[index - 1].name) or None
 
     def close(self) -> None:
         """Give the buffer back. The file is the source's."""
@@ -131,7 +130,7 @@ def _sentence(state: Any) -> str:
         lib.LRX_CAPTURE_BYTE_ORDER: f"the byte-order magic of a section is 0x{value:08x}",
         lib.LRX_CAPTURE_INTERFACE: f"a packet of interface {value}, which no block has described",
         lib.LRX_CAPTURE_OPTION: f"option {value} of an interface is longer than its block",
-        lib.LRX_CAPTURE_TOO_MANY: f"more than {value} interfaces in a section",
+        lib.LRX_CAPTURE_TOO_MANY: f"more than {value} interfaces",
         lib.LRX_CAPTURE_MEMORY: f"no memory for more than {value} interfaces",
         lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, and the record does not"
         if value
