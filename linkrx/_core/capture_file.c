@@ -90,7 +90,7 @@ static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t s
         interface = u32(c, at + 16);
         flags = at[22] == PACKET_OUTGOING ? LRX_OUTGOING : 0;
     }
-    put(r, at + c->header, length, wire_length, interface);
+    put_row(r, at + c->header, length, wire_length, interface);
     r->out.timestamps[r->n] = (int64_t)u32(c, at) * LRX_SECOND + (int64_t)u32(c, at + 4) * i->multiply;
     r->out.flags[r->n] = flags | LRX_TIMESTAMP;
     r->n++;

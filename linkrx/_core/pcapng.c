@@ -208,7 +208,7 @@ static uint32_t packet(struct lrx_capture *c, const uint8_t *at, uint32_t type, 
         return damaged(c, LRX_CAPTURE_LENGTH, length);
     if (head + length > there)
         return wait_for(c, head + length);
-    put(r, at + head, length, wire_length, c->first + number + 1);
+    put_row(r, at + head, length, wire_length, c->first + number + 1);
     if (type == BLOCK_SIMPLE) {
         r->out.timestamps[r->n] = 0;
         r->out.flags[r->n] = 0;

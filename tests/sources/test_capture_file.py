@@ -484,7 +484,8 @@ def test_interrupted_at_every_point(tmp_path: Path, kind: str, batch_size: int) 
     path.write_bytes(captures.pcap(packets))
     sources = sources_of(path)
     for point in points(400):
-        after, got = After(point), []
+        after = After(point)
+        got: list[bytes] = []
         with pipe() as (reader, writer):
             if kind == "pipe":
                 writer.write(path.read_bytes())
