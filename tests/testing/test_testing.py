@@ -98,7 +98,7 @@ def test_a_backend_that_does_not_exist() -> None:
         with pytest.raises(linkrx.BackendUnavailable) as caught:
             use()
         assert str(caught.value).startswith(
-            "there is no backend 'carrier_pigeon': there are packet_mmap, recvmmsg, readv, os_readv. "
+            "there is no backend 'carrier_pigeon': there are packet_mmap, recvmmsg, readv, os_readv, capture_file. "
         )
         assert "the group linkrx.backends" in str(caught.value)
 
