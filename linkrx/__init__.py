@@ -27,9 +27,8 @@ from linkrx.receiving.dispatcher import Batches, Dispatcher
 from linkrx.receiving.stats import End, Stats
 from linkrx.registry import backends
 from linkrx.sources.capabilities import Capabilities, HasFileno, probe
-from linkrx.sources.interfaces import Interface, interfaces
-from linkrx.sources.capture_file import CaptureFile
 from linkrx.sources.capture_file import BinaryFile, CaptureFile
+from linkrx.sources.interfaces import Interface, interfaces
 from linkrx.sources.options import OpenOptions
 from linkrx.sources.tuntap import Offload, TunTap
 

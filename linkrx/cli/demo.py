@@ -69,7 +69,7 @@ def run(terminal: Terminal, pings: int = 3) -> bool:
         pinger.connect((str(RESPONDER), 0))  # what it receives is from there
         terminal.heading(f"{tap.name}: the kernel, at {KERNEL}, pings {RESPONDER}, where only Python answers")
         demo = Demo(terminal, tap, pinger)
-        trials = [demo.trial(info, pings) for info in backends()]
+        trials = [demo.trial(info, pings) for info in backends() if demo.concerns(info)]
     terminal.line()
     terminal.table(
         ("backend", "packets", "bytes", "answered", "status"),
@@ -92,10 +92,14 @@ class Demo:
         self._answering = decide(self._queue_found, backends(), Options()).backend
         self._sequences = count(1)
         self._start = time.monotonic()
-        self._width = max(len(info.name) for info in backends())
+        self._width = max(len(info.name) for info in backends() if self.concerns(info))
         terminal.line(
             _LINE.format("seconds", "backend", self._width, "protocol", "remote", "local", "length")
         )
+
+    def concerns(self, info: BackendInfo) -> bool:
+        """Whether a backend takes the queue or the interface: one for files takes neither."""
+        return None in map(info.backend.refuses, (self._queue_found, self._interface_found))
 
     def trial(self, info: BackendInfo, pings: int) -> Trial:
         """Let the kernel ping while the backend receives: the pings from the TAP queue, else the answers by name."""

@@ -96,7 +96,7 @@ def test_it_is_what_auto_takes_for_an_interface(wire: Wire) -> None:
     with packet_socket(wire[0]) as borrowed:
         with linkrx.open(borrowed) as rx:
             assert rx.backend == "recvmmsg"
-            assert "packet_mmap  accepted  only when named: a ring takes the place" in rx.choice.explain()
+            assert "packet_mmap   accepted  only when named: a ring takes the place" in rx.choice.explain()
         with ring_on(borrowed) as rx:
             assert rx.backend == "packet_mmap"
 

@@ -87,11 +87,12 @@ with linkrx.open(receiver) as rx:
         "recvmmsg 1 2",
         f"WARNING linkrx recvmmsg on the AF_UNIX datagram socket: the kernel answers {said}; going on with readv",
         "readv 3 4 5",
-        "packet_mmap  refused   packet_mmap puts a ring on AF_PACKET sockets only, and the source is an AF_UNIX "
+        "packet_mmap   refused   packet_mmap puts a ring on AF_PACKET sockets only, and the source is an AF_UNIX "
         "datagram socket",
-        f"recvmmsg     refused   refused at run time: {said}",
-        "readv        chosen    took over from recvmmsg",
-        "os_readv     accepted  would do, but recvmmsg is better",
+        f"recvmmsg      refused   refused at run time: {said}",
+        "readv         chosen    took over from recvmmsg",
+        "os_readv      accepted  would do, but recvmmsg is better",
+        "capture_file  refused   capture_file reads linkrx.CaptureFile only, and the source is an AF_UNIX datagram socket",
         "1 readv",
     ]
 

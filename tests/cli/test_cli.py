@@ -15,13 +15,14 @@ import time
 from importlib.util import find_spec
 
 import pytest
+from support.run import that_take
 
 import linkrx
 from linkrx.testing import rigs
 
 PATIENCE = 60.0  # seconds until a process that should have ended hangs
 ESCAPE = "\x1b"
-SUPPORTED = [info.name for info in linkrx.backends() if info.supported]
+SUPPORTED = that_take("packet")
 
 WITHOUT_CORE = """
 import sys

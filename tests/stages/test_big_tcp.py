@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.queues import local_route
+from support.run import that_take
 
 import linkrx
 from linkrx.kernel.namespace import inside, new_network
@@ -56,7 +57,7 @@ def tcp_of(packet: linkrx.Packet) -> bytes | None:
     return data[40:] if data[6] == TCP else None
 
 
-@pytest.mark.parametrize("backend", [info.name for info in linkrx.backends() if info.supported])
+@pytest.mark.parametrize("backend", that_take("packet"))
 def test_big_tcp_frames_are_whole(backend: str) -> None:
     """IPv6 BIG TCP frames above 65,664 bytes come uncut, with every byte that the sender wrote."""
     namespace = new_network()

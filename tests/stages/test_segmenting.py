@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.run import that_take
 from support.super_packets import LOCAL, REMOTE, UDP, Super
 
 import linkrx
@@ -28,7 +29,7 @@ PACKET_RX_RING = 5
 
 pytestmark = pytest.mark.usefixtures("devices")
 
-BACKENDS = [info.name for info in linkrx.backends() if info.supported]
+BACKENDS = that_take("packet")
 
 Send = Callable[[bytes], object]
 

@@ -100,6 +100,19 @@ def recorded(path: Path, file: linkrx.BinaryFile) -> list[bytes]:
         return []
 
 
+def record(rx: linkrx.Dispatcher, path: Path, file: linkrx.WritableFile) -> int:
+    """What comes, twice."""
+    with linkrx.PcapWriter(path, source=rx) as out, linkrx.PcapWriter(file, format="pcap") as other:
+        for batch in rx.batches(1):
+            out.write(batch)
+            other.write(batch[0])
+        try:
+            out.close()
+        except linkrx.RecordingFailed as error:
+            print(error.packets, error.torn, error.errno)
+        return out.packets + other.packets
+
+
 def main() -> None:
     """A device and a ladder."""
     buffer = linkrx.IovecBuffer(linkrx.BUFFER_SIZES)
