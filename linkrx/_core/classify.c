@@ -1,24 +1,28 @@
 /* One pass over what a backend received: which are packets, and what is known about each. */
+#include <stdbool.h>
 #include <string.h>
 
 #include "report.h"
 #include "columns.inc"
 #include "classify.h"
+#include "link.inc"
 
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86DD
+#define ETHERTYPE_VLAN 0x8100
+#define ETHERTYPE_SERVICE_VLAN 0x88A8
 /* linux/if_tun.h: the queue cut the packet to the buffer. Told only with packet information. */
 #define TUN_PKT_STRIP 0x0001
 
 /* How many bytes of a frame the filter keeps; 0: it rejects the packet. */
 static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_columns *in, uint32_t k, const uint8_t *frame,
-                         uint32_t length, uint32_t wire_length)
+                         uint32_t length, uint32_t wire_length, uint32_t link_header)
 {
     const struct lrx_filtered packet = {
         .frame = frame,
         .length = length,
         .wire_length = wire_length,
-        .link_header = c->link_header,
+        .link_header = link_header,
         .interface = in->interfaces[k] ? in->interfaces[k] : c->interface,
         .outgoing = in->flags[k] & LRX_OUTGOING,
         .tagged = in->flags[k] & LRX_VLAN,
@@ -29,7 +33,40 @@ static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_column
     return lrx_filter_run(&c->filter, &packet);
 }
 
-void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table)
+static uint16_t word_at(const uint8_t *at)
+{
+    return (uint16_t)(at[0] << 8 | at[1]);
+}
+
+/* Of a frame with two tags the kernel takes out the outer one, and a cooked socket has what follows the type of the inner one:
+ * its TCI, a type, and then the packet. Since Linux 6.10 the protocol that it tells is that of the packet behind the tag
+ * (vlan_get_protocol_dgram() in net/packet/af_packet.c). Whether a tag is there shows the type, where the told protocol's own
+ * header is not. */
+static bool has_inner_tag(const uint8_t *data, uint32_t length, uint32_t wire_length, uint16_t told)
+{
+    uint16_t type;
+
+    if (length < 4 || told == ETHERTYPE_VLAN || told == ETHERTYPE_SERVICE_VLAN)
+        return false;
+    type = word_at(data + 2);
+    if (type != told && type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
+        return false;
+    if (told == ETHERTYPE_IPV4) /* version, header length, total length */
+        return data[0] >> 4 != 4 || (data[0] & 15) < 5 || type > wire_length;
+    if (told == ETHERTYPE_IPV6) /* version, payload length */
+        return data[0] >> 4 != 6 || (length >= 6 && word_at(data + 4) + 40u > wire_length);
+    return true;
+}
+
+/* struct tun_pi in front of a packet, or what the backend tells. */
+static uint16_t told_protocol(const struct lrx_classifier *c, const uint8_t *packet, uint16_t told)
+{
+    return c->packet_info ? (uint16_t)(packet[2] << 8 | packet[3]) : told;
+}
+
+/* `differ` is known where this is compiled: who has packets that are all alike pays nothing for the others. */
+static inline __attribute__((always_inline)) void classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count,
+                                                           uintptr_t table, const bool differ)
 {
     const struct lrx_columns in = lrx_descriptors_at(c->descriptors, c->rows);
     const struct lrx_columns out = lrx_columns_at(table, count);
@@ -43,7 +80,8 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         uint32_t length = in.lengths[k];
         uint32_t wire_length = in.wire_lengths[k];
         uint16_t flags = in.flags[k];
-        uint16_t protocol;
+        uint32_t link_header = c->link_header;
+        uint16_t protocol = 0, link_type = 0;
         const uint8_t *frame = memory + in.starts[k] + c->prefix;
 
         if (flags & LRX_MALFORMED) {
@@ -63,8 +101,12 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         }
         length -= c->prefix;
         wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
+        if (differ) {
+            link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
+            link_header = lrx_link_header_of(link_type, c->told, c->link_header);
+        }
         if (c->filter.program) {
-            length = filtered(c, &in, k, frame, length, wire_length);
+            length = filtered(c, &in, k, frame, length, wire_length, link_header);
             if (!length) {
                 counters[LRX_FILTERED]++;
                 continue;
@@ -74,13 +116,20 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
             flags |= LRX_TRUNCATED;
         if (flags & LRX_TRUNCATED)
             counters[LRX_CUT]++;
-        if (c->link_header) {
-            if (length < c->link_header) {
-                counters[LRX_RUNTS]++;
-                continue;
-            }
+        if (differ) {
+            protocol = told_protocol(c, memory + in.starts[k], in.protocols[k]);
+            if (protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol))
+                protocol = ETHERTYPE_VLAN;
+        }
+        if (link_header && length < link_header) {
+            counters[LRX_RUNTS]++;
+            continue;
+        }
+        if (differ && protocol) {
+            ;
+        } else if (link_header) {
             protocol = (uint16_t)(frame[12] << 8 | frame[13]);
-        } else {
+        } else if (!differ || lrx_is_ethernet(link_type) || lrx_is_bare_ip(link_type)) {
             switch (frame[0] >> 4) {
             case 4:
                 protocol = ETHERTYPE_IPV4;
@@ -102,6 +151,12 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         out.flags[n] = flags;
         out.vlan_tcis[n] = in.vlan_tcis[k];
         out.vlan_tpids[n] = in.vlan_tpids[k];
+        if (differ) {
+            out.link_types[n] = link_type;
+            out.addresses[n] = in.addresses[k];
+            out.address_lengths[n] = in.address_lengths[k];
+            out.link_headers[n] = (uint8_t)link_header;
+        }
         bytes += length;
         n++;
     }
@@ -110,6 +165,14 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
     report->classified = n + 1;
     report->rows = count;
     report->count = 0;
+}
+
+void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table)
+{
+    if (c->told)
+        classify(c, region, count, table, true);
+    else
+        classify(c, region, count, table, false);
 }
 
 int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,

@@ -9,6 +9,7 @@
 #include "classify.h"
 #include "far_memory.inc"
 #include "ring.inc"
+#include "sender.inc"
 #include "packet_mmap.h"
 
 /* How far ahead memory is asked for: measured, see bench/README.md. */
@@ -156,6 +157,8 @@ static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hd
         out->timestamps[n] = (int64_t)header->tp_sec * 1000000000 + header->tp_nsec;
     }
     out->interfaces[n] = (uint32_t)from->sll_ifindex;
+    if (s->wanted & LRX_WANT_SENDER)
+        lrx_read_sender(from, sizeof from->sll_addr, out, n);
     if (s->wanted & LRX_OUTGOING && from->sll_pkttype == PACKET_OUTGOING)
         flags |= LRX_OUTGOING;
     return flags;

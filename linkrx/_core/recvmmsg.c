@@ -10,14 +10,8 @@
 #include "report.h"
 #include "columns.inc"
 #include "classify.h"
+#include "metadata.inc"
 #include "recvmmsg.h"
-
-/* linux/if_ether.h; its other contents clash with the C library's. */
-#define ETH_P_8021Q 0x8100
-
-/* PACKET_AUXDATA and SO_TIMESTAMPNS take 72 bytes. The kernel writes the former last, so there is room for all
- * that the owner of a borrowed socket may have switched on: drops, mark, priority, Wi-Fi status, other stamps. */
-#define CONTROL 576
 
 /* From one packet's place to the next one's beyond what it may need: an odd number of cache lines apart, for lines at a distance
  * of a power of two push each other out of the cache. */
@@ -109,62 +103,6 @@ static int receive(struct lrx_recvmmsg *s, uint8_t *region, uint32_t wanted)
     return got < 0 ? -errno : got;
 }
 
-/* Whether a control message ends in what the kernel wrote, and is as long as its data. The C library does not look at
- * the first one's length, and not every one looks at the others'. */
-static int holds(const struct msghdr *message, const struct cmsghdr *c, size_t size)
-{
-    size_t written = message->msg_controllen - (size_t)((const uint8_t *)c - (const uint8_t *)message->msg_control);
-
-    return c->cmsg_len >= CMSG_LEN(size) && c->cmsg_len <= written;
-}
-
-static void read_metadata(const struct lrx_recvmmsg *s, uint32_t k, const struct lrx_columns *out, uint32_t n,
-                          uint32_t *wire_length)
-{
-    struct msghdr *message = &s->headers[k].msg_hdr;
-    uint16_t flags = 0;
-
-    /* What an earlier packet had and this one has not must not show. */
-    out->timestamps[n] = 0;
-    out->vlan_tcis[n] = 0;
-    out->vlan_tpids[n] = 0;
-    out->interfaces[n] = 0;
-    if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_ifindex) + sizeof s->names[k].sll_ifindex)
-        out->interfaces[n] = (uint32_t)s->names[k].sll_ifindex;
-    /* Before Linux 5.1 the name ends with the address: 18 bytes on Ethernet. */
-    if (message->msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype) &&
-        s->names[k].sll_pkttype == PACKET_OUTGOING)
-        flags |= LRX_OUTGOING;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
-        if (c->cmsg_level == SOL_PACKET && c->cmsg_type == PACKET_AUXDATA &&
-            holds(message, c, sizeof(struct tpacket_auxdata))) {
-            struct tpacket_auxdata aux;
-
-            memcpy(&aux, CMSG_DATA(c), sizeof aux);
-            /* A socket filter may have cut the packet; only here is its true length told. */
-            if (aux.tp_len > aux.tp_snaplen)
-                *wire_length += aux.tp_len - aux.tp_snaplen;
-            if (aux.tp_status & TP_STATUS_CSUMNOTREADY)
-                flags |= LRX_CHECKSUM_UNFINISHED;
-            /* A tag of 0 is legal: the flag tells, not the value. */
-            if (aux.tp_status & TP_STATUS_VLAN_VALID) {
-                flags |= LRX_VLAN;
-                out->vlan_tcis[n] = aux.tp_vlan_tci;
-                out->vlan_tpids[n] =
-                    aux.tp_status & TP_STATUS_VLAN_TPID_VALID ? aux.tp_vlan_tpid : ETH_P_8021Q;
-            }
-        } else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMPNS &&
-                   holds(message, c, sizeof(struct timespec))) {
-            struct timespec when;
-
-            memcpy(&when, CMSG_DATA(c), sizeof when);
-            flags |= LRX_TIMESTAMP;
-            out->timestamps[n] = (int64_t)when.tv_sec * 1000000000 + when.tv_nsec;
-        }
-    }
-    out->flags[n] = flags;
-}
-
 int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size)
 {
@@ -192,7 +130,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
             out.lengths[n] = wire_length < s->capacity ? wire_length : s->capacity;
             end = lrx_align(out.starts[n] + out.lengths[n]);
             if (s->metadata)
-                read_metadata(s, k, &out, n, &wire_length);
+                lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length);
             out.wire_lengths[n] = wire_length;
         }
         /* Fewer than were asked for: the queue was empty then. */

@@ -21,7 +21,7 @@ struct lrx_report {
     void *many_argument;
 };
 
-#define LRX_ROW_BYTES 32  /* of the table behind the header: one element of each column */
+#define LRX_ROW_BYTES 44  /* of the table behind the header: one element of each column */
 
 /* Bits of a packet's flags. */
 #define LRX_TRUNCATED 1
@@ -31,6 +31,11 @@ struct lrx_report {
 #define LRX_CHECKSUM_UNFINISHED 16
 /* Between splitter and classifier only: no frame, and nothing of it may be read. No packet has it. */
 #define LRX_MALFORMED 0x8000
+
+/* What the kernel tells about each packet of a source that differs from packet to packet: protocol, link type, link address.
+ * 0: nothing, all packets are alike. The frames of some such sources have no link header; of others the link type tells. */
+#define LRX_TOLD_WITHOUT_HEADER 1
+#define LRX_TOLD_BY_LINK_TYPE 2
 
 /* Slots of the counters that classification adds to. */
 #define LRX_PACKETS 0

@@ -6,10 +6,13 @@
 /* A TPACKET_V3 ring: put on a socket, counted, and taken off. */
 struct lrx_ring;
 
+/* Beside LRX_TIMESTAMP and LRX_OUTGOING: protocol, link type and link address of each packet. */
+#define LRX_WANT_SENDER 0x100
+
 /* Put a ring of `blocks` blocks of `block_size` bytes on an AF_PACKET socket; the kernel hands a block over
  * when it is full, or when `retire_ms` milliseconds are up and something is in it. `vnet` is the size of the
  * virtio-net header that the socket puts in front of frames, `capacity` what is kept of a packet, that header
- * included, and `wanted` the LRX_TIMESTAMP and LRX_OUTGOING that are asked for. NULL and errno, and the socket as it
+ * included, and `wanted` the LRX_TIMESTAMP, LRX_OUTGOING and LRX_WANT_SENDER that are asked for. NULL and errno, and the socket as it
  * was, when the kernel refuses. */
 struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
                                uint32_t capacity, uint32_t wanted);

@@ -9,6 +9,7 @@
 #include "checksum.inc"
 #include "columns.inc"
 #include "classify.h"
+#include "link.inc"
 #include "segment.h"
 
 /* linux/virtio_net.h, with names that only newer ones have. */
@@ -299,6 +300,10 @@ static uint8_t *place(struct output *o, uint32_t length, const struct lrx_column
     o->columns.flags[n] = in->flags[k];
     o->columns.vlan_tcis[n] = in->vlan_tcis[k];
     o->columns.vlan_tpids[n] = in->vlan_tpids[k];
+    o->columns.protocols[n] = in->protocols[k];
+    o->columns.link_types[n] = in->link_types[k];
+    o->columns.addresses[n] = in->addresses[k];
+    o->columns.address_lengths[n] = in->address_lengths[k];
     o->n++;
     o->cursor = (uint32_t)end;
     return o->memory + start;
@@ -307,6 +312,11 @@ static uint8_t *place(struct output *o, uint32_t length, const struct lrx_column
 static uint16_t in_order(uint16_t number, uint32_t swapped)
 {
     return swapped ? (uint16_t)(number << 8 | number >> 8) : number;
+}
+
+static uint32_t link_header_of(const struct lrx_segmenter *s, uint16_t link_type)
+{
+    return s->told ? lrx_link_header_of(link_type ? link_type : (uint16_t)s->link_type, s->told, s->link_header) : s->link_header;
 }
 
 /* Row k of what was taken, from segment s->done on. 0 when there is no room for all of it. */
@@ -330,7 +340,7 @@ static int give(struct lrx_segmenter *s, const uint8_t *received, const struct l
         v.csum_offset = in_order(v.csum_offset, s->swapped);
         p.frame = received + prefix;
         p.length = length - prefix;
-        verdict = judged(&p, &v, s->link_header, truncated);
+        verdict = judged(&p, &v, link_header_of(s, in->link_types[k]), truncated);
     }
     if (verdict == SPLIT) {
         const uint32_t headers = prefix + p.payload - p.left_out;

@@ -10,7 +10,9 @@ struct lrx_segmenter {
     uint32_t packet_info;  /* bytes of struct tun_pi in front of every frame: 4 or 0 */
     uint32_t vnet;         /* bytes of the virtio-net header behind it: 10 at the least */
     uint32_t swapped;      /* its numbers are in the other byte order than this machine's */
-    uint32_t link_header;  /* 14 for Ethernet, 0 for none */
+    uint32_t link_header;  /* 14 for Ethernet, 0 for none; as in struct lrx_classifier */
+    uint32_t link_type;    /* as there */
+    uint32_t told;
     uintptr_t given;       /* descriptors of what comes out */
     uint32_t given_rows;
     uint32_t next;         /* the row of `taken` that comes next */

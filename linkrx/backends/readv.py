@@ -25,6 +25,8 @@ class Readv(CoreBackend):
         lib, found = _core.lib, receive.capabilities
         sizes = receive.layout.sizes or ()
         method = lib.LRX_RECV if found.socket else lib.LRX_READ
+        if found.kind in ("packet", "packet_cooked"):
+            method = lib.LRX_RECV_TOLD
         self._use("lrx_readv_fill", descriptors)
         self._state = _core.new(
             "struct lrx_readv *",

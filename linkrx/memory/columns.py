@@ -1,6 +1,6 @@
 """The table of packets that backends fill, classification writes and a batch shows, column by column.
 
-A table of n rows is nine columns, one behind the other, the widest first so that each is aligned when the
+A table of n rows is thirteen columns, one behind the other, the widest first so that each is aligned when the
 table is. `_core/columns.inc` lays them out the same way.
 """
 
@@ -12,8 +12,9 @@ from typing import Literal
 from linkrx import _core
 from linkrx.memory.report import REPORT_BYTES, WORDS_BYTES, Report
 
-# Bytes of one row: timestamp 8; start, length, wire length, interface 4 each; protocol, flags, VLAN TCI and TPID 2 each.
-ROW_BYTES = 32
+# Bytes of one row: timestamp and link address 8 each; start, length, wire length, interface 4 each; protocol, flags, VLAN TCI
+# and TPID, link type 2 each; lengths of the link address and of the link header 1 each.
+ROW_BYTES = 44
 
 
 def align(offset: int) -> int:
@@ -22,23 +23,27 @@ def align(offset: int) -> int:
 
 
 # Where in a row's share of the table each column is, how wide, and its native format.
-_LAYOUT: dict[str, tuple[int, int, Literal["q", "I", "H"]]] = {
+_LAYOUT: dict[str, tuple[int, int, Literal["q", "Q", "I", "H", "B"]]] = {
     "timestamps": (0, 8, "q"),
-    "starts": (8, 4, "I"),
-    "lengths": (12, 4, "I"),
-    "wire_lengths": (16, 4, "I"),
-    "interfaces": (20, 4, "I"),
-    "protocols": (24, 2, "H"),
-    "flags": (26, 2, "H"),
-    "vlan_tcis": (28, 2, "H"),
-    "vlan_tpids": (30, 2, "H"),
+    "addresses": (8, 8, "Q"),
+    "starts": (16, 4, "I"),
+    "lengths": (20, 4, "I"),
+    "wire_lengths": (24, 4, "I"),
+    "interfaces": (28, 4, "I"),
+    "protocols": (32, 2, "H"),
+    "flags": (34, 2, "H"),
+    "vlan_tcis": (36, 2, "H"),
+    "vlan_tpids": (38, 2, "H"),
+    "link_types": (40, 2, "H"),
+    "address_lengths": (42, 1, "B"),
+    "link_headers": (43, 1, "B"),
 }
 
 COLUMNS = tuple(_LAYOUT)
 
 
 class Columns:
-    """Rows of a table: nine columns, as memoryviews with native formats, each made when it is first asked for.
+    """Rows of a table: thirteen columns, as memoryviews with native formats, each made when it is first asked for.
 
     `_count` rows from `_first` on, of `_rows` that the table has, which starts where `_table` (bytes) does.
     """
@@ -47,10 +52,14 @@ class Columns:
         "_count": "",
         "_first": "",
         "_rows": "",
+        "address_lengths": "Bytes of each packet's link address; 0: none.",
+        "addresses": "The sender's link address of each packet without link header: its bytes in order, then zeroes.",
         "flags": "Each packet's `Flags`.",
         "interfaces": "The index of each packet's interface, or 0.",
         "lengths": "Bytes of each frame, link header included.",
-        "protocols": "Each packet's EtherType.",
+        "link_headers": "Bytes of each packet's link header. Written by classification.",
+        "link_types": "The ARPHRD_* number of each packet's device.",
+        "protocols": "Each packet's EtherType; of a backend, as the kernel tells it, or 0.",
         "starts": "Where each frame starts in `memory`.",
         "timestamps": "Each packet's time of receipt.",
         "vlan_tcis": "The tag that the kernel took out of each frame with `Flags.VLAN`.",
@@ -71,6 +80,10 @@ class Columns:
     flags: memoryview
     vlan_tcis: memoryview
     vlan_tpids: memoryview
+    addresses: memoryview
+    link_types: memoryview
+    address_lengths: memoryview
+    link_headers: memoryview
 
     def __getattr__(self, name: str) -> memoryview:
         """Make a column: reached only while its slot is empty. Where one asks again and again, a property would cost

@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from linkrx.kernel.uapi import ETH_HEADER_BYTES, TUN_PI_BYTES
+from linkrx.kernel.uapi import (
+    ARPHRD_ETHER,
+    ARPHRD_LOOPBACK,
+    ARPHRD_NONE,
+    ARPHRD_RAWIP,
+    ARPHRD_SIT,
+    ARPHRD_TUNNEL,
+    ARPHRD_TUNNEL6,
+    ETH_HEADER_BYTES,
+    TUN_PI_BYTES,
+)
+
+# Link types whose frames start with an Ethernet header, and those whose frames start with the IP header.
+ETHERNET_TYPES = frozenset({ARPHRD_ETHER, ARPHRD_LOOPBACK})
+BARE_IP_TYPES = frozenset({ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT, ARPHRD_NONE})
+
+# _core/report.h LRX_TOLD_*: the kernel tells protocol, link type and link address of each packet of a source, which differ
+# from packet to packet. The frames of such a source have no link header, or the link type tells.
+TOLD_WITHOUT_HEADER, TOLD_BY_LINK_TYPE = 1, 2
 
 
 @dataclass(frozen=True)
 class Framing:
-    """The order on the wire from kernel to reader: packet information, virtio-net header, frame."""
+    """The order on the wire from kernel to reader: packet information, virtio-net header, frame.
+
+    `link_type` is the ARPHRD_* number of every packet of which the kernel does not tell another; 0: as `ethernet` says. `told`
+    is one of TOLD_*, or 0 where all packets are alike. With TOLD_BY_LINK_TYPE `ethernet` is of link types that linkrx does
+    not know.
+    """
 
     ethernet: bool
     vnet_header_size: int = 0
     packet_info: bool = False
     vnet_little_endian: bool = True
+    link_type: int = 0
+    told: int = 0
 
     # Bytes: of packet information, of all in front of the frame, and of the frame's link header.
     packet_info_size: int = field(init=False)
@@ -29,4 +54,15 @@ class Framing:
         object.__setattr__(self, "packet_info_size", packet_info_size)
         object.__setattr__(self, "prefix", packet_info_size + self.vnet_header_size)
         object.__setattr__(self, "link_header", ETH_HEADER_BYTES if self.ethernet else 0)
+        if not self.link_type:
+            object.__setattr__(self, "link_type", ARPHRD_ETHER if self.ethernet else ARPHRD_NONE)
         object.__setattr__(self, "vnet_format", "<BBHHHH" if self.vnet_little_endian else ">BBHHHH")
+
+    def link_header_of(self, link_type: int) -> int:
+        """Bytes of link header of a packet of this link type; 0: the backend does not tell it."""
+        link_type = link_type or self.link_type
+        if not self.told:
+            return self.link_header
+        if self.told == TOLD_WITHOUT_HEADER or link_type in BARE_IP_TYPES:
+            return 0
+        return ETH_HEADER_BYTES if link_type in ETHERNET_TYPES else self.link_header

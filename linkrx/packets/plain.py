@@ -26,6 +26,7 @@ from linkrx.packets.headers import (
 )
 
 VNET_BYTES = 10  # linux/virtio_net.h struct virtio_net_hdr
+LINK_ADDRESS_MOST = 8  # linux/if_packet.h: of sockaddr_ll.sll_addr
 START = 64  # where frames begin in an arena, as in C
 
 _FORMATS = {
@@ -38,6 +39,7 @@ _FORMATS = {
     "flags": "H",
     "vlan_tcis": "H",
     "vlan_tpids": "H",
+    "link_types": "H",
 }
 
 
@@ -49,10 +51,12 @@ class Packet(bytes):
     wire_length: int
     interface: int
     protocol: int
+    link_type: int
     _timestamp: int
     _flags: int
     _vlan: Vlan
     _link_header: int
+    _address: bytes
     _vnet: bytes  # struct virtio_net_hdr, or nothing
     _big_endian: bool
 
@@ -77,8 +81,8 @@ class Packet(bytes):
 
     @property
     def remote(self) -> bytes | None:
-        """The source MAC address, 6 bytes, or None without Ethernet."""
-        return self[ETH_ADDRESS_BYTES : 2 * ETH_ADDRESS_BYTES] if self._link_header else None
+        """The source MAC address, 6 bytes. Without Ethernet header the sender's link address as the kernel tells it, or None."""
+        return self[ETH_ADDRESS_BYTES : 2 * ETH_ADDRESS_BYTES] if self._link_header else self._address or None
 
     @property
     def local(self) -> bytes | None:
@@ -151,7 +155,15 @@ class Packet(bytes):
         vnet = (2 if self._big_endian else 1) if self._vnet else 0
         state = (
             *(bytes(self), self._timestamp, self.wire_length, self.interface, self.protocol, self._flags),
-            *(self._vlan.tci, self._vlan.tpid, self._link_header, vnet, self._vnet),
+            *(
+                self._vlan.tci,
+                self._vlan.tpid,
+                self.link_type,
+                self._address,
+                self._link_header,
+                vnet,
+                self._vnet,
+            ),
         )
         return Packet._restored_by, (1, *state)
 
@@ -196,6 +208,8 @@ def restore(
     flags: int,
     tci: int,
     tpid: int,
+    link_type: int,
+    address: bytes,
     link_header: int,
     vnet: int,
     vnet_header: bytes,
@@ -208,7 +222,8 @@ def restore(
         or link_header not in (0, 14)
         or vnet not in (0, 1, 2)
         or len(vnet_header) != (VNET_BYTES if vnet else 0)
-        or not 0 <= protocol | flags | tci | tpid < 1 << 16
+        or not 0 <= protocol | flags | tci | tpid | link_type < 1 << 16
+        or len(address) > (0 if link_header else LINK_ADDRESS_MOST)
         or not 0 <= wire_length | interface < 1 << 32
         or not -(1 << 63) <= operator.index(timestamp) < 1 << 63
     ):
@@ -218,10 +233,12 @@ def restore(
         wire_length=wire_length,
         interface=interface,
         protocol=protocol,
+        link_type=link_type,
         _timestamp=timestamp,
         _flags=flags,
         _vlan=Vlan(tpid, tci),
         _link_header=link_header,
+        _address=bytes(address),
         _big_endian=vnet == 2,
         _vnet=vnet_header,
     )
@@ -241,6 +258,7 @@ class Batch:
     flags: memoryview
     vlan_tcis: memoryview
     vlan_tpids: memoryview
+    link_types: memoryview
 
     def __new__(cls) -> Self:
         """Batches are received."""
@@ -268,6 +286,7 @@ class Batch:
             "flags": [packet._flags for packet in packets],
             "vlan_tcis": [packet._vlan.tci for packet in packets],
             "vlan_tpids": [packet._vlan.tpid for packet in packets],
+            "link_types": [packet.link_type for packet in packets],
         }
         for name, form in _FORMATS.items():
             columns[name] = memoryview(array(form, values[name])).toreadonly()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import select
+import sys
 import threading
 import time
 from array import array
@@ -71,6 +72,8 @@ class Receiver(Sending, Words):
         prefix: int,
         packet_info: int,
         link_header: int,
+        link_type: int,
+        told: int,
         vnet: int,
         big_endian: bool,
         interface: int,
@@ -82,7 +85,7 @@ class Receiver(Sending, Words):
         /,
     ) -> None:
         described = Descriptors(rows, descriptors)
-        self._stripped = Framing(bool(link_header), vnet, bool(packet_info), not big_endian)
+        self._stripped = Framing(bool(link_header), vnet, bool(packet_info), not big_endian, link_type, told)
         self._report = described.report
         self._lengths = described.columns.lengths
         self._arena = Owner(START + room + rows * ROW_BYTES)
@@ -142,7 +145,7 @@ class Receiver(Sending, Words):
                     table.flags[row],
                     table.vlan_tcis[row],
                     table.vlan_tpids[row],
-                    framing.link_header,
+                    *self._link_of(table, row),
                     vnet,
                     bytes(memory[start - size :][:VNET_BYTES]) if vnet else b"",
                 )
@@ -151,6 +154,14 @@ class Receiver(Sending, Words):
         self._batches += 1
         self._receives += report.receives
         report.classified = 0
+
+    def _link_of(self, table: Table, row: int) -> tuple[int, bytes, int]:
+        """Link type, link address, and length of the link header."""
+        framing = self._stripped
+        if not framing.told:
+            return framing.link_type, b"", framing.link_header
+        told, link_header = table.addresses[row].to_bytes(8, sys.byteorder), table.link_headers[row]
+        return table.link_types[row], b"" if link_header else told[: table.address_lengths[row]], link_header
 
     def _await(self, timeout: float | None) -> str:
         """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over".

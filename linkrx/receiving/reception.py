@@ -96,6 +96,8 @@ class Reception(Receiver):
                 framing.prefix,
                 framing.packet_info_size,
                 framing.link_header,
+                framing.link_type,
+                framing.told,
                 framing.vnet_header_size,
                 not framing.vnet_little_endian,
                 (found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,

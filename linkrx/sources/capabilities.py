@@ -20,9 +20,6 @@ from linkrx.errors import UnsupportedSource
 from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.kernel.rtnetlink import Link, RouteSocket, same_namespace
 from linkrx.kernel.uapi import (
-    ARPHRD_ETHER,
-    ARPHRD_LOOPBACK,
-    ARPHRD_NONE,
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
     IFF_TAP,
@@ -44,11 +41,7 @@ from linkrx.kernel.uapi import (
     TUNGETVNETLE,
     VNET_HEADER_BYTES,
 )
-
-# linux/if_arp.h
-_ETHERNET_TYPES = frozenset({ARPHRD_ETHER, ARPHRD_LOOPBACK})
-# ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT, ARPHRD_NONE: frames start with the IP header.
-_BARE_IP_TYPES = frozenset({519, 768, 769, 776, ARPHRD_NONE})
+from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES
 
 # The largest frame of each kind, so that no default layout cuts one.
 # TUN/TAP: 65,535 bytes of MTU at most, an Ethernet header, two VLAN tags, and a 64 KiB super-packet with headers;
@@ -228,9 +221,9 @@ def interface_name(name: str) -> bytes:
 
 def ethernet_of(hardware_type: int) -> bool | None:
     """Whether frames of this ARPHRD_* type start with an Ethernet header; None for types linkrx does not know."""
-    if hardware_type in _ETHERNET_TYPES:
+    if hardware_type in ETHERNET_TYPES:
         return True
-    return False if hardware_type in _BARE_IP_TYPES else None
+    return False if hardware_type in BARE_IP_TYPES else None
 
 
 def _probe_interface(name: str) -> Capabilities:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from linkrx.errors import UnsupportedOption
-from linkrx.kernel.uapi import ETH_P_ALL, VNET_HEADER_BYTES
-from linkrx.memory.framing import Framing
+from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_P_ALL, VNET_HEADER_BYTES
+from linkrx.memory.framing import BARE_IP_TYPES, TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
 from linkrx.memory.layouts import checked_sizes
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.fanout import Fanout
@@ -172,11 +172,16 @@ class Options:
 
     def framing(self, capabilities: Capabilities) -> Framing:
         """What stands in front of the data: what the caller says where the probe does not know, never against it."""
+        ethernet, packet_info = self._ethernet(capabilities), self._packet_info(capabilities)
+        told = _told(capabilities, ethernet, packet_info)
         return Framing(
-            ethernet=self._ethernet(capabilities),
+            ethernet=ethernet,
             vnet_header_size=self._vnet_header_size(capabilities),
-            packet_info=self._packet_info(capabilities),
+            packet_info=packet_info,
             vnet_little_endian=capabilities.vnet_little_endian,
+            # A backend that does not tell the link type is taken to have Ethernet.
+            link_type=capabilities.hardware_type or (ARPHRD_ETHER if told == TOLD_BY_LINK_TYPE else 0),
+            told=told,
         )
 
     def _ethernet(self, found: Capabilities) -> bool:
@@ -187,7 +192,8 @@ class Options:
                     "not know: pass ethernet=True or ethernet=False to say how they start"
                 )
             # A datagram or a pipe says nothing; QEMU, passt and VDE carry Ethernet over theirs.
-            return self.ethernet is not False
+            # A packet socket that is bound to no interface tells the link type of each frame.
+            return self.ethernet is True if found.kind == "packet" else self.ethernet is not False
         if self.ethernet not in (None, found.ethernet):
             raise UnsupportedOption(
                 f"ethernet={self.ethernet} contradicts the source: frames of {found.a_title} "
@@ -228,6 +234,17 @@ class Options:
                 f"{'sends' if found.packet_info else 'does not send'} struct tun_pi"
             )
         return found.packet_info
+
+
+def _told(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
+    """Whether packets of a source differ in what the kernel tells about each: Framing.told."""
+    if found.kind == "packet_cooked":
+        return TOLD_WITHOUT_HEADER
+    if found.kind == "packet" and not (ethernet and found.hardware_type):
+        return TOLD_BY_LINK_TYPE
+    if found.kind == "tun" and (packet_info or found.hardware_type not in (None, *BARE_IP_TYPES)):
+        return TOLD_WITHOUT_HEADER
+    return 0
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from linkrx.kernel import bpf
-from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TUN_PKT_STRIP
+from linkrx.kernel.uapi import ETH_P_8021AD, ETH_P_8021Q, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TUN_PKT_STRIP
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
-from linkrx.memory.framing import Framing
+from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES, Framing
 from linkrx.packets.headers import MALFORMED, OUTGOING, TRUNCATED, VLAN
 
 if TYPE_CHECKING:
     from linkrx.packets import Owner
 
 _ETHERTYPE = struct.Struct("!H")
+ETHERTYPE_VLAN = ETH_P_8021Q
+_VLAN_TYPES = (ETH_P_8021Q, ETH_P_8021AD)
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 # Takes the arena and the number of descriptors; writes the batch's table behind the frames, and marks the descriptors as
@@ -39,6 +41,20 @@ class Filter:
     hardware_type: int = 0
 
 
+def _has_inner_tag(data: bytes, wire_length: int, told: int) -> bool:
+    """Whether a cooked packet starts with the TCI and type of an inner VLAN tag, and not with the told protocol's own header."""
+    if len(data) < 4 or told in _VLAN_TYPES:
+        return False
+    (kind,) = _ETHERTYPE.unpack_from(data, 2)
+    if kind != told and kind not in _VLAN_TYPES:
+        return False
+    if told == ETHERTYPE_IPV4:
+        return data[0] >> 4 != 4 or data[0] & 15 < 5 or kind > wire_length
+    if told == ETHERTYPE_IPV6:
+        return data[0] >> 4 != 6 or (len(data) == 6 and _ETHERTYPE.unpack_from(data, 4)[0] + 40 > wire_length)
+    return True
+
+
 def classifier(
     descriptors: Descriptors,
     framing: Framing,
@@ -52,7 +68,7 @@ def classifier(
     """
     rule = filter or Filter()
     reported, report = descriptors.columns, descriptors.report
-    prefix, link_header = framing.prefix, framing.link_header
+    prefix, differ = framing.prefix, framing.told
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.view[arena.cursor :]
@@ -73,6 +89,8 @@ def classifier(
                 flags |= TRUNCATED
             wire_length = max(reported.wire_lengths[index], length)
             start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
+            link_type = (reported.link_types[index] if differ else 0) or framing.link_type
+            link_header = framing.link_header_of(link_type)
             if rule.program:
                 tagged = flags & VLAN
                 packet = bpf.Filtered(
@@ -91,12 +109,23 @@ def classifier(
             if wire_length > length:
                 flags |= TRUNCATED
             cut += flags & TRUNCATED
-            if link_header:
-                if length < ETH_HEADER_BYTES:
-                    runts += 1
-                    continue
+            protocol = 0
+            if differ:
+                protocol = reported.protocols[index]
+                if framing.packet_info:
+                    (protocol,) = _ETHERTYPE.unpack_from(region, start - prefix + 2)
+                if protocol and flags & VLAN and not link_header:
+                    beginning = bytes(region[start : start + min(length, 6)])
+                    if _has_inner_tag(beginning, wire_length, protocol):
+                        protocol = ETHERTYPE_VLAN
+            if length < link_header:
+                runts += 1
+                continue
+            if protocol:
+                pass
+            elif link_header:
                 (protocol,) = _ETHERTYPE.unpack_from(region, start + 12)
-            else:
+            elif not differ or link_type in ETHERNET_TYPES or link_type in BARE_IP_TYPES:
                 protocol = _IP_VERSIONS.get(region[start] >> 4, 0)
                 if not protocol:
                     unknown += 1
@@ -110,6 +139,11 @@ def classifier(
             table.flags[row] = flags
             table.vlan_tcis[row] = reported.vlan_tcis[index]
             table.vlan_tpids[row] = reported.vlan_tpids[index]
+            if differ:
+                table.link_types[row] = link_type
+                table.addresses[row] = reported.addresses[index]
+                table.address_lengths[row] = reported.address_lengths[index]
+                table.link_headers[row] = link_header
             total += length
             row += 1
         # Nothing is called from here on: an interrupted pass is repeated whole, and counted once.

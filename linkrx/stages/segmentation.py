@@ -81,6 +81,8 @@ class in_c:  # noqa: N801 - like in_python a way to make one
             vnet=framing.vnet_header_size,
             swapped=framing.vnet_little_endian != (sys.byteorder == "little"),
             link_header=framing.link_header,
+            link_type=framing.link_type,
+            told=framing.told,
             given=given.address(),
             given_rows=given.rows,
         )
@@ -141,6 +143,10 @@ class in_python:  # noqa: N801
                 columns.interfaces[rows] = self._taken.columns.interfaces[row]
                 columns.vlan_tcis[rows] = self._taken.columns.vlan_tcis[row]
                 columns.vlan_tpids[rows] = self._taken.columns.vlan_tpids[row]
+                columns.protocols[rows] = self._taken.columns.protocols[row]
+                columns.link_types[rows] = self._taken.columns.link_types[row]
+                columns.addresses[rows] = self._taken.columns.addresses[row]
+                columns.address_lengths[rows] = self._taken.columns.address_lengths[row]
                 rows, cursor, done = rows + 1, end, done + 1
                 self._at = (row, done, rows, cursor)
             else:
@@ -179,7 +185,7 @@ class in_python:  # noqa: N801
         vnet = VnetHeader(*struct.unpack_from(framing.vnet_format, data, framing.packet_info_size))
         frame = data[framing.prefix :]
         try:
-            whole = _split(frame, vnet, framing.link_header, truncated)
+            whole = _split(frame, vnet, framing.link_header_of(columns.link_types[row]), truncated)
             if whole:
                 prefix = information + bytes(framing.vnet_header_size)
                 return _Outcome(prefix, whole, 0, flags & ~CHECKSUM_UNFINISHED)

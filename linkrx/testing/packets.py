@@ -42,7 +42,8 @@ def check_delivery(rig: Rig, backend: str) -> None:
             rx.dispatch(PATIENCE)
         assert [bytes(call[3]) for call in calls] == sent
         for remote, local, protocol, got in calls:
-            assert (remote, local) == ((REMOTE, LOCAL) if rig.ethernet else (None, None))
+            told = REMOTE if rig.told_protocol is not None else None
+            assert (remote, local) == ((REMOTE, LOCAL) if rig.ethernet else (told, None))
             assert (remote, local, protocol) == (got.remote, got.local, got.protocol)
             assert protocol == (PROTOCOL if rig.ethernet else 0x0800)
             assert len(got.link_header) == (ETH_HEADER_BYTES if rig.ethernet else 0)
@@ -88,6 +89,8 @@ def check_unknown_versions(rig: Rig, backend: str) -> None:
     """Without a link header a packet that is neither IPv4 nor IPv6 is counted as such and costs no neighbour."""
     if rig.ethernet:
         raise Inapplicable("the link header tells the protocol")
+    if rig.told_protocol is not None:
+        raise Inapplicable("the kernel tells the protocol")
     versions = [bytes([version << 4 | 5]) + b"abc" for version in range(16) if version not in (4, 6)]
     _check_counted(rig, backend, versions, "unknown_protocol")
 
@@ -140,7 +143,7 @@ def check_odd_packets(rig: Rig, backend: str) -> None:
                 assert (packet.local, packet.remote) == (frame[:6], frame[6:12])
                 assert packet.protocol == int.from_bytes(frame[12:14], "big")
             else:
-                assert packet.protocol == {4: 0x0800, 6: 0x86DD}[frame[0] >> 4]
+                assert packet.protocol == (rig.told_protocol or {4: 0x0800, 6: 0x86DD}[frame[0] >> 4])
 
 
 def check_odd_vnet_headers(rig: Rig, backend: str) -> None:

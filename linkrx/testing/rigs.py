@@ -44,8 +44,9 @@ class Rig:
 
     `send` never blocks: it raises BlockingIOError when the source's queue is full, where that stops senders. That is
     not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
-    `prefix` is what `send` puts in front of each frame. `far_end` opens what gives the frames that the source itself sends:
-    a call waits for the next and returns it; None where a source sends nothing.
+    `prefix` is what `send` puts in front of each frame. `told_protocol` is what the kernel tells of each, and that REMOTE sent it.
+    `far_end` opens what gives the frames that the source itself sends: a call waits for the next and returns it; None where a
+    source sends nothing.
     """
 
     source: int | str | HasFileno
@@ -56,6 +57,7 @@ class Rig:
     options: dict[str, Any] = field(default_factory=dict)
     prefix: bytes = b""
     takes_hostile: bool = True
+    told_protocol: int | None = None
     queue: int = 100
     device: Device | None = None
     hang_up: Callable[[], None] | None = None
@@ -313,6 +315,7 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
             takes_hostile=not raw,
             device=device,
             far_end=(lambda: _frames_on(far, ethernet=True)) if raw else None,
+            told_protocol=None if raw else 0x0800,
         )
 
 

@@ -82,12 +82,19 @@ DEFECTS = {
         "wire_length > length)\n            flags",
         "in.wire_lengths[k] > length)\n            flags",
     ),
-    "runts are packets": ("classify", "length < c->link_header", "length + 1 < c->link_header"),
+    "runts are packets": ("classify", "length < link_header", "length + 1 < link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
     "an interface that is told is forgotten": (
         "classify",
         "in.interfaces[k] ? in.interfaces[k] : c->interface",
         "c->interface",
+    ),
+    "a link type that is told is forgotten": ("classify", "in.link_types[k] ? in.link_types[k] : ", ""),
+    "a told protocol hides the inner tag": ("classify", "protocol = ETHERTYPE_VLAN;", ";"),
+    "an address as long as it claims": (
+        "recvmmsg",
+        "    if (length > most)\n        length = most;\n",
+        "",
     ),
     "a frame crosses the end of its block": (
         "packet_mmap",
@@ -136,8 +143,8 @@ DEFECTS = {
     "an error behind packets is lost": ("readv", "= (uint32_t)error;", "= 0;"),
     "short names say nothing": (
         "recvmmsg",
-        "msg_namelen > offsetof(struct sockaddr_ll, sll_pkttype)",
-        "msg_namelen >= sizeof *s->names",
+        "named >= offsetof(struct sockaddr_ll, sll_addr)",
+        "named >= sizeof *from",
     ),
     "an old timestamp shows": ("recvmmsg", "    out->timestamps[n] = 0;\n", ""),
     "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),

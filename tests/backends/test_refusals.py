@@ -145,12 +145,12 @@ with linkrx.open(receiver, backend="recvmmsg") as rx:
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
 def test_the_last_backend_is_refused(code: int) -> None:
-    """Where even readv(2) is refused the error says what the kernel said, and that nothing else is left."""
+    """Where recvmsg(2) and readv(2) are refused the error says what the kernel said, and that nothing else is left."""
     lines = run(f"""
 os.environ["LINKRX_AVOID"] = "recvmmsg,readv"
 with linkrx.open(receiver) as rx:
     send(1)
-    deny({code}, "readv", "preadv2")
+    deny({code}, "recvmsg", "readv", "preadv2")
     try:
         rx.recv(1)
     except linkrx.BackendUnavailable as error:

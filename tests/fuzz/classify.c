@@ -6,6 +6,23 @@
 #define PACKETS_MOST 12
 #define COUNTERS LRX_COUNTERS
 
+static uint32_t some_link_type(struct input *in)
+{
+    static const uint32_t types[] = {0, 1, 772, 0xFFFE, 519, 768, 769, 776, 778, 32};
+
+    return types[take(in, sizeof types / sizeof *types - 1)];
+}
+
+static int is_ethernet(uint32_t type)
+{
+    return type == 1 || type == 772;
+}
+
+static int is_bare(uint32_t type)
+{
+    return type == 0xFFFE || type == 519 || type == 768 || type == 769 || type == 776;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static const uint32_t vnet_header_sizes[] = {0, 10, 12, 24};
@@ -13,6 +30,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint32_t packet_info = take(&in, 1) * 4;
     uint32_t prefix = packet_info + vnet_header_sizes[take(&in, 3)];
     uint32_t link_header = take(&in, 1) * 14;
+    uint32_t told = take(&in, 2), link_type = some_link_type(&in);
     uint32_t count = take(&in, PACKETS_MOST);
     uint32_t rows = count + take(&in, 2);
     uint32_t bytes = take(&in, 400);
@@ -52,6 +70,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(in_table, rows, k, INTERFACE, k % 3 * 1000); /* 0: not told */
         put(in_table, rows, k, VLAN_TCI, take(&in, 0xFFFF));
         put(in_table, rows, k, VLAN_TPID, take(&in, 0xFFFF));
+        put(in_table, rows, k, PROTOCOL, (uint32_t[]){0, 0x0800, 0x86DD, 0x8100, 0x88A8, 4, 0x0806, 0x88B5}[take(&in, 7)]);
+        put(in_table, rows, k, LINK_TYPE, some_link_type(&in));
+        put(in_table, rows, k, ADDRESS, (uint64_t)take(&in, 0xFFFF) << 40 | k);
+        put(in_table, rows, k, ADDRESS_LENGTH, take(&in, 8));
+        put(in_table, rows, k, LINK_HEADER, take(&in, 255)); /* nobody reads what a backend writes there */
     }
     for (uint32_t i = 0; i < bytes; i++)
         region[i] = in.left ? (uint8_t)take(&in, 0xFF) : content(0, i);
@@ -88,19 +111,48 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (wire > length || whole > length || strip % 2)
             flags |= LRX_TRUNCATED;
         expected_counters[LRX_CUT] += flags % 2;
-        if (link_header && length - prefix < link_header) {
+        uint32_t header = link_header, type = 0, left = length - prefix;
+        int guess = 1;
+        if (told) {
+            type = (uint32_t)get(in_table, rows, k, LINK_TYPE);
+            if (!type)
+                type = link_type;
+            header = told == LRX_TOLD_WITHOUT_HEADER || is_bare(type) ? 0 : is_ethernet(type) ? 14 : link_header;
+            protocol = packet_info ? region[start + 2] * 256u + region[start + 3]
+                                   : (uint32_t)get(in_table, rows, k, PROTOCOL);
+            guess = is_bare(type) || is_ethernet(type);
+        }
+        if (header && left < header) {
             expected_counters[LRX_RUNTS]++;
             continue;
         }
-        if (link_header)
+        /* The type behind an inner tag, where the kernel tells what comes behind that. */
+        if (protocol && protocol != 0x8100 && protocol != 0x88A8 && flags & LRX_VLAN && !header && left >= 4) {
+            uint32_t inner = frame[2] * 256u + frame[3], all = (wire > whole ? wire : whole) - prefix;
+            int known = inner == protocol || inner == 0x8100 || inner == 0x88A8;
+            int true_ip = protocol == 0x0800   ? frame[0] / 16 == 4 && frame[0] % 16 >= 5 && inner <= all
+                          : protocol == 0x86DD ? frame[0] / 16 == 6 && (left < 6 || frame[4] * 256u + frame[5] + 40 <= all)
+                                               : 0;
+            if (known && !true_ip)
+                protocol = 0x8100;
+        }
+        if (protocol)
+            ;
+        else if (header)
             protocol = frame[12] * 256u + frame[13];
-        else if (frame[0] / 16 == 4)
+        else if (guess && frame[0] / 16 == 4)
             protocol = 0x0800;
-        else if (frame[0] / 16 == 6)
+        else if (guess && frame[0] / 16 == 6)
             protocol = 0x86DD;
-        if (!link_header && !protocol) {
+        else if (guess) {
             expected_counters[LRX_UNKNOWN_PROTOCOL]++;
             continue;
+        }
+        if (told) {
+            put(expected, count, n, LINK_TYPE, type);
+            put(expected, count, n, ADDRESS, get(in_table, rows, k, ADDRESS));
+            put(expected, count, n, ADDRESS_LENGTH, get(in_table, rows, k, ADDRESS_LENGTH));
+            put(expected, count, n, LINK_HEADER, header);
         }
         put(expected, count, n, TIMESTAMP, get(in_table, rows, k, TIMESTAMP));
         put(expected, count, n, START, start + prefix);
@@ -123,8 +175,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (rows)
         memcpy(untouched_table, in_table, ROW_BYTES * rows);
     const struct lrx_classifier classifier = {(uintptr_t)descriptors, rows,      prefix,
-                                              packet_info,            link_header, interface,
-                                              (uintptr_t)counters,    {.program = filters ? &keep : NULL}};
+                                              packet_info,            link_header, link_type,
+                                              told,                   interface,   (uintptr_t)counters,
+                                              {.program = filters ? &keep : NULL}};
     lrx_classify(&classifier, (uintptr_t)region, count, (uintptr_t)table);
 
     report->count = 0;

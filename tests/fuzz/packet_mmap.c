@@ -39,7 +39,8 @@ struct told {
     const uint8_t *frame;   /* in the copy */
     uint32_t block;         /* which one it lies in */
     uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
-    uint32_t interface;
+    uint32_t interface, protocol, link_type, address_length;
+    uint64_t address;
     int64_t timestamp;
 };
 
@@ -274,6 +275,15 @@ static void walk(struct block *block)
             told->timestamp = header->tp_sec * INT64_C(1000000000) + header->tp_nsec;
         }
         told->interface = number_at(block, at + 48 + 4, 4); /* sll_ifindex */
+        if (kernel.wanted & LRX_WANT_SENDER) {
+            const uint8_t *from = block->copy + at + 48;
+            uint32_t halen = from[11];
+
+            told->protocol = from[2] * 256u + from[3];
+            told->link_type = number_at(block, at + 48 + 8, 2);
+            told->address_length = halen < 8 ? halen : 8;
+            memcpy(&told->address, from + 12, told->address_length);
+        }
         if (kernel.wanted & LRX_OUTGOING && block->copy[at + 48 + 10] == PACKET_OUTGOING)
             told->flags |= LRX_OUTGOING;
         block->good++;
@@ -312,7 +322,11 @@ static void write_block(void)
         block[k] = content(kernel.filled, k);
     for (; made < packets; made++) {
         struct tpacket3_hdr header = {0};
-        struct sockaddr_ll from = {.sll_pkttype = (uint8_t)take(in, 5), .sll_ifindex = (int)(made * 7 + kernel.filled)};
+        struct sockaddr_ll from = {.sll_pkttype = (uint8_t)take(in, 5), .sll_ifindex = (int)(made * 7 + kernel.filled),
+                                   .sll_protocol = (uint16_t)(made * 257),
+                                   .sll_hatype = (uint16_t)made,
+                                   .sll_halen = (uint8_t)(made % 12),
+                                   .sll_addr = {1, 2, (uint8_t)made, 4, 5, 6, 7, 8}};
         uint32_t mac = 48 + 20 + (kernel.vnet ? 12 : 0) + take(in, 40), most;
 
         if (at + mac > kernel.block_size)
@@ -467,6 +481,9 @@ static void check_rows(const uint8_t *table, uint32_t rows, const struct expecte
             free_from = start + length;
         }
         MUST(get(table, rows, k, INTERFACE) == told->interface);
+        MUST(get(table, rows, k, PROTOCOL) == told->protocol && get(table, rows, k, LINK_TYPE) == told->link_type);
+        MUST(get(table, rows, k, ADDRESS) == told->address);
+        MUST(get(table, rows, k, ADDRESS_LENGTH) == told->address_length);
         for (uint32_t i = 0; i < length; i++) {
             /* The ten bytes of struct virtio_net_hdr, zeroes up to its size, the frame. */
             uint8_t due_byte = i >= kernel.vnet ? told->frame[i - kernel.vnet] : i < 10 ? told->frame[(int)i - 10] : 0;
@@ -604,7 +621,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     kernel.block_size = 256 + 8 * take(&in, (BLOCK_MOST - 256) / 8);
     kernel.vnet = vnets[take(&in, 4)];
     kernel.capacity = take(&in, 1) ? BLOCK_MOST : take(&in, 300);
-    kernel.wanted = (take(&in, 1) ? LRX_TIMESTAMP : 0) | (take(&in, 1) ? LRX_OUTGOING : 0);
+    kernel.wanted = (take(&in, 1) ? LRX_TIMESTAMP : 0) | (take(&in, 1) ? LRX_OUTGOING : 0) |
+                    (take(&in, 1) ? LRX_WANT_SENDER : 0);
     broken = take(&in, 15) == 1;
     kernel.steps_left = broken ? (int)take(&in, 5) : -1;
     s = lrx_ring_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted);

@@ -40,6 +40,8 @@ static struct {
     int readable; /* poll() said so, and nothing was read since */
     int error;    /* what ended this fill; nothing may be asked for behind it */
     uint32_t handed, first;
+    uint32_t tags[HANDED_MOST];    /* of an AF_PACKET socket: what it told of each, a link type and a VLAN tag */
+    uint32_t cuts[HANDED_MOST];    /* and how much a filter had cut off */
     uint32_t lengths[HANDED_MOST]; /* of packets handed out in this fill, from number `first` on */
 } kernel;
 
@@ -56,7 +58,7 @@ static int fail(void)
 {
     errno = kernel.next.error;
     kernel.known = 0;
-    if (errno == EOPNOTSUPP && kernel.method == LRX_READ)
+    if ((errno == EOPNOTSUPP || errno == ENOSYS || errno == EPERM) && kernel.method == LRX_READ && !kernel.plain)
         kernel.method = LRX_POLL; /* what is to be done about it: nobody else need know */
     else if (errno != EINTR)
         kernel.error = errno;
@@ -114,9 +116,37 @@ static int fake_fcntl(int fd, int command)
     return kernel.nonblocking ? O_RDWR | O_NONBLOCK : O_RDWR;
 }
 
+/* As an AF_PACKET socket does it, with a name and PACKET_AUXDATA, or with neither. */
+static ssize_t hand_out_told(struct msghdr *message)
+{
+    struct sockaddr_ll name = {.sll_family = AF_PACKET};
+    struct tpacket_auxdata aux = {.tp_status = TP_STATUS_VLAN_VALID};
+    struct cmsghdr header = {CMSG_LEN(sizeof aux), SOL_PACKET, PACKET_AUXDATA};
+    const uint32_t number = kernel.handed;
+    ssize_t length;
+
+    MUST(message->msg_namelen == sizeof name && message->msg_controllen == CONTROL);
+    length = hand_out(message->msg_iov, (int)message->msg_iovlen);
+    if (length < 0)
+        return length;
+    kernel.tags[number] = take(kernel.in, 0xFFFF);
+    kernel.cuts[number] = kernel.tags[number] ? take(kernel.in, 0xFF) : 0;
+    name.sll_hatype = aux.tp_vlan_tci = (uint16_t)kernel.tags[number];
+    aux.tp_len = kernel.cuts[number];
+    memcpy(message->msg_name, &name, sizeof name);
+    memcpy(message->msg_control, &header, sizeof header);
+    memcpy((uint8_t *)message->msg_control + sizeof header, &aux, sizeof aux);
+    message->msg_namelen = kernel.tags[number] ? sizeof name : 0;
+    message->msg_controllen = kernel.tags[number] ? CMSG_SPACE(sizeof aux) : 0;
+    return length;
+}
+
 static ssize_t fake_recvmsg(int fd, struct msghdr *message, int flags)
 {
-    MUST(fd == FD && kernel.method == LRX_RECV && flags == (MSG_DONTWAIT | MSG_TRUNC));
+    MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC));
+    if (kernel.method == LRX_RECV_TOLD)
+        return hand_out_told(message);
+    MUST(kernel.method == LRX_RECV);
     MUST(!message->msg_name && !message->msg_control && !message->msg_namelen && !message->msg_controllen);
     return hand_out(message->msg_iov, (int)message->msg_iovlen);
 }
@@ -160,9 +190,14 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
         MUST(start % 8 == 0 && start >= free_from && start + length <= end);
         free_from = start + length;
         MUST(length == (cut ? kernel.capacity : kernel.lengths[k]));
-        MUST(get(table, rows, k, WIRE_LENGTH) == (kernel.method == LRX_RECV ? kernel.lengths[k] : length));
-        MUST(get(table, rows, k, FLAGS) == (cut ? LRX_TRUNCATED : 0));
-        MUST(!get(table, rows, k, TIMESTAMP) && !get(table, rows, k, VLAN_TCI) && !get(table, rows, k, VLAN_TPID));
+        int told = kernel.method == LRX_RECV_TOLD && kernel.tags[k], socket = kernel.method == LRX_RECV || kernel.method == LRX_RECV_TOLD;
+
+        MUST(get(table, rows, k, WIRE_LENGTH) == (socket ? kernel.lengths[k] : length) + (told ? kernel.cuts[k] : 0));
+        MUST(get(table, rows, k, FLAGS) == (uint64_t)((cut ? LRX_TRUNCATED : 0) | (told ? LRX_VLAN : 0)));
+        MUST(!get(table, rows, k, TIMESTAMP));
+        MUST(get(table, rows, k, VLAN_TCI) == (told ? kernel.tags[k] : 0));
+        MUST(get(table, rows, k, VLAN_TPID) == (told ? 0x8100 : 0));
+        MUST(get(table, rows, k, LINK_TYPE) == (told ? kernel.tags[k] : 0));
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.first + k, i));
     }
@@ -172,8 +207,8 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, size};
-    const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL};
-    struct lrx_readv r = {.fd = FD, .method = methods[take(&in, 3)]};
+    const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL, LRX_RECV_TOLD};
+    struct lrx_readv r = {.fd = FD, .method = methods[take(&in, 4)]};
     uint32_t rows = 1 + take(&in, 7), table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
     struct lrx_report *report = (struct lrx_report *)exactly(table_bytes);
 

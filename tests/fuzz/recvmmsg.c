@@ -21,7 +21,8 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 
 /* What is to be told about a packet. */
 struct told {
-    uint32_t length, wire_length, flags, vlan_tci, vlan_tpid;
+    uint32_t length, wire_length, flags, vlan_tci, vlan_tpid, interface, protocol, link_type, address_length;
+    uint64_t address;
     int64_t timestamp;
 };
 
@@ -143,6 +144,21 @@ static void write_name(struct msghdr *message, struct told *told)
     static const socklen_t lengths[] = {20, 18, 32, 0};
     struct sockaddr_ll name = {.sll_family = AF_PACKET, .sll_pkttype = (uint8_t)take(kernel.in, 6)};
     socklen_t length = lengths[take(kernel.in, 3)];
+    uint32_t room = length > 20 ? 8 : length ? length - 12 : 0;
+
+    name.sll_ifindex = (int)take(kernel.in, 0xFFFF);
+    name.sll_protocol = htons((uint16_t)take(kernel.in, 0xFFFF));
+    name.sll_hatype = (uint16_t)take(kernel.in, 0xFFFF);
+    name.sll_halen = (uint8_t)take(kernel.in, 0xFF);
+    for (uint32_t i = 0; i < 8; i++)
+        name.sll_addr[i] = content(name.sll_hatype, i);
+    if (length) {
+        told->interface = (uint32_t)name.sll_ifindex;
+        told->protocol = ntohs(name.sll_protocol);
+        told->link_type = name.sll_hatype;
+        told->address_length = name.sll_halen < room ? name.sll_halen : room;
+        memcpy(&told->address, name.sll_addr, told->address_length);
+    }
 
     memcpy(message->msg_name, &name, length < sizeof name ? length : sizeof name);
     message->msg_namelen = length;
@@ -167,7 +183,7 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
         struct msghdr *message = &headers[n].msg_hdr;
         const struct event event = next_event(kernel.in, kernel.capacity);
         const uint32_t number = kernel.handed;
-        struct told told = {event.length, event.length, 0, 0, 0, 0};
+        struct told told = {.length = event.length, .wire_length = event.length};
         size_t room = 0;
 
         if (event.kind != PACKET) {
@@ -221,6 +237,11 @@ static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, cons
         MUST(get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
         MUST(get(table, rows, k, VLAN_TCI) == told->vlan_tci);
         MUST(get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
+        MUST(get(table, rows, k, INTERFACE) == told->interface);
+        MUST(get(table, rows, k, PROTOCOL) == told->protocol);
+        MUST(get(table, rows, k, LINK_TYPE) == told->link_type);
+        MUST(get(table, rows, k, ADDRESS) == told->address);
+        MUST(get(table, rows, k, ADDRESS_LENGTH) == told->address_length);
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.taken, i));
     }

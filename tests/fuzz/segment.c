@@ -388,9 +388,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(untouched, 0xA5, largest + 2000);
     memcpy(taken, report, sizeof *report);
     memset(given, 0, sizeof(struct lrx_report));
-    struct lrx_segmenter s = {(uintptr_t)taken, rows,       f.packet_info, f.vnet, f.swapped, f.link_header,
-                              (uintptr_t)given, given_rows, 0,             0,      0,         0,
-                              0};
+    struct lrx_segmenter s = {.taken = (uintptr_t)taken,
+                              .taken_rows = rows,
+                              .packet_info = f.packet_info,
+                              .vnet = f.vnet,
+                              .swapped = f.swapped,
+                              .link_header = f.link_header,
+                              .given = (uintptr_t)given,
+                              .given_rows = given_rows};
 
     for (uint32_t calls = 0;; calls++) {
         uint32_t room = take(&in, 3) || !in.left ? largest + take(&in, 2000) : take(&in, largest), end = 0;

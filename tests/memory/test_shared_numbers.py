@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from linkrx import _core, packets
-from linkrx.memory import columns, report
+from linkrx.memory import columns, framing, report
 from linkrx.memory import counters as slots
 from linkrx.memory import layouts as buffers
 from linkrx.packets import headers, plain
@@ -17,6 +17,8 @@ from linkrx.sources import options
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
     "LRX_ROW_BYTES": columns.ROW_BYTES,
+    "LRX_TOLD_WITHOUT_HEADER": framing.TOLD_WITHOUT_HEADER,
+    "LRX_TOLD_BY_LINK_TYPE": framing.TOLD_BY_LINK_TYPE,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,
     "LRX_VLAN": headers.Flags.VLAN,

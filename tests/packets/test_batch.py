@@ -426,6 +426,7 @@ def expected(row: Row, framing: Framing) -> dict[str, Any]:
         "checksum_unfinished": bool(row.flags & 16),
         "timestamp_ns": row.timestamp if row.flags & 8 else None,
         "vlan": (row.vlan_tpid, row.vlan_tci) if row.flags & 4 else None,
+        "link_type": framing.link_type,
         "vnet": vnet_of(struct.unpack(f"{order}BBHHHH", vnet), row.frame) if vnet else None,
     }
 
@@ -493,7 +494,7 @@ def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
 def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
     """A row whose frame is not where frames are, or is shorter than its link header, is a ValueError that says so."""
     source, arena, view = filled()
-    offset = {"starts": 8, "lengths": 12}[column]
+    offset = {"starts": 16, "lengths": 20}[column]
     struct.pack_into("=I", view, 128 + 3 * offset, value)
     with pytest.raises(ValueError, match="the backend reports packet 0 at"):
         source.receiver.take_in(arena)

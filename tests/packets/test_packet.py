@@ -615,6 +615,8 @@ STATE = (
     "flags",
     "tci",
     "tpid",
+    "link_type",
+    "address",
     "link_header",
     "vnet",
     "raw",
@@ -628,6 +630,8 @@ WRONG: dict[str, list[Any]] = {
     "flags": [2**16, 2**32 + 1, -1, 2**70, None],
     "tci": [2**16, -1, 2**70, None],
     "tpid": [2**16, -1, 2**70, None],
+    "link_type": [2**16, -1, 2**70, None],
+    "address": [bytes(9), "text", None, 5],
     "link_header": [13, -14, 2**8, 2**32 + 14, 2**70, None, b""],
     "vnet": [0, 3, -1, 2**32 + 1, None],
     "raw": [b"", bytes(9), bytes(11), "text", None],
@@ -646,7 +650,7 @@ def test_a_damaged_pickle(kind: Kind, field: str, value: Any) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("size", [*range(11), 12, 20])
+@pytest.mark.parametrize("size", [*range(13), 14, 20])
 def test_a_pickle_of_another_length(kind: Kind, size: int) -> None:
     """State with too few or too many fields is a TypeError."""
     _, *state = state_of(one(kind, Row(frame())))

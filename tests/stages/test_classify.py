@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from linkrx.kernel import bpf
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table, align
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
-from linkrx.memory.framing import Framing
+from linkrx.memory.framing import TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
 from linkrx.packets import Owner
 from linkrx.packets.headers import MALFORMED, Flags
 from linkrx.stages.classify import Classify, Filter, classifier
@@ -55,6 +56,8 @@ def in_c(
         prefix=framing.prefix,
         packet_info=framing.packet_info_size,
         link_header=framing.link_header,
+        link_type=framing.link_type,
+        told=framing.told,
         interface=interface,
         counters=_core.address(counters),
     )
@@ -101,6 +104,9 @@ class Received:
     vlan_tci: int = 0
     vlan_tpid: int = 0
     interface: int = 0
+    protocol: int = 0
+    link_type: int = 0
+    address: bytes = b""
 
 
 @dataclass
@@ -133,6 +139,10 @@ def run(make: Make, framing: Framing, packets: Sequence[Received], interface: in
         columns.vlan_tcis[index] = packet.vlan_tci
         columns.vlan_tpids[index] = packet.vlan_tpid
         columns.interfaces[index] = packet.interface
+        columns.protocols[index] = packet.protocol
+        columns.link_types[index] = packet.link_type
+        columns.addresses[index] = int.from_bytes(packet.address.ljust(8, b"\0"), sys.byteorder)
+        columns.address_lengths[index] = len(packet.address)
         cursor = align(cursor + len(packet.data))
     descriptors.report.count = len(packets)
     descriptors.report.end = cursor
@@ -352,7 +362,12 @@ class Descriptor:
     vlan_tci: int
     vlan_tpid: int
     interface: int
+    inner_type: int | None  # written where the type behind an inner VLAN tag would stand
     first_byte: int | None  # written where the frame starts, so that known versions are not rare
+    protocol: int
+    link_type: int
+    address: int
+    address_length: int
     tun_pi_flags: int | None  # written where packet information would stand
 
 
@@ -370,7 +385,12 @@ descriptor_of_anything = st.builds(
     vlan_tci=uint16,
     vlan_tpid=uint16,
     interface=st.integers(0, 2**32 - 1),
-    first_byte=st.one_of(st.none(), st.sampled_from([0x40, 0x4F, 0x60, 0x6F])),
+    protocol=st.one_of(st.just(0), st.sampled_from([0x0800, 0x86DD, 0x8100, 0x88A8]), uint16),
+    link_type=st.one_of(st.just(0), st.sampled_from([1, 519, 768, 772, 778, 0xFFFE]), uint16),
+    address=st.integers(0, 2**64 - 1),
+    address_length=st.integers(0, 8),
+    inner_type=st.one_of(st.none(), st.sampled_from([0, 60, 0x0800, 0x86DD, 0x8100, 0x88A8])),
+    first_byte=st.one_of(st.none(), st.sampled_from([0x40, 0x45, 0x4F, 0x60, 0x6F])),
     tun_pi_flags=st.one_of(st.none(), st.sampled_from([0, 1, 2, 3, 0x0100, 0xFFFF])),
 )
 framings = st.builds(
@@ -378,6 +398,8 @@ framings = st.builds(
     ethernet=st.booleans(),
     vnet_header_size=st.sampled_from([0, 0, 10, 11, 12, 24]),
     packet_info=st.booleans(),
+    link_type=st.sampled_from([0, 1, 772, 778, 0xFFFE]),
+    told=st.sampled_from([0, TOLD_WITHOUT_HEADER, TOLD_BY_LINK_TYPE]),
 )
 
 _arenas: list[Owner] = []
@@ -433,11 +455,17 @@ def test_c_and_python_agree(
             columns.vlan_tcis[index] = packet.vlan_tci
             columns.vlan_tpids[index] = packet.vlan_tpid
             columns.interfaces[index] = packet.interface
+            columns.protocols[index] = packet.protocol
+            columns.link_types[index] = packet.link_type
+            columns.addresses[index] = packet.address
+            columns.address_lengths[index] = packet.address_length
             at = cursor + packet.start
             if packet.tun_pi_flags is not None:
                 struct.pack_into("=H", arena.view, at, packet.tun_pi_flags)
             if packet.first_byte is not None:
                 arena.view[at + framing.prefix] = packet.first_byte
+            if packet.inner_type is not None:
+                struct.pack_into("!H", arena.view, at + framing.prefix + 2, packet.inner_type)
         descriptors.report.count = len(packets)
         descriptors.report.end = MEMORY
         counters = array("Q", [counted] * len(new_counters()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -67,6 +68,9 @@ class Row:
     interface: int = 0
     vlan_tci: int = 0
     vlan_tpid: int = 0
+    link_type: int = 0
+    address: bytes = b""
+    link_header: int = 0
 
 
 def frame(payload: bytes = b"payload", protocol: int = 0x88B5) -> bytes:
@@ -115,6 +119,8 @@ class Hand:
             framing.prefix,
             framing.packet_info_size,
             framing.link_header,
+            framing.link_type,
+            framing.told,
             framing.vnet_header_size,
             not framing.vnet_little_endian,
             0,
@@ -211,6 +217,11 @@ class Source:
             columns.flags[index] = row.flags
             columns.vlan_tcis[index] = row.vlan_tci
             columns.vlan_tpids[index] = row.vlan_tpid
+            if self.framing.told:
+                columns.link_types[index] = row.link_type
+                columns.addresses[index] = int.from_bytes(row.address.ljust(8, b"\0"), sys.byteorder)
+                columns.address_lengths[index] = len(row.address)
+                columns.link_headers[index] = row.link_header
         report = self.descriptors.report
         report.classified, report.rows, report.end, report.receives = len(rows) + 1, count, end, 1
 
@@ -331,6 +342,7 @@ FIELDS = (
     "local",
     "wire_length",
     "interface",
+    "link_type",
     "truncated",
     "outgoing",
     "checksum_unfinished",

@@ -11,6 +11,10 @@ NUMBERS = {
     "x86_64": {
         "recvmmsg": 299,
         "recvfrom": 45,
+        "recvmsg": 47,
+        "getsockopt": 55,
+        "epoll_ctl": 233,
+        "timerfd_settime": 286,
         "readv": 19,
         "preadv2": 327,
         "pwritev2": 328,
@@ -23,6 +27,10 @@ NUMBERS = {
     "aarch64": {
         "recvmmsg": 243,
         "recvfrom": 207,
+        "recvmsg": 212,
+        "getsockopt": 209,
+        "epoll_ctl": 21,
+        "timerfd_settime": 86,
         "readv": 65,
         "preadv2": 286,
         "pwritev2": 287,

@@ -40,34 +40,36 @@ static void step(Receiver *r)
 /* The objects for a packet that was set. */
 static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
 {
-    uint8_t header[ETHER_HEADER] = {0};
+    uint8_t key[16] = {0}; /* the link header, or what is known in place of it */
     unsigned sum = 0;
     Neighbour *n;
 
     if (!lrx_packet_is_readable(p))
         return NULL;
     if (p->link_header) {
-        memcpy(header, p->frame, ETHER_HEADER);
+        memcpy(key, p->frame, ETHER_ADDRESS + ETHER_ADDRESS);
+        key[14] = p->link_header;
     } else {
-        header[12] = (uint8_t)(p->protocol >> 8);
-        header[13] = (uint8_t)p->protocol;
+        memcpy(key, p->address, p->address_length);
+        key[15] = p->address_length;
     }
+    key[12] = (uint8_t)(p->protocol >> 8);
+    key[13] = (uint8_t)p->protocol;
     for (int k = 5; k < ETHER_HEADER; k += 3) /* ends of both addresses, and the protocol's */
-        sum = sum * 31 + header[k] + header[k - 1];
+        sum = sum * 31 + key[k] + key[k - 1];
     n = &r->neighbours[sum % NEIGHBOURS];
-    if (n->protocol && memcmp(n->header, header, ETHER_HEADER) == 0)
+    if (n->protocol && memcmp(n->key, key, sizeof key) == 0)
         return n;
     Py_CLEAR(n->remote);
     Py_CLEAR(n->local);
     Py_CLEAR(n->protocol);
-    memcpy(n->header, header, ETHER_HEADER);
+    memcpy(n->key, key, sizeof key);
     if (p->link_header) {
-        n->remote = PyBytes_FromStringAndSize((const char *)header + ETHER_ADDRESS, ETHER_ADDRESS);
-        n->local = PyBytes_FromStringAndSize((const char *)header, ETHER_ADDRESS);
+        n->remote = PyBytes_FromStringAndSize((const char *)key + ETHER_ADDRESS, ETHER_ADDRESS);
+        n->local = PyBytes_FromStringAndSize((const char *)key, ETHER_ADDRESS);
     } else {
-        n->remote = Py_None;
+        n->remote = lrx_packet_told_address(p);
         n->local = Py_None;
-        Py_INCREF(Py_None);
         Py_INCREF(Py_None);
     }
     if (n->remote && n->local)

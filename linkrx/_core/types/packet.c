@@ -69,12 +69,30 @@ int lrx_packet_own(Packet *p)
     return 0;
 }
 
+PyObject *lrx_packet_told_address(const Packet *p)
+{
+    if (!p->address_length)
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize((const char *)p->address, p->address_length);
+}
+
 void lrx_packet_reset(Packet *p)
 {
     unlink_packet(p);
     Py_CLEAR(p->own);
     p->frame = NULL;
     p->length = 0;
+}
+
+/* What differs from packet to packet on some sources. */
+static void set_told(Packet *p, const Table *t, uint32_t index)
+{
+    p->link_type = t->link_types[index];
+    p->link_header = t->link_headers[index];
+    if (!p->link_header) {
+        p->address_length = t->address_lengths[index] < LINK_ADDRESS ? t->address_lengths[index] : LINK_ADDRESS;
+        memcpy(p->address, &t->addresses[index], LINK_ADDRESS);
+    }
 }
 
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
@@ -91,7 +109,11 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
     p->flags = t->flags[index];
     p->vlan_tci = t->vlan_tcis[index];
     p->vlan_tpid = t->vlan_tpids[index];
+    p->link_type = batch->framing.link_type;
     p->link_header = batch->framing.link_header;
+    p->address_length = 0;
+    if (batch->framing.told)
+        set_told(p, t, index);
     p->has_vnet = 0;
     if (batch->settled) {
         unlink_packet(p);
@@ -140,8 +162,10 @@ PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused)
     Py_DECREF(packets);
     if (!restore)
         return NULL;
-    result = Py_BuildValue("N(iOLIIHHHHiiN)", restore, 1, p->own, (long long)p->timestamp, p->wire_length,
-                           p->interface, p->protocol, p->flags, p->vlan_tci, p->vlan_tpid, p->link_header, p->has_vnet,
+    result = Py_BuildValue("N(iOLIIHHHHHNiiN)", restore, 1, p->own, (long long)p->timestamp, p->wire_length, p->interface,
+                           p->protocol, p->flags, p->vlan_tci, p->vlan_tpid, p->link_type,
+                           PyBytes_FromStringAndSize((const char *)p->address, p->address_length), p->link_header,
+                           p->has_vnet,
                            PyBytes_FromStringAndSize((const char *)p->vnet, p->has_vnet ? VNET_HEADER : 0));
     return result;
 }
@@ -151,12 +175,12 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
     /* Unlike unsigned numbers, these are looked at before they are cut to their size. */
-    long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_header, has_vnet;
-    PyObject *frame, *vnet;
+    long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_type, link_header, has_vnet;
+    PyObject *frame, *vnet, *address;
     Packet *p;
 
-    if (!PyArg_ParseTuple(args, "SLLLLLLLLLS:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
-                          &flags, &tci, &tpid, &link_header, &has_vnet, &vnet)) {
+    if (!PyArg_ParseTuple(args, "SLLLLLLLLSLLS:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
+                          &flags, &tci, &tpid, &link_type, &address, &link_header, &has_vnet, &vnet)) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))
             return NULL;
         PyErr_Clear();
@@ -164,7 +188,8 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     }
     if (!PyBytes_CheckExact(frame) || PyBytes_Size(frame) < link_header || PyBytes_Size(frame) > UINT32_MAX ||
         (link_header != 0 && link_header != ETHER_HEADER) || has_vnet < 0 || has_vnet > 2 ||
-        PyBytes_Size(vnet) != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid) & ~UINT16_MAX) ||
+        PyBytes_Size(vnet) != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid | link_type) & ~UINT16_MAX) ||
+        PyBytes_Size(address) > (link_header ? 0 : LINK_ADDRESS) ||
         ((wire_length | interface) & ~(long long)UINT32_MAX))
         goto damaged;
     p = lrx_packet_new(state);
@@ -181,6 +206,9 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     p->flags = (uint16_t)flags;
     p->vlan_tci = (uint16_t)tci;
     p->vlan_tpid = (uint16_t)tpid;
+    p->link_type = (uint16_t)link_type;
+    p->address_length = (uint8_t)PyBytes_Size(address);
+    memcpy(p->address, PyBytes_AsString(address), p->address_length);
     p->link_header = (uint8_t)link_header;
     p->has_vnet = (uint8_t)has_vnet;
     memcpy(p->vnet, PyBytes_AsString(vnet), (size_t)PyBytes_Size(vnet));

@@ -111,6 +111,8 @@ static PyObject *address(PyObject *self, int offset)
 {
     Packet *p = (Packet *)self;
 
+    if (!p->link_header && offset)
+        return lrx_packet_told_address(p);
     if (!p->link_header)
         Py_RETURN_NONE;
     if (!lrx_packet_is_readable(p))
@@ -300,6 +302,12 @@ static PyObject *packet_interface(PyObject *self, void *unused)
     return PyLong_FromUnsignedLong(((Packet *)self)->interface);
 }
 
+static PyObject *packet_link_type(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(((Packet *)self)->link_type);
+}
+
 static PyObject *packet_flag(PyObject *self, void *flag)
 {
     return PyBool_FromLong(((Packet *)self)->flags & (uintptr_t)flag);
@@ -350,13 +358,17 @@ static PyGetSetDef packet_attributes[] = {
      "The Ethernet header, 14 bytes, or nothing where there is none: a read-only memoryview.", (void *)LINK_HEADER},
     {"data", packet_view, NULL, "What follows the link header: a read-only memoryview.", (void *)DATA},
     {"protocol", packet_protocol, NULL,
-     "The EtherType in the Ethernet header; without one, 0x0800 or 0x86DD from the IP version.", NULL},
-    {"remote", packet_remote, NULL, "The source MAC address, 6 bytes, or None without Ethernet.", NULL},
+     "The EtherType that the kernel tells, or that is in the Ethernet header; without either, 0x0800 or 0x86DD from the IP\n"
+     "version, and 0 where frames are no IP.", NULL},
+    {"remote", packet_remote, NULL,
+     "The source MAC address, 6 bytes. Without Ethernet header the sender's link address as the kernel tells it, or None.", NULL},
     {"local", packet_local, NULL, "The destination MAC address, 6 bytes, or None without Ethernet.", NULL},
     {"wire_length", packet_wire_length, NULL,
      "Bytes of the frame before it was cut, where the kernel tells it; else the bytes that were kept.", NULL},
     {"interface", packet_interface, NULL,
      "The index of the interface that the frame came through, on packet sockets; else 0.", NULL},
+    {"link_type", packet_link_type, NULL,
+     "What kind of device the frame came through: the number ARPHRD_* of linux/if_arp.h. 1: Ethernet.", NULL},
     {"truncated", packet_flag, NULL, "Whether the frame was longer than what was kept of it.", (void *)LRX_TRUNCATED},
     {"outgoing", packet_flag, NULL, "Whether this host sent the frame; only ever True with outgoing=True.",
      (void *)LRX_OUTGOING},

@@ -6,25 +6,26 @@
 
 /* For the subclass. */
 
-/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, vnet, big_endian, interface,
+/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, link_type, told, vnet,
+ *          big_endian, interface,
  *          may_hang_up, source, event, epoll, latency) */
 static PyObject *receiver_prepare(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
     PyObject *deliver, *descriptors, *counters;
-    unsigned rows, room, prefix, packet_info, link_header, vnet, interface;
+    unsigned rows, room, prefix, packet_info, link_header, link_type, told, vnet, interface;
     int big_endian, may_hang_up;
 
     if (r->prepared) {
         PyErr_SetString(PyExc_ValueError, "_prepare() was called before");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OOIOIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
-                          &packet_info, &link_header, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
+    if (!PyArg_ParseTuple(args, "OOIOIIIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
+                          &packet_info, &link_header, &link_type, &told, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
                           &r->epoll, &r->latency))
         return NULL;
     if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
-        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || prefix != vnet + packet_info) {
+        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || link_type > UINT16_MAX || told > LRX_TOLD_BY_LINK_TYPE || prefix != vnet + packet_info) {
         PyErr_SetString(PyExc_ValueError, "no such rows, room, or headers in front of frames");
         return NULL;
     }
@@ -40,13 +41,21 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     r->room = room;
     r->arena_size = ARENA_START + (size_t)room + (size_t)rows * LRX_ROW_BYTES;
     r->may_hang_up = may_hang_up;
-    r->framing = (Framing){.link_header = (uint8_t)link_header, .big_endian = big_endian != 0, .vnet = vnet};
+    r->framing = (Framing){
+        .link_header = (uint8_t)link_header,
+        .told = (uint8_t)told,
+        .link_type = (uint16_t)link_type,
+        .big_endian = big_endian != 0,
+        .vnet = vnet,
+    };
     r->classifier = (struct lrx_classifier){
         .descriptors = (uintptr_t)r->descriptors.buf,
         .rows = rows,
         .prefix = prefix,
         .packet_info = packet_info,
         .link_header = link_header,
+        .link_type = link_type,
+        .told = told,
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };

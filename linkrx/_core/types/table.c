@@ -36,19 +36,23 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     case COLUMN_VLAN_TPIDS:
         at = t->vlan_tpids;
         break;
+    case COLUMN_LINK_TYPES:
+        at = t->link_types;
+        break;
     }
     *format = (char *)formats[0];
     *width = sizeof(uint16_t);
     return at;
 }
 
-#define ROW (sizeof(int64_t) + 5 * sizeof(uint32_t) + 4 * sizeof(uint16_t))
+#define ROW (sizeof(int64_t) + sizeof(uint64_t) + 5 * sizeof(uint32_t) + 5 * sizeof(uint16_t) + 2)
 
 void lrx_table_lay_out(Table *t, uint32_t count)
 {
     t->count = count;
     t->timestamps = (int64_t *)(t + 1);
-    t->places = (uint32_t *)(t->timestamps + count);
+    t->addresses = (uint64_t *)(t->timestamps + count);
+    t->places = (uint32_t *)(t->addresses + count);
     t->starts = t->places + count;
     t->lengths = t->starts + count;
     t->wire_lengths = t->lengths + count;
@@ -57,6 +61,9 @@ void lrx_table_lay_out(Table *t, uint32_t count)
     t->flags = t->protocols + count;
     t->vlan_tcis = t->flags + count;
     t->vlan_tpids = t->vlan_tcis + count;
+    t->link_types = t->vlan_tpids + count;
+    t->address_lengths = (uint8_t *)(t->link_types + count);
+    t->link_headers = t->address_lengths + count;
 }
 
 Table *lrx_table_new(State *state, uint32_t count)
@@ -84,6 +91,10 @@ void lrx_table_skip(Table *t, uint32_t n)
     t->flags += n;
     t->vlan_tcis += n;
     t->vlan_tpids += n;
+    t->link_types += n;
+    t->addresses += n;
+    t->address_lengths += n;
+    t->link_headers += n;
 }
 
 static int table_getbuffer(PyObject *self, Py_buffer *view, int flags)
@@ -124,7 +135,7 @@ PyType_Spec lrx_table_spec = {
 };
 
 /* Columns that a copy has as well. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from)
+void lrx_table_copy(Table *to, const struct lrx_columns *from, bool told)
 {
     const size_t count = (size_t)to->count;
 
@@ -137,4 +148,10 @@ void lrx_table_copy(Table *to, const struct lrx_columns *from)
     memcpy(to->flags, from->flags, count * sizeof *to->flags);
     memcpy(to->vlan_tcis, from->vlan_tcis, count * sizeof *to->vlan_tcis);
     memcpy(to->vlan_tpids, from->vlan_tpids, count * sizeof *to->vlan_tpids);
+    if (!told)
+        return;
+    memcpy(to->link_types, from->link_types, count * sizeof *to->link_types);
+    memcpy(to->addresses, from->addresses, count * sizeof *to->addresses);
+    memcpy(to->address_lengths, from->address_lengths, count);
+    memcpy(to->link_headers, from->link_headers, count);
 }

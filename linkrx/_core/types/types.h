@@ -25,6 +25,7 @@
 #define ETHER_ADDRESS 6
 #define ETHER_HEADER 14
 #define LRX_VNET_MOST 4096 /* bytes of a virtio-net header: as in linkrx/sources/options.py */
+#define LINK_ADDRESS 8 /* linux/if_packet.h: sll_addr */
 #define VNET_HEADER 10 /* linux/virtio_net.h: struct virtio_net_hdr */
 
 /* Where the frames of an arena start: see memory.c. */
@@ -76,6 +77,7 @@ enum column {
     COLUMN_FLAGS,
     COLUMN_VLAN_TCIS,
     COLUMN_VLAN_TPIDS,
+    COLUMN_LINK_TYPES,
 };
 
 /* The columns of one batch. It refers to nothing, so a view of a column keeps the columns and no frame. */
@@ -94,11 +96,19 @@ struct Table {
     uint16_t *flags;
     uint16_t *vlan_tcis;
     uint16_t *vlan_tpids;
+    /* Of packets that differ in these, see Framing. */
+    uint16_t *link_types;
+    uint64_t *addresses;
+    uint8_t *address_lengths;
+    uint8_t *link_headers;
 };
 
-/* What stands in front of a packet's data on one source. */
+/* What stands in front of a packet's data on one source. Where `told` is set the packets differ, and the table has the link
+ * type, link header and link address of each. */
 typedef struct {
     uint8_t link_header; /* 14 or 0 */
+    uint8_t told;        /* LRX_TOLD_* or 0 */
+    uint16_t link_type;  /* ARPHRD_* */
     uint8_t big_endian;  /* of the virtio-net header's numbers */
     uint32_t vnet;       /* bytes of the virtio-net header in front of each frame; 0, or 10 and more */
 } Framing;
@@ -133,7 +143,10 @@ struct Packet {
     uint16_t flags;
     uint16_t vlan_tci;
     uint16_t vlan_tpid;
+    uint16_t link_type;
     uint8_t link_header;
+    uint8_t address_length; /* of a packet without link header: bytes of its sender's link address that the kernel told */
+    uint8_t address[LINK_ADDRESS];
     uint8_t has_vnet : 2; /* 0, 1, or 2 where its numbers are big-endian */
     uint8_t viewing : 2;  /* which part the view that is being made is of */
     uint8_t vnet[VNET_HEADER];
@@ -163,6 +176,8 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index);
 bool lrx_packet_is_readable(const Packet *p);
 /* The frame becomes the packet's own. */
 int lrx_packet_own(Packet *p);
+/* Of a packet without link header: its sender's link address, or None. */
+PyObject *lrx_packet_told_address(const Packet *p);
 /* It shows nothing any more. Nobody else may have it. */
 void lrx_packet_reset(Packet *p);
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args);
@@ -176,8 +191,8 @@ Table *lrx_table_new(State *state, uint32_t count);
 void lrx_table_lay_out(Table *t, uint32_t count);
 /* Leave the first `n` rows out. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* All but the places. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from);
+/* All but the places; what packets have that differ in their link type only if they are `told`. */
+void lrx_table_copy(Table *to, const struct lrx_columns *from, bool told);
 
 /* batch_iterator.c */
 extern PyType_Spec lrx_batch_iterator_spec;
@@ -199,7 +214,7 @@ bool lrx_batch_is_readable(const Batch *b);
 
 /* What a delivery needs beside the packet: made once per neighbour and protocol. */
 typedef struct {
-    uint8_t header[ETHER_HEADER];
+    uint8_t key[16];
     PyObject *remote;
     PyObject *local;
     PyObject *protocol; /* NULL: this place is free */
