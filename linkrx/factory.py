@@ -83,8 +83,8 @@ def open(  # noqa: A001
     """Receive packets from `source`. Receiving is live when this returns.
 
     `source`: a file descriptor or an object with `fileno()`, which is borrowed and never closed; an interface
-    name, for which linkrx opens, configures and owns an AF_PACKET socket; or a `CaptureFile`, for which any `os.PathLike` is
-    short. `deliver(remote, local, protocol, packet)`
+    name, for which linkrx opens, configures and owns an AF_PACKET socket; "any", which is every interface, also those that
+    come later; or a `CaptureFile`, for which any `os.PathLike` is short. `deliver(remote, local, protocol, packet)`
     is called for every packet by `dispatch`, `drain` and `run`; iteration needs none.
 
     `backend`: "auto" takes the best that accepts the source, as `choice.explain()` of the result tells; a name is

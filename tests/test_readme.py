@@ -260,7 +260,7 @@ def test_the_host() -> None:
     (program,) = [program for program in programs() if program.startswith('"""A host."""')]
     assert sum(bool(line.strip()) for line in program.splitlines()) <= 30
     with (
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process,
+        started([sys.executable, "-c", program]) as process,
         socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as pinger,
         IPRoute() as route,
     ):
@@ -285,7 +285,6 @@ def test_the_host() -> None:
         while len(answered) < len(pings):
             line = process.stdout.readline()
             answered += [line] if line.startswith("answered <Packet 0x0800 ") else []
-        process.terminate()
     assert lines[0].startswith("answered <Packet 0x0806 ")
     assert [line.split()[-2] for line in answered] == [str(42 + number * 99) for number in range(5)]
 

@@ -104,6 +104,11 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         if (differ) {
             link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
             link_header = lrx_link_header_of(link_type, c->told, c->link_header);
+            /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. */
+            if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface) {
+                counters[LRX_FILTERED]++;
+                continue;
+            }
         }
         if (c->filter.program) {
             length = filtered(c, &in, k, frame, length, wire_length, link_header);

@@ -147,11 +147,13 @@ def shape(size: int, largest: int = 0) -> tuple[int, int]:
 
 
 def _largest(receive: ReceiveConfig) -> int:
-    """The most that the interface is set up for; 0 where that is not known, as of one in another namespace."""
+    """The most that the interface is set up for, or any of all; 0 where that is not known, as of one in another namespace."""
     found = receive.capabilities
-    if found.ifindex is None:
-        return 0
     with closing(RouteSocket()) as route:
+        if found.every_interface:
+            return max(link.super_packet for link in route.links())
+        if found.ifindex is None:
+            return 0
         link = route.link(index=found.ifindex)
     return link.super_packet if link and link.name == found.interface else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import struct
 import sys
 from collections.abc import Iterable
@@ -98,6 +99,12 @@ class SocketOptions:
 def send(fd: int, data: bytes, flags: int) -> None:
     """One message. See man 2 send."""
     _checked(_libc.send(fd, data, len(data), flags), "send")
+
+
+def bind_to_every_interface(fd: int, protocol: int) -> None:
+    """Of a packet socket: `socket.bind` takes names of interfaces only. See man 7 packet, struct sockaddr_ll."""
+    address = struct.pack("=HHi12x", socket.AF_PACKET, socket.htons(protocol), 0)
+    _checked(_libc.bind(fd, address, len(address)), "bind")
 
 
 def timerfd() -> int:

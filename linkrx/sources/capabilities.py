@@ -60,6 +60,10 @@ _INT_MAX = 2**31 - 1
 _TYPE = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 
 
+# In place of an interface name: every interface, as tcpdump has it.
+EVERY_INTERFACE = "any"
+
+
 class HasFileno(Protocol):
     """An open file, socket or queue."""
 
@@ -114,7 +118,14 @@ class Capabilities:
             "pipe": "packet pipe",
             "capture_file": f"capture file {self.path}",
         }[self.kind]
+        if self.every_interface:
+            return f"{words} on every interface"
         return f"{words} on {self.interface}" if self.interface else words
+
+    @property
+    def every_interface(self) -> bool:
+        """A packet socket that linkrx opened for "any": `interface` and `ifindex` are None."""
+        return self.owned and self.kind == "packet" and self.interface is None
 
     @property
     def a_title(self) -> str:
@@ -125,8 +136,8 @@ class Capabilities:
 def probe(source: AnySource) -> Capabilities:
     """Find out what `source` can do. Changes nothing and reads no packet.
 
-    A file descriptor, an object with `fileno()`, an interface name (then: what a socket that linkrx opens on it will be), or a
-    CaptureFile. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a source at all.
+    A file descriptor, an object with `fileno()`, an interface name or "any" (then: what a socket that linkrx opens on it will
+    be), or a CaptureFile. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a source at all.
     """
     from linkrx.sources.capture_file import (
         CaptureFile,
@@ -227,6 +238,15 @@ def ethernet_of(hardware_type: int) -> bool | None:
 
 
 def _probe_interface(name: str) -> Capabilities:
+    if name == EVERY_INTERFACE:
+        return Capabilities(
+            kind="packet",
+            socket=True,
+            largest_frame=LARGEST_MESSAGE,
+            local=True,
+            nonblocking=True,
+            owned=True,
+        )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as request:
         try:
             index, hardware_type, mtu = interface_of(request, name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from linkrx.kernel.uapi import (
     PACKET_FANOUT,
+    PACKET_FANOUT_FLAG_IGNORE_OUTGOING,
     PACKET_FANOUT_FLAG_ROLLOVER,
     PACKET_FANOUT_FLAG_UNIQUEID,
     SOL_PACKET,
@@ -42,20 +43,25 @@ class Fanout:
             raise ValueError(f"fanout={value!r}: a mode is one of {', '.join(MODES)}")
         return cls(number, mode)
 
-    def join(self, packet: socket.socket) -> int:
-        """Make a bound packet socket a member; the number of the group. It is left only by closing the socket."""
+    def join(self, packet: socket.socket, *, outgoing: bool) -> int:
+        """Make a bound packet socket a member; the number of the group. It is left only by closing the socket.
+
+        `outgoing`: the group has frames of this host as well; whether a member ignores them does not count.
+        """
         kind = MODES[self.mode]
         # A member without room passes a packet on. So does one that has no room yet because it is still joining:
         # that is how no packet is lost, or received twice, meanwhile.
         if self.mode != "rollover":
             kind |= PACKET_FANOUT_FLAG_ROLLOVER
+        if not outgoing:
+            kind |= PACKET_FANOUT_FLAG_IGNORE_OUTGOING
         if self.group is None:
             kind |= PACKET_FANOUT_FLAG_UNIQUEID
         try:
             packet.setsockopt(SOL_PACKET, PACKET_FANOUT, struct.pack("=I", kind << 16 | (self.group or 0)))
         except OSError as error:
             why = {
-                errno.EINVAL: "all its members have the same interface and mode, and were opened by linkrx",
+                errno.EINVAL: "all its members have the same interface, mode and outgoing=, and were opened by linkrx",
                 errno.ENOSPC: "it has as many members as the kernel allows",
             }.get(error.errno or 0, "PACKET_FANOUT was refused")
             raise OSError(

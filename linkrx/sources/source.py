@@ -17,7 +17,7 @@ from functools import partial
 
 from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
-from linkrx.kernel.libc import SocketOptions
+from linkrx.kernel.libc import SocketOptions, bind_to_every_interface
 from linkrx.kernel.rtnetlink import Link
 from linkrx.kernel.uapi import (
     ETH_P_ALL,
@@ -102,6 +102,7 @@ class Source:
         self.fd = fd
         self.fanout: int | None = None  # the group, once it is joined
         self._joins = None if options.fanout is None else Fanout.of(options.fanout)
+        self._outgoing = options.outgoing
         self._protocol = options.protocol or ETH_P_ALL
         self._receive_buffer = options.receive_buffer
         self._enlarged = False
@@ -123,7 +124,7 @@ class Source:
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
             _bind(self._held, self.capabilities.interface, self._protocol)
             if self._joins is not None:  # the kernel wants a member bound
-                self.fanout = self._joins.join(self._held)
+                self.fanout = self._joins.join(self._held, outgoing=self._outgoing)
 
     def enlarge_queue(self) -> None:
         """Of a socket, to `receive_buffer`; for a backend whose packets wait there."""
@@ -296,10 +297,15 @@ def _packet_socket(interface: str) -> socket.socket:
 
 
 def _bind(packet: socket.socket, interface: str | None, protocol: int) -> None:
+    """To an interface, or to every one, also those that come later: None."""
     try:
-        packet.bind((interface, protocol))
+        if interface is None:
+            bind_to_every_interface(packet.fileno(), protocol)
+        else:
+            packet.bind((interface, protocol))
     except OSError as error:
-        raise OSError(error.errno, f"binding a packet socket to {interface!r}: {error.strerror}") from error
+        name = "every interface" if interface is None else repr(interface)
+        raise OSError(error.errno, f"binding a packet socket to {name}: {error.strerror}") from error
     # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
@@ -324,7 +330,8 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
     if options.promiscuous:
         if capabilities.ifindex is None:
             raise UnsupportedOption(
-                f"promiscuous=True on {capabilities.a_title} that is bound to no interface: bind it first"
+                f"promiscuous=True on {capabilities.a_title}, which is bound to no interface: the kernel sets single "
+                "interfaces to it. Bind it first, or open one by name"
             )
         # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
         request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from linkrx.kernel import bpf
-from linkrx.kernel.uapi import ETH_P_8021AD, ETH_P_8021Q, ETHERTYPE_IPV4, ETHERTYPE_IPV6, TUN_PKT_STRIP
+from linkrx.kernel.uapi import (
+    ARPHRD_LOOPBACK,
+    ETH_P_8021AD,
+    ETH_P_8021Q,
+    ETHERTYPE_IPV4,
+    ETHERTYPE_IPV6,
+    TUN_PKT_STRIP,
+)
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
@@ -91,6 +98,10 @@ def classifier(
             start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
             link_type = (reported.link_types[index] if differ else 0) or framing.link_type
             link_header = framing.link_header_of(link_type)
+            # A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in.
+            if differ and flags & OUTGOING and link_type == ARPHRD_LOOPBACK and not interface:
+                filtered += 1
+                continue
             if rule.program:
                 tagged = flags & VLAN
                 packet = bpf.Filtered(

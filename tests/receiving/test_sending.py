@@ -51,9 +51,10 @@ def packet(body: bytes, **told: Any) -> linkrx.Packet:
     vnet = struct.pack(">BBHHHH" if order == BIG else "<BBHHHH", *told["vnet"]) if order else b""
     tag = told.get("tag", (0, 0))
     flags = told.get("flags", 0) | (VLAN if "tag" in told else 0)
+    link_header = told.get("link_header", 14)
     return restore_packet(
         *(1, body, 0, len(body), 0, told.get("protocol", 0x0800), flags),
-        *(tag[1], tag[0], told.get("link_header", 14), order, vnet),
+        *(tag[1], tag[0], 1 if link_header else 0xFFFE, b"", link_header, order, vnet),
     )
 
 

@@ -166,3 +166,22 @@ def test_groups_that_cannot_be(wire: Wire, value: Any, said: str) -> None:
     """A number out of range and an unknown mode are a ValueError that says what there is."""
     with pytest.raises(ValueError, match=said):
         linkrx.open(wire[0], fanout=value)
+
+
+@pytest.mark.parametrize("outgoing", [False, True])
+def test_frames_of_this_host(wire: Wire, outgoing: bool) -> None:
+    """A group has them with outgoing=True only, and then they say so: of a member alone the kernel would not care."""
+    near, _, injector = wire
+    with (
+        injector_on(near) as own,
+        linkrx.open(near, fanout=("auto", "lb"), outgoing=outgoing) as one,
+        linkrx.open(near, fanout=(one.fanout or 0, "lb"), outgoing=outgoing) as two,
+    ):
+        own.send(frame(1))
+        injector.send(frame(2))
+        for member in (one, two):
+            member.stop(flush=True)
+        got = [packet for member in (one, two) for packet in member if packet.protocol == 0x0800]
+        assert sorted(packet.outgoing for packet in got) == ([False, True] if outgoing else [False])
+        with pytest.raises(OSError, match="the same interface, mode and outgoing="):
+            linkrx.open(near, fanout=(one.fanout or 0, "lb"), outgoing=not outgoing)

@@ -56,6 +56,14 @@ def test_all_protocols_by_number(backend: str) -> None:
         assert [bytes(packet) for packet in got] == [of(LLDP, 1), of(ARP, 2)]
 
 
+def test_tags_are_forgotten() -> None:
+    """A tagged frame counts by the EtherType behind the tag, which the kernel tells to those only who receive all protocols."""
+    with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, protocol=LLDP) as rx:
+        injector.send(LOCAL + REMOTE + b"\x81\x00\x00\x05" + LLDP.to_bytes(2, "big") + bytes(46))
+        got = rx.recv(PATIENCE)
+        assert (got.protocol, got.vlan, bytes(got)) == (LLDP, None, of(LLDP, 0))
+
+
 def test_what_is_sent_may_be_of_another_protocol() -> None:
     """A dispatcher that receives one protocol sends any."""
     with (

@@ -195,13 +195,14 @@ static int packet_frame(const Packet *p, Frame *f)
 static void batch_frame(const Batch *b, Py_ssize_t row, Frame *f)
 {
     const Table *t = b->table;
+    const uint8_t link_header = b->framing.told ? t->link_headers[row] : b->framing.link_header;
 
     *f = (Frame){
         .bytes = b->base + t->places[row],
         .length = t->lengths[row],
         .big_endian = b->framing.big_endian,
         .protocol = t->protocols[row],
-        .flags = b->framing.link_header ? t->flags[row] : (uint16_t)(t->flags[row] & ~LRX_VLAN),
+        .flags = link_header ? t->flags[row] : (uint16_t)(t->flags[row] & ~LRX_VLAN),
         .vlan_tci = t->vlan_tcis[row],
         .vlan_tpid = t->vlan_tpids[row],
     };
