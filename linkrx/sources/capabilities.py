@@ -8,9 +8,7 @@ import os
 import socket
 import stat
 import struct
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
 from linkrx.errors import UnsupportedSource
 from linkrx.kernel.ethtool import takes_super_packets
+from linkrx.kernel.pipes import writing_ends
 from linkrx.kernel.rtnetlink import Link, RouteSocket, same_namespace
 from linkrx.kernel.uapi import (
     IFF_MULTI_QUEUE,
@@ -335,7 +334,7 @@ def _packet_vnet_header_size(borrowed: socket.socket) -> int:
 def _probe_pipe(fd: int, flags: int) -> Capabilities:
     # pipe2(O_DIRECT) marks the writing end only: what makes packets is how they are written.
     if not flags & os.O_DIRECT:
-        ends = _writing_ends(fd)
+        ends = writing_ends(fd)
         if not all(end & os.O_DIRECT for end in ends):
             raise UnsupportedSource(
                 f"file descriptor {fd} is a pipe, a byte stream without packet boundaries: make it with "
@@ -347,22 +346,6 @@ def _probe_pipe(fd: int, flags: int) -> Capabilities:
                 f"told. If it is, say so with fcntl.fcntl({fd}, fcntl.F_SETFL, {flags} | os.O_DIRECT)"
             )
     return Capabilities("pipe", socket=False, largest_frame=LARGEST_PIPE_PACKET)
-
-
-def _writing_ends(fd: int) -> list[int]:
-    """The file status flags of this process's descriptors for the writing end of a pipe."""
-    pipe = os.fstat(fd)
-    found = []
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # the descriptor that lists the folder is closed by now
-            status = os.fstat(int(entry.name))
-            flags = fcntl.fcntl(int(entry.name), fcntl.F_GETFL)
-            if (status.st_dev, status.st_ino) == (
-                pipe.st_dev,
-                pipe.st_ino,
-            ) and flags & os.O_ACCMODE != os.O_RDONLY:
-                found.append(flags)
-    return found
 
 
 def _probe_queue(fd: int) -> Capabilities:
