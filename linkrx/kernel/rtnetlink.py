@@ -81,11 +81,6 @@ class Link:
     state: str
     alternative_names: tuple[str, ...]
 
-    @property
-    def sends(self) -> bool:
-        """Whether the kernel sends on it: it is up and has a carrier, or is of a kind that does not know of one."""
-        return self.up and self.state in ("up", "unknown")
-
 
 class RouteSocket:
     """A netlink socket in one network namespace."""

@@ -36,6 +36,7 @@ SIOCGIFINDEX = 0x8933
 SIOCETHTOOL = 0x8946
 
 # linux/ethtool.h
+ETHTOOL_GLINK = 0x0A  # struct ethtool_value
 ETHTOOL_STXCSUM = 0x17  # struct ethtool_value
 ETHTOOL_SGRO = 0x2C
 ETHTOOL_STSO = 0x1F

@@ -125,7 +125,7 @@ class End:
     # What can be done to it.
 
     def up(self) -> None:
-        """Set it up. It sends once it has a carrier: once the other end is up, or somebody has the queue open."""
+        """Set it up. It gets a carrier when the other end is up, or somebody has the queue open: see `wait_for_carrier`."""
         self._set(state="up")
 
     def down(self) -> None:
@@ -166,7 +166,7 @@ class End:
         self._network.inside(lambda: ethtool.set_offloads(self.name, on))
 
     def add_address(self, address: str) -> None:
-        """Give it an IP address, as "10.0.0.1/24", ready for use where the interface sends.
+        """Give it an IP address, as "10.0.0.1/24", ready for use where the interface has a carrier.
 
         The first IPv6 address turns IPv6 on: from then on the kernel sends reports of the groups that it joins.
         """
@@ -181,7 +181,7 @@ class End:
         def add(route: Any) -> None:
             ip, length = str(wanted.ip), wanted.network.prefixlen
             route.addr("add", index=self.index, address=ip, prefixlen=length, flags=flags)
-            if flags and self.link.sends:
+            if flags and self._has_carrier():
                 # A worker of the kernel's makes it local, be there nobody to ask whether it is another's.
                 deadline = time.monotonic() + PATIENCE
                 while not list(route.get_routes(family=socket.AF_INET6, table=RT_TABLE_LOCAL, dst=ip)):
@@ -203,7 +203,7 @@ class End:
         """
         __tracebackhide__ = True
         deadline = time.monotonic() + timeout
-        self._wait_for_carrier(deadline, timeout)
+        self.wait_for_carrier(timeout)
         for number, frame in enumerate(frames_of(frames)):
             self._injector.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -221,14 +221,22 @@ class End:
                 error.add_note(f"{self.name} refused frame {number}, of {len(frame)} bytes")
                 raise
 
-    def _wait_for_carrier(self, deadline: float, timeout: float) -> None:
+    def wait_for_carrier(self, timeout: float = PATIENCE) -> None:
+        """Wait until what is sent leaves the interface. Raises AssertionError when it is down, or gets no carrier in time.
+
+        `inject` does it by itself. Do it before others send, such as the kernel.
+        """
         __tracebackhide__ = True
-        while not (link := self.link).sends:
-            if not link.up:
-                raise AssertionError(f"{link.name} is down: up() sets it up")
+        deadline = time.monotonic() + timeout
+        while not self._has_carrier():
+            if not self.link.up:
+                raise AssertionError(f"{self.name} is down: up() sets it up")
             if time.monotonic() >= deadline:
-                raise AssertionError(f"{link.name} got no carrier within {timeout:g} s: {self._no_carrier()}")
+                raise AssertionError(f"{self.name} got no carrier within {timeout:g} s: {self._no_carrier()}")
             os.sched_yield()
+
+    def _has_carrier(self) -> bool:
+        return ethtool.has_carrier(self.link.name, self._injector)
 
     def _no_carrier(self) -> str:
         """Why there is no carrier."""
@@ -319,7 +327,7 @@ class End:
         if link is None:
             yield "The interface is gone."
             return
-        if not link.sends:
+        if not self._has_carrier():
             yield f"{link.name} has no carrier: {self._no_carrier()}." if link.up else f"{link.name} is down."
         drops = self._rx.stats().kernel_drops
         if drops:
@@ -363,6 +371,8 @@ class Tap(End):
         name = self.name
         opened: TunTap = self._network.inside(lambda: TunTap(name, self._mode, **self._settings))
         self._queues.append(opened)
+        if self.link.up:
+            self.wait_for_carrier()
         return opened
 
     def _no_carrier(self) -> str:
@@ -384,15 +394,13 @@ class Bridge(End):
         """Make the interface of an end a port. Returns when frames go through it, if it is up and has a carrier."""
         self._network.configure(lambda route: route.link("set", index=end.index, master=self.index))
         deadline = time.monotonic() + PATIENCE
-        while end.link.sends and not end.link.forwards:
+        while end._has_carrier() and not end.link.forwards:
             assert time.monotonic() < deadline, f"{end.name} never became a forwarding port of {self.name}"
             os.sched_yield()
 
     def port(self) -> End:
         """A new end that is plugged in with a cable: one end of a veth pair, whose other end is a port."""
         near, far = self._network.veth()
-        near._wait_for_carrier(time.monotonic() + PATIENCE, PATIENCE)
-        far._wait_for_carrier(time.monotonic() + PATIENCE, PATIENCE)
         self.attach(far)
         return near
 

@@ -155,6 +155,8 @@ class Network:
         for end in ends:
             end.set_offloads(False)
             end.up()
+        for end in ends:
+            end.wait_for_carrier()
         return ends
 
     def bridge(self, name: str | None = None) -> Bridge:
