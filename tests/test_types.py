@@ -42,6 +42,7 @@ MISTAKES = [
     'linkrx.open("eth0", lambda packet: None)',
     'linkrx.choose("eth0").backend = "readv"',
     'linkrx.open("eth0").recv().remote.hex()',
+    'linkrx.opne("eth0")',
 ]
 
 
@@ -102,14 +103,36 @@ def test_the_public_list() -> None:
     used = set(re.findall(r"\blinkrx\.(\w+)", (HERE / "support" / "client.py").read_text()))
     assert used == set(linkrx.__all__)
     assert sorted(linkrx.__all__) == list(dict.fromkeys(sorted(linkrx.__all__)))
+    for name in linkrx.__all__:
+        assert getattr(linkrx, name) is vars(linkrx)[name]
     public = {name for name, value in vars(linkrx).items() if name[0] != "_" and not inspect.ismodule(value)}
-    assert public == set(linkrx.__all__)
+    assert public == set(linkrx.__all__) == set(linkrx._HOMES)
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    """`import linkrx` imports nothing else of it, and a room of the same name never takes the place of a function."""
+    program = (
+        "import sys, linkrx\n"
+        "assert [name for name in sys.modules if name.startswith('linkrx')] == ['linkrx']\n"
+        "assert 'open' in dir(linkrx)\n"
+        "import linkrx.backends, linkrx.backends.os_readv\n"
+        "assert 'os_readv' in [info.name for info in linkrx.backends()]\n"
+        "from linkrx import *\n"
+        "assert open is linkrx.open and backends is linkrx.backends\n"
+        "try:\n"
+        "    linkrx.opne\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "module 'linkrx' has no attribute 'opne'\n", done.stderr
 
 
 def shown(name: str) -> Iterator[tuple[str, Any]]:
     """Every annotation that the public name shows, with where it stands."""
     thing = getattr(linkrx, name)
-    names = {**vars(builtins), **vars(linkrx)}  # some modules import only for type checkers
+    exported = {one: getattr(linkrx, one) for one in linkrx.__all__}
+    names = {**vars(builtins), **exported}  # some modules import only for type checkers
     if not inspect.isclass(thing):
         hints = get_type_hints(thing, localns=names) if inspect.isfunction(thing) else {name: thing}
         yield from ((f"{name}: {key}", hint) for key, hint in hints.items())

@@ -1,6 +1,6 @@
 """The pytest plugin: real network devices for tests, in a private network for each test, without root.
 
-Imports nothing of linkrx until a test or an option asks for it, and pytest imports it in every run: hence not in the package.
+pytest imports this in every run. It imports nothing else of linkrx until a test or an option asks for it.
 """
 
 from __future__ import annotations

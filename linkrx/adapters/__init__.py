@@ -1,0 +1,1 @@
+"""What connects linkrx with other programs: pytest."""
