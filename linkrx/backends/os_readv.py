@@ -113,7 +113,8 @@ class OsReadv(Backend):
             buffers = self._until_long(self._buffers(arena, room))
             self._taken.extend(map(self._read, buffers, *self._arguments))
         except BlockingIOError:
-            pass  # the queue is empty
+            if self._socket is not None and not self._taken:
+                os.fstat(self._fd)  # raises OSError where its owner has closed it: the duplicate would go on for ever
         except OSError as error:
             if self._taken:
                 self._descriptors.report.error = error.errno or 0  # behind what was read
