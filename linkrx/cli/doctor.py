@@ -19,8 +19,8 @@ from linkrx.registry import backends
 from linkrx.sources.tuntap import DEVICE
 
 
-def run(terminal: Terminal, source: str | None = None) -> bool:
-    """Print the findings. True when a backend can work, with `source` on that interface.
+def run(terminal: Terminal, source: str | None = None, protocol: int | None = None) -> bool:
+    """Print the findings. True when a backend can work, with `source` on that interface, opened for `protocol`.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable or MissingPrivilege when `linkrx.open(source)`
     would.
@@ -43,7 +43,7 @@ def run(terminal: Terminal, source: str | None = None) -> bool:
         for line in failure.splitlines():
             terminal.line(f"  {line}")
     if source is not None:
-        _explain(terminal, source)
+        _explain(terminal, source, protocol)
     return any(info.supported for info in infos)
 
 
@@ -102,19 +102,20 @@ def _purpose(info: BackendInfo) -> str:
     return (info.backend.__doc__ or "").strip().partition("\n")[0]
 
 
-def _explain(terminal: Terminal, source: str) -> None:
+def _explain(terminal: Terminal, source: str, protocol: int | None) -> None:
+    asked = repr(source) if protocol is None else f"{source!r}, protocol=0x{protocol:04x}"
     found = linkrx.probe(source)
     terminal.line()
     terminal.heading(f"what the probe found on {source}")
     terminal.table((), [(field.name, str(getattr(found, field.name))) for field in fields(found)])
     terminal.line()
-    terminal.heading(f"what linkrx.open({source!r}) would take, and why")
+    terminal.heading(f"what linkrx.open({asked}) would take, and why")
     backend, avoid = from_environment()
     if backend != "auto":
         terminal.line(f"LINKRX_BACKEND={backend} is set, and replaces 'auto'")
     if avoid:
         terminal.line(f"LINKRX_AVOID={','.join(avoid)} is set")
-    for line in choose(source).explain().splitlines():
+    for line in choose(source, protocol=protocol).explain().splitlines():
         terminal.line(line, "green" if line.split()[1] == "chosen" else "")
     if not _has(CAP_NET_RAW):
         raise MissingPrivilege(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import linkrx
 from linkrx.cli import demo, doctor
 from linkrx.cli.terminal import on_stdout, sentence
+from linkrx.sources.options import ETHERTYPE_MOST
 
 OK, FAILED, USAGE, CANNOT_RUN = range(4)
 INTERRUPTED = 128 + 2  # what a shell says of a program that SIGINT ended
@@ -39,6 +40,7 @@ _EXAMPLES = """\
 examples:
   linkrx doctor          what this host can do
   linkrx doctor eth0     which backend linkrx.open("eth0") takes, and why
+  linkrx doctor any      the same for every interface at once
   linkrx demo            packets through every backend of this host
   linkrx demo | grep ARP
 """
@@ -78,12 +80,22 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "demo":
             return OK if demo.run(on_stdout(), arguments.count) else FAILED
-        return OK if doctor.run(on_stdout(), arguments.source) else FAILED
+        return OK if doctor.run(on_stdout(), arguments.source, arguments.protocol) else FAILED
     except BrokenPipeError:
         raise
     except (linkrx.LinkrxError, OSError) as error:
         print(f"linkrx: {sentence(error)}", file=sys.stderr)
         return CANNOT_RUN if arguments.command == "demo" else FAILED
+
+
+def _ethertype(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = 0
+    if not 0 < value <= ETHERTYPE_MOST:
+        raise argparse.ArgumentTypeError(f"{text}: give an EtherType, 1 to 0x{ETHERTYPE_MOST:04x}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +129,19 @@ def _parser() -> argparse.ArgumentParser:
         _DOCTOR,
         _ENVIRONMENT + _EXIT_CODES + _EXAMPLES,
     )
-    command.add_argument("source", nargs="?", metavar="SOURCE", help="the name of an interface, such as eth0")
+    command.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="the name of an interface, such as eth0, or any for all of them",
+    )
+    command.add_argument(
+        "-p",
+        "--protocol",
+        type=_ethertype,
+        metavar="ETHERTYPE",
+        help="as protocol= of linkrx.open, such as 0x88cc",
+    )
     return parser
 
 

@@ -317,6 +317,19 @@ def test_doctor_on_an_interface() -> None:
 
 
 @pytest.mark.usefixtures("devices")
+def test_doctor_on_every_interface_and_one_protocol() -> None:
+    """`any` and --protocol are what they are to linkrx.open; what is no EtherType is wrong usage."""
+    done = linkrx_command("doctor", "any", "--protocol", "0x88cc")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "what linkrx.open('any', protocol=0x88cc) would take, and why" in done.stdout
+    assert linkrx.choose("any", protocol=0x88CC).explain() in done.stdout
+    for wrong in ("0x10000", "0", "LLDP"):
+        done = linkrx_command("doctor", "lo", "-p", wrong)
+        assert done.returncode == 2
+        assert f"{wrong}: give an EtherType, 1 to 0xffff" in done.stderr
+
+
+@pytest.mark.usefixtures("devices")
 def test_doctor_in_a_terminal() -> None:
     """Under a terminal the doctor says the same of an interface, styled where rich is installed."""
     code, output = in_terminal("doctor", "lo")
