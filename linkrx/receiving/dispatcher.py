@@ -43,7 +43,7 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 class Dispatcher(Reception):
     """One open source on one backend. Made by `linkrx.open`.
 
-    Belongs to one thread at a time; `stop()`, `close()` and `stats()` are for all. After `close()` every method but `stop`
+    Belongs to one thread at a time; `stop()`, `close()`, `stats()` and `send()` are for all. After `close()` every method but `stop`
     and `close` raises Closed. A method that receives raises Busy while another thread, or the caller's own `deliver`, is
     inside, and OSError for what the kernel says and linkrx cannot mend.
     """
