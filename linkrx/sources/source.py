@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import socket
+import stat
 import struct
 import termios
 from collections.abc import Callable
@@ -52,6 +53,9 @@ logger = logging.getLogger("linkrx")
 # some 40,000 small frames. The kernel takes the memory only while frames are queued.
 RECEIVE_BUFFER = 32 * 1024 * 1024
 
+
+# More than any file has.
+RECORDS_MOST = 1 << 48
 
 # A packet that waits in a socket takes more of SO_RCVBUF than this, be it ever so short: include/linux/skbuff.h
 # SKB_TRUESIZE, the sizes of struct sk_buff and struct skb_shared_info.
@@ -205,6 +209,8 @@ class Source:
 
     def queue_limit(self) -> int | None:
         """How many packets can wait in the source's queue at the most; None where the kernel does not tell."""
+        if self.capabilities.kind == "capture_file" and not stat.S_ISFIFO(os.fstat(self.fd).st_mode):
+            return RECORDS_MOST  # all that a file has was there before anybody asks
         if self.capabilities.kind in ("packet", "packet_cooked", "udp"):
             return SocketOptions(self.fd).get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // PACKET_LEAST + 1
         link = self._queue_link()

@@ -7,8 +7,10 @@ import os
 import selectors
 import signal
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 from support.pairs import BACKENDS, Pair, frame, number_of, pair
@@ -20,6 +22,7 @@ from linkrx.testing.devices import injector_on
 from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import PATIENCE
 
+FILE_RECORDS = 150_000
 LIMITS = [0, -1, 1.0, "2", float("nan")]
 
 
@@ -257,3 +260,14 @@ def test_a_flush_in_a_forked_child(ends: Pair) -> None:
         ends[1].send(frame(1))
         assert number_of(rx.recv(PATIENCE)) == 1
         assert rx.end is None
+
+
+def test_a_flush_of_a_capture_file(tmp_path: Path) -> None:
+    """All that a file has was there before: every packet comes, and more of them than any queue holds."""
+    path = tmp_path / "many.pcap"
+    head = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65_535, 1)
+    path.write_bytes(head + (struct.pack("<IIII", 0, 0, 60, 60) + bytes(60)) * FILE_RECORDS)
+    with linkrx.open(linkrx.CaptureFile(path)) as rx:
+        rx.stop(flush=True)
+        assert sum(map(len, rx.batches())) == FILE_RECORDS
+        assert rx.end is not None
