@@ -325,7 +325,8 @@ def test_pytest_is_killed(folder: Path) -> None:
     assert interfaces() == before
 
 
-def test_nested(suite: Suite) -> None:
+@pytest.mark.parametrize("anyone", [False, True], ids=["as_caller", "without_privileges"])
+def test_nested(suite: Suite, anyone: bool) -> None:
     """A network in a network, and pytest in a test, leave the outer ones as they were."""
     done = suite(
         WHERE
@@ -363,8 +364,8 @@ def test_pytest_in_process(pytester, linkrx_tap):
     assert here() == outer
     assert names() == {"lo", "tap0"}
 """,
-        "--linkrx-private",
-        anyone=True,
+        *(["--linkrx-private"] if anyone else []),
+        anyone=anyone,
     )
     assert outcome(done) == "3 passed"
 
