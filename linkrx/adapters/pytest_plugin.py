@@ -6,8 +6,12 @@ pytest imports this in every run. It imports nothing else of linkrx until a test
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import quote
+from zlib import crc32
 
 import pytest
 
@@ -18,7 +22,12 @@ if TYPE_CHECKING:
 # have a thread besides and could enter no user namespace, and for pytest inside of a test.
 PRIVATE = "LINKRX_PYTEST_PRIVATE"
 
+NAME_MOST = 200  # of a file, without what is added; linux/limits.h: NAME_MAX is 255 bytes
+
 _before: pytest.StashKey[int] = pytest.StashKey()
+_folder: pytest.StashKey[Path] = pytest.StashKey()  # for captures
+_capture: pytest.StashKey[bytes] = pytest.StashKey()  # of a test, once its network is over
+_failed: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     require = "fail tests that cannot have a network or a device, instead of skipping them"
     group.addoption("--linkrx-require", action="store_true", default=None, help=require)
     parser.addini("linkrx_require", f"{require} (--linkrx-require)", type="bool", default=False)
+    capture = (
+        "write what the ends of each test that fails have seen, in both directions, to a pcapng file in DIR"
+    )
+    group.addoption("--linkrx-capture", metavar="DIR", help=capture)
 
 
 def _asked(config: pytest.Config, name: str) -> bool:
@@ -54,6 +67,19 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     else:
         early_config.stash[_before] = before
         os.environ[PRIVATE] = ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder for captures. Raises UsageError where that cannot be done."""
+    wanted = config.getoption("linkrx_capture")
+    if wanted is None:
+        return
+    folder = config.invocation_params.dir / wanted  # tests may go to another one
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--linkrx-capture {wanted}: {error}") from error
+    config.stash[_folder] = folder
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -101,8 +127,13 @@ def linkrx_network(request: pytest.FixtureRequest) -> Iterator[Network]:
             pytest.fail(f"linkrx is required here, and cannot: {reason}", pytrace=False)
         pytest.skip(reason)
 
-    with Network(unable=unable) as network:
+    captures = _folder in request.config.stash
+    with Network(records=captures, unable=unable) as network:
         yield network
+        if captures:
+            kept = BytesIO()
+            network.write_capture(kept)
+            request.node.stash[_capture] = kept.getvalue()
 
 
 @pytest.fixture
@@ -127,3 +158,31 @@ def linkrx_veth(linkrx_network: Network) -> tuple[End, End]:
 def linkrx_bridge(linkrx_network: Network) -> Bridge:
     """A bridge that is up, without ports: `linkrx_bridge.port()` plugs an end in."""
     return linkrx_network.bridge()
+
+
+def _capture_of(item: pytest.Item) -> Path:
+    """The file for a test: as many folders as its node id has, with no character that artifact stores refuse."""
+    path, _, names = item.nodeid.partition("::")
+    folders = [part for part in PurePosixPath(path).parts if part not in ("..", "/")]
+    name = quote(names.replace("::", "."), safe="[]=,+ ")
+    if len(name) > NAME_MOST:
+        name = f"{name[:NAME_MOST]}-{crc32(names.encode()):08x}"
+    return item.config.stash[_folder].joinpath(*folders, f"{name}.pcapng")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With --linkrx-capture: say in the report of a test that fails where its packets are, and write them behind it."""
+    report = yield
+    if _folder not in item.config.stash or "linkrx_network" not in getattr(item, "fixturenames", ()):
+        return report
+    path = _capture_of(item)
+    if report.failed:
+        item.stash[_failed] = True
+        report.sections.append(("linkrx capture", str(path)))
+    if report.when == "teardown" and item.stash.get(_failed, False) and _capture in item.stash:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.stash[_capture])
+    return report

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
+from linkrx.capture.writer import PcapWriter, WritableFile
 from linkrx.errors import LinkrxError
 from linkrx.kernel import namespace
 from linkrx.kernel.rtnetlink import RouteSocket
@@ -117,6 +118,22 @@ class Network:
                 return work(route)
 
         return self.inside(run)
+
+    def write_capture(self, file: str | os.PathLike[str] | WritableFile) -> int:
+        """Write all that the ends have seen so far to a pcapng file, and return how many packets that are. With `records=True`.
+
+        A packet that went from end to end is in the file for each, with the direction that it had there.
+        """
+        for end in self.ends:
+            end.record_the_rest()
+        packets = sorted(
+            (packet for end in self.ends for packet in end.recorded),
+            key=lambda packet: packet.timestamp_ns or 0,
+        )
+        with PcapWriter(file) as writer:
+            for packet in packets:
+                writer.write(packet)
+        return len(packets)
 
     # What can be in it.
 

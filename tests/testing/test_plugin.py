@@ -18,6 +18,9 @@ from support.anyone import as_anyone
 from support.documents import programs
 from support.places import ROOT, TESTS
 
+import linkrx
+from linkrx import _core
+
 DOWNSTREAM = TESTS / "downstream"
 PATIENCE = 120.0  # seconds until a suite that should have ended hangs
 
@@ -425,6 +428,66 @@ def test_downstream(folder: Path, way: str) -> None:
     )
     print(done.stdout)
     assert re.fullmatch(r"\d+ passed", outcome(done))
+
+
+FAILING = (
+    EXCHANGE
+    + """
+import pytest
+
+@pytest.mark.parametrize("case", ["a/b", "a b"])
+def test_wrong(linkrx_veth, case):
+    near, far = linkrx_veth
+    near.inject(FRAME)
+    far.inject(FRAME + case.encode())
+    os.chdir("/")
+    far.expect(FRAME + b"!", timeout=0)
+
+@pytest.fixture
+def late(linkrx_veth):
+    yield
+    linkrx_veth[0].inject(FRAME)
+    raise RuntimeError
+
+def test_late(late):
+    pass
+
+def test_without():
+    assert False
+"""
+)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
+    """Each test that fails, wherever, has a file of what its ends saw; the report names it, and other tests have none."""
+    done = suite(FAILING, "--linkrx-private", "--linkrx-capture", "captures", *workers, anyone=True)
+    assert outcome(done) == "3 failed, 2 passed, 1 error"
+    written = sorted(path for path in (folder / "captures").rglob("*") if path.is_file())
+    names = ["test_late.pcapng", "test_wrong[a b].pcapng", "test_wrong[a%2Fb].pcapng"]
+    assert [path.name for path in written] == names
+    assert all(str(path) in done.stdout for path in written)
+    frame = bytes.fromhex("ffffffffffff 020000000001 88b5") + bytes(50)
+    for path, frames in zip(
+        written, [[frame], [frame, frame + b"a b"], [frame, frame + b"a/b"]], strict=True
+    ):
+        with linkrx.open(linkrx.CaptureFile(path)) as rx:
+            seen = list(rx)
+            ends = [rx.interface_name(packet.interface) for packet in seen]
+        told = _core.reason is None  # os_readv tells no direction, and has nothing of what an end sent
+        assert sorted(map(bytes, seen)) == sorted(frames * (2 if told else 1))
+        if told:
+            found = {(name, packet.outgoing) for name, packet in zip(ends, seen, strict=True)}
+            both = {("veth0", False), ("veth1", True)} if len(frames) > 1 else set()
+            assert found == {("veth0", True), ("veth1", False)} | both
+
+
+def test_a_folder_for_captures_that_cannot_be(suite: Suite, folder: Path) -> None:
+    """Where the folder cannot be made, pytest says so and runs nothing."""
+    (folder / "file").write_text("")
+    done = suite(EXCHANGE, "--linkrx-capture", "file/captures")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--linkrx-capture file/captures: [Errno 20] Not a directory" in done.stdout
 
 
 DOCUMENT = ROOT / "docs" / "testing.md"
