@@ -23,6 +23,7 @@ from support.places import ROOT
 from support.super_packets import Super
 
 import linkrx
+from linkrx import _core
 from linkrx.cli.responder import ECHO_REQUEST, Echo
 from linkrx.kernel.namespace import bring_up
 from linkrx.kernel.uapi import PACKET_VNET_HDR, SOL_PACKET
@@ -33,6 +34,7 @@ from linkrx.testing.waiting import patiently
 # Programs that begin with a title have a test of their own: below, and those of docs/testing.md in testing/test_plugin.py.
 TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 TITLES |= {"A first test", "A network", "Conformance", "Rigs"}
+TITLES |= {"Keep what is wanted", "Record and read"}
 
 
 def test_the_readme_is_short() -> None:
@@ -128,6 +130,26 @@ def example(title: str, near: str) -> list[str]:
     (program,) = [program for program in programs() if program.startswith(f'"""{title}."""')]
     assert program.count('"eth0"') == 1
     return [sys.executable, "-c", program.replace('"eth0"', repr(near))]
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.skipif(_core.reason is not None, reason=f"capture files take the C core: {_core.reason}")
+def test_recording(tmp_path: Path) -> None:
+    """The first program of capture-files.md records ten packets and reads them, and the second keeps those of ARP."""
+    with veth() as (near, far), injector_on(far) as injector:
+        with started(example("Record and read", near), cwd=tmp_path) as process:
+            while process.poll() is None:
+                injector.send(LOCAL + REMOTE + b"\x08\x06" + bytes(46))
+            assert process.stdout is not None
+            lines = process.stdout.read().splitlines()
+            assert process.returncode == 0
+    assert len(lines) == 11
+    assert all(f" {near} <Packet 0x0806 " in line for line in lines[:-1])
+    assert lines[-1] == "End.EOF"
+    (program,) = [one for one in programs() if one.startswith('"""Keep what is wanted."""')]
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    with linkrx.open(tmp_path / "arp.pcap") as rx:
+        assert len(list(rx)) == 10
 
 
 def udp_packet(source: int, destination: int, body: bytes) -> bytes:

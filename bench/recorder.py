@@ -1,0 +1,26 @@
+"""Records packets from batches of a ring: `recorder.py INTERFACE FILE PACKETS`."""
+
+from __future__ import annotations
+
+import sys
+
+import linkrx
+
+
+def main() -> None:
+    """The command."""
+    name, path, packets = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    with (
+        linkrx.open(name, backend="packet_mmap", timestamps=True) as rx,
+        linkrx.PcapWriter(path, source=rx) as out,
+    ):
+        print("ready", flush=True)
+        for batch in rx.batches():
+            out.write(batch)
+            if out.packets >= packets:
+                break
+        assert rx.stats().kernel_drops == 0
+
+
+if __name__ == "__main__":
+    main()

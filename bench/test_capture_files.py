@@ -1,0 +1,202 @@
+"""Capture files: read beside pcapy-ng's offline reader, and written beside `tcpdump -w` on the same interface.
+
+The file is in the page cache. The time of a reader is that from opening it to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from floors import Frames
+from peers import Missing, package
+from race import ROUNDS, Check, Drain, Queue, Reader, note, race, rounds_of
+
+import linkrx
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import veth
+
+FRAMES, SHORT_FRAMES = 1_000_000, 5_000
+RECORDED, SHORT_RECORDED = 200_000, 2_000  # by a writer in a round
+BURST = 2_000  # frames that are sent at once: a ring of 64 MiB has room for twenty times as many
+SIZED = pytest.mark.parametrize("size", [64, 1514])
+HERE = Path(__file__).parent
+
+
+class FileQueue(Queue):
+    """A file needs no filling."""
+
+    def fill(self) -> None:
+        """It is as it was."""
+
+
+def pcap_of(frames: Frames, packets: int, path: Path) -> Path:
+    """A pcap file of so many frames."""
+    head = struct.pack("=IIII", 1_700_000_000, 5, frames.size, frames.size)
+    with path.open("wb") as out:
+        out.write(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262_144, 1))
+        for frame in frames.numbered(packets):
+            out.write(head + frame)
+    return path
+
+
+def by_linkrx(queue: Queue, path: Path, way: str) -> Reader:
+    """Open, read all, close."""
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        def columns() -> int:
+            with linkrx.open(path) as rx:
+                return sum(map(len, rx.batches()))
+
+        def byte() -> int:
+            seen = total = 0
+
+            def take(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
+                nonlocal seen, total
+                seen += 1
+                total += packet[23]
+
+            with linkrx.open(path, take) as rx:
+                rx.run()
+            return seen
+
+        def checked() -> int:
+            assert check is not None
+            seen = 0
+            with linkrx.open(path) as rx:
+                for packet in rx:
+                    check(packet.tobytes())
+                    seen += 1
+            return seen
+
+        yield checked if check else {"columns": columns, "byte": byte}[way]
+
+    return Reader(queue, opened)
+
+
+def by_pcapy(queue: Queue, path: Path, way: str) -> Reader:
+    """Open, read all."""
+    pcapy = package("pcapy", "pcapy-ng")
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        def drained(take: Callable[[Any, bytes], None]) -> int:
+            pcapy.open_offline(str(path)).loop(0, take)
+            return queue.packets
+
+        def nothing(_header: Any, _data: bytes) -> None:
+            """As little as there can be."""
+
+        def byte() -> int:
+            total = 0
+
+            def take(_header: Any, data: bytes) -> None:
+                nonlocal total
+                total += data[23]
+
+            return drained(take)
+
+        if check:
+            yield lambda: drained(lambda _, data: check(data))
+        else:
+            yield byte if way == "byte" else lambda: drained(nothing)
+
+    return Reader(queue, opened)
+
+
+@SIZED
+def test_read(benchmark: Any, tmp_path: Path, size: int) -> None:
+    """A million frames: their columns, and `deliver` with a byte of each."""
+    packets = FRAMES if benchmark.enabled else SHORT_FRAMES
+    frames = Frames(size)
+    path = pcap_of(frames, packets, tmp_path / "frames.pcap")
+    queue = FileQueue(frames, None, packets)  # type: ignore[arg-type] # nothing is sent
+    readers = {f"linkrx, {way}": by_linkrx(queue, path, way) for way in ("columns", "byte")}
+    left_out = {}
+    try:
+        readers |= {f"pcapy-ng, {way}": by_pcapy(queue, path, way) for way in ("nothing", "byte")}
+    except Missing as missing:
+        left_out = dict.fromkeys(("pcapy-ng, nothing", "pcapy-ng, byte"), str(missing))
+    note(benchmark, left_out=left_out)
+    race(benchmark, readers, "linkrx, columns", floor="linkrx, columns", per_round=1, warmup=1, size=size)
+    path.unlink()
+
+
+# Writing.
+
+
+def recorder(near: str, path: Path, packets: int) -> list[str]:
+    """A program that records so many packets from batches of a ring."""
+    return [sys.executable, str(HERE / "recorder.py"), near, str(path), str(packets)]
+
+
+def tcpdump(near: str, path: Path, packets: int) -> list[str]:
+    """The same, with a ring of the same size."""
+    options = ["-i", near, "-w", str(path), "-c", str(packets), "-s", "0", "-n", "-B", "65536", "-Z", "root"]
+    return ["tcpdump", *options, "--time-stamp-precision=nano"]
+
+
+def cpu_of(command: list[str], ready: str, send: Callable[[], None]) -> float:
+    """Nanoseconds of processor time, user's and kernel's, that a program takes from when it is ready to its end."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        while ready not in (line := process.stdout.readline()):
+            assert line, f"{command[0]} did not start"
+        before = spent(process.pid)
+        send()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        after = spent(process.pid)
+        assert process.wait() == 0, process.stdout.read()
+    return after - before
+
+
+def spent(pid: int) -> float:
+    """Nanoseconds of processor time of a process, by the scheduler's clock; also of one that nobody has waited for."""
+    return float(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+
+
+@SIZED
+@pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump")
+def test_write(benchmark: Any, tmp_path: Path, size: int) -> None:
+    """So many frames on an interface, recorded by one program and then by the other, round by round."""
+    packets = RECORDED if benchmark.enabled else SHORT_RECORDED
+    frames = Frames(size)
+    programs = {
+        "linkrx, PcapWriter": (recorder, "ready"),
+        "tcpdump -w": (tcpdump, "listening on"),
+    }
+    took: dict[str, list[float]] = {name: [] for name in programs}
+    with veth() as (near, far), injector_on(far) as injector:
+
+        def send() -> None:
+            for _ in range(packets // BURST):
+                assert frames.send(injector, BURST) == BURST
+
+        def one_round() -> None:
+            names = list(programs)
+            random.shuffle(names)
+            for name in names:
+                command, ready = programs[name]
+                path = tmp_path / "recorded"
+                took[name].append(cpu_of(command(near, path, packets), ready, send) / packets)
+                with linkrx.open(path) as rx:
+                    assert sum(map(len, rx.batches())) == packets
+                path.unlink()
+
+        benchmark.pedantic(one_round, rounds=ROUNDS if benchmark.enabled else 1)
+    note(benchmark, size=size)
+    if benchmark.enabled:
+        note(
+            benchmark,
+            readers={name: rounds_of([(ns, False) for ns in all_], 1) for name, all_ in took.items()},
+        )
