@@ -136,13 +136,16 @@ def example(title: str, near: str) -> list[str]:
 @pytest.mark.skipif(_core.reason is not None, reason=f"capture files take the C core: {_core.reason}")
 def test_recording(tmp_path: Path) -> None:
     """The first program of capture-files.md records ten packets and reads them, and the second keeps those of ARP."""
-    with veth() as (near, far), injector_on(far) as injector:
-        with started(example("Record and read", near), cwd=tmp_path) as process:
-            while process.poll() is None:
-                injector.send(LOCAL + REMOTE + b"\x08\x06" + bytes(46))
-            assert process.stdout is not None
-            lines = process.stdout.read().splitlines()
-            assert process.returncode == 0
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        started(example("Record and read", near), cwd=tmp_path) as process,
+    ):
+        while process.poll() is None:
+            injector.send(LOCAL + REMOTE + b"\x08\x06" + bytes(46))
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+        assert process.returncode == 0
     assert len(lines) == 11
     assert all(f" {near} <Packet 0x0806 " in line for line in lines[:-1])
     assert lines[-1] == "End.EOF"
