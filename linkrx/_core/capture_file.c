@@ -4,6 +4,7 @@
 
 #include "classify.h"
 #include "capture_file.inc"
+#include "link_layer.inc"
 
 /* Magic numbers of pcap: microseconds, nanoseconds, and with a longer record header, of Alexey Kuznetzov's libpcap. */
 #define PCAP_MICROSECONDS 0xA1B2C3D4
@@ -12,7 +13,6 @@
 #define PCAP_FILE_HEADER 24
 #define PCAP_RECORD_HEADER 16
 #define PCAP_KUZNETZOV_HEADER 24 /* with the interface's index, the protocol and linux/if_packet.h's packet type */
-#define PACKET_OUTGOING 4
 
 struct lrx_capture_interface *lrx_capture_add_interface(struct lrx_capture *c)
 {
@@ -70,7 +70,7 @@ static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t s
 {
     const struct lrx_capture_interface *i = c->interfaces;
     uint32_t length, wire_length, interface = 0;
-    uint16_t flags = 0;
+    uint16_t flags = LRX_TIMESTAMP;
 
     if (size < c->header)
         return wait_for(c, c->header);
@@ -88,11 +88,10 @@ static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t s
         return wait_for(c, c->header + length);
     if (c->header == PCAP_KUZNETZOV_HEADER) {
         interface = u32(c, at + 16);
-        flags = at[22] == PACKET_OUTGOING ? LRX_OUTGOING : 0;
+        flags |= at[22] == PACKET_OUTGOING ? LRX_OUTGOING : 0;
     }
-    put_row(r, at + c->header, length, wire_length, interface);
+    put_row(r, i, at + c->header, length, wire_length, interface, flags);
     r->out.timestamps[r->n] = (int64_t)u32(c, at) * LRX_SECOND + (int64_t)u32(c, at + 4) * i->multiply;
-    r->out.flags[r->n] = flags | LRX_TIMESTAMP;
     r->n++;
     return c->header + length;
 }

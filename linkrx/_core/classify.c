@@ -102,10 +102,12 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         length -= c->prefix;
         wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
         if (differ) {
+            const bool bare = in.link_headers[k] == LRX_NO_LINK_HEADER;
+
             link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
-            link_header = lrx_link_header_of(link_type, c->told, c->link_header);
-            /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. */
-            if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface) {
+            link_header = bare ? 0 : lrx_link_header_of(link_type, c->told, c->link_header);
+            /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has. */
+            if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface && !bare) {
                 counters[LRX_FILTERED]++;
                 continue;
             }

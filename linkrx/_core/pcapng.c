@@ -1,5 +1,6 @@
 /* pcapng, as in draft-ietf-opsawg-pcapng. */
 #include "capture_file.inc"
+#include "link_layer.inc"
 
 #define BLOCK_INTERFACE 1
 #define BLOCK_PACKET 2 /* obsolete */
@@ -47,11 +48,12 @@ static void set_resolution(struct lrx_capture_interface *i, uint8_t resolution)
     }
 }
 
-/* Nanoseconds since 1970. false: too far away for 64 bits, and the packet has no time. */
+/* Nanoseconds since 1970. false and 0: too far away for 64 bits, and the packet has no time. */
 static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64_t *time)
 {
     int64_t offset, t;
 
+    *time = 0;
     if (i->multiply) {
         if (units > (uint64_t)INT64_MAX / i->multiply)
             return false;
@@ -73,22 +75,13 @@ static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64
         else
             t += shift < 96 ? (int64_t)(high >> (shift - 32)) : 0;
     }
-    if (__builtin_mul_overflow(i->offset, LRX_SECOND, &offset) || __builtin_add_overflow(t, offset, time))
+    if (__builtin_mul_overflow(i->offset, LRX_SECOND, &offset) || __builtin_add_overflow(t, offset, &t))
         return false;
+    *time = t;
     return true;
 }
 
 /* Blocks. */
-
-static void put_time(struct rows *r, const struct lrx_capture_interface *i, uint64_t units, uint16_t flags)
-{
-    int64_t time = 0;
-
-    if (time_of(i, units, &time))
-        flags |= LRX_TIMESTAMP;
-    r->out.timestamps[r->n] = time;
-    r->out.flags[r->n] = flags;
-}
 
 /* Whether a block is as long as it says, at its end as well. */
 static bool ends_well(struct lrx_capture *c, const uint8_t *at, uint32_t total)
@@ -208,15 +201,15 @@ static uint32_t packet(struct lrx_capture *c, const uint8_t *at, uint32_t type, 
         return damaged(c, LRX_CAPTURE_LENGTH, length);
     if (head + length > there)
         return wait_for(c, head + length);
-    put_row(r, at + head, length, wire_length, c->first + number + 1);
     if (type == BLOCK_SIMPLE) {
         r->out.timestamps[r->n] = 0;
-        r->out.flags[r->n] = 0;
     } else {
         if (there == total && total - head - 4 > padded(length))
             flags = direction(c, at + head + padded(length), total - head - 4 - padded(length));
-        put_time(r, i, (uint64_t)u32(c, at + 12) << 32 | u32(c, at + 16), flags);
+        if (time_of(i, (uint64_t)u32(c, at + 12) << 32 | u32(c, at + 16), &r->out.timestamps[r->n]))
+            flags |= LRX_TIMESTAMP;
     }
+    put_row(r, i, at + head, length, wire_length, c->first + number + 1, flags);
     r->n++;
     if (there == total)
         return total;

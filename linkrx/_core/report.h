@@ -36,6 +36,8 @@ struct lrx_report {
  * 0: nothing, all packets are alike. The frames of some such sources have no link header; of others the link type tells. */
 #define LRX_TOLD_WITHOUT_HEADER 1
 #define LRX_TOLD_BY_LINK_TYPE 2
+/* In a backend's column of link headers: there is none, whatever the link type says. */
+#define LRX_NO_LINK_HEADER 255
 
 /* Slots of the counters that classification adds to. */
 #define LRX_PACKETS 0

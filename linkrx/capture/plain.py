@@ -7,11 +7,15 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 from linkrx.capture.blocks import BLOCK_HEAD, ENHANCED, RECORD_HEAD, padded
+from linkrx.kernel.uapi import ETHERTYPE_IPV4, ETHERTYPE_IPV6
+from linkrx.memory.framing import BARE_IP_TYPES
 
 if TYPE_CHECKING:
     from linkrx.packets import Batch, Packet
 
-ETHERNET, RAW = 1, 101  # LINKTYPE_*
+ETHERNET, RAW, LINUX_SLL2, UNKNOWN = 1, 101, 276, 0xFFFFFFFF  # LINKTYPE_*
+_UNREAD = {801: 105, 802: 119, 803: 127, 804: 230}  # IEEE 802.11 and 802.15.4, by ARPHRD_* number
+_PACKET_OUTGOING = 4  # linux/if_packet.h
 
 _OUTBOUND = pack("=HHIHH", 2, 4, 2, 0, 0)  # epb_flags, and the end of options
 _SECOND = 10**9
@@ -33,10 +37,11 @@ def record(
     rows = [packets] if isinstance(packets, Packet) else packets
     for index in range(first, len(rows)):
         packet = rows[index]
-        key = (ETHERNET if len(packet.link_header) else RAW) << 32 | packet.interface
+        kind = _link_type_of(packet)
+        key = kind << 32 | (packet.link_type if kind == UNKNOWN else packet.interface)
         if key not in keys:
             return index, at, key
-        frame = packet.tagged() if len(packet.link_header) else packet.tobytes()
+        frame = _sll2(packet) if kind == LINUX_SLL2 else packet.tagged()
         true = packet.wire_length + len(frame) - len(packet)
         when = clock if packet.timestamp_ns is None else packet.timestamp_ns
         if pcapng:
@@ -53,3 +58,22 @@ def record(
         out[at : at + len(made)] = made
         at += len(made)
     return len(rows), at, 0
+
+
+def _link_type_of(packet: Packet) -> int:
+    if len(packet.link_header):
+        return ETHERNET
+    if not packet.protocol:
+        return _UNREAD.get(packet.link_type, UNKNOWN)
+    is_ip = packet.link_type in BARE_IP_TYPES and packet.protocol in (ETHERTYPE_IPV4, ETHERTYPE_IPV6)
+    return RAW if is_ip and not packet.remote and packet.vlan is None else LINUX_SLL2
+
+
+def _sll2(packet: Packet) -> bytes:
+    """LINKTYPE_LINUX_SLL2. A tag's type is the protocol, and its TCI and the protocol follow."""
+    protocol, tag, address = packet.protocol, b"", packet.remote or b""
+    if packet.vlan is not None:
+        protocol, tag = packet.vlan.tpid, pack("!HH", packet.vlan.tci, packet.protocol)
+    kind = _PACKET_OUTGOING if packet.outgoing else 0
+    head = pack("!HHIHBB8s", protocol, 0, packet.interface, packet.link_type, kind, len(address), address)
+    return head + tag + packet.tobytes()

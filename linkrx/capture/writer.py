@@ -31,7 +31,7 @@ else:
 # What one write(2) takes: it stays in a core's second-level cache, and few batches of small frames need two.
 BUFFER_BYTES = 256 * 1024
 
-ETHERNET = 1  # LINKTYPE_ETHERNET
+ETHERNET, UNKNOWN = 1, 0xFFFFFFFF  # LINKTYPE_ETHERNET, and none: see _core/types/record.c
 
 
 class WritableFile(Protocol):
@@ -142,6 +142,12 @@ class PcapWriter:
 
     def _add_interface(self, key: int) -> None:
         link_type, index = key >> 32, key & 0xFFFFFFFF
+        if link_type == UNKNOWN:
+            self._flush()
+            raise ValueError(
+                f"frames of hardware type {index} (ARPHRD_*) have no link type that linkrx can record them with: see "
+                "docs/capture-files.md"
+            )
         if self._pcapng:
             self._put(blocks.interface(link_type, self._name_of(index)))
         elif not self._keys:

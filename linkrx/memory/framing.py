@@ -23,6 +23,7 @@ BARE_IP_TYPES = frozenset({ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_S
 # _core/report.h LRX_TOLD_*: the kernel tells protocol, link type and link address of each packet of a source, which differ
 # from packet to packet. The frames of such a source have no link header, or the link type tells.
 TOLD_WITHOUT_HEADER, TOLD_BY_LINK_TYPE = 1, 2
+NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,11 @@ class Options:
                 )
             # A datagram or a pipe says nothing; QEMU, passt and VDE carry Ethernet over theirs.
             # A packet socket that is bound to no interface tells the link type of each frame.
-            return self.ethernet is True if found.kind == "packet" else self.ethernet is not False
+            return (
+                self.ethernet is True
+                if found.kind in ("packet", "capture_file")
+                else self.ethernet is not False
+            )
         if self.ethernet not in (None, found.ethernet):
             raise UnsupportedOption(
                 f"ethernet={self.ethernet} contradicts the source: frames of {found.a_title} "
@@ -240,7 +244,7 @@ def _told(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
     """Whether packets of a source differ in what the kernel tells about each: Framing.told."""
     if found.kind == "packet_cooked":
         return TOLD_WITHOUT_HEADER
-    if found.kind == "packet" and not (ethernet and found.hardware_type):
+    if found.kind == "capture_file" or (found.kind == "packet" and not (ethernet and found.hardware_type)):
         return TOLD_BY_LINK_TYPE
     if found.kind == "tun" and (packet_info or found.hardware_type not in (None, *BARE_IP_TYPES)):
         return TOLD_WITHOUT_HEADER

@@ -23,7 +23,7 @@ from linkrx.kernel.uapi import (
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
-from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES, Framing
+from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES, NO_LINK_HEADER, Framing
 from linkrx.packets.headers import MALFORMED, OUTGOING, TRUNCATED, VLAN
 
 if TYPE_CHECKING:
@@ -97,9 +97,10 @@ def classifier(
             wire_length = max(reported.wire_lengths[index], length)
             start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
             link_type = (reported.link_types[index] if differ else 0) or framing.link_type
-            link_header = framing.link_header_of(link_type)
-            # A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in.
-            if differ and flags & OUTGOING and link_type == ARPHRD_LOOPBACK and not interface:
+            bare = differ and reported.link_headers[index] == NO_LINK_HEADER
+            link_header = 0 if bare else framing.link_header_of(link_type)
+            # A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has.
+            if differ and flags & OUTGOING and link_type == ARPHRD_LOOPBACK and not interface and not bare:
                 filtered += 1
                 continue
             if rule.program:

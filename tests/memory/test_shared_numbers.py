@@ -19,6 +19,7 @@ SHARED: dict[str, int] = {
     "LRX_ROW_BYTES": columns.ROW_BYTES,
     "LRX_TOLD_WITHOUT_HEADER": framing.TOLD_WITHOUT_HEADER,
     "LRX_TOLD_BY_LINK_TYPE": framing.TOLD_BY_LINK_TYPE,
+    "LRX_NO_LINK_HEADER": framing.NO_LINK_HEADER,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,
     "LRX_VLAN": headers.Flags.VLAN,

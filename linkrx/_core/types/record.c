@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "../link.inc"
+
 #define BLOCK_ENHANCED 6
 #define BLOCK_HEAD 28 /* type, length, interface, time in two halves, both lengths of the packet */
 #define BLOCK_TAIL 4  /* the length again */
@@ -16,17 +18,25 @@
 /* LINKTYPE_*, as the file has it. */
 #define ETHERNET 1
 #define RAW 101
+#define LINUX_SLL2 276
+#define UNKNOWN UINT32_MAX
 
 #define TAG_OFFSET 12 /* behind both addresses */
 #define TAG 4
+#define SLL2_HEAD 20
+#define PACKET_OUTGOING 4 /* linux/if_packet.h */
+
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86DD
 
 /* One packet. */
 typedef struct {
     const uint8_t *frame;
+    const uint8_t *address; /* of the sender, where the kernel has told it */
     int64_t timestamp;
     uint32_t length, wire_length, interface;
-    uint16_t flags, vlan_tci, vlan_tpid;
-    uint8_t link_header;
+    uint16_t flags, protocol, link_type, vlan_tci, vlan_tpid;
+    uint8_t link_header, address_length;
 } Row;
 
 static bool readable(const Owner *owner)
@@ -41,20 +51,25 @@ static void row_of_packet(const Packet *p, Row *row)
 {
     *row = (Row){
         .frame = p->frame,
+        .address = p->address,
         .timestamp = p->timestamp,
         .length = p->length,
         .wire_length = p->wire_length,
         .interface = p->interface,
         .flags = p->flags,
+        .protocol = p->protocol,
+        .link_type = p->link_type,
         .vlan_tci = p->vlan_tci,
         .vlan_tpid = p->vlan_tpid,
         .link_header = p->link_header,
+        .address_length = p->address_length,
     };
 }
 
 static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
 {
     const Table *t = b->table;
+    const bool told = b->framing.told;
 
     *row = (Row){
         .frame = b->base + t->places[k],
@@ -63,16 +78,48 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
         .wire_length = t->wire_lengths[k],
         .interface = t->interfaces[k],
         .flags = t->flags[k],
+        .protocol = t->protocols[k],
+        .link_type = told ? t->link_types[k] : b->framing.link_type,
         .vlan_tci = t->vlan_tcis[k],
         .vlan_tpid = t->vlan_tpids[k],
-        .link_header = b->framing.link_header,
+        .link_header = told ? t->link_headers[k] : b->framing.link_header,
     };
+    if (told && !row->link_header) {
+        row->address = (const uint8_t *)&t->addresses[k];
+        row->address_length = t->address_lengths[k] < LINK_ADDRESS ? t->address_lengths[k] : LINK_ADDRESS;
+    }
 }
 
-/* Packets of an interface with a link type: LINKTYPE_* and the interface's index. */
+/* A packet without a link header that has told something about itself is recorded as libpcap does with a cooked socket's. */
+static uint32_t link_type_of(const Row *row)
+{
+    if (row->link_header)
+        return ETHERNET;
+    if (!row->protocol)
+        switch (row->link_type) {
+        case 801: /* IEEE 802.11 */
+            return 105;
+        case 802: /* with a Prism header */
+            return 119;
+        case 803: /* with a radiotap header */
+            return 127;
+        case 804: /* IEEE 802.15.4 */
+            return 230;
+        default:
+            return UNKNOWN;
+        }
+    if (lrx_is_bare_ip(row->link_type) && !row->address_length && !(row->flags & LRX_VLAN) &&
+        (row->protocol == ETHERTYPE_IPV4 || row->protocol == ETHERTYPE_IPV6))
+        return RAW;
+    return LINUX_SLL2;
+}
+
+/* Packets of an interface with a link type: LINKTYPE_* and the interface's index; UNKNOWN and the ARPHRD_* number. */
 static uint64_t key_of(const Row *row)
 {
-    return (uint64_t)(row->link_header ? ETHERNET : RAW) << 32 | row->interface;
+    const uint32_t link_type = link_type_of(row);
+
+    return (uint64_t)link_type << 32 | (link_type == UNKNOWN ? row->link_type : row->interface);
 }
 
 static uint8_t *word(uint8_t *to, uint32_t value)
@@ -81,9 +128,43 @@ static uint8_t *word(uint8_t *to, uint32_t value)
     return to + sizeof value;
 }
 
-static uint32_t tag_bytes(const Row *row)
+static uint8_t *network16(uint8_t *to, uint16_t value)
 {
-    return row->flags & LRX_VLAN && row->link_header && row->length >= TAG_OFFSET ? TAG : 0;
+    *to++ = (uint8_t)(value >> 8);
+    *to++ = (uint8_t)value;
+    return to;
+}
+
+static bool is_tagged(const Row *row)
+{
+    return row->flags & LRX_VLAN && (!row->link_header || row->length >= TAG_OFFSET);
+}
+
+/* Bytes that the file has beside the frame: the tag that the kernel took out, and what is told about a packet without link header. */
+static uint32_t added(const Row *row)
+{
+    return (is_tagged(row) ? TAG : 0) + (link_type_of(row) == LINUX_SLL2 ? SLL2_HEAD : 0);
+}
+
+/* LINKTYPE_LINUX_SLL2. A tag is recorded as libpcap does: its type is the protocol, and its TCI and the protocol follow. */
+static uint8_t *put_sll2(uint8_t *to, const Row *row)
+{
+    to = network16(to, is_tagged(row) ? row->vlan_tpid : row->protocol);
+    to = network16(to, 0);
+    to = network16(to, (uint16_t)(row->interface >> 16));
+    to = network16(to, (uint16_t)row->interface);
+    to = network16(to, row->link_type);
+    *to++ = row->flags & LRX_OUTGOING ? PACKET_OUTGOING : 0;
+    *to++ = row->address_length;
+    memset(to, 0, LINK_ADDRESS);
+    if (row->address_length)
+        memcpy(to, row->address, row->address_length);
+    to += LINK_ADDRESS;
+    if (is_tagged(row)) {
+        to = network16(to, row->vlan_tci);
+        to = network16(to, row->protocol);
+    }
+    return to;
 }
 
 /* The frame as it was on the wire, with the tag that the kernel took out. */
@@ -91,14 +172,13 @@ static uint8_t *put_frame(uint8_t *to, const Row *row)
 {
     uint32_t head = 0;
 
-    if (tag_bytes(row)) {
+    if (link_type_of(row) == LINUX_SLL2) {
+        to = put_sll2(to, row);
+    } else if (is_tagged(row)) {
         head = TAG_OFFSET;
         memcpy(to, row->frame, head);
-        to += head;
-        *to++ = (uint8_t)(row->vlan_tpid >> 8);
-        *to++ = (uint8_t)row->vlan_tpid;
-        *to++ = (uint8_t)(row->vlan_tci >> 8);
-        *to++ = (uint8_t)row->vlan_tci;
+        to = network16(to + head, row->vlan_tpid);
+        to = network16(to, row->vlan_tci);
     }
     memcpy(to, row->frame + head, row->length - head);
     return to + row->length - head;
@@ -106,7 +186,7 @@ static uint8_t *put_frame(uint8_t *to, const Row *row)
 
 static uint64_t size_of(const Row *row, bool pcapng)
 {
-    const uint64_t length = (uint64_t)row->length + tag_bytes(row);
+    const uint64_t length = (uint64_t)row->length + added(row);
 
     if (!pcapng)
         return RECORD_HEAD + length;
@@ -115,7 +195,7 @@ static uint64_t size_of(const Row *row, bool pcapng)
 
 static uint8_t *put_block(uint8_t *to, const Row *row, uint32_t interface, uint64_t time)
 {
-    const uint32_t length = row->length + tag_bytes(row), size = (uint32_t)size_of(row, true);
+    const uint32_t length = row->length + added(row), size = (uint32_t)size_of(row, true);
 
     to = word(to, BLOCK_ENHANCED);
     to = word(to, size);
@@ -123,7 +203,7 @@ static uint8_t *put_block(uint8_t *to, const Row *row, uint32_t interface, uint6
     to = word(to, (uint32_t)(time >> 32));
     to = word(to, (uint32_t)time);
     to = word(to, length);
-    to = word(to, row->wire_length + tag_bytes(row));
+    to = word(to, row->wire_length + added(row));
     to = put_frame(to, row);
     for (uint32_t k = length; k % 4; k++)
         *to++ = 0;
@@ -141,8 +221,8 @@ static uint8_t *put_record(uint8_t *to, const Row *row, uint64_t time)
 {
     to = word(to, (uint32_t)(time / SECOND));
     to = word(to, (uint32_t)(time % SECOND));
-    to = word(to, row->length + tag_bytes(row));
-    to = word(to, row->wire_length + tag_bytes(row));
+    to = word(to, row->length + added(row));
+    to = word(to, row->wire_length + added(row));
     return put_frame(to, row);
 }
 

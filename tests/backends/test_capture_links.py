@@ -1,0 +1,181 @@
+"""Link types of capture files: what stands in front of a packet tells its protocol, sender, interface and direction."""
+
+from __future__ import annotations
+
+import io
+import struct
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import captures
+from support.captures import Interface, Recorded, frame
+
+import linkrx
+from linkrx import _core
+from linkrx.capture import plain
+
+pytestmark = pytest.mark.skipif(
+    _core.reason is not None, reason=f"capture files take the C core: {_core.reason}"
+)
+
+IPV4, IPV6 = b"\x45" + bytes(27), b"\x60" + bytes(47)
+SENDER = bytes.fromhex("020000000009")
+
+
+def sll(kind: int, hardware: int, address: bytes, protocol: int) -> bytes:
+    """LINKTYPE_LINUX_SLL."""
+    return struct.pack("!HHH8sH", kind, hardware, len(address), address, protocol)
+
+
+def sll2(kind: int, hardware: int, address: bytes, protocol: int, interface: int) -> bytes:
+    """LINKTYPE_LINUX_SLL2."""
+    return struct.pack("!HHIHBB8s", protocol, 0, interface, hardware, kind, len(address), address)
+
+
+def told(packet: linkrx.Packet) -> tuple[Any, ...]:
+    """What is known of it."""
+    return (
+        bytes(packet),
+        packet.protocol,
+        packet.link_type,
+        packet.remote,
+        packet.local,
+        packet.interface,
+        packet.outgoing,
+    )
+
+
+# link type, record, and what is told of the packet.
+CASES = {
+    "ethernet": (1, frame(60), (frame(60), 0x88B5, 1, captures.REMOTE, captures.LOCAL, 0, False)),
+    "raw4": (101, IPV4, (IPV4, 0x0800, 0xFFFE, None, None, 0, False)),
+    "raw6": (101, IPV6, (IPV6, 0x86DD, 0xFFFE, None, None, 0, False)),
+    "raw12": (12, IPV4, (IPV4, 0x0800, 0xFFFE, None, None, 0, False)),
+    "ipv4": (228, IPV4, (IPV4, 0x0800, 0xFFFE, None, None, 0, False)),
+    "ipv6": (229, IPV6, (IPV6, 0x86DD, 0xFFFE, None, None, 0, False)),
+    "null": (0, struct.pack("<I", 2) + IPV4, (IPV4, 0x0800, 0xFFFE, None, None, 0, False)),
+    "null, another host's": (0, struct.pack(">I", 30) + IPV6, (IPV6, 0x86DD, 0xFFFE, None, None, 0, False)),
+    "loop": (108, struct.pack(">I", 24) + IPV6, (IPV6, 0x86DD, 0xFFFE, None, None, 0, False)),
+    "sll": (113, sll(0, 1, SENDER, 0x0800) + IPV4, (IPV4, 0x0800, 1, SENDER, None, 0, False)),
+    "sll out": (113, sll(4, 772, b"", 0x86DD) + IPV6, (IPV6, 0x86DD, 772, None, None, 0, True)),
+    "sll, any protocol": (
+        113,
+        sll(0, 1, SENDER, 0x0806) + b"arp!",
+        (b"arp!", 0x0806, 1, SENDER, None, 0, False),
+    ),
+    "sll2": (276, sll2(0, 1, SENDER, 0x0800, 7) + IPV4, (IPV4, 0x0800, 1, SENDER, None, 7, False)),
+    "sll2 out": (276, sll2(4, 65534, b"", 0x86DD, 9) + IPV6, (IPV6, 0x86DD, 65534, None, None, 9, True)),
+    "802.11": (105, b"\x80\x00" + bytes(30), (b"\x80\x00" + bytes(30), 0, 801, None, None, 0, False)),
+    "unknown": (147, b"whatever", (b"whatever", 0, 0xFFFF, None, None, 0, False)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_link_types(name: str) -> None:
+    """Each link type's header is looked at, and is no part of the packet; what linkrx does not know is delivered with protocol 0."""
+    link_type, record, expected = CASES[name]
+    for order in "<>":
+        data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type, order=order)
+        with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+            packets = list(rx)
+        assert [told(packet) for packet in packets] == [expected] * 2
+        assert packets[0].wire_length == len(packets[0]) + 3
+        assert packets[0].truncated
+        with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+            (batch,) = [batch.copy() for batch in rx.batches()]
+        assert [told(packet) for packet in batch] == [expected] * 2
+        assert list(batch.link_types) == [expected[2]] * 2
+
+
+def test_all_in_one_file() -> None:
+    """A pcapng file may have a link type for each interface: every packet is read by its own."""
+    made, expected = captures.section(), []
+    for number, (link_type, record, known) in enumerate(CASES.values()):
+        made += Interface(link_type).block() + captures.enhanced("<", number, 5, record, len(record))
+        expected.append((*known[:5], number + 1, known[6]))
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(made))) as rx:
+        assert [told(packet) for packet in rx] == expected
+
+
+def test_delivered_addresses() -> None:
+    """`deliver` is given the sender that a cooked header tells, and no destination."""
+    calls: list[tuple[Any, ...]] = []
+    link_type, record, _ = CASES["sll"]
+    data = captures.pcap([Recorded(record, len(record), 5000)], link_type=link_type)
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data)), lambda *call: calls.append(call[:3])) as rx:
+        rx.run()
+    assert calls == [(SENDER, None, 0x0800)]
+
+
+@pytest.mark.parametrize(("link_type", "size"), [(0, 4), (108, 4), (113, 16), (276, 20)])
+def test_headers_that_are_cut(link_type: int, size: int) -> None:
+    """A record that ends within its header is counted as malformed, and one behind it as empty; neither costs a neighbour."""
+    good = bytes(2) + b"\x00\x01" + bytes(10) + b"\x08\x00" if link_type == 113 else struct.pack("!I", 2)
+    good = sll2(0, 1, SENDER, 0x0800, 7) if link_type == 276 else good
+    records = [good + IPV4, *(good[:short] for short in range(1, size)), good[:size], good + IPV4]
+    data = captures.pcap([Recorded(one, len(one), 5000) for one in records], link_type=link_type)
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+        assert [bytes(packet) for packet in rx] == [IPV4, IPV4]
+        assert rx.stats().malformed == size - 1
+        assert rx.stats().empty == 1
+
+
+@pytest.mark.parametrize("form", ["pcapng", "pcap"])
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_again(tmp_path: Path, name: str, form: Any) -> None:
+    """What is recorded again is read as the same; what has no link type to record it with is an error."""
+    link_type, record, expected = CASES[name]
+    path = tmp_path / "out"
+    data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type)
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx, linkrx.PcapWriter(path, format=form) as out:
+        batch = next(iter(rx.batches())).copy()
+        if name == "unknown":
+            with pytest.raises(ValueError, match="hardware type 65535"):
+                out.write(batch)
+            return
+        out.write(batch)
+        out.write(batch[1].copy())
+    with linkrx.open(path) as rx:
+        packets = list(rx)
+    if form == "pcapng":
+        assert [(*told(one)[:5], told(one)[6]) for one in packets] == [(*expected[:5], expected[6])] * 3
+    else:  # bare IP is recorded as such, and a pcap file has no place then for what is known beside it
+        assert [told(one)[:5] for one in packets] == [expected[:5]] * 3
+    assert {one.wire_length - len(one) for one in packets} == {3}
+
+
+def test_two_link_types_in_pcap(tmp_path: Path) -> None:
+    """A pcap file has one link type: a packet of another is an error that names pcapng, and costs nothing that was written."""
+    made = captures.section() + Interface(1).block() + Interface(101).block()
+    made += captures.enhanced("<", 0, 5, frame(60), 60) + captures.enhanced("<", 1, 5, IPV4, len(IPV4))
+    path = tmp_path / "out"
+    with (
+        linkrx.open(linkrx.CaptureFile(io.BytesIO(made))) as rx,
+        linkrx.PcapWriter(path, format="pcap") as out,
+    ):
+        with pytest.raises(ValueError, match=r"link type 101 in a pcap file of link type 1: .*pcapng"):
+            out.write(next(iter(rx.batches())))
+        assert out.packets == 1
+    with linkrx.open(path) as rx:
+        assert [bytes(packet) for packet in rx] == [frame(60)]
+
+
+def test_the_plain_twin() -> None:
+    """Without the core the same records are made of each link type, byte for byte."""
+    for name, (link_type, record, _) in CASES.items():
+        data = captures.pcap([Recorded(record, len(record) + 3, 5000)], link_type=link_type)
+        with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
+            packet = next(iter(rx)).copy()
+        keys = array("Q")
+        for pcapng in (True, False):
+            fast, slow = bytearray(200), bytearray(200)
+            missing = _core.types.record(packet, 0, keys, fast, 0, pcapng, 5)
+            assert plain.record(packet, 0, keys, slow, 0, pcapng, 5) == missing, name
+            keys.append(missing[2])
+            assert _core.types.record(packet, 0, keys, fast, 0, pcapng, 5) == plain.record(
+                packet, 0, keys, slow, 0, pcapng, 5
+            )
+            assert fast == slow, name
+            keys.pop()
