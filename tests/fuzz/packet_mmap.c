@@ -282,6 +282,7 @@ static void walk(struct block *block)
             told->protocol = from[2] * 256u + from[3];
             told->link_type = number_at(block, at + 48 + 8, 2);
             told->address_length = halen < 8 ? halen : 8;
+            told->address = 0;
             memcpy(&told->address, from + 12, told->address_length);
         }
         if (kernel.wanted & LRX_OUTGOING && block->copy[at + 48 + 10] == PACKET_OUTGOING)
