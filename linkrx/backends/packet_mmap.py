@@ -12,8 +12,10 @@ from typing import Any
 from linkrx import _core
 from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
 from linkrx.errors import BackendUnavailable, UnsupportedOption
-from linkrx.kernel.rtnetlink import RouteSocket
+from linkrx.kernel.rtnetlink import Link, RouteSocket
+from linkrx.kernel.uapi import ARPHRD_LOOPBACK
 from linkrx.packets.headers import OUTGOING, TIMESTAMP
+from linkrx.sources.capabilities import LARGEST_MESSAGE
 
 logger = logging.getLogger("linkrx")
 
@@ -30,6 +32,9 @@ RING_BYTES = 64 * 1024 * 1024
 # is no power of two as the next that is.
 BLOCK_LEAST = 128 * 1024
 BLOCK_MOST = 1024 * 1024
+# Devices that hand on what comes in through others, each with limits of its own; and those that are one end of a pair.
+MASTERS = frozenset({"bridge", "bond", "team", "openvswitch"})
+PAIRS = frozenset({"veth", "netkit", "vxcan"})
 HEADROOM = 4096  # far more than the kernel puts in front of a frame
 BLOCKS_MOST = 4096  # more are not made smaller for
 BLOCKS_LEAST = 2  # one to read while the other is filled
@@ -147,7 +152,10 @@ def shape(size: int, largest: int = 0) -> tuple[int, int]:
 
 
 def _largest(receive: ReceiveConfig) -> int:
-    """The most that the interface is set up for, or any of all; 0 where that is not known, as of one in another namespace."""
+    """The longest frame that can come: of what the interface and its peer are set up for, and of what both may be told later.
+
+    0 where that is not known, as of one in another namespace: then it is no more than usual.
+    """
     found = receive.capabilities
     with closing(RouteSocket()) as route:
         if found.every_interface:
@@ -155,7 +163,21 @@ def _largest(receive: ReceiveConfig) -> int:
         if found.ifindex is None:
             return 0
         link = route.link(index=found.ifindex)
-    return link.super_packet if link and link.name == found.interface else 0
+        names = (link.name, *link.alternative_names) if link else ()
+        if link is None or (not found.owned and found.interface not in names):
+            return 0  # the same index in another namespace
+        if link.hardware_type == ARPHRD_LOOPBACK or link.kind in MASTERS:
+            return LARGEST_MESSAGE
+        peer = link if link.peer in (None, 0) else _peer(route, link)
+    # A veth sends what its peer's limit lets through, and that of a peer that cannot be asked may be any.
+    largest = peer.super_packet if peer else LARGEST_MESSAGE
+    return max(link.super_packet, link.mtu or 0, largest)
+
+
+def _peer(route: RouteSocket, link: Link) -> Link | None:
+    if link.kind in PAIRS or link.peer_namespace is None:
+        return route.link(index=link.peer or 0, namespace=link.peer_namespace)
+    return link
 
 
 def _ring(receive: ReceiveConfig) -> tuple[Any, int]:

@@ -24,11 +24,14 @@ from linkrx.kernel.uapi import (
     IFLA_INFO_DATA,
     IFLA_INFO_KIND,
     IFLA_INFO_SLAVE_DATA,
+    IFLA_LINK,
+    IFLA_LINK_NETNSID,
     IFLA_LINKINFO,
     IFLA_MTU,
     IFLA_OPERSTATE,
     IFLA_PROP_LIST,
     IFLA_STATS64,
+    IFLA_TARGET_NETNSID,
     IFLA_TUN_NUM_QUEUES,
     IFLA_TUN_PI,
     IFLA_TXQLEN,
@@ -61,8 +64,9 @@ class Link:
     """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
 
     `super_packet` is the most that a packet has before it is split, or behind merging; `queue_length` is its txqueuelen.
-    `up` is IFF_UP, and `state` the operational state, RFC 2863. `forwards` is
-    whether the bridge that it is a port of takes frames from it.
+    `peer` is the index of the device at the other end, or under this one, and `peer_namespace` the number of the namespace that
+    it is in, where that is another. `up` is IFF_UP, and `state` the operational state, RFC 2863. `forwards` is whether the
+    bridge that it is a port of takes frames from it.
     """
 
     index: int
@@ -80,6 +84,8 @@ class Link:
     up: bool
     state: str
     alternative_names: tuple[str, ...]
+    peer: int | None
+    peer_namespace: int | None
 
 
 class RouteSocket:
@@ -129,13 +135,18 @@ class RouteSocket:
                     yield kind, flags, answer[offset + _MESSAGE.size : offset + length]
                 offset += (length + 3) & ~3
 
-    def link(self, *, name: str | None = None, index: int = 0) -> Link | None:
-        """The device of that name or index, or None if there is none."""
+    def link(self, *, name: str | None = None, index: int = 0, namespace: int | None = None) -> Link | None:
+        """The device of that name or index, or None if there is none, or it cannot be asked for.
+
+        `namespace` is a number that this namespace has for another one, as in `Link.peer_namespace`.
+        """
         body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         if name is not None:
             value = os.fsencode(name) + b"\0"
             body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
             body += bytes(-len(body) % 4)
+        if namespace is not None:
+            body += _ATTRIBUTE.pack(_ATTRIBUTE.size + 4, IFLA_TARGET_NETNSID) + struct.pack("=i", namespace)
         self._ask(body)
         for kind, _, answer in self._answers():
             if kind == NLMSG_ERROR:
@@ -191,6 +202,10 @@ def _parse(message: bytes) -> Link:
             struct.unpack("=I", found[kind])[0] if kind in found else 0 for kind in SUPER_PACKETS
         ),
         queue_length=struct.unpack("=I", found[IFLA_TXQLEN])[0] if IFLA_TXQLEN in found else None,
+        peer=struct.unpack("=I", found[IFLA_LINK])[0] if IFLA_LINK in found else None,
+        peer_namespace=(
+            struct.unpack("=i", found[IFLA_LINK_NETNSID])[0] if IFLA_LINK_NETNSID in found else None
+        ),
         up=bool(flags & IFF_UP),
         state=_STATES.get(found.get(IFLA_OPERSTATE, b"\0")[0], "unknown"),
         alternative_names=tuple(

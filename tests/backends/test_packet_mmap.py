@@ -256,6 +256,37 @@ def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
         assert packet_mmap._largest(rx._facts) == 200_000
 
 
+def test_what_the_peer_is_set_up_for(wire: Wire) -> None:
+    """A veth sends what its peer's limit lets through: blocks hold that as well."""
+    Device(wire[1]).set(gso_max_size=300_000)
+    with ring_on(wire[0]) as rx:
+        assert packet_mmap._largest(rx._facts) == 300_000
+
+
+def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:
+    """An interface that is opened by an alternative name has the same blocks as by its own."""
+    Device(wire[0]).set(gso_max_size=200_000)
+    name = "alternative_" + "n" * 100
+    with IPRoute() as route:
+        route.link("property_add", index=socket.if_nametoindex(wire[0]), altname=name)
+    with packet_socket(wire[0]) as borrowed, ring_on(borrowed) as rx:
+        assert packet_mmap._largest(rx._facts) == 200_000
+
+
+@pytest.mark.parametrize("mtu", [0, 200_000])
+def test_nothing_is_cut_on_lo(mtu: int, devices: None) -> None:
+    """A frame as long as lo takes after open comes whole: what lo is told to take may change at any time."""
+    with ring_on("lo") as rx, injector_on("lo") as injector:
+        if mtu:
+            Device("lo").set(mtu=mtu)
+        sent = frame(1, (mtu or 65536) + 14)
+        injector.send(sent)
+        packet = rx.recv(10)
+        while bytes(packet[12:14]) != sent[12:14]:
+            packet = rx.recv(10)
+        assert (packet.truncated, packet.tobytes() == sent) == (False, True)
+
+
 # Accounting.
 
 
