@@ -49,6 +49,13 @@ ARENAS = 2  # of a receiver: for no more are buffers kept, for they keep the are
 MADE_MOST = 4  # strides and counts of each
 
 
+class _Duplicate(socket.socket):
+    """One that may be dropped: without this Python warns of sockets that nobody has closed."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class OsReadv(Backend):
     """Works on every source. Cut packets are flagged; their true length is known of sockets."""
 
@@ -113,8 +120,7 @@ class OsReadv(Backend):
             buffers = self._until_long(self._buffers(arena, room))
             self._taken.extend(map(self._read, buffers, *self._arguments))
         except BlockingIOError:
-            if self._socket is not None and not self._taken:
-                os.fstat(self._fd)  # raises OSError where its owner has closed it: the duplicate would go on for ever
+            pass  # the queue is empty
         except OSError as error:
             if self._taken:
                 self._descriptors.report.error = error.errno or 0  # behind what was read
@@ -158,7 +164,7 @@ class OsReadv(Backend):
             family = (
                 socket.AF_PACKET if self._packets else socket.AF_UNIX
             )  # how Python reads the sender's address
-            self._socket = socket.socket(family, kind, 0, fileno=duplicate)
+            self._socket = _Duplicate(family, kind, 0, fileno=duplicate)
         except BaseException:
             os.close(duplicate)
             raise

@@ -90,6 +90,13 @@ class SocketOptions:
         """An int."""
         return int.from_bytes(self.get(level, name), sys.byteorder, signed=True)
 
+    def name(self) -> bytes:
+        """getsockname(2): the address that it is bound to."""
+        value = ctypes.create_string_buffer(128)
+        length = ctypes.c_uint32(128)
+        _checked(_libc.getsockname(self._fd, value, ctypes.byref(length)), "getsockname")
+        return value.raw[: length.value]
+
     def set(self, level: int, name: int, value: int | bytes) -> None:
         """An int, or a structure."""
         data = value if isinstance(value, bytes) else value.to_bytes(4, sys.byteorder, signed=True)

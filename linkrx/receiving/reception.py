@@ -100,7 +100,7 @@ class Reception(Receiver):
                 framing.told,
                 framing.vnet_header_size,
                 not framing.vnet_little_endian,
-                (found.ifindex or 0) if found.kind in ("packet", "packet_cooked") else 0,
+                max(found.ifindex or 0, 0) if found.kind in ("packet", "packet_cooked") else 0,
                 found.kind in ("unix_seqpacket", "pipe"),
                 source.fd,
                 self._wakeup.event.fd,
@@ -111,8 +111,11 @@ class Reception(Receiver):
             self._use(self._mechanism.native)
             source.start()
             self._mechanism.start()
-            if source.link_state() is not LinkState.UP:
+            state = source.link_state()
+            if state is not LinkState.UP:
                 self._watch_link(down=True)
+            if state is LinkState.GONE:
+                self._finish(End.LINK_GONE)
             undo.pop_all()
 
     # A mechanism that is written in Python.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 from linkrx.errors import UnsupportedSource
 from linkrx.kernel.ethtool import takes_super_packets
+from linkrx.kernel.libc import SocketOptions
 from linkrx.kernel.pipes import writing_ends
 from linkrx.kernel.rtnetlink import Link, RouteSocket, same_namespace
 from linkrx.kernel.uapi import (
@@ -25,11 +26,13 @@ from linkrx.kernel.uapi import (
     IFF_VNET_HDR,
     IFNAMSIZ,
     IFREQ_BYTES,
+    PACKET_VERSION,
     PACKET_VNET_HDR,
     PACKET_VNET_HDR_SZ,
     SIOCGIFHWADDR,
     SIOCGIFINDEX,
     SIOCGIFMTU,
+    SIOCGIFNAME,
     SO_DOMAIN,
     SO_PROTOCOL,
     SOL_PACKET,
@@ -38,6 +41,7 @@ from linkrx.kernel.uapi import (
     TUNGETVNETBE,
     TUNGETVNETHDRSZ,
     TUNGETVNETLE,
+    UDP_GRO,
     VNET_HEADER_BYTES,
 )
 from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES
@@ -54,6 +58,8 @@ LARGEST_UDP = 65_535
 LARGEST_PIPE_PACKET = 4096  # PIPE_BUF: the kernel splits longer writes
 
 _INT_MAX = 2**31 - 1
+
+GONE = -1  # what getsockname(2) has of an interface that was deleted
 
 # With SOCK_NONBLOCK in the type, Python leaves O_NONBLOCK alone even under socket.setdefaulttimeout().
 _TYPE = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
@@ -82,7 +88,8 @@ class Capabilities:
     for none. `hardware_gso`: super-packets may come; without a virtio-net header nothing tells them from other frames, and
     their checksums are unfinished. `interface`, `ifindex` and `mtu` describe the
     device, also when it lives in another network namespace (`local` is then False). `owned`: linkrx opened the
-    source itself, by interface name. `nonblocking`: O_NONBLOCK is set.
+    source itself, by interface name. `nonblocking`: O_NONBLOCK is set. `has_ring`: somebody has put a ring on the packet socket.
+    `ifindex` is GONE, -1, where the interface that a packet socket was bound to is deleted.
     """
 
     kind: str
@@ -98,6 +105,7 @@ class Capabilities:
     hardware_type: int | None = None
     mtu: int | None = None
     multi_queue: bool = False
+    has_ring: bool = False
     local: bool | None = None
     nonblocking: bool = False
     owned: bool = False
@@ -286,11 +294,25 @@ def _probe_socket(fd: int) -> Capabilities:
             return Capabilities(name, socket=True, largest_frame=LARGEST_MESSAGE)
         protocol = borrowed.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
         if domain in (socket.AF_INET, socket.AF_INET6) and protocol == socket.IPPROTO_UDP:
+            _refuse_gro(fd)
             return Capabilities("udp", socket=True, largest_frame=LARGEST_UDP)
     raise UnsupportedSource(
         f"file descriptor {fd} is a socket of family {domain}, type {kind}: linkrx receives from AF_PACKET, AF_UNIX "
         "(datagram, seqpacket) and UDP sockets"
     )
+
+
+def _refuse_gro(fd: int) -> None:
+    """Datagrams that the kernel has glued together are no packets."""
+    try:
+        glues = SocketOptions(fd).get_int(socket.IPPROTO_UDP, UDP_GRO)
+    except OSError:
+        return  # Linux before 5.0
+    if glues:
+        raise UnsupportedSource(
+            f"file descriptor {fd} is a UDP socket with UDP_GRO, on which the kernel hands over several datagrams as one: "
+            f"turn it off with setsockopt(socket.IPPROTO_UDP, {UDP_GRO}, 0)"
+        )
 
 
 def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> Capabilities:
@@ -303,25 +325,49 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
     if not cooked:
         size = _packet_vnet_header_size(borrowed)
         found = replace(found, vnet_header_size=size, hardware_gso=size > 0)
-    name = bound_interface(fd)
-    if not name:
+    found = replace(found, has_ring=_has_ring(fd))
+    index = bound_index(fd)
+    if not index:
         return found  # bound to no interface: frames of every kind of device may come
+    name = interface_at(borrowed, index)
+    if not name:
+        return replace(found, ifindex=GONE)
     index, hardware_type, mtu = interface_of(borrowed, name)
     if not cooked:
         found = replace(found, ethernet=ethernet_of(hardware_type))
     return replace(found, interface=name, ifindex=index, hardware_type=hardware_type, mtu=mtu)
 
 
-def bound_interface(fd: int) -> str:
-    """The interface that an AF_PACKET socket is bound to; empty for none, and when it cannot be asked."""
-    # The family must be the true one here: it tells Python how to read the address.
-    duplicate = os.dup(fd)
+def bound_index(fd: int) -> int:
+    """The index of the interface that an AF_PACKET socket is bound to: 0 for none, and when it cannot be asked; GONE for one
+    that is deleted.
+    """
     try:
-        with socket.socket(socket.AF_PACKET, _TYPE, 0, fileno=duplicate) as packet:
-            name: str = packet.getsockname()[0]
-            return name
+        index: int = struct.unpack_from("i", SocketOptions(fd).name(), 4)[0]  # sll_ifindex
     except PermissionError:
-        return ""  # a seccomp filter forbids getsockname(2): do without the name
+        return 0  # a seccomp filter forbids getsockname(2): do without
+    return index
+
+
+def _has_ring(fd: int) -> bool:
+    """Whether the kernel puts what a packet socket receives, or what it sends, into a ring: PACKET_VERSION cannot be set then,
+    even to what it is.
+    """
+    options = SocketOptions(fd)
+    try:
+        options.set(SOL_PACKET, PACKET_VERSION, options.get_int(SOL_PACKET, PACKET_VERSION))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def interface_at(request: socket.socket, index: int) -> str:
+    """The name of the interface with that index in the namespace of the socket `request`; empty for none."""
+    try:
+        answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))
+    except OSError:
+        return ""
+    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
 
 
 def _packet_vnet_header_size(borrowed: socket.socket) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
-from linkrx.errors import UnsupportedOption
+from linkrx.errors import UnsupportedOption, UnsupportedSource
 from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_P_ALL, VNET_HEADER_BYTES
 from linkrx.memory.framing import BARE_IP_TYPES, TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
 from linkrx.memory.layouts import checked_sizes
@@ -102,7 +102,14 @@ class Options:
         return tuple(name for name in _BACKEND_OPTIONS if getattr(self, name) != _DEFAULTS[name])
 
     def check_source(self, capabilities: Capabilities) -> None:
-        """Raise UnsupportedOption for what this source cannot honour whatever the backend."""
+        """Raise UnsupportedOption for what this source cannot honour whatever the backend, UnsupportedSource for one that is in
+        use.
+        """
+        if capabilities.has_ring:
+            raise UnsupportedSource(
+                f"the {capabilities.title} has a ring, as libpcap puts one on its sockets: the kernel puts packets there, and "
+                "no other reader sees one. Give linkrx a socket without one, or the name of the interface"
+            )
         if capabilities.kind not in ("packet", "packet_cooked"):
             for name in _PACKET_OPTIONS:
                 if getattr(self, name) != _DEFAULTS[name]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import partial
 
-from linkrx.errors import MissingPrivilege, UnsupportedOption
+from linkrx.errors import Busy, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions, bind_to_every_interface
 from linkrx.kernel.rtnetlink import Link
@@ -35,9 +35,14 @@ from linkrx.kernel.uapi import (
     SIOCGIFFLAGS,
     SIOCGIFNAME,
     SK_MEMINFO_DROPS,
+    SO_COOKIE,
     SO_MEMINFO,
     SO_RCVBUFFORCE,
+    SO_TIMESTAMP,
+    SO_TIMESTAMP_NEW,
+    SO_TIMESTAMPING_NEW,
     SO_TIMESTAMPNS,
+    SO_TIMESTAMPNS_NEW,
     SOL_PACKET,
     VNET_HEADER_BYTES,
 )
@@ -89,6 +94,23 @@ class Undo:
     def forget(self) -> None:
         """Let everything be."""
         self._steps.clear()
+
+
+class _Duplicate:
+    """A descriptor of linkrx's own for a file that is somebody else's."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = os.dup(fd)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()
 
 
 class Source:
@@ -151,9 +173,11 @@ class Source:
         self._undo.forget()
         if isinstance(self._held, CaptureReader):
             self._held.close()  # what it closes is the child's own
-        elif self.capabilities.owned:
-            os.close(self.fd)
-            if isinstance(self._held, socket.socket):
+        else:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
+            if self.capabilities.owned and isinstance(self._held, socket.socket):
                 self._held.detach()
         self._held = None
 
@@ -277,8 +301,12 @@ def open_source(source: AnySource, options: Options) -> Source:
             undo.add(opened.close)
             capabilities = _configure(opened.fileno(), capabilities, options, undo)
             return Source(opened.fileno(), capabilities, opened, undo, options)
-        fd = descriptor(source)
+        # A duplicate: were the owner to close the descriptor, the number could be another file's a moment later.
+        duplicate = _Duplicate(descriptor(source))
+        undo.add(duplicate.close)
+        fd = duplicate.fd
         if capabilities.socket:
+            _claim(fd, capabilities, undo)
             capabilities = _configure(fd, capabilities, options, undo)
         return Source(fd, capabilities, source, undo, options)
     except BaseException:
@@ -332,7 +360,7 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
     change(SOL_PACKET, PACKET_AUXDATA, 1)
     change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
     if options.timestamps:
-        change(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        _set_timestamps(sock, undo)
     if options.promiscuous:
         if capabilities.ifindex is None:
             raise UnsupportedOption(
@@ -357,6 +385,50 @@ def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo
                 + ("; it has a ring already" if error.errno == errno.EBUSY else "")
             ) from error
     return options.configured(capabilities)
+
+
+def _set_timestamps(sock: SocketOptions, undo: Undo) -> None:
+    """The forms of the option exclude each other, and each takes the others away when it is set, also to 0."""
+
+    def value(name: int) -> int:
+        try:
+            return sock.get_int(socket.SOL_SOCKET, name)
+        except OSError:
+            return 0  # Linux before 5.1 has the older forms only
+
+    forms = (SO_TIMESTAMPNS, SO_TIMESTAMP, SO_TIMESTAMPNS_NEW, SO_TIMESTAMP_NEW)
+    before = next((name for name in forms if value(name)), None)
+    if before == SO_TIMESTAMPNS:
+        return
+    stamping = value(SO_TIMESTAMPING_NEW)  # whose messages have the older form behind another's setting
+
+    def restore() -> None:
+        with suppress(OSError):
+            sock.set(socket.SOL_SOCKET, before or SO_TIMESTAMPNS, 1 if before else 0)
+            if stamping:
+                sock.set(socket.SOL_SOCKET, SO_TIMESTAMPING_NEW, stamping)
+
+    undo.add(restore)
+    sock.set(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+
+# Sockets that a dispatcher of this process receives from, by process and cookie. A forked child has its own.
+_claimed: dict[tuple[int, bytes], object] = {}
+
+
+def _claim(fd: int, capabilities: Capabilities, undo: Undo) -> None:
+    """Two on one socket would each restore what the other has set, and share its packets. By cookie: numbers are used again."""
+    try:
+        cookie = SocketOptions(fd).get(socket.SOL_SOCKET, SO_COOKIE, 8)
+    except OSError:  # Linux before 4.6, or a seccomp filter
+        cookie = struct.pack("=QQ", *_file_of(fd))
+    key, claim = (os.getpid(), cookie), object()
+    if _claimed.setdefault(key, claim) is not claim:
+        raise Busy(
+            f"another dispatcher of this process receives from the {capabilities.title}: close that one first, or open a "
+            "socket for each"
+        )
+    undo.add(lambda: _claimed.pop(key, None))
 
 
 def _file_of(fd: int) -> tuple[int, int]:
