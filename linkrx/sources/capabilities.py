@@ -89,6 +89,7 @@ class Capabilities:
     their checksums are unfinished. `interface`, `ifindex` and `mtu` describe the
     device, also when it lives in another network namespace (`local` is then False). `owned`: linkrx opened the
     source itself, by interface name. `nonblocking`: O_NONBLOCK is set. `has_ring`: somebody has put a ring on the packet socket.
+    `silent_end`: a macvtap or ipvtap queue, of which nothing tells that its device is deleted: linkrx asks now and then.
     `ifindex` is GONE, -1, where the interface that a packet socket was bound to is deleted.
     """
 
@@ -106,6 +107,7 @@ class Capabilities:
     mtu: int | None = None
     multi_queue: bool = False
     has_ring: bool = False
+    silent_end: bool = False
     local: bool | None = None
     nonblocking: bool = False
     owned: bool = False
@@ -413,6 +415,11 @@ def _probe_queue(fd: int) -> Capabilities:
     if flags & IFF_VNET_HDR:  # TUNGETVNETHDRSZ answers 10 without a header as well
         size = struct.unpack("i", fcntl.ioctl(fd, TUNGETVNETHDRSZ, bytes(4)))[0]
     link, local = _device_of(fd, name, tap=tap)
+    # A queue of macvtap or ipvtap answers the same calls, has no packet information, and nothing tells when its device is gone.
+    foreign = os.fstat(fd).st_rdev != os.makedev(10, 200)
+    packet_info = link.packet_info if link else None
+    if foreign or not flags & IFF_NO_PI:
+        packet_info = not foreign
     return Capabilities(
         kind="tap" if tap else "tun",
         socket=False,
@@ -422,13 +429,14 @@ def _probe_queue(fd: int) -> Capabilities:
         vnet_little_endian=_vnet_little_endian(fd),
         # TUNGETIFF says IFF_NO_PI also when only IFF_NOFILTER, the same bit, is meant: a clear bit proves that
         # packet information is on, a set one proves nothing.
-        packet_info=True if not flags & IFF_NO_PI else link.packet_info if link else None,
+        packet_info=packet_info,
         hardware_gso=size > 0 or (local is True and takes_super_packets(name)),
         interface=name,
         ifindex=link.index if link else None,
         hardware_type=link.hardware_type if link else None,
         mtu=link.mtu if link else None,
         multi_queue=bool(flags & IFF_MULTI_QUEUE),
+        silent_end=foreign,
         local=local,
     )
 

@@ -44,6 +44,7 @@ from linkrx.kernel.uapi import (
     SO_TIMESTAMPNS,
     SO_TIMESTAMPNS_NEW,
     SOL_PACKET,
+    TUNGETIFF,
     VNET_HEADER_BYTES,
 )
 from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, probe, route_socket_for
@@ -218,7 +219,7 @@ class Source:
     def _queue_link(self) -> Link | None:
         """The device of a TAP or TUN queue, asked in its own namespace; None once it is gone, and for other sources."""
         found = self.capabilities
-        if found.kind not in ("tap", "tun") or found.ifindex is None:
+        if found.kind not in ("tap", "tun") or found.ifindex is None or found.silent_end:
             return None
         asked = route_socket_for(self.fd)
         if asked is None:
@@ -258,6 +259,8 @@ class Source:
 
     def link_state(self) -> LinkState:
         """How the interface of a packet socket is doing; UP for sources that do not say."""
+        if self.capabilities.silent_end:
+            return self._queue_state()
         if not self.watched:
             return LinkState.UP
         try:
@@ -268,6 +271,14 @@ class Source:
         except OSError:
             return LinkState.GONE
         return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN
+
+    def _queue_state(self) -> LinkState:
+        """Of a macvtap queue: DOWN, which is looked at again and again, until its device is gone."""
+        try:
+            fcntl.ioctl(self.fd, TUNGETIFF, bytes(IFREQ_BYTES))
+        except OSError:
+            return LinkState.GONE
+        return LinkState.DOWN
 
     def hung_up(self) -> bool:
         """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""

@@ -6,14 +6,15 @@ import errno
 import fcntl
 import os
 import struct
-from contextlib import suppress
+from contextlib import closing, suppress
 from enum import IntFlag
 from types import TracebackType
 from typing import Self
 
-from linkrx.errors import LinkrxError, MissingPrivilege
+from linkrx.errors import LinkrxError, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
-from linkrx.kernel.rtnetlink import RouteSocket
+from linkrx.kernel.ethtool import takes_super_packets
+from linkrx.kernel.rtnetlink import Link, RouteSocket
 from linkrx.kernel.uapi import (
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
@@ -21,9 +22,12 @@ from linkrx.kernel.uapi import (
     IFF_TUN,
     IFF_VNET_HDR,
     IFNAMSIZ,
+    IFREQ_BYTES,
+    TUNGETIFF,
     TUNSETFILTEREBPF,
     TUNSETIFF,
     TUNSETOFFLOAD,
+    TUNSETSTEERINGEBPF,
     TUNSETTXFILTER,
     TUNSETVNETHDRSZ,
     VNET_HEADER_BYTES,
@@ -53,7 +57,8 @@ class TunTap:
 
     An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
     is closed, unless it was made persistent. Attaching to a device that nobody has open resets what an earlier
-    owner left on it: offloads, the size of the virtio-net header, and filters. `offload` tells what the kernel
+    owner left on it: offloads, the size of the virtio-net header, filters, and programs that steer packets to queues. A further
+    queue of a device changes nothing of it, and is refused with UnsupportedOption where it could not be as asked. `offload` tells what the kernel
     agreed to, an `Offload`; nothing without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
     """
 
@@ -81,12 +86,19 @@ class TunTap:
         self._fd = _open_device()
         try:
             self.name = _attach(self._fd, wanted, flags)
+            device = _device(self.name)
+            _check_headers(self._fd, self.name, vnet_header, device)
             # What follows belongs to the device, not to this queue: with other queues open it is theirs as well.
-            alone = not multi_queue or _queues(self.name) == 1
-            if alone:
+            if not multi_queue or device is None or device.queues == 1:
                 _reset(self._fd, mode)
-            if alone or offload:
                 self.offload = _set_offload(self._fd, offload)
+            elif takes_super_packets(self.name):
+                self.offload = _TSO
+            elif offload:
+                raise UnsupportedOption(
+                    f"offload=True on {self.name}: its other queues were opened without, and offloads are the device's. Open "
+                    "the first queue with offload=True"
+                )
         except BaseException:
             self.close()
             raise
@@ -155,13 +167,25 @@ def _attach(fd: int, wanted: bytes, flags: int) -> str:
     return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
 
 
-def _queues(name: str) -> int:
-    route = RouteSocket()  # the device was just attached to, so it is in this namespace
-    try:
-        link = route.link(name=name)
-    finally:
-        route.close()
-    return link.queues if link else 1
+def _device(name: str) -> Link | None:
+    with closing(RouteSocket()) as route:  # the device was just attached to, so it is in this namespace
+        return route.link(name=name)
+
+
+def _check_headers(fd: int, name: str, vnet_header: bool, device: Link | None) -> None:
+    """What stands in front of frames is the device's, and TUNSETIFF on a second queue ignores what it is asked for."""
+    answer = fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ_BYTES))
+    has_header = bool(struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_VNET_HDR)
+    if has_header != vnet_header:
+        raise UnsupportedOption(
+            f"vnet_header={vnet_header} on {name}: its other queues {'have' if has_header else 'have no'} virtio-net headers, and "
+            f"all queues of a device are alike. Open this one with vnet_header={has_header}"
+        )
+    if device is not None and device.packet_info:
+        raise UnsupportedOption(
+            f"{name}: its other queues have packet information (struct tun_pi) in front of frames, so this one has it, and "
+            "TunTap opens queues without"
+        )
 
 
 def _reset(fd: int, mode: str) -> None:
@@ -169,8 +193,9 @@ def _reset(fd: int, mode: str) -> None:
     fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
     if mode == "tap":
         fcntl.ioctl(fd, TUNSETTXFILTER, bytes(4))  # struct tun_filter: no flags, no addresses; TAP only
-    with suppress(OSError):  # EINVAL before Linux 4.16, which has no such filter to remove
-        fcntl.ioctl(fd, TUNSETFILTEREBPF, struct.pack("i", -1))
+    for what in (TUNSETFILTEREBPF, TUNSETSTEERINGEBPF):
+        with suppress(OSError):  # EINVAL before Linux 4.16, which has no such programs to remove
+            fcntl.ioctl(fd, what, struct.pack("i", -1))
 
 
 def _set_offload(fd: int, wanted: bool) -> Offload:
