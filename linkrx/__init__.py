@@ -34,6 +34,7 @@ if _typing.TYPE_CHECKING:
     from linkrx.registry import backends
     from linkrx.sources.capabilities import Capabilities, HasFileno, probe
     from linkrx.sources.capture_file import BinaryFile, CaptureFile
+    from linkrx.sources.filters import FilterLike, parse_ddd
     from linkrx.sources.interfaces import Interface, interfaces
     from linkrx.sources.options import OpenOptions
     from linkrx.sources.tuntap import Offload, TunTap
@@ -57,6 +58,7 @@ __all__ = [
     "Dispatcher",
     "End",
     "Ended",
+    "FilterLike",
     "Flags",
     "Gso",
     "HasFileno",
@@ -81,6 +83,7 @@ __all__ = [
     "choose",
     "interfaces",
     "open",
+    "parse_ddd",
     "probe",
 ]
 
@@ -104,6 +107,7 @@ _HOMES = {
     "Ended": "linkrx.errors",
     "Flags": "linkrx.packets.headers",
     "Gso": "linkrx.packets.headers",
+    "FilterLike": "linkrx.sources.filters",
     "HasFileno": "linkrx.sources.capabilities",
     "Interface": "linkrx.sources.interfaces",
     "IovecBuffer": "linkrx.memory.layouts",
@@ -126,6 +130,7 @@ _HOMES = {
     "choose": "linkrx.factory",
     "interfaces": "linkrx.sources.interfaces",
     "open": "linkrx.factory",
+    "parse_ddd": "linkrx.sources.filters",
     "probe": "linkrx.sources.capabilities",
 }
 

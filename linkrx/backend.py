@@ -119,7 +119,8 @@ class Backend(Mechanism):
     common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`.
 
     `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
-    in memory of the backend's own, so the buffer of a socket need not be large.
+    in memory of the backend's own, so the buffer of a socket need not be large. `tells_metadata`: of packet sockets it reports
+    what the kernel tells beside a packet (PACKET_AUXDATA): the VLAN tag, and the true length of what a filter cut.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Backend(Mechanism):
     honours: ClassVar[frozenset[str]] = frozenset()
     batch_size: ClassVar[int] = 256
     has_queue: ClassVar[bool] = False
+    tells_metadata: ClassVar[bool] = False
 
     @classmethod
     def missing(cls) -> str | None:

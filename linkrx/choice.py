@@ -23,12 +23,14 @@ class Verdict:
 @dataclass(frozen=True)
 class Choice:
     """The decision, best backend first. `ladder` names what "auto" goes through: the chosen one, then what it falls
-    back to when the kernel refuses that at run time. A named backend has a ladder of one.
+    back to when the kernel refuses that at run time. A named backend has a ladder of one. `filter` says who filters, and why
+    it; None without a filter.
     """
 
     source: str
     ladder: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
+    filter: str | None = None
 
     @property
     def backend(self) -> str:
@@ -36,9 +38,12 @@ class Choice:
         return self.ladder[0]
 
     def explain(self) -> str:
-        """One line per backend: chosen, accepted but not best, or refused, and why."""
+        """One line per backend: chosen, accepted but not best, or refused, and why; and one that says who filters."""
         width = max(len(verdict.backend) for verdict in self.verdicts)
-        return "\n".join(f"{v.backend:<{width}}  {v.outcome:<8}  {v.reason}" for v in self.verdicts)
+        lines = [f"{v.backend:<{width}}  {v.outcome:<8}  {v.reason}" for v in self.verdicts]
+        if self.filter:
+            lines.append(f"{'filter':<{width}}  {self.filter}")
+        return "\n".join(lines)
 
     def demoted(self, reason: str) -> Choice:
         """The choice after the kernel refused the chosen backend at run time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import cache
 from typing import Unpack
 
@@ -12,6 +13,7 @@ from linkrx.choice import Choice, decide
 from linkrx.errors import BackendUnavailable, UnsupportedOption, UnsupportedSource
 from linkrx.packets import Deliver
 from linkrx.receiving.dispatcher import Dispatcher
+from linkrx.receiving.filtering import plan_at_open
 from linkrx.registry import backends
 from linkrx.sources.capabilities import AnySource, Capabilities, probe
 from linkrx.sources.options import OpenOptions, Options
@@ -58,8 +60,11 @@ def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOp
     wanted.check_source(found)
     found = wanted.configured(found)
     choice = _decide_here(found, wanted, backend)
-    wanted.framing(found)  # raises for frames of a kind that linkrx does not know
-    return choice
+    framing = wanted.framing(found)  # raises for frames of a kind that linkrx does not know
+    if wanted.filter is None:
+        return choice
+    chosen = next(one for one in registry.classes() if one.name == choice.backend)
+    return replace(choice, filter=plan_at_open(wanted.filter, found, wanted, framing, chosen).explanation)
 
 
 def _checked(function: str, options: OpenOptions) -> Options:
@@ -93,6 +98,7 @@ def open(  # noqa: A001
 
     `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
     `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`,
+    `filter`, an expression in tcpdump's language ("udp port 53") or a sequence of BPF instructions (`parse_ddd`);
     `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
     ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of
     that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `segment`,

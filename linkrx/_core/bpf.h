@@ -15,8 +15,7 @@ struct lrx_instruction {
 
 struct lrx_filter {
     const struct lrx_instruction *program; /* that lrx_filter_check() accepts; NULL: everything passes */
-    uint32_t tags;          /* 1: it reads frames with the tag that the kernel took out put back */
-    uint32_t hardware_type; /* ARPHRD_* of the device */
+    uint32_t tags; /* 1: it reads frames with the tag that the kernel took out put back */
 };
 
 /* One frame, and what a program may ask about it. */
@@ -25,6 +24,8 @@ struct lrx_filtered {
     uint32_t length;      /* bytes that there are; nothing behind them is read */
     uint32_t wire_length; /* of the packet, before anything cut it */
     uint32_t link_header; /* the network header's offset */
+    uint32_t link_type;   /* ARPHRD_* of the device */
+    uint32_t protocol;    /* that the kernel told; 0: as the frame says */
     uint32_t interface;   /* 0: not known */
     uint32_t outgoing;
     uint32_t tagged;      /* the kernel has taken a tag out */

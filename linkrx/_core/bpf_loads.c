@@ -56,6 +56,8 @@ static uint32_t protocol_of(const struct view *v)
     const struct lrx_filtered *p = v->packet;
     uint32_t type, start;
 
+    if (p->protocol)
+        return p->protocol;
     if (!p->link_header) {
         const uint32_t version = p->length ? p->frame[0] >> 4 : 0;
 
@@ -186,7 +188,7 @@ bool lrx_load_ancillary(const struct view *v, uint32_t k, uint32_t x, uint32_t *
     case AD(SKF_AD_HATYPE):
         if (!p->interface)
             return false;
-        *a = k == AD(SKF_AD_IFINDEX) ? p->interface : v->filter->hardware_type;
+        *a = k == AD(SKF_AD_IFINDEX) ? p->interface : p->link_type;
         return true;
     case AD(SKF_AD_NLATTR):
     case AD(SKF_AD_NLATTR_NEST):

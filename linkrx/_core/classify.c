@@ -16,13 +16,15 @@
 
 /* How many bytes of a frame the filter keeps; 0: it rejects the packet. */
 static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_columns *in, uint32_t k, const uint8_t *frame,
-                         uint32_t length, uint32_t wire_length, uint32_t link_header)
+                         uint32_t length, uint32_t wire_length, uint32_t link_header, uint32_t link_type, uint32_t protocol)
 {
     const struct lrx_filtered packet = {
         .frame = frame,
         .length = length,
         .wire_length = wire_length,
         .link_header = link_header,
+        .link_type = link_type,
+        .protocol = protocol,
         .interface = in->interfaces[k] ? in->interfaces[k] : c->interface,
         .outgoing = in->flags[k] & LRX_OUTGOING,
         .tagged = in->flags[k] & LRX_VLAN,
@@ -106,6 +108,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
 
             link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
             link_header = bare ? 0 : lrx_link_header_of(link_type, c->told, c->link_header);
+            protocol = told_protocol(c, memory + in.starts[k], in.protocols[k]);
             /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has. */
             if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface && !bare) {
                 counters[LRX_FILTERED]++;
@@ -113,7 +116,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             }
         }
         if (c->filter.program) {
-            length = filtered(c, &in, k, frame, length, wire_length, link_header);
+            length = filtered(c, &in, k, frame, length, wire_length, link_header, differ ? link_type : c->link_type, protocol);
             if (!length) {
                 counters[LRX_FILTERED]++;
                 continue;
@@ -123,11 +126,8 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             flags |= LRX_TRUNCATED;
         if (flags & LRX_TRUNCATED)
             counters[LRX_CUT]++;
-        if (differ) {
-            protocol = told_protocol(c, memory + in.starts[k], in.protocols[k]);
-            if (protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol))
-                protocol = ETHERTYPE_VLAN;
-        }
+        if (differ && protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol))
+            protocol = ETHERTYPE_VLAN;
         if (link_header && length < link_header) {
             counters[LRX_RUNTS]++;
             continue;

@@ -62,6 +62,7 @@ class OsReadv(Backend):
     name = "os_readv"
     rank = 10
     honours = frozenset({"buffer_sizes"})
+    tells_metadata = True
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:

@@ -20,6 +20,7 @@ class Recvmmsg(CoreBackend):
     name = "recvmmsg"
     rank = 30
     honours = frozenset({"buffer_sizes", "outgoing", "timestamps"})
+    tells_metadata = True
     batch_size = MESSAGES
 
     @classmethod

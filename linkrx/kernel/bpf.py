@@ -143,9 +143,10 @@ class Filtered:
     wire_length: int
     link_header: int = ETH_HEADER_BYTES
     interface: int = 0
-    hardware_type: int = 0
+    link_type: int = 0
     outgoing: bool = False
     vlan: tuple[int, int] | None = None  # TPID and TCI of the tag that the kernel took out
+    protocol: int = 0  # that the kernel told; 0: as the frame says
 
 
 class _Rejected(Exception):
@@ -276,7 +277,7 @@ class _Loads:
             return self._payload()
         return {
             AD_IFINDEX: packet.interface,
-            AD_HATYPE: packet.hardware_type,
+            AD_HATYPE: packet.link_type,
             AD_CPU: 0,
             AD_XOR_X: a ^ x,
             AD_VLAN_TAG: tci,
@@ -288,6 +289,8 @@ class _Loads:
     def _protocol(self) -> int:
         """eth_type_trans(): the EtherType, or what stands for a length there."""
         frame = self._packet.frame
+        if self._packet.protocol:
+            return self._packet.protocol
         if not self._packet.link_header:
             version = frame[0] >> 4 if frame else 0
             return {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}.get(version, 0)

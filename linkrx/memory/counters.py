@@ -11,3 +11,8 @@ PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT, MALFORMED, FILTERED = range
 def new_counters() -> array[int]:
     """A zero of 64 bits for each."""
     return array("Q", bytes((FILTERED + 1) * 8))
+
+
+def received(counters: array[int]) -> int:
+    """What was received so far, packets or not."""
+    return sum(counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED, FILTERED))

@@ -19,6 +19,7 @@ from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.reception import Reception
 from linkrx.receiving.stats import End
 from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.filters import FilterLike
 from linkrx.sources.options import Options
 from linkrx.sources.source import Source
 
@@ -159,6 +160,21 @@ class Dispatcher(Reception):
         """The task that waited was cancelled."""
         if self._reader is not None:
             self._reader.leave()
+
+    def set_filter(self, filter: FilterLike | None) -> None:
+        """Take other packets from now on: an expression, or instructions, as for `open`; None takes all.
+
+        After it returns no packet comes that the new filter rejects, be it queued, received, or waiting in a batch; from inside
+        `deliver` that holds for what follows. From any thread; where another one receives, it waits for that one's `deliver`. On
+        a borrowed socket the filter of its owner is put back by None, and by `close()`.
+
+        Raises ValueError for a wrong filter, UnsupportedOption for one that the source cannot have or the kernel refuses, and
+        Busy while another thread is setting one; the filter before is then still in force.
+        """
+        self._check_open()
+        chosen = self._backends[self.choice.backend]
+        self._source_filter.change(self._run_filter, filter, chosen, self._mechanism.readable_within)
+        self._tell_filter()
 
     # Ways to end.
 

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
-from linkrx.memory.counters import EMPTY, FILTERED, MALFORMED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
+from linkrx.memory.counters import received
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
+from linkrx.receiving.plain_filter import Filtering, OwnFilter
 from linkrx.receiving.plain_sending import Sending
 from linkrx.receiving.stats import End
 from linkrx.receiving.words import Words
@@ -39,7 +40,7 @@ SLICE = 1.0
 Result = TypeVar("Result")
 
 
-class Receiver(Sending, Words):
+class Receiver(Filtering, Sending, Words):
     """One open source as far as it is touched once per packet or once per wake-up."""
 
     _claims: dict[str, list[int]]  # by thread: one, of who is inside
@@ -60,6 +61,7 @@ class Receiver(Sending, Words):
         self._claims = {}
         self._pending = []
         self._incoming = []
+        self._filter = OwnFilter()
         return self
 
     def _prepare(
@@ -90,7 +92,7 @@ class Receiver(Sending, Words):
         self._lengths = described.columns.lengths
         self._arena = Owner(START + room + rows * ROW_BYTES)
         self._classify: Callable[[Any, int], None] = classifier(
-            described, self._stripped, counters, interface=interface
+            described, self._stripped, counters, interface=interface, filter=self._filter.rule
         )
         self._counters = counters
         self._deliver = deliver
@@ -105,7 +107,7 @@ class Receiver(Sending, Words):
         for _ in range(ERRORS_IN_A_ROW):
             count = report.count
             if not count and not report.classified and (not report.error or report.held):
-                count = self._fill(self._arena)
+                count = self._fill_filtered()
             if count and not report.classified:
                 if self._may_hang_up and not self._lengths[count - 1]:
                     count = self._without_hangup(count)
@@ -169,18 +171,19 @@ class Receiver(Sending, Words):
         Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows.
         """
         deadline = deadline_after(timeout)
-        before = self._received
+        before = received(self._counters)
         idle = 0
         if self._looking_away:
             self._listen()
         while True:
             if self._ended or ((self._stopping or self._end_follows) and self._over()):
                 return "over"
+            self._exchange()
             if self._left:
                 return "ready"
             looked = time.monotonic()
             most, flushed = self._flush_until or (self._begin_flush() if self._flushing else (0, math.inf))
-            if self._flushing and self._received >= most:
+            if self._flushing and received(self._counters) >= most:
                 self._stopping = True
                 continue
             known_down = self._link_down and not self._report.error
@@ -191,7 +194,7 @@ class Receiver(Sending, Words):
                     self._drops_due = now + self._look_at_drops()
                 if self._left:
                     return "ready"
-                if timeout == 0 and self._received - before < len(self._lengths):
+                if timeout == 0 and received(self._counters) - before < len(self._lengths):
                     continue  # behind what was skipped there may be a packet
                 return "nothing"
             if known_down:
@@ -213,16 +216,9 @@ class Receiver(Sending, Words):
                 continue
             idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
 
-    @property
-    def _received(self) -> int:
-        """What was received so far, packets or not."""
-        return sum(
-            self._counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED, FILTERED)
-        )
-
     def _begin_flush(self) -> tuple[int, float]:
         most, seconds = self._flush_limits()
-        self._flush_until = self._received + most, time.monotonic() + seconds
+        self._flush_until = received(self._counters) + most, time.monotonic() + seconds
         return self._flush_until
 
     def _wait(self, seconds: float, on_source: bool, deadline: float | None) -> bool:
@@ -253,6 +249,7 @@ class Receiver(Sending, Words):
         try:
             if self._closed or self._claims.setdefault("thread", claim) is not claim:
                 self._refuse(self._thread == claim[0])
+            self._exchange()
             return step()
         finally:
             # No call comes before the claim is looked at, for there an exception of a signal handler could come.
@@ -352,7 +349,7 @@ class Receiver(Sending, Words):
         if self._await(timeout) == "ready":
             self._delivering = True
             try:
-                while self._next < len(self._pending) and not self._stopping and delivered != most:
+                while self._left and not (self._stopping or self._filter.exchanging) and delivered != most:
                     packet = self._pending[self._next]
                     remote, local, protocol = packet.remote, packet.local, packet.protocol
                     # No signal handler runs between here and the first instruction of `deliver`: nothing is called.

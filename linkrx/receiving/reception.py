@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import NoReturn
 
 from linkrx.backend import Backend, Mechanism, ReceiveConfig
@@ -20,11 +21,12 @@ from linkrx.errors import BackendUnavailable, Busy, Closed, DamagedCapture, Ende
 from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
 from linkrx.memory import counters as slots
 from linkrx.memory.columns import Descriptors
-from linkrx.memory.counters import BYTES, CUT, EMPTY, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.layouts import Layout
 from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
+from linkrx.receiving.filtering import SourceFilter
 from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
@@ -37,6 +39,9 @@ logger = logging.getLogger("linkrx")
 
 # For how long a source is left out of the poll set that says it is readable and has nothing to read.
 _REST = 0.01
+
+# For how long to sleep between two looks whether the thread that receives has taken a filter.
+_LOOK_AGAIN = 0.001
 
 # How many packets a queue may hold whose length the kernel does not tell; and frames that a packet of a queue may stand for,
 # which is a super-packet of 64 KiB with 512 bytes of payload in each. Where a queue's length is in bytes, super-packets take
@@ -77,6 +82,7 @@ class Reception(Receiver):
         self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
         self._forked = self._released = False
+        self._source_filter = SourceFilter(source, options, framing)
         self._process = os.getpid()
         found = source.capabilities
         with ExitStack() as undo:
@@ -109,6 +115,9 @@ class Reception(Receiver):
             )
             self._prepare_sending(way_to_send(source.fd, found))
             self._use(self._mechanism.native)
+            chosen = backends[self.choice.backend]
+            self._source_filter.open(self._run_filter, chosen, self._mechanism.readable_within)
+            self._tell_filter()
             source.start()
             self._mechanism.start()
             state = source.link_state()
@@ -222,6 +231,9 @@ class Reception(Receiver):
         self._mechanism, self.choice = mechanism, choice
         self._use(native)
         refused.close()
+        chosen = self._backends[choice.backend]
+        self._source_filter.backend_changed(self._run_filter, chosen, mechanism.readable_within)
+        self._tell_filter()
 
     def _next_choice(self, choice: Choice, error: OSError) -> Choice:
         if len(choice.ladder) == 1:
@@ -238,6 +250,15 @@ class Reception(Receiver):
             following.backend,
         )
         return following
+
+    def _run_filter(self, program: bytes, tags: bool, seconds: float) -> None:
+        done = self._set_filter(program, tags, seconds)
+        while not done:  # another thread is inside, which is woken
+            time.sleep(_LOOK_AGAIN)
+            done = self._exchange_filter()
+
+    def _tell_filter(self) -> None:
+        self.choice = replace(self.choice, filter=self._source_filter.explanation)
 
     def _watch_link(self, *, down: bool) -> None:
         self._wakeup.watch_link(down)
@@ -419,4 +440,5 @@ class Reception(Receiver):
             demotions=self._rungs - len(self.choice.ladder),
             undelivered=self._undelivered + tally.held_back,
             sent=self._sent,
+            filtered=counters[FILTERED] if self._source_filter.own or counters[FILTERED] else None,
         )

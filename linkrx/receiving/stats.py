@@ -35,7 +35,8 @@ class Stats:
     received and are not packets, and `malformed` are super-packets that cannot be split and frames whose checksum cannot
     be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
     `ring_freezes` is how often the kernel found a ring full. `receives` are system calls that received, or blocks
-    taken from a ring; `waits` are calls that slept. `sent` are frames that the kernel took of `send` and `send_batch`.
+    taken from a ring; `waits` are calls that slept. `sent` are frames that the kernel took of `send` and `send_batch`. `filtered` are packets that linkrx rejected by the filter, or None where it does
+    not filter: what the kernel rejects for a socket it counts nowhere.
     """
 
     packets: int
@@ -54,3 +55,4 @@ class Stats:
     demotions: int
     undelivered: int
     sent: int = field(default=0, kw_only=True)
+    filtered: int | None = field(default=None, kw_only=True)

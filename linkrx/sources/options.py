@@ -11,8 +11,10 @@ from linkrx.errors import UnsupportedOption, UnsupportedSource
 from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_P_ALL, VNET_HEADER_BYTES
 from linkrx.memory.framing import BARE_IP_TYPES, TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
 from linkrx.memory.layouts import checked_sizes
+from linkrx.sources import filters
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.fanout import Fanout
+from linkrx.sources.filters import FilterLike
 
 BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAXIOV
 
@@ -42,6 +44,7 @@ class OpenOptions(TypedDict, total=False):
     receive_buffer: int | None
     latency: float | None
     protocol: int | None
+    filter: FilterLike | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Options:
     receive_buffer: int | None = None
     latency: float | None = None
     protocol: int | None = None
+    filter: FilterLike | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError and ValueError for values that no source could take."""
@@ -91,6 +95,8 @@ class Options:
                 f"outgoing=True and protocol=0x{self.protocol:04x} exclude each other: the kernel shows frames of this host to "
                 "sockets that are bound to all protocols only"
             )
+        if self.filter is not None:
+            filters.checked(self.filter)
 
     @property
     def held_back(self) -> float:

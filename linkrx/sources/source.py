@@ -47,6 +47,7 @@ from linkrx.kernel.uapi import (
     TUNGETIFF,
     VNET_HEADER_BYTES,
 )
+from linkrx.sources import socket_filter
 from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, probe, route_socket_for
 from linkrx.sources.capture_file import CaptureFile, CaptureReader, capture_of
 from linkrx.sources.fanout import Fanout
@@ -137,6 +138,7 @@ class Source:
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
         self._queue_dropped: int | None = None
+        self._filter_before: bytes | None = None  # once it was asked for
         self._drops_at_open = self._drops()
 
     @property
@@ -163,6 +165,38 @@ class Source:
         self._undo.add(partial(_restore_receive_buffer, self.fd, _file_of(self.fd), before))
         _set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
         self._enlarged = True
+
+    def set_filter(self, program: bytes | None) -> None:
+        """Let the kernel run a program on what comes from now on; empty: none, None: the one that was there before linkrx.
+
+        Raises UnsupportedOption where the kernel refuses it, and then all is as it was.
+        """
+        title = self.capabilities.title
+        if self.capabilities.kind not in ("packet", "packet_cooked"):
+            return
+        try:
+            if self._filter_before is None:
+                if program is None:
+                    return
+                before = socket_filter.attached(self.fd)
+                if not self.capabilities.owned:
+                    self._undo.add(partial(_restore_filter, self.fd, _file_of(self.fd), before))
+                self._filter_before = before
+        except OSError as error:
+            raise UnsupportedOption(
+                f"filter= on the {title}: it has a filter of its owner already, which cannot be read, and so not be put back "
+                f"at close: {error.strerror}"
+            ) from error
+        try:
+            socket_filter.attach(self.fd, self._filter_before if program is None else program)
+        except OSError as error:
+            advice = {
+                errno.EPERM: "; its owner has locked the one that it has (SO_LOCK_FILTER)",
+                errno.ENOMEM: "; `sudo sysctl net.core.optmem_max=1048576` allows longer ones",
+            }.get(error.errno or 0, "")
+            raise UnsupportedOption(
+                f"the kernel does not attach the filter to the {title}: {error.strerror}{advice}"
+            ) from error
 
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
@@ -453,6 +487,12 @@ def _restore(fd: int, file: tuple[int, int], level: int, name: int, value: int |
     with suppress(OSError):
         if _file_of(fd) == file:
             SocketOptions(fd).set(level, name, value)
+
+
+def _restore_filter(fd: int, file: tuple[int, int], program: bytes) -> None:
+    with suppress(OSError):
+        if _file_of(fd) == file:
+            socket_filter.attach(fd, program)
 
 
 def _set_receive_buffer(sock: SocketOptions, size: int, *, asked: bool) -> None:

@@ -45,7 +45,6 @@ class Filter:
 
     program: Sequence[bpf.Instruction] = ()
     tags: bool = False
-    hardware_type: int = 0
 
 
 def _has_inner_tag(data: bytes, wire_length: int, told: int) -> bool:
@@ -103,6 +102,9 @@ def classifier(
             if differ and flags & OUTGOING and link_type == ARPHRD_LOOPBACK and not interface and not bare:
                 filtered += 1
                 continue
+            protocol = reported.protocols[index] if differ else 0
+            if differ and framing.packet_info:
+                (protocol,) = _ETHERTYPE.unpack_from(region, start - prefix + 2)
             if rule.program:
                 tagged = flags & VLAN
                 packet = bpf.Filtered(
@@ -110,9 +112,10 @@ def classifier(
                     wire_length,
                     link_header,
                     reported.interfaces[index] or interface,
-                    rule.hardware_type,
+                    link_type,
                     bool(flags & OUTGOING),
                     (reported.vlan_tpids[index], reported.vlan_tcis[index]) if tagged else None,
+                    protocol,
                 )
                 length = bpf.kept(rule.program, packet, tags=rule.tags)
                 if not length:
@@ -121,15 +124,10 @@ def classifier(
             if wire_length > length:
                 flags |= TRUNCATED
             cut += flags & TRUNCATED
-            protocol = 0
-            if differ:
-                protocol = reported.protocols[index]
-                if framing.packet_info:
-                    (protocol,) = _ETHERTYPE.unpack_from(region, start - prefix + 2)
-                if protocol and flags & VLAN and not link_header:
-                    beginning = bytes(region[start : start + min(length, 6)])
-                    if _has_inner_tag(beginning, wire_length, protocol):
-                        protocol = ETHERTYPE_VLAN
+            if differ and protocol and flags & VLAN and not link_header:
+                beginning = bytes(region[start : start + min(length, 6)])
+                if _has_inner_tag(beginning, wire_length, protocol):
+                    protocol = ETHERTYPE_VLAN
             if length < link_header:
                 runts += 1
                 continue

@@ -16,7 +16,7 @@ Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter
 
 from __future__ import annotations
 
-from linkrx.testing import exceptions, lifetimes, limits, links, packets, resources, sending, stops
+from linkrx.testing import exceptions, filters, lifetimes, limits, links, packets, resources, sending, stops
 from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
 from linkrx.testing.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 
@@ -59,6 +59,9 @@ CHECKS: tuple[Check, ...] = (
     sending.check_sending_over_flaps,
     sending.check_sending_at_the_end,
     sending.check_sending_refused,
+    filters.check_filter,
+    filters.check_set_filter,
+    filters.check_set_filter_under_load,
     exceptions.check_raising,
     exceptions.check_interrupted_wait,
     exceptions.check_interrupted_flood,

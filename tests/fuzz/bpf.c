@@ -115,7 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             MUST(kept == (got < 0 ? 0 : (uint32_t)got));
         /* On a device, and with the tag put back: nothing is read that is not there. */
         packet.link_header = length < 14 ? 0 : 14;
-        packet.interface = filter.hardware_type = 1;
+        packet.interface = packet.link_type = 1;
         packet.tagged = 1;
         packet.vlan_tpid = 0x8100;
         packet.vlan_tci = 0x2005;

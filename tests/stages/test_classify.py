@@ -66,7 +66,6 @@ def in_c(
     if program:
         described.filter.program = _core.at("struct lrx_instruction *", _core.address(program))
         described.filter.tags = rule.tags
-        described.filter.hardware_type = rule.hardware_type
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.address + arena.cursor
@@ -437,7 +436,7 @@ def test_c_and_python_agree(
     """Both leave the same memory, table and all, the same counters and header behind."""
     memory = random.Random(seed).randbytes(MEMORY)
     program = Maker(seed, 100, ANYWHERE, headers=(bpf.NET_OFF, bpf.LL_OFF)).program() if filters else []
-    rule = Filter(program, tags, hardware_type=1)
+    rule = Filter(program, tags)
     left: list[tuple[bytes, list[int], bytes]] = []
     for make, arena in zip((classifier, in_c), arena_pair(), strict=True):
         arena.view[:] = b"\xa5" * arena.limit

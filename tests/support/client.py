@@ -84,6 +84,8 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
             print(error.errno, rx.end)
         except (linkrx.Busy, linkrx.Closed, linkrx.LinkrxError):
             rx.stop()
+        wanted: linkrx.FilterLike = linkrx.parse_ddd("1\n6 0 0 262144\n")
+        rx.set_filter(wanted)
         stats: linkrx.Stats = rx.stats()
         print(stats.kernel_drops, rx.choice.explain(), rx.capabilities.kind)
         asyncio.run(watch(rx))

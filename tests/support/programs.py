@@ -117,7 +117,6 @@ def in_core(program: Sequence[Instruction], packet: bpf.Filtered, *, tags: bool 
         "struct lrx_filter *",
         program=_core.at("struct lrx_instruction *", _core.address(memory)),
         tags=tags,
-        hardware_type=packet.hardware_type,
     )
     frame = bytearray(packet.frame) or bytearray(1)
     tpid, tci = packet.vlan or (0, 0)
@@ -127,6 +126,8 @@ def in_core(program: Sequence[Instruction], packet: bpf.Filtered, *, tags: bool 
         length=len(packet.frame),
         wire_length=packet.wire_length,
         link_header=packet.link_header,
+        link_type=packet.link_type,
+        protocol=packet.protocol,
         interface=packet.interface,
         outgoing=packet.outgoing,
         tagged=packet.vlan is not None,

@@ -100,7 +100,7 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
 
     Py_INCREF((PyObject *)b);
     r->delivering = true;
-    while (r->pending == b && !r->stopping && delivered < most) {
+    while (r->pending == b && !r->stopping && !r->exchanging && delivered < most) {
         Packet *p = lrx_packet_in(r->state, &r->delivered);
         const Neighbour *n;
         PyObject *result;

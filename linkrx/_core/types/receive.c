@@ -128,8 +128,13 @@ static enum outcome receive(Receiver *r, bool all)
             return FAILED;
         }
         count = (int)report->count;
-        if (!count && !report->classified && (!report->error || report->held))
+        if (!count && !report->classified && (!report->error || report->held)) {
+            const bool ends = r->filter_until && lrx_now() >= r->filter_until;
+
             count = lrx_fill(r, all);
+            if (ends && !count && !report->classified && !report->error && !report->held)
+                lrx_end_filter(r);
+        }
         if (count < 0)
             return FAILED;
         if (!r->arenas[r->current]) /* a handler has forked, and this is the child, which has closed it */
@@ -320,6 +325,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             if (over)
                 return over < 0 ? FAILED : OVER;
         }
+        if (r->exchanging && lrx_exchange_filter(r) < 0)
+            return FAILED;
         if (r->pending)
             return READY;
         if (r->flushing) {

@@ -12,7 +12,10 @@ static bool enter(Receiver *r)
     if (r->prepared && !r->claimed && !r->closed && (!r->state->process || *r->state->process == r->process)) {
         r->claimed = true;
         r->thread = PyThread_get_thread_ident();
-        return true;
+        if (!r->exchanging || lrx_exchange_filter(r) == 0)
+            return true;
+        r->claimed = false;
+        return false;
     }
     if (!r->prepared) {
         PyErr_SetString(PyExc_ValueError, "this dispatcher was never opened: linkrx.open makes one");

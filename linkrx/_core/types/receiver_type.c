@@ -295,6 +295,8 @@ static void receiver_dealloc(PyObject *self)
     receiver_clear(self);
     lrx_forget_pending(r);
     Py_CLEAR(r->spare);
+    Py_CLEAR(r->filter);
+    Py_CLEAR(r->next_filter.program);
     Py_CLEAR(r->delivered);
     Py_CLEAR(r->turns[0]);
     Py_CLEAR(r->turns[1]);
@@ -392,6 +394,12 @@ static PyMethodDef receiver_methods[] = {
     {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA packet that waits here, or None."},
     {"_prepare", receiver_prepare, METH_VARARGS, "What the source looks like."},
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
+    {"_set_filter", lrx_receiver_set_filter, METH_VARARGS,
+     "_set_filter($self, program, tags, seconds, /)\n--\n\n"
+     "Run this program of struct sock_filter on what is received, and on what waits; empty: none. With `seconds` above or at\n"
+     "0 until nothing was there, so long from now at the least. False: another thread is inside; ask _exchange_filter()."},
+    {"_exchange_filter", lrx_receiver_exchange_filter, METH_NOARGS,
+     "_exchange_filter($self, /)\n--\n\nWhether it is, or will be before anything is handed over. False: wake who is inside."},
     {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nGive up what waits here, and count it."},
     {"_release", receiver_release, METH_NOARGS,
      "_release($self, /)\n--\n\nGive all memory up; what is held is copied. False: not all, for want of memory."},

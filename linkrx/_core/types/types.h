@@ -254,6 +254,16 @@ typedef struct {
     bool may_hang_up;                /* an empty packet may be the end */
     bool reads_memory;               /* a fill makes no system call, so it is always tried first */
 
+    /* What linkrx itself filters by: filter.c. */
+    PyObject *filter;    /* bytes: the program that classification runs, or NULL */
+    double filter_until; /* it ends once a fill that began after this found nothing; 0: it stays */
+    bool exchanging;     /* for `next_filter`, before anything more is handed over */
+    struct {
+        PyObject *program;
+        bool tags;
+        double until;
+    } next_filter;
+
     /* How much to ask for: fill.c and receive.c. */
     uint32_t most, grow_wait, grow_hold;
     uint32_t eager_wait, eager_hold;
@@ -367,6 +377,11 @@ PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given);
  * is the time in nanoseconds of packets that have none. Returns the number of the packet that comes next, where the records end, and, if it
  * stopped for an interface that is not among the keys, its key, else 0: if more packets follow then, there was no room for the next. */
 PyObject *lrx_record(PyObject *module, PyObject *args);
+/* filter.c */
+int lrx_exchange_filter(Receiver *r);
+void lrx_end_filter(Receiver *r);
+PyObject *lrx_receiver_set_filter(PyObject *self, PyObject *args);
+PyObject *lrx_receiver_exchange_filter(PyObject *self, PyObject *unused);
 
 /* receiver_type.c */
 extern PyType_Spec lrx_receiver_spec;

@@ -1,0 +1,151 @@
+/* A filter of linkrx's own, and how one takes the place of another while packets come.
+ *
+ * Whoever is inside receives and hands over, so only he exchanges it: between two packets that are handed over, and before each
+ * receive. What was received by then and waits is judged anew. A kernel's filter leaves alone what is queued already; beside such
+ * a one, linkrx's own runs until a fill has found nothing, and the time is over in which packets of before can still be read. */
+#include "types.h"
+
+#include <string.h>
+#include <unistd.h>
+
+static void move_row(Table *t, Py_ssize_t to, Py_ssize_t from)
+{
+    t->timestamps[to] = t->timestamps[from];
+    t->places[to] = t->places[from];
+    t->starts[to] = t->starts[from];
+    t->lengths[to] = t->lengths[from];
+    t->wire_lengths[to] = t->wire_lengths[from];
+    t->interfaces[to] = t->interfaces[from];
+    t->protocols[to] = t->protocols[from];
+    t->flags[to] = t->flags[from];
+    t->vlan_tcis[to] = t->vlan_tcis[from];
+    t->vlan_tpids[to] = t->vlan_tpids[from];
+    t->link_types[to] = t->link_types[from];
+    t->addresses[to] = t->addresses[from];
+    t->address_lengths[to] = t->address_lengths[from];
+    t->link_headers[to] = t->link_headers[from];
+}
+
+/* Of what waits to be handed over, and nobody has seen, only what the filter takes is left. */
+static void judge_pending(Receiver *r)
+{
+    Batch *b = r->pending;
+    Table *t = b->table;
+    uint64_t *counters = r->counters.buf;
+    const Framing framing = b->framing;
+    Py_ssize_t n = r->next;
+
+    for (Py_ssize_t k = n; k < t->count; k++) {
+        const uint32_t link_header = framing.told ? t->link_headers[k] : framing.link_header;
+        const struct lrx_filtered packet = {
+            .frame = b->base + t->places[k],
+            .length = t->lengths[k],
+            .wire_length = t->wire_lengths[k],
+            .link_header = link_header,
+            .link_type = framing.told ? t->link_types[k] : framing.link_type,
+            .protocol = framing.told ? t->protocols[k] : 0,
+            .interface = t->interfaces[k],
+            .outgoing = t->flags[k] & LRX_OUTGOING,
+            .tagged = t->flags[k] & LRX_VLAN,
+            .vlan_tci = t->vlan_tcis[k],
+            .vlan_tpid = t->vlan_tpids[k],
+        };
+        const uint32_t before = t->lengths[k], kept = lrx_filter_run(&r->classifier.filter, &packet);
+
+        counters[LRX_BYTES] -= before - kept;
+        if (kept < link_header || !kept) {
+            counters[LRX_BYTES] -= kept;
+            counters[LRX_PACKETS]--;
+            counters[kept ? LRX_RUNTS : LRX_FILTERED]++;
+            continue;
+        }
+        move_row(t, n, k);
+        if (kept < before) {
+            counters[LRX_CUT] += !(t->flags[n] & LRX_TRUNCATED);
+            t->lengths[n] = kept;
+            t->flags[n] |= LRX_TRUNCATED;
+        }
+        n++;
+    }
+    t->count = n;
+    if (n == (Py_ssize_t)r->next)
+        lrx_forget_pending(r);
+}
+
+int lrx_exchange_filter(Receiver *r)
+{
+    /* What is classified is no packet yet whose place is known. */
+    if (!r->pending && report_of(r)->classified && lrx_take_in(r) == FAILED)
+        return -1;
+    Py_XDECREF(r->filter);
+    r->filter = r->next_filter.program;
+    r->next_filter.program = NULL;
+    r->classifier.filter.program =
+        r->filter ? (const struct lrx_instruction *)(const void *)PyBytes_AsString(r->filter) : NULL;
+    r->classifier.filter.tags = r->next_filter.tags;
+    r->filter_until = r->next_filter.until;
+    r->exchanging = false;
+    if (r->pending && r->filter)
+        judge_pending(r);
+    lrx_show(r); /* who waited was woken */
+    return 0;
+}
+
+void lrx_end_filter(Receiver *r)
+{
+    r->filter_until = 0;
+    r->classifier.filter.program = NULL;
+    Py_CLEAR(r->filter);
+}
+
+/* _set_filter(program, tags, seconds): see the stub. */
+PyObject *lrx_receiver_set_filter(PyObject *self, PyObject *args)
+{
+    Receiver *r = (Receiver *)self;
+    PyObject *program, *before;
+    Py_ssize_t size;
+    double seconds;
+    char *code;
+    int tags;
+
+    if (!PyArg_ParseTuple(args, "O!pd:_set_filter", &PyBytes_Type, &program, &tags, &seconds) ||
+        PyBytes_AsStringAndSize(program, &code, &size) < 0)
+        return NULL;
+    if (size && (size % sizeof(struct lrx_instruction) || size > (Py_ssize_t)(LRX_FILTER_MOST * sizeof(struct lrx_instruction)) ||
+                 lrx_filter_check((const struct lrx_instruction *)(const void *)code,
+                                  (uint32_t)((size_t)size / sizeof(struct lrx_instruction))))) {
+        PyErr_SetString(PyExc_ValueError, "no program that the kernel would take");
+        return NULL;
+    }
+    before = r->next_filter.program;
+    Py_INCREF(program);
+    r->next_filter.program = size ? program : NULL;
+    r->next_filter.tags = tags != 0;
+    r->next_filter.until = seconds < 0 ? 0 : lrx_now() + seconds;
+    r->exchanging = true;
+    if (!size)
+        Py_DECREF(program);
+    Py_XDECREF(before);
+    return lrx_receiver_exchange_filter(self, NULL);
+}
+
+/* Whether the filter is exchanged, or will be before anything is handed over. */
+PyObject *lrx_receiver_exchange_filter(PyObject *self, PyObject *unused)
+{
+    Receiver *r = (Receiver *)self;
+    const uint64_t one = 1;
+
+    (void)unused;
+    if (r->exchanging && !r->closed) {
+        if (!r->claimed) {
+            if (lrx_exchange_filter(r) < 0)
+                return NULL;
+        } else if (r->thread != PyThread_get_thread_ident()) {
+            const ssize_t done = write(r->event, &one, sizeof one); /* it may sleep */
+
+            (void)done;
+            Py_RETURN_FALSE;
+        }
+    }
+    Py_RETURN_TRUE;
+}

@@ -1,0 +1,138 @@
+"""A filter of linkrx's own, for the receiver in plain Python, and how one takes the place of another: `_core/types/filter.c`."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable
+
+from linkrx.kernel import bpf
+from linkrx.memory.counters import BYTES, CUT, FILTERED, PACKETS, RUNTS
+from linkrx.memory.report import Report
+from linkrx.packets.headers import TRUNCATED
+from linkrx.packets.plain import Owner, Packet, restore
+from linkrx.receiving.words import Words
+from linkrx.stages.classify import Filter
+
+
+class OwnFilter:
+    """What classification runs, and what it is to run before anything more is handed over."""
+
+    def __init__(self) -> None:
+        self.rule = Filter()
+        self._until: float | None = None
+        self._wanted: tuple[Filter, float | None] | None = None
+
+    def want(self, program: bytes, tags: bool, seconds: float) -> None:
+        """Note what is to take the place of the filter. With `seconds` above or at 0 it ends so long from now, once nothing was there."""
+        instructions = tuple(struct.iter_unpack("=HBBI", program))
+        found = bpf.wrong(instructions) if instructions else None
+        if found is not None:
+            raise ValueError(f"no program that the kernel would take: {found[1]}")
+        until = None if seconds < 0 else time.monotonic() + seconds
+        self._wanted = Filter(instructions, tags), until
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether one is to take its place."""
+        return self._wanted is not None
+
+    def exchange(self, packets: Iterable[Packet], counters: array[int]) -> list[Packet]:
+        """Take the wanted one; returns what it leaves of what waits."""
+        if self._wanted is None:
+            return list(packets)
+        (wanted, until), rule = self._wanted, self.rule
+        rule.program, rule.tags = wanted.program, wanted.tags
+        judged = (self._judged(packet, counters) for packet in packets)
+        left = [packet for packet in judged if packet is not None]
+        self._until, self._wanted = until, None  # last: an exception of a signal handler may come before
+        return left
+
+    def is_due(self) -> bool:
+        """Whether it ends when nothing is there now."""
+        return self._until is not None and time.monotonic() >= self._until
+
+    def end(self) -> None:
+        """Everything passes."""
+        self.rule.program, self._until = (), None
+
+    def _judged(self, packet: Packet, counters: array[int]) -> Packet | None:
+        if not self.rule.program:
+            return packet
+        link_header = len(packet.link_header)
+        judged = bpf.Filtered(
+            bytes(packet),
+            packet.wire_length,
+            link_header,
+            packet.interface,
+            packet.link_type,
+            packet.outgoing,
+            None if packet.vlan is None else (packet.vlan.tpid, packet.vlan.tci),
+            0 if link_header else packet.protocol,
+        )
+        kept = bpf.kept(self.rule.program, judged, tags=self.rule.tags)
+        counters[BYTES] -= len(packet) - kept
+        if not kept or kept < link_header:
+            counters[BYTES] -= kept
+            counters[PACKETS] -= 1
+            counters[RUNTS if kept else FILTERED] += 1
+            return None
+        if kept == len(packet):
+            return packet
+        counters[CUT] += not packet.truncated
+        _, frame, timestamp, wire_length, interface, protocol, flags, *rest = packet.__reduce__()[1]
+        return restore(frame[:kept], timestamp, wire_length, interface, protocol, flags | TRUNCATED, *rest)
+
+
+class Filtering(Words):
+    """The part of a receiver that exchanges filters. Only who is inside does, or who finds nobody there."""
+
+    _filter: OwnFilter
+    _pending: list[Packet]
+    _next: int
+    _closed: bool
+    _counters: array[int]
+    _report: Report
+    _inside: Callable[[Callable[[], None]], None]
+    _take_in: Callable[[], None]
+    _arena: Owner
+
+    @property
+    def _left(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def _thread(self) -> int | None:
+        raise NotImplementedError
+
+    def _fill_filtered(self) -> int:
+        """Fill; a filter for what was queued before ends once nothing was there."""
+        due, report = self._filter.is_due(), self._report
+        count = self._fill(self._arena)
+        if due and not any((count, report.classified, report.error, report.held)):
+            self._filter.end()
+        return count
+
+    def _set_filter(self, program: bytes, tags: bool, seconds: float, /) -> bool:
+        self._filter.want(program, tags, seconds)
+        return self._exchange_filter()
+
+    def _exchange_filter(self) -> bool:
+        if not self._filter.exchanging or self._closed or self._thread == threading.get_ident():
+            return True
+        if self._thread is None:
+            self._inside(lambda: None)
+            return True
+        if self._wakeup.event is not None:
+            self._wakeup.event.set()  # it may sleep
+        return False
+
+    def _exchange(self) -> None:
+        if self._filter.exchanging:
+            if self._report.classified and not self._left:
+                self._take_in()
+            self._pending = self._filter.exchange(self._pending[self._next :], self._counters)
+            self._next = 0
+            self._show()

@@ -1,0 +1,151 @@
+"""The system's libpcap, which compiles expressions in tcpdump's language. It is loaded when the first is compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+import time
+from collections.abc import Sequence
+from functools import cache
+
+from linkrx.errors import UnsupportedOption
+from linkrx.kernel.bpf import Instruction
+
+# Debian's name for it, and that of most others.
+_NAMES = ("libpcap.so.0.8", "libpcap.so.1")
+
+# pcap/dlt.h
+DLT_EN10MB = 1  # Ethernet
+DLT_RAW = 12  # IP without a link header
+DLT_LINUX_SLL = 113  # Linux cooked
+LINK_TYPES = {DLT_EN10MB: "Ethernet", DLT_RAW: "IP without a link header", DLT_LINUX_SLL: "Linux cooked"}
+
+# What an expression that takes a packet returns: all of it.
+_SNAPLEN = 2**31 - 1
+_NETMASK_UNKNOWN = 0xFFFFFFFF  # pcap/pcap.h PCAP_NETMASK_UNKNOWN
+
+# For finding the place of a mistake, which libpcap does not tell; names in the expression may cost a look-up each time.
+_SEARCH_SECONDS = 1.0
+_ENDINGS = ("", " 1", " ip", " host 1.2.3.4", " host 02:00:00:00:00:01", " net 1.0.0.0/8", " = 1")
+_ENDINGS_IN_BRACKETS = ("] = 1", "0] = 1")
+_WORDS = re.compile(r"[\w.:/\\-]+|[<>=!]=|<<|>>|&&|\|\||\S")
+
+# Before libpcap 1.8 pcap_compile() had global state.
+_lock = threading.Lock()
+
+
+class _BpfInsn(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_ushort),
+        ("jt", ctypes.c_ubyte),
+        ("jf", ctypes.c_ubyte),
+        ("k", ctypes.c_uint32),
+    )
+
+
+class _BpfProgram(ctypes.Structure):
+    bf_len: int
+
+    _fields_ = (("bf_len", ctypes.c_uint), ("bf_insns", ctypes.POINTER(_BpfInsn)))
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or what the dynamic linker says."""
+    said = ""
+    for name in _NAMES:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError as error:
+            said = said or str(error)
+            continue
+        library.pcap_open_dead.restype = ctypes.c_void_p
+        library.pcap_open_dead.argtypes = (ctypes.c_int, ctypes.c_int)
+        library.pcap_geterr.restype = ctypes.c_char_p
+        library.pcap_geterr.argtypes = (ctypes.c_void_p,)
+        library.pcap_compile.argtypes = (
+            ctypes.c_void_p,
+            ctypes.POINTER(_BpfProgram),
+            ctypes.c_char_p,
+            ctypes.c_int,
+            ctypes.c_uint32,
+        )
+        library.pcap_freecode.argtypes = (ctypes.POINTER(_BpfProgram),)
+        library.pcap_freecode.restype = None
+        library.pcap_close.argtypes = (ctypes.c_void_p,)
+        library.pcap_close.restype = None
+        return library
+    return said
+
+
+def compiled(expression: str, link_type: int) -> list[Instruction]:
+    """The program for frames of a link type. Raises ValueError with libpcap's message and the place, UnsupportedOption where
+    there is no libpcap.
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise UnsupportedOption(
+            f"filter={expression!r}: expressions are compiled by libpcap, and it cannot be loaded ({library}). Type "
+            "`apt install libpcap0.8` (Debian's name for it). Instructions work without: "
+            "filter=linkrx.parse_ddd(text), with what `tcpdump -ddd` prints elsewhere"
+        )
+    program, said = _compile(library, expression, link_type)
+    if said is None:
+        return program
+    where = _place(library, expression, link_type, said)
+    raise ValueError(
+        f"filter={expression!r} on frames of link type {LINK_TYPES[link_type]}: libpcap says: {said}{where}"
+    )
+
+
+def _compile(library: ctypes.CDLL, expression: str, link_type: int) -> tuple[list[Instruction], str | None]:
+    """The program, or what is wrong."""
+    made = _BpfProgram()
+    with _lock:
+        handle = library.pcap_open_dead(link_type, _SNAPLEN)
+        if not handle:
+            raise MemoryError("pcap_open_dead")
+        try:
+            if library.pcap_compile(handle, made, expression.encode(), 1, _NETMASK_UNKNOWN) < 0:
+                return [], library.pcap_geterr(handle).decode(errors="replace").strip()
+            try:
+                return [(one.code, one.jt, one.jf, one.k) for one in made.bf_insns[: made.bf_len]], None
+            finally:
+                library.pcap_freecode(made)
+        finally:
+            library.pcap_close(handle)
+
+
+def _place(library: ctypes.CDLL, expression: str, link_type: int, said: str) -> str:
+    """Where the mistake is: a word that the message names, or the first one behind which no ending helps."""
+    words = [(word.start(), word.end()) for word in _WORDS.finditer(expression)]
+    if "syntax error" in said:
+        found = _first_wrong(library, expression, link_type, words)
+    else:
+        named = re.findall(r"'([^']+)'|\"([^\"]+)\"|\b(\w*\d\w*)\b", said)
+        names = {name for group in named for name in group if name}
+        found = next((start for start, end in words if expression[start:end] in names), None)
+    if found is None:
+        return ""
+    if found == len(expression):
+        return f", at its end\n  {expression}\n  {' ' * found}^"
+    return f", at character {found + 1}\n  {expression}\n  {' ' * found}^"
+
+
+def _first_wrong(
+    library: ctypes.CDLL, expression: str, link_type: int, words: Sequence[tuple[int, int]]
+) -> int | None:
+    until = time.monotonic() + _SEARCH_SECONDS
+    for start, end in words:
+        begun = expression[:end]
+        closing = ")" * max(0, begun.count("(") - begun.count(")"))
+        inside = begun.count("[") > begun.count("]")
+        for ending in _ENDINGS_IN_BRACKETS if inside else _ENDINGS:
+            if "syntax error" not in (_compile(library, begun + ending + closing, link_type)[1] or ""):
+                break
+            if time.monotonic() > until:
+                return None
+        else:
+            return start
+    return len(expression)
