@@ -9,7 +9,7 @@ import struct
 from contextlib import closing, suppress
 from enum import IntFlag
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from linkrx.errors import LinkrxError, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
@@ -95,10 +95,7 @@ class TunTap:
             elif takes_super_packets(self.name):
                 self.offload = _TSO
             elif offload:
-                raise UnsupportedOption(
-                    f"offload=True on {self.name}: its other queues were opened without, and offloads are the device's. Open "
-                    "the first queue with offload=True"
-                )
+                _refuse_offload(self.name)
         except BaseException:
             self.close()
             raise
@@ -209,3 +206,10 @@ def _set_offload(fd: int, wanted: bool) -> Offload:
         else:
             return mask
     raise AssertionError("the mask 0 is always accepted or raises")
+
+
+def _refuse_offload(name: str) -> NoReturn:
+    raise UnsupportedOption(
+        f"offload=True on {name}: its other queues were opened without, and offloads are the device's. Open the first queue "
+        "with offload=True"
+    )

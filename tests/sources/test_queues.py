@@ -116,11 +116,8 @@ def macvtap(over: str, name: str) -> Iterator[int]:
         except NetlinkError as error:
             pytest.skip(f"needs macvtap: {error}")
         route.link("set", index=route.link_lookup(ifname=name)[0], state="up")
-    majors = dict(
-        reversed(line.split())
-        for line in Path("/proc/devices").read_text().splitlines()
-        if len(line.split()) == 2
-    )
+    lines = [line.split() for line in Path("/proc/devices").read_text().splitlines()]
+    majors = {line[1]: line[0] for line in lines if len(line) == 2}
     with tempfile.TemporaryDirectory() as folder:
         for minor in range(256):
             path = f"{folder}/{minor}"
