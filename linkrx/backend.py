@@ -55,6 +55,10 @@ class Mechanism(ABC):
         """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
         return
 
+    def joining(self) -> None:
+        """The source joins a fanout group now, between `__init__` and `start`."""
+        return
+
     @abstractmethod
     def fill(self, arena: Owner, room: int) -> int:
         """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.
@@ -105,6 +109,10 @@ class Mechanism(ABC):
 
     def close(self) -> None:
         """Release what `__init__` took. Called again where an exception came in between: do nothing then."""
+        return
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, at once: close copies of descriptors, and nothing else. `abandon` may follow."""
         return
 
     def abandon(self) -> None:

@@ -197,9 +197,13 @@ void lrx_ring_shut(struct lrx_ring *s)
     set_all(s, TP_STATUS_USER);
 }
 
-void lrx_ring_start(struct lrx_ring *s)
+void lrx_ring_forget_drops(struct lrx_ring *s)
 {
     lrx_ring_count(s);
-    s->drops = s->freezes = 0; /* dropped here, and received by another member */
+    s->drops = s->freezes = 0;
+}
+
+void lrx_ring_start(struct lrx_ring *s)
+{
     set_all(s, TP_STATUS_KERNEL);
 }

@@ -17,9 +17,10 @@ struct lrx_ring;
 struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
                                uint32_t capacity, uint32_t wanted);
 
-/* Leave the kernel no room in a ring that is new, and give it room: a member of a fanout group that has none
- * passes packets on, and one that is not yet a member drops what the group receives too. */
+/* Leave the kernel no room in a ring that is new, and give it room: what is not yet a member of a fanout group drops what the
+ * group receives too. In between, drops up to now can be forgotten. */
 void lrx_ring_shut(struct lrx_ring *s);
+void lrx_ring_forget_drops(struct lrx_ring *s);
 void lrx_ring_start(struct lrx_ring *s);
 
 /* Take the ring off the socket, which gets back the PACKET_VERSION it had. `unmap` is 0 where somebody still reads there:

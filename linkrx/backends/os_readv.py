@@ -108,6 +108,11 @@ class OsReadv(Backend):
         """Packets that were read when an exception came, and not reported yet."""
         return len(self._taken)
 
+    def leave_to_parent(self) -> None:
+        """See Mechanism."""
+        if self._socket is not None:
+            self._socket.close()
+
     def close(self) -> None:
         """Let go of the arenas, and of the duplicate of a socket."""
         self._made.clear()

@@ -98,6 +98,10 @@ class PacketMmap(CoreBackend):
             self.close()
             raise
 
+    def joining(self) -> None:
+        """What it drops up to here, another member receives; what it drops between here and `start` is lost."""
+        _core.lib.lrx_ring_forget_drops(self._state)
+
     def start(self) -> None:
         """From now on this member of a fanout group takes its share."""
         if self._joins:

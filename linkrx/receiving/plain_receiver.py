@@ -229,6 +229,8 @@ class Receiver(Filtering, Sending, Words):
             self._wakeup.rest(min(seconds, REST))
             return False
         readable = self._wakeup.wait(seconds)
+        if not readable:
+            self._look_at_owner()
         if readable and self._latency:
             self._hold_back(deadline)
         return readable

@@ -118,7 +118,7 @@ class Reception(Receiver):
             chosen = backends[self.choice.backend]
             self._source_filter.open(self._run_filter, chosen, self._mechanism.readable_within)
             self._tell_filter()
-            source.start()
+            source.start(self._mechanism.joining)
             self._mechanism.start()
             state = source.link_state()
             if state is not LinkState.UP:
@@ -199,11 +199,12 @@ class Reception(Receiver):
             )
         elif code not in TRANSIENT:
             report.error = 0
-            raise OSError(
-                code,
-                f"receiving from the {self.source.capabilities.title} with {self.choice.backend}: {os.strerror(code)}",
-            )
+            raise self._failed(code)
         report.error = 0
+
+    def _failed(self, code: int) -> OSError:
+        title, name = self.source.capabilities.title, self.choice.backend
+        return OSError(code, f"receiving from the {title} with {name}: {os.strerror(code)}")
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
@@ -272,6 +273,14 @@ class Reception(Receiver):
             self._finish(End.LINK_GONE)
         elif state is LinkState.UP:
             self._watch_link(down=False)
+
+    def _look_at_owner(self) -> None:
+        """While nothing comes: whoever has closed a descriptor under linkrx is told."""
+        try:
+            self.source.check_owner()
+        except OSError as error:
+            code = error.errno or errno.EBADF
+            raise self._failed(code) from error
 
     def _look_at_drops(self) -> float:
         watch = self._drop_watch
@@ -360,6 +369,8 @@ class Reception(Receiver):
         """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
         self._forked = self._closed = self._stopping = True
         self._wakeup.event = None
+        self._mechanism.leave_to_parent()
+        self.source.leave_to_parent()
 
     def _release_all(self) -> None:
         """Release everything. In a forked child nothing is restored: the parent still uses it.

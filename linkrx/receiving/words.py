@@ -18,6 +18,7 @@ class Words:
     _over: Callable[[], bool]
     _look_at_link: Callable[[], None]
     _look_at_drops: Callable[[], float]
+    _look_at_owner: Callable[[], None]
     _listen: Callable[[], None]
     _flush_limits: Callable[[], tuple[int, float]]
     _vain: Callable[[], None]

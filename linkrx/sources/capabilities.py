@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 
 from linkrx.errors import UnsupportedSource
 from linkrx.kernel.ethtool import takes_super_packets
-from linkrx.kernel.libc import SocketOptions
 from linkrx.kernel.pipes import writing_ends
 from linkrx.kernel.rtnetlink import Link, RouteSocket, same_namespace
+from linkrx.kernel.sockets import (
+    bound_index,
+    has_ring,
+    interface_at,
+    interface_of,
+    packet_vnet_header_size,
+    refuse_gro,
+)
 from linkrx.kernel.uapi import (
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
@@ -26,23 +33,14 @@ from linkrx.kernel.uapi import (
     IFF_VNET_HDR,
     IFNAMSIZ,
     IFREQ_BYTES,
-    PACKET_VERSION,
-    PACKET_VNET_HDR,
-    PACKET_VNET_HDR_SZ,
     SIOCGIFHWADDR,
-    SIOCGIFINDEX,
-    SIOCGIFMTU,
-    SIOCGIFNAME,
     SO_DOMAIN,
     SO_PROTOCOL,
-    SOL_PACKET,
     TUNGETDEVNETNS,
     TUNGETIFF,
     TUNGETVNETBE,
     TUNGETVNETHDRSZ,
     TUNGETVNETLE,
-    UDP_GRO,
-    VNET_HEADER_BYTES,
 )
 from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES
 
@@ -218,27 +216,6 @@ def borrowed_socket(fd: int) -> socket.socket:
         raise
 
 
-def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
-    """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7)."""
-    ifreq = interface_name(name).ljust(IFREQ_BYTES, b"\0")
-
-    def ask(what: int, form: str) -> int:
-        value: int = struct.unpack_from(form, fcntl.ioctl(request, what, ifreq), 16)[0]
-        return value
-
-    return ask(SIOCGIFINDEX, "i"), ask(SIOCGIFHWADDR, "H"), ask(SIOCGIFMTU, "i")
-
-
-def interface_name(name: str) -> bytes:
-    """The name as the kernel takes it, or ValueError for what cannot be one: dev_valid_name() in net/core/dev.c."""
-    encoded = os.fsencode(name)
-    if not encoded or len(encoded) >= IFNAMSIZ or name in (".", "..") or set(name) & set("/:\0 \t\n\v\f\r"):
-        raise ValueError(
-            f"{name!r} cannot be the name of an interface: 1 to {IFNAMSIZ - 1} bytes without '/', ':' or spaces"
-        )
-    return encoded
-
-
 def ethernet_of(hardware_type: int) -> bool | None:
     """Whether frames of this ARPHRD_* type start with an Ethernet header; None for types linkrx does not know."""
     if hardware_type in ETHERNET_TYPES:
@@ -296,25 +273,12 @@ def _probe_socket(fd: int) -> Capabilities:
             return Capabilities(name, socket=True, largest_frame=LARGEST_MESSAGE)
         protocol = borrowed.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
         if domain in (socket.AF_INET, socket.AF_INET6) and protocol == socket.IPPROTO_UDP:
-            _refuse_gro(fd)
+            refuse_gro(fd)
             return Capabilities("udp", socket=True, largest_frame=LARGEST_UDP)
     raise UnsupportedSource(
         f"file descriptor {fd} is a socket of family {domain}, type {kind}: linkrx receives from AF_PACKET, AF_UNIX "
         "(datagram, seqpacket) and UDP sockets"
     )
-
-
-def _refuse_gro(fd: int) -> None:
-    """Datagrams that the kernel has glued together are no packets."""
-    try:
-        glues = SocketOptions(fd).get_int(socket.IPPROTO_UDP, UDP_GRO)
-    except OSError:
-        return  # Linux before 5.0
-    if glues:
-        raise UnsupportedSource(
-            f"file descriptor {fd} is a UDP socket with UDP_GRO, on which the kernel hands over several datagrams as one: "
-            f"turn it off with setsockopt(socket.IPPROTO_UDP, {UDP_GRO}, 0)"
-        )
 
 
 def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> Capabilities:
@@ -325,9 +289,9 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
         ethernet=False if cooked else None,
     )
     if not cooked:
-        size = _packet_vnet_header_size(borrowed)
+        size = packet_vnet_header_size(borrowed)
         found = replace(found, vnet_header_size=size, hardware_gso=size > 0)
-    found = replace(found, has_ring=_has_ring(fd))
+    found = replace(found, has_ring=has_ring(fd))
     index = bound_index(fd)
     if not index:
         return found  # bound to no interface: frames of every kind of device may come
@@ -338,45 +302,6 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
     if not cooked:
         found = replace(found, ethernet=ethernet_of(hardware_type))
     return replace(found, interface=name, ifindex=index, hardware_type=hardware_type, mtu=mtu)
-
-
-def bound_index(fd: int) -> int:
-    """The index of the interface that an AF_PACKET socket is bound to: 0 for none, and when it cannot be asked; GONE for one
-    that is deleted.
-    """
-    try:
-        index: int = struct.unpack_from("i", SocketOptions(fd).name(), 4)[0]  # sll_ifindex
-    except PermissionError:
-        return 0  # a seccomp filter forbids getsockname(2): do without
-    return index
-
-
-def _has_ring(fd: int) -> bool:
-    """Whether the kernel puts what a packet socket receives, or what it sends, into a ring: PACKET_VERSION cannot be set then,
-    even to what it is.
-    """
-    options = SocketOptions(fd)
-    try:
-        options.set(SOL_PACKET, PACKET_VERSION, options.get_int(SOL_PACKET, PACKET_VERSION))
-    except OSError as error:
-        return error.errno == errno.EBUSY
-    return False
-
-
-def interface_at(request: socket.socket, index: int) -> str:
-    """The name of the interface with that index in the namespace of the socket `request`; empty for none."""
-    try:
-        answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))
-    except OSError:
-        return ""
-    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
-
-
-def _packet_vnet_header_size(borrowed: socket.socket) -> int:
-    try:
-        return borrowed.getsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ)
-    except OSError:  # Linux before 6.6
-        return VNET_HEADER_BYTES if borrowed.getsockopt(SOL_PACKET, PACKET_VNET_HDR) else 0
 
 
 def _probe_pipe(fd: int, flags: int) -> Capabilities:

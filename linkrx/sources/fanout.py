@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from linkrx.kernel.uapi import (
     PACKET_FANOUT,
+    PACKET_FANOUT_FLAG_DEFRAG,
     PACKET_FANOUT_FLAG_IGNORE_OUTGOING,
     PACKET_FANOUT_FLAG_ROLLOVER,
     PACKET_FANOUT_FLAG_UNIQUEID,
@@ -20,6 +21,9 @@ MODES = {"hash": 0, "lb": 1, "cpu": 2, "rollover": 3, "qm": 5}
 
 GROUP_MAX = 0xFFFF
 
+# Behind a mode: a member that has no room passes packets on to others, so that a busy flow is spread.
+ROLLOVER = "+rollover"
+
 
 @dataclass(frozen=True)
 class Fanout:
@@ -27,11 +31,14 @@ class Fanout:
 
     group: int | None
     mode: str
+    rollover: bool = False
 
     @classmethod
     def of(cls, value: object) -> Fanout:
         """From the option: a number or "auto", or a pair of that and a mode. Raises TypeError and ValueError."""
         group, mode = value if isinstance(value, tuple) and len(value) == 2 else (value, "hash")
+        rollover = isinstance(mode, str) and mode.endswith(ROLLOVER)
+        mode = mode.removesuffix(ROLLOVER) if rollover else mode
         number = group if isinstance(group, int) and not isinstance(group, bool) else None
         if (number is None and group != "auto") or not isinstance(mode, str):
             raise TypeError(
@@ -39,9 +46,11 @@ class Fanout:
             )
         if number is not None and not 0 <= number <= GROUP_MAX:
             raise ValueError(f"fanout={value!r}: a group has a number from 0 to {GROUP_MAX}")
-        if mode not in MODES:
-            raise ValueError(f"fanout={value!r}: a mode is one of {', '.join(MODES)}")
-        return cls(number, mode)
+        if mode not in MODES or (rollover and mode == "rollover"):
+            raise ValueError(
+                f"fanout={value!r}: a mode is one of {', '.join(MODES)}, or one with {ROLLOVER} behind it"
+            )
+        return cls(number, mode, rollover)
 
     def join(self, packet: socket.socket, *, outgoing: bool) -> int:
         """Make a bound packet socket a member; the number of the group. It is left only by closing the socket.
@@ -49,9 +58,10 @@ class Fanout:
         `outgoing`: the group has frames of this host as well; whether a member ignores them does not count.
         """
         kind = MODES[self.mode]
-        # A member without room passes a packet on. So does one that has no room yet because it is still joining:
-        # that is how no packet is lost, or received twice, meanwhile.
-        if self.mode != "rollover":
+        # Only the first fragment of a datagram has ports: whole datagrams are told apart.
+        if self.mode == "hash":
+            kind |= PACKET_FANOUT_FLAG_DEFRAG
+        if self.rollover:
             kind |= PACKET_FANOUT_FLAG_ROLLOVER
         if not outgoing:
             kind |= PACKET_FANOUT_FLAG_IGNORE_OUTGOING

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -12,11 +11,10 @@ import stat
 import struct
 import termios
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 
-from linkrx.errors import Busy, MissingPrivilege, UnsupportedOption
+from linkrx.errors import MissingPrivilege
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions, bind_to_every_interface
 from linkrx.kernel.rtnetlink import Link
@@ -25,33 +23,27 @@ from linkrx.kernel.uapi import (
     IFF_UP,
     IFNAMSIZ,
     IFREQ_BYTES,
-    PACKET_ADD_MEMBERSHIP,
-    PACKET_AUXDATA,
-    PACKET_DROP_MEMBERSHIP,
-    PACKET_IGNORE_OUTGOING,
-    PACKET_MR_PROMISC,
-    PACKET_VNET_HDR,
-    PACKET_VNET_HDR_SZ,
     SIOCGIFFLAGS,
     SIOCGIFNAME,
     SK_MEMINFO_DROPS,
-    SO_COOKIE,
     SO_MEMINFO,
-    SO_RCVBUFFORCE,
-    SO_TIMESTAMP,
-    SO_TIMESTAMP_NEW,
-    SO_TIMESTAMPING_NEW,
-    SO_TIMESTAMPNS,
-    SO_TIMESTAMPNS_NEW,
-    SOL_PACKET,
     TUNGETIFF,
-    VNET_HEADER_BYTES,
 )
 from linkrx.sources import socket_filter
 from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, probe, route_socket_for
 from linkrx.sources.capture_file import CaptureFile, CaptureReader, capture_of
 from linkrx.sources.fanout import Fanout
 from linkrx.sources.options import Options
+from linkrx.sources.settings import (
+    Duplicate,
+    Undo,
+    claim,
+    configure,
+    file_of,
+    restore_filter,
+    restore_receive_buffer,
+    set_receive_buffer,
+)
 
 logger = logging.getLogger("linkrx")
 
@@ -77,44 +69,6 @@ class LinkState(Enum):
     GONE = "gone"
 
 
-class Undo:
-    """What `close` has to undo, the last first. Steps can be done again: where an exception cuts one short, it is."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
-
-    def add(self, step: Callable[[], object]) -> None:
-        """Note what undoes something."""
-        self._steps.append(step)
-
-    def run(self) -> None:
-        """Undo everything. Again does nothing."""
-        while self._steps:
-            self._steps[-1]()
-            self._steps.pop()
-
-    def forget(self) -> None:
-        """Let everything be."""
-        self._steps.clear()
-
-
-class _Duplicate:
-    """A descriptor of linkrx's own for a file that is somebody else's."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = os.dup(fd)
-
-    def close(self) -> None:
-        """Idempotent."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            self.close()
-
-
 class Source:
     """Where packets come from, with everything that `close` has to undo."""
 
@@ -125,6 +79,7 @@ class Source:
         held: object,
         undo: Undo,
         options: Options,
+        duplicate: Duplicate | None = None,
     ) -> None:
         """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `options.fanout`."""
         self.fd = fd
@@ -137,6 +92,7 @@ class Source:
         self.capabilities = capabilities
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
+        self._duplicate = duplicate
         self._queue_dropped: int | None = None
         self._filter_before: bytes | None = None  # once it was asked for
         self._drops_at_open = self._drops()
@@ -146,13 +102,15 @@ class Source:
         """What a capture file is read through."""
         return self._held if isinstance(self._held, CaptureReader) else None
 
-    def start(self) -> None:
+    def start(self, joining: Callable[[], object]) -> None:
         """Bind the packet socket of an interface, with everything set up that packets could need: from here on they
-        come. Nothing to do for a borrowed descriptor, from which they always did.
+        come. Nothing to do for a borrowed descriptor, from which they always did. `joining` is called right before it joins a
+        fanout group.
         """
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
             _bind(self._held, self.capabilities.interface, self._protocol)
             if self._joins is not None:  # the kernel wants a member bound
+                joining()
                 self.fanout = self._joins.join(self._held, outgoing=self._outgoing)
 
     def enlarge_queue(self) -> None:
@@ -162,8 +120,8 @@ class Source:
             return
         sock = SocketOptions(self.fd)
         before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        self._undo.add(partial(_restore_receive_buffer, self.fd, _file_of(self.fd), before))
-        _set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
+        self._undo.add(partial(restore_receive_buffer, self.fd, file_of(self.fd), before))
+        set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
         self._enlarged = True
 
     def set_filter(self, program: bytes | None) -> None:
@@ -180,7 +138,7 @@ class Source:
                     return
                 before = socket_filter.attached(self.fd)
                 if not self.capabilities.owned:
-                    self._undo.add(partial(_restore_filter, self.fd, _file_of(self.fd), before))
+                    self._undo.add(partial(restore_filter, self.fd, file_of(self.fd), before))
                 self._filter_before = before
         except OSError as error:
             raise UnsupportedOption(
@@ -198,6 +156,16 @@ class Source:
                 f"the kernel does not attach the filter to the {title}: {error.strerror}{advice}"
             ) from error
 
+    def leave_to_parent(self) -> None:
+        """In a forked child, at once: a member of a fanout group stays one for as long as any copy of its descriptor is open."""
+        fd, self.fd = self.fd, -1
+        if isinstance(self._held, CaptureReader):
+            self._held.close()  # what it closes is the child's own
+        elif fd >= 0:
+            os.close(fd)
+        if self.capabilities.owned and isinstance(self._held, socket.socket):
+            self._held.detach()
+
     def close(self) -> None:
         """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
         self._undo.run()
@@ -206,14 +174,7 @@ class Source:
     def abandon(self) -> None:
         """In a forked child: let go without changing what the parent still uses."""
         self._undo.forget()
-        if isinstance(self._held, CaptureReader):
-            self._held.close()  # what it closes is the child's own
-        else:
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                os.close(fd)
-            if self.capabilities.owned and isinstance(self._held, socket.socket):
-                self._held.detach()
+        self.leave_to_parent()
         self._held = None
 
     def kernel_drops(self) -> int | None:
@@ -314,6 +275,11 @@ class Source:
             return LinkState.GONE
         return LinkState.DOWN
 
+    def check_owner(self) -> None:
+        """Raise OSError where the owner of a borrowed descriptor has closed it."""
+        if self._duplicate is not None:
+            self._duplicate.check_owner()
+
     def hung_up(self) -> bool:
         """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""
         poll = select.poll()
@@ -344,16 +310,16 @@ def open_source(source: AnySource, options: Options) -> Source:
         if isinstance(source, str):
             opened = _packet_socket(source)
             undo.add(opened.close)
-            capabilities = _configure(opened.fileno(), capabilities, options, undo)
+            capabilities = configure(opened.fileno(), capabilities, options, undo)
             return Source(opened.fileno(), capabilities, opened, undo, options)
         # A duplicate: were the owner to close the descriptor, the number could be another file's a moment later.
-        duplicate = _Duplicate(descriptor(source))
+        duplicate = Duplicate(descriptor(source))
         undo.add(duplicate.close)
         fd = duplicate.fd
         if capabilities.socket:
-            _claim(fd, capabilities, undo)
-            capabilities = _configure(fd, capabilities, options, undo)
-        return Source(fd, capabilities, source, undo, options)
+            claim(fd, capabilities, undo)
+            capabilities = configure(fd, capabilities, options, undo)
+        return Source(fd, capabilities, source, undo, options, duplicate)
     except BaseException:
         undo.run()
         raise
@@ -387,134 +353,3 @@ def _bind(packet: socket.socket, interface: str | None, protocol: int) -> None:
         raise OSError(error.errno, f"binding a packet socket to {name}: {error.strerror}") from error
     # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-
-def _configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> Capabilities:
-    """Set socket options, and note in `undo` how to set them back. Returns what the source is then."""
-    file = _file_of(fd)
-    sock = SocketOptions(fd)
-
-    def change(level: int, name: int, value: int) -> None:
-        before = sock.get_int(level, name)
-        if before != value:
-            undo.add(partial(_restore, fd, file, level, name, before))
-            sock.set(level, name, value)
-
-    if capabilities.kind not in ("packet", "packet_cooked"):
-        return capabilities
-    change(SOL_PACKET, PACKET_AUXDATA, 1)
-    change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
-    if options.timestamps:
-        _set_timestamps(sock, undo)
-    if options.promiscuous:
-        if capabilities.ifindex is None:
-            raise UnsupportedOption(
-                f"promiscuous=True on {capabilities.a_title}, which is bound to no interface: the kernel sets single "
-                "interfaces to it. Bind it first, or open one by name"
-            )
-        # A membership of the socket, not a flag of the interface: the kernel undoes it however we end.
-        request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
-        sock.set(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
-        undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
-    size = options.vnet_header_to_set(capabilities)
-    if size:
-        # The older option knows one size only. Either takes effect when a packet is read: also for those that wait.
-        usual = size == VNET_HEADER_BYTES
-        try:
-            change(SOL_PACKET, PACKET_VNET_HDR if usual else PACKET_VNET_HDR_SZ, int(usual) or size)
-        except OSError as error:
-            raise UnsupportedOption(
-                f"{'segment=True' if options.segment else f'vnet_header={options.vnet_header}'} on the "
-                f"{capabilities.title}: it takes no virtio-net header of {size} bytes "
-                f"({'PACKET_VNET_HDR' if usual else 'PACKET_VNET_HDR_SZ, Linux 6.6'}): {error.strerror}"
-                + ("; it has a ring already" if error.errno == errno.EBUSY else "")
-            ) from error
-    return options.configured(capabilities)
-
-
-def _set_timestamps(sock: SocketOptions, undo: Undo) -> None:
-    """The forms of the option exclude each other, and each takes the others away when it is set, also to 0."""
-
-    def value(name: int) -> int:
-        try:
-            return sock.get_int(socket.SOL_SOCKET, name)
-        except OSError:
-            return 0  # Linux before 5.1 has the older forms only
-
-    forms = (SO_TIMESTAMPNS, SO_TIMESTAMP, SO_TIMESTAMPNS_NEW, SO_TIMESTAMP_NEW)
-    before = next((name for name in forms if value(name)), None)
-    if before == SO_TIMESTAMPNS:
-        return
-    stamping = value(SO_TIMESTAMPING_NEW)  # whose messages have the older form behind another's setting
-
-    def restore() -> None:
-        with suppress(OSError):
-            sock.set(socket.SOL_SOCKET, before or SO_TIMESTAMPNS, 1 if before else 0)
-            if stamping:
-                sock.set(socket.SOL_SOCKET, SO_TIMESTAMPING_NEW, stamping)
-
-    undo.add(restore)
-    sock.set(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-
-
-# Sockets that a dispatcher of this process receives from, by process and cookie. A forked child has its own.
-_claimed: dict[tuple[int, bytes], object] = {}
-
-
-def _claim(fd: int, capabilities: Capabilities, undo: Undo) -> None:
-    """Two on one socket would each restore what the other has set, and share its packets. By cookie: numbers are used again."""
-    try:
-        cookie = SocketOptions(fd).get(socket.SOL_SOCKET, SO_COOKIE, 8)
-    except OSError:  # Linux before 4.6, or a seccomp filter
-        cookie = struct.pack("=QQ", *_file_of(fd))
-    key, claim = (os.getpid(), cookie), object()
-    if _claimed.setdefault(key, claim) is not claim:
-        raise Busy(
-            f"another dispatcher of this process receives from the {capabilities.title}: close that one first, or open a "
-            "socket for each"
-        )
-    undo.add(lambda: _claimed.pop(key, None))
-
-
-def _file_of(fd: int) -> tuple[int, int]:
-    """What tells one open socket from another that got its number: stat's device and inode."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def _restore(fd: int, file: tuple[int, int], level: int, name: int, value: int | bytes) -> None:
-    """Set a socket option back, unless its owner has closed the socket: then there is nothing to restore."""
-    with suppress(OSError):
-        if _file_of(fd) == file:
-            SocketOptions(fd).set(level, name, value)
-
-
-def _restore_filter(fd: int, file: tuple[int, int], program: bytes) -> None:
-    with suppress(OSError):
-        if _file_of(fd) == file:
-            socket_filter.attach(fd, program)
-
-
-def _set_receive_buffer(sock: SocketOptions, size: int, *, asked: bool) -> None:
-    try:
-        sock.set(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-    except PermissionError:
-        sock.set(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-        got = (
-            sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        )  # the kernel doubles it for its own needs
-        if got < size:
-            logger.log(
-                logging.WARNING if asked else logging.INFO,
-                "a receive buffer of %d bytes needs CAP_NET_ADMIN; the kernel gave %d. "
-                "`sudo sysctl net.core.rmem_max=%d` allows it for everyone",
-                size,
-                got,
-                size,
-            )
-
-
-def _restore_receive_buffer(fd: int, file: tuple[int, int], size: int) -> None:
-    with suppress(OSError):
-        if _file_of(fd) == file:
-            _set_receive_buffer(SocketOptions(fd), size, asked=False)

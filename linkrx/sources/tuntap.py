@@ -15,6 +15,7 @@ from linkrx.errors import LinkrxError, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.kernel.rtnetlink import Link, RouteSocket
+from linkrx.kernel.sockets import interface_name
 from linkrx.kernel.uapi import (
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
@@ -32,7 +33,6 @@ from linkrx.kernel.uapi import (
     TUNSETVNETHDRSZ,
     VNET_HEADER_BYTES,
 )
-from linkrx.sources.capabilities import interface_name
 
 DEVICE = "/dev/net/tun"
 
@@ -92,10 +92,8 @@ class TunTap:
             if not multi_queue or device is None or device.queues == 1:
                 _reset(self._fd, mode)
                 self.offload = _set_offload(self._fd, offload)
-            elif takes_super_packets(self.name):
-                self.offload = _TSO
-            elif offload:
-                _refuse_offload(self.name)
+            else:
+                self.offload = _offload_of(self.name, offload)
         except BaseException:
             self.close()
             raise
@@ -193,6 +191,18 @@ def _reset(fd: int, mode: str) -> None:
     for what in (TUNSETFILTEREBPF, TUNSETSTEERINGEBPF):
         with suppress(OSError):  # EINVAL before Linux 4.16, which has no such programs to remove
             fcntl.ioctl(fd, what, struct.pack("i", -1))
+
+
+def _offload_of(name: str, wanted: bool) -> Offload:
+    """What the owner of the other queues has set."""
+    if takes_super_packets(name):
+        return _TSO
+    if wanted:
+        raise UnsupportedOption(
+            f"offload=True on {name}: its other queues were opened without, and offloads are the device's. Open the first queue "
+            "with offload=True"
+        )
+    return Offload(0)
 
 
 def _set_offload(fd: int, wanted: bool) -> Offload:

@@ -53,6 +53,14 @@ class Segmenting(Mechanism):
         """As the backend does."""
         self._backend.start()
 
+    def joining(self) -> None:
+        """As the backend does."""
+        self._backend.joining()
+
+    def leave_to_parent(self) -> None:
+        """As the backend does."""
+        self._backend.leave_to_parent()
+
     def fill(self, arena: Owner, room: int) -> int:
         """Frames of what was received before, or of what is there now."""
         if self._receives:

@@ -22,7 +22,7 @@ from support.run import points, that_take
 
 import linkrx
 from linkrx.kernel import libc
-from linkrx.sources.source import Undo
+from linkrx.sources.settings import Undo
 from linkrx.testing import rigs
 from linkrx.testing.resources import descriptors, settings_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 from support.flows import frame
 from support.places import TESTS
 
 import linkrx
 from linkrx import _core
-from linkrx.testing.devices import injector_on
+from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import patiently
 
@@ -46,7 +48,11 @@ def numbers(rx: linkrx.Dispatcher, timeout: float) -> list[int]:
 def shares_of(members: list[linkrx.Dispatcher], total: int) -> list[list[int]]:
     """What each member gets of so many frames, and what comes beyond these."""
     shares: list[list[int]] = [[] for _ in members]
-    for _ in patiently(lambda: sum(map(len, shares)) >= total):
+
+    def lost() -> int:
+        return sum(member.stats().kernel_drops or 0 for member in members)
+
+    for _ in patiently(lambda: sum(map(len, shares)) + lost() >= total):
         for member, share in zip(members, shares, strict=True):
             share += numbers(member, 0.01)
     for member, share in zip(members, shares, strict=True):
@@ -82,7 +88,7 @@ def test_members_share(wire: Wire, mode: str) -> None:
 
 SENDER = """
 import sys, time
-from linkrx.testing.devices import injector_on
+from linkrx.testing.devices import Device, injector_on
 from support.flows import frame
 with injector_on(sys.argv[1]) as injector:
     frames = [frame(number) for number in range(int(sys.argv[2]))]
@@ -97,7 +103,7 @@ with injector_on(sys.argv[1]) as injector:
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_joining_under_load(wire: Wire, mode: str) -> None:
-    """While members join, no packet is lost and none comes twice."""
+    """While members join, none comes twice, and what one loses that has no room yet is counted."""
     near, far, _ = wire
     # In a ring of 64 MiB each takes 152 bytes, and the first member may get them all.
     total = 100_000
@@ -126,8 +132,9 @@ def test_joining_under_load(wire: Wire, mode: str) -> None:
         shares = shares_of(members, total)
         counted = [member.stats().kernel_drops for member in members]
     got = sorted(number for share in shares for number in share)
-    assert counted == [0] * len(members)
-    assert got == list(range(total)), "lost or twice"
+    assert len(got) == len(set(got)), "twice"
+    lost = total - len(got)
+    assert lost <= sum(drops or 0 for drops in counted) < total / 100
     assert len([share for share in shares if share]) > 1
 
 
@@ -185,3 +192,76 @@ def test_frames_of_this_host(wire: Wire, outgoing: bool) -> None:
         assert sorted(packet.outgoing for packet in got) == ([False, True] if outgoing else [False])
         with pytest.raises(OSError, match="the same interface, mode and outgoing="):
             linkrx.open(near, fanout=(one.fanout or 0, "lb"), outgoing=not outgoing)
+
+
+@pytest.mark.parametrize("sizes", [(100, 100, 100), (100, 4000, 100)])
+def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) -> None:
+    """All datagrams of a flow come to one member, also those that were sent in fragments."""
+    near, far, _ = wire
+    Device(far).set(mtu=1500)
+    with IPRoute() as route, ExitStack() as stack:
+        route.addr("add", index=socket.if_nametoindex(far), address="10.77.0.1", prefixlen=24)
+        route.neigh(
+            "add", dst="10.77.0.2", lladdr="02:00:00:00:00:09", ifindex=socket.if_nametoindex(far), state=0x80
+        )
+        members = [
+            stack.enter_context(linkrx.open(near, fanout=(77, "hash"), promiscuous=True)) for _ in range(4)
+        ]
+        for port in range(20):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.bind(("10.77.0.1", 20_000 + port))
+                for size in sizes:
+                    sender.sendto(bytes(size), ("10.77.0.2", 9))
+        flows: dict[bytes, set[int]] = {}
+        for number, rx in enumerate(members):
+            for packet in [packet for batch in rx.batches(0.1) for packet in batch]:
+                ip = bytes(packet.data)
+                if packet.protocol == 0x0800 and ip[9] == 17 and not int.from_bytes(ip[6:8], "big") & 0x1FFF:
+                    flows.setdefault(ip[20:22], set()).add(number)
+        assert len(flows) == 20
+        assert all(len(seen) == 1 for seen in flows.values())
+
+
+@pytest.mark.parametrize("mode", ["hash", "lb"])
+def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
+    """A member whose ring is full passes packets on with "+rollover" behind the mode, and loses them without."""
+    near, _, injector = wire
+    for asked in (mode, f"{mode}+rollover"):
+        with (
+            linkrx.open(near, fanout=(78, asked), receive_buffer=1) as small,
+            linkrx.open(near, fanout=(78, asked)) as large,
+        ):
+            for number in range(12_000):
+                injector.send(frame(number if mode == "lb" else number % 64))
+            counted = [rx.stats().kernel_drops for rx in (small, large)]
+            assert counted[1] == 0
+            assert counted[0] is not None
+            assert (counted[0] > 0) is (asked == mode)
+
+
+def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
+    """Although a child that was forked before lives on, what is sent after close comes to the members that are left."""
+    near, _, injector = wire
+    reading, writing = os.pipe()
+    with linkrx.open(near, fanout=(79, "lb")) as stays:
+        leaves = linkrx.open(near, fanout=(79, "lb"))
+        child = os.fork()
+        if not child:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+        try:
+            leaves.close()
+            for number in range(100):
+                injector.send(frame(number))
+            got = [number for batch in stays.batches(0.1) for number in map(number_in, batch)]
+            assert got == list(range(100))
+        finally:
+            os.close(writing)
+            os.close(reading)
+            os.waitpid(child, 0)
+
+
+def number_in(packet: linkrx.Packet) -> int:
+    """What `frame` put in."""
+    return int.from_bytes(packet.data[28:32], "big")

@@ -71,7 +71,8 @@ def _program_that_returns(number: int) -> int:
         "=IIQQ", socket_filter, 2, ctypes.addressof(instructions), ctypes.addressof(terms)
     ).ljust(128, b"\0")
     numbers = {"x86_64": 321, "aarch64": 280}
-    return ctypes.CDLL(None).syscall(numbers[os.uname().machine], load, attributes, len(attributes))
+    loaded: int = ctypes.CDLL(None).syscall(numbers[os.uname().machine], load, attributes, len(attributes))
+    return loaded
 
 
 def test_a_program_that_steers_is_taken_off() -> None:

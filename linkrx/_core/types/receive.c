@@ -11,6 +11,7 @@
  *   _over()              whether a stop, or the end that follows, is due now
  *   _look_at_link()      the link was down when nothing was received
  *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
+ *   _look_at_owner()     nothing came for a second, or for as long as was asked for
  *   _listen()            the source was left out of the poll set
  *   _hush()              somebody polls, and has seen the end
  *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
@@ -392,7 +393,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             happened = rest(r, left < REST ? left : REST) < 0 ? -1 : 0;
         if (happened == 1 && r->latency > 0 && hold_back(r, timeout > 0 ? deadline : INFINITY) < 0)
             happened = -1;
-        if (happened < 0)
+        if (happened < 0 || (happened == 0 && !looked && idle < IDLE_WAKES && lrx_ask(r, "_look_at_owner") < 0))
             return FAILED;
         idle += happened == 1;
         resumed = happened == 0 && idle < IDLE_WAKES;

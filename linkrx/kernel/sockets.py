@@ -1,0 +1,99 @@
+"""What the kernel tells of sockets and of the interfaces that they are bound to."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+
+from linkrx.errors import UnsupportedSource
+from linkrx.kernel.libc import SocketOptions
+from linkrx.kernel.uapi import (
+    IFNAMSIZ,
+    IFREQ_BYTES,
+    PACKET_VERSION,
+    PACKET_VNET_HDR,
+    PACKET_VNET_HDR_SZ,
+    SIOCGIFHWADDR,
+    SIOCGIFINDEX,
+    SIOCGIFMTU,
+    SIOCGIFNAME,
+    SOL_PACKET,
+    UDP_GRO,
+    VNET_HEADER_BYTES,
+)
+
+
+def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
+    """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7)."""
+    ifreq = interface_name(name).ljust(IFREQ_BYTES, b"\0")
+
+    def ask(what: int, form: str) -> int:
+        value: int = struct.unpack_from(form, fcntl.ioctl(request, what, ifreq), 16)[0]
+        return value
+
+    return ask(SIOCGIFINDEX, "i"), ask(SIOCGIFHWADDR, "H"), ask(SIOCGIFMTU, "i")
+
+
+def interface_name(name: str) -> bytes:
+    """The name as the kernel takes it, or ValueError for what cannot be one: dev_valid_name() in net/core/dev.c."""
+    encoded = os.fsencode(name)
+    if not encoded or len(encoded) >= IFNAMSIZ or name in (".", "..") or set(name) & set("/:\0 \t\n\v\f\r"):
+        raise ValueError(
+            f"{name!r} cannot be the name of an interface: 1 to {IFNAMSIZ - 1} bytes without '/', ':' or spaces"
+        )
+    return encoded
+
+
+def refuse_gro(fd: int) -> None:
+    """Datagrams that the kernel has glued together are no packets."""
+    try:
+        glues = SocketOptions(fd).get_int(socket.IPPROTO_UDP, UDP_GRO)
+    except OSError:
+        return  # Linux before 5.0
+    if glues:
+        raise UnsupportedSource(
+            f"file descriptor {fd} is a UDP socket with UDP_GRO, on which the kernel hands over several datagrams as one: "
+            f"turn it off with setsockopt(socket.IPPROTO_UDP, {UDP_GRO}, 0)"
+        )
+
+
+def bound_index(fd: int) -> int:
+    """The index of the interface that an AF_PACKET socket is bound to: 0 for none, and when it cannot be asked; GONE for one
+    that is deleted.
+    """
+    try:
+        index: int = struct.unpack_from("i", SocketOptions(fd).name(), 4)[0]  # sll_ifindex
+    except PermissionError:
+        return 0  # a seccomp filter forbids getsockname(2): do without
+    return index
+
+
+def has_ring(fd: int) -> bool:
+    """Whether the kernel puts what a packet socket receives, or what it sends, into a ring: PACKET_VERSION cannot be set then,
+    even to what it is.
+    """
+    options = SocketOptions(fd)
+    try:
+        options.set(SOL_PACKET, PACKET_VERSION, options.get_int(SOL_PACKET, PACKET_VERSION))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def interface_at(request: socket.socket, index: int) -> str:
+    """The name of the interface with that index in the namespace of the socket `request`; empty for none."""
+    try:
+        answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))
+    except OSError:
+        return ""
+    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
+
+
+def packet_vnet_header_size(borrowed: socket.socket) -> int:
+    try:
+        return borrowed.getsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ)
+    except OSError:  # Linux before 6.6
+        return VNET_HEADER_BYTES if borrowed.getsockopt(SOL_PACKET, PACKET_VNET_HDR) else 0
