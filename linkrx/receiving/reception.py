@@ -120,11 +120,10 @@ class Reception(Receiver):
             self._tell_filter()
             source.start(self._mechanism.joining)
             self._mechanism.start()
-            state = source.link_state()
-            if state is not LinkState.UP:
-                self._watch_link(down=True)
-            if state is LinkState.GONE:
+            if (state := source.link_state()) is LinkState.GONE:
                 self._finish(End.LINK_GONE)
+            elif state is LinkState.DOWN:
+                self._watch_link(down=True)
             undo.pop_all()
 
     # A mechanism that is written in Python.
@@ -203,8 +202,9 @@ class Reception(Receiver):
         report.error = 0
 
     def _failed(self, code: int) -> OSError:
-        title, name = self.source.capabilities.title, self.choice.backend
-        return OSError(code, f"receiving from the {title} with {name}: {os.strerror(code)}")
+        return OSError(
+            code, f"receiving from the {self.choice.source} with {self.choice.backend}: {os.strerror(code)}"
+        )
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
@@ -276,11 +276,8 @@ class Reception(Receiver):
 
     def _look_at_owner(self) -> None:
         """While nothing comes: whoever has closed a descriptor under linkrx is told."""
-        try:
-            self.source.check_owner()
-        except OSError as error:
-            code = error.errno or errno.EBADF
-            raise self._failed(code) from error
+        if self.source.is_closed_by_owner():
+            raise self._failed(errno.EBADF)
 
     def _look_at_drops(self) -> float:
         watch = self._drop_watch

@@ -66,10 +66,12 @@ class Duplicate:
         self.borrowed = borrowed
         self.fd = os.dup(borrowed)
 
-    def check_owner(self) -> None:
-        """Raise OSError where the owner has closed the descriptor, or its number is another file's by now."""
-        if file_of(self.borrowed) != file_of(self.fd):
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    def is_alone(self) -> bool:
+        """Whether the owner has closed the descriptor, or its number is another file's by now."""
+        try:
+            return file_of(self.borrowed) != file_of(self.fd)
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Idempotent."""

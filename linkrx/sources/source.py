@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
-from linkrx.errors import MissingPrivilege
+from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions, bind_to_every_interface
 from linkrx.kernel.rtnetlink import Link
@@ -275,10 +276,9 @@ class Source:
             return LinkState.GONE
         return LinkState.DOWN
 
-    def check_owner(self) -> None:
-        """Raise OSError where the owner of a borrowed descriptor has closed it."""
-        if self._duplicate is not None:
-            self._duplicate.check_owner()
+    def is_closed_by_owner(self) -> bool:
+        """Whether the owner of a borrowed descriptor has closed it: its number may be another file's by now."""
+        return self._duplicate is not None and self._duplicate.is_alone()
 
     def hung_up(self) -> bool:
         """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""

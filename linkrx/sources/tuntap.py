@@ -9,7 +9,7 @@ import struct
 from contextlib import closing, suppress
 from enum import IntFlag
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 from linkrx.errors import LinkrxError, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
@@ -216,10 +216,3 @@ def _set_offload(fd: int, wanted: bool) -> Offload:
         else:
             return mask
     raise AssertionError("the mask 0 is always accepted or raises")
-
-
-def _refuse_offload(name: str) -> NoReturn:
-    raise UnsupportedOption(
-        f"offload=True on {name}: its other queues were opened without, and offloads are the device's. Open the first queue "
-        "with offload=True"
-    )
