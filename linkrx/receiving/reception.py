@@ -39,7 +39,6 @@ logger = logging.getLogger("linkrx")
 
 # For how long a source is left out of the poll set that says it is readable and has nothing to read.
 _REST = 0.01
-
 # For how long to sleep between two looks whether the thread that receives has taken a filter.
 _LOOK_AGAIN = 0.001
 
@@ -202,9 +201,8 @@ class Reception(Receiver):
         report.error = 0
 
     def _failed(self, code: int) -> OSError:
-        return OSError(
-            code, f"receiving from the {self.choice.source} with {self.choice.backend}: {os.strerror(code)}"
-        )
+        which = f"{self.source.capabilities.title} with {self.choice.backend}"
+        return OSError(code, f"receiving from the {which}: {os.strerror(code)}")
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
         """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
