@@ -126,8 +126,9 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             flags |= LRX_TRUNCATED;
         if (flags & LRX_TRUNCATED)
             counters[LRX_CUT]++;
-        if (differ && protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol))
+        if (differ && protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol)) {
             protocol = ETHERTYPE_VLAN;
+        }
         if (link_header && length < link_header) {
             counters[LRX_RUNTS]++;
             continue;

@@ -14,8 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CORE = HERE.parent.parent / "linkrx" / "_core"
-NAMES = ("bpf", "classify", "packet_mmap", "readv", "recvmmsg", "segment")
-NAMES = ("capture_file", "classify", "packet_mmap", "readv", "recvmmsg", "segment")
+NAMES = ("bpf", "capture_file", "classify", "packet_mmap", "readv", "recvmmsg", "segment")
 
 SANITIZERS = "address,undefined"
 FLAGS = ("-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all")
