@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -247,12 +247,13 @@ class End:
     def expect(self, wanted: Wanted, timeout: float = PATIENCE) -> Packet:
         """Return the first packet that is `wanted`, waiting for it at most `timeout` seconds.
 
-        `wanted` is a frame, link header and VLAN tag included, or a predicate of a packet. Looks first at what came
+        `wanted` is a frame, link header and VLAN tag included, a predicate of a packet, or an expression of tcpdump's language,
+        as "udp port 53" (which takes libpcap). Looks first at what came
         already and was not expected yet; that stays for the next `expect`. Raises AssertionError that tells what came
         instead.
         """
         __tracebackhide__ = True
-        is_wanted = matcher_of(wanted)
+        is_wanted = self._matcher(wanted)
         for index, packet in enumerate(self._came):
             if is_wanted(packet):
                 return self._came.pop(index)
@@ -285,10 +286,10 @@ class End:
     def expect_nothing(self, seconds: float = QUIET, wanted: Wanted | None = None) -> None:
         """Raise AssertionError if anything came that was not expected yet, or comes within `seconds`.
 
-        With `wanted`, a frame or a predicate, only what is wanted counts; the rest stays for the next `expect`.
+        With `wanted`, as `expect` takes it, only what is wanted counts; the rest stays for the next `expect`.
         """
         __tracebackhide__ = True
-        counts = (lambda _: True) if wanted is None else matcher_of(wanted)
+        counts = (lambda _: True) if wanted is None else self._matcher(wanted)
         deadline = time.monotonic() + seconds
         if not any(counts(packet) for packet in self._came):
             for packet in self._coming(deadline):
@@ -300,6 +301,9 @@ class End:
             what = "nothing" if wanted is None else f"no {title_of(wanted)}"
             told = f"{self._told_name} should have got {what} within {seconds:g} s, but got:"
             raise AssertionError("\n".join([told, *differences.listed(unwelcome, self._ethernet)]))
+
+    def _matcher(self, wanted: Wanted) -> Callable[[Packet], object]:
+        return matcher_of(wanted, self._rx.capabilities, self._ethernet)
 
     def _coming(self, deadline: float) -> Iterator[Packet]:
         """What comes in until the deadline, or until the interface is gone; all that had come before is among it."""

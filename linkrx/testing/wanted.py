@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import SupportsBytes, TypeAlias, TypeGuard, cast
 
+from linkrx.kernel import bpf
 from linkrx.packets import Packet
+from linkrx.sources import filters
+from linkrx.sources.capabilities import Capabilities
 from linkrx.testing import differences
 
 # A frame is whatever `bytes()` makes of it: bytes, packets of linkrx, scapy and dpkt.
 Frame: TypeAlias = bytes | bytearray | memoryview | SupportsBytes
-# What may be expected: a frame, or what says of a packet whether it is meant.
-Wanted: TypeAlias = Frame | Callable[[Packet], object]
+# What may be expected: a frame, what says of a packet whether it is meant, or an expression of tcpdump's.
+Wanted: TypeAlias = Frame | Callable[[Packet], object] | str
 
 
 def is_frame(thing: object) -> TypeGuard[Frame]:
@@ -28,18 +31,46 @@ def frames_of(frames: Frame | Iterable[Frame]) -> Iterator[bytes]:
         yield bytes(frame)
 
 
-def matcher_of(wanted: Wanted) -> Callable[[Packet], object]:
-    """What says of a packet whether it is wanted."""
+def matcher_of(wanted: Wanted, found: Capabilities, ethernet: bool) -> Callable[[Packet], object]:
+    """What says of a packet whether it is wanted. `found` is what is known of the interface that it comes from.
+
+    Raises ValueError for an expression that is wrong, UnsupportedOption where there is no libpcap that could compile it.
+    """
+    if isinstance(wanted, str):
+        return _filter(wanted, found, ethernet)
     if is_frame(wanted):
         frame = bytes(wanted)
         return lambda packet: packet.tagged() == frame
     if callable(wanted):
         return wanted
-    raise TypeError(f"expect a frame or a predicate of a packet, not {type(wanted).__name__}")
+    raise TypeError(
+        f"expect a frame, a predicate of a packet, or an expression as in 'udp port 53', not {type(wanted).__name__}"
+    )
+
+
+def _filter(expression: str, found: Capabilities, ethernet: bool) -> Callable[[Packet], object]:
+    """A filter, as `linkrx.open(filter=)` takes one."""
+    filters.checked(expression)
+    program = filters.compiled(expression, found, ethernet=ethernet)
+
+    def passes(packet: Packet) -> bool:
+        asked = bpf.Filtered(
+            frame=packet.frame,
+            wire_length=packet.wire_length,
+            link_header=len(packet.link_header),
+            interface=packet.interface,
+            outgoing=packet.outgoing,
+            vlan=packet.vlan,
+        )
+        return bpf.kept(program.instructions, asked, tags=program.tags) > 0
+
+    return passes
 
 
 def title_of(wanted: Wanted) -> str:
     """What is told of what was wanted."""
+    if isinstance(wanted, str):
+        return f"packet that passes {wanted!r}"
     if callable(wanted):
         return f"packet for which {getattr(wanted, '__name__', repr(wanted))} is true"
     return "frame like the one given"

@@ -16,8 +16,9 @@ import pytest
 import linkrx
 from linkrx import _core
 from linkrx.kernel.ethtool import takes_super_packets
+from linkrx.sources import libpcap
 from linkrx.testing import differences, ends
-from linkrx.testing.network import End, Network
+from linkrx.testing.network import End, Network, Tap
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -59,7 +60,7 @@ def test_frames_in_any_form(linkrx_veth: Pair) -> None:
     for wanted in (came, bytearray(frame(1)), memoryview(frame(2)), frame(3), packet):
         assert isinstance(far.expect(wanted), linkrx.Packet)
     far.expect_nothing(0)
-    for wrong in (5, "arp and not", None):
+    for wrong in (5, None):
         with pytest.raises(TypeError):
             near.inject(wrong)  # type: ignore[arg-type]
 
@@ -91,6 +92,43 @@ def test_tagged_frames(linkrx_veth: Pair) -> None:
     near.inject(tagged)
     packet = far.expect(tagged)
     assert packet.vlan == linkrx.Vlan(0x8100, 42)
+
+
+needs_libpcap = pytest.mark.skipif(
+    isinstance(libpcap._library(), str), reason=f"compiles expressions: {libpcap._library()}"
+)
+
+
+@needs_libpcap
+def test_expressions(linkrx_veth: Pair) -> None:
+    """What is expected may be an expression of tcpdump's; it is told as it was given, and a wrong one is an error at once."""
+    near, far = linkrx_veth
+    tagged = HEADER + struct.pack("!HH", 0x8100, 42) + arp("10.0.0.3")[12:]
+    near.inject([frame(), arp("10.0.0.2"), tagged])
+    if _core.reason is None:  # os_readv tells no tags
+        assert far.expect("vlan 42 and arp") == arp("10.0.0.3")
+    assert far.expect("arp dst host 10.0.0.2") == arp("10.0.0.2")
+    far.expect_nothing(0, "udp")
+    assert told(far.expect, "udp port 53", timeout=0)[:2] == [
+        "veth1 did not get a packet that passes 'udp port 53' within 0 s.",
+        "What came instead:",
+    ]
+    assert told(far.expect_nothing, 0, "ether proto 0x88b5")[0] == (
+        "veth1 should have got no packet that passes 'ether proto 0x88b5' within 0 s, but got:"
+    )
+    for wrong in ("arp and not", "udp port fifty"):
+        with pytest.raises(ValueError, match="libpcap says: "):
+            far.expect(wrong)
+
+
+@needs_libpcap
+def test_expressions_of_ip_packets(linkrx_tun: Tap) -> None:
+    """On a TUN device an expression is about IP packets."""
+    packet = bytes.fromhex("4500001c00000000401100000a0000010a000002 00350043 0008 0000")
+    os.write(linkrx_tun.queue.fileno(), packet)
+    linkrx_tun.expect("udp src port 53 and dst host 10.0.0.2")
+    with pytest.raises(ValueError, match="libpcap says: "):
+        linkrx_tun.expect("ether host 02:00:00:00:00:01")
 
 
 def test_many_frames(linkrx_veth: Pair) -> None:
