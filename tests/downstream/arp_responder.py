@@ -5,7 +5,6 @@ python arp_responder.py tap0 10.0.0.2
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import sys
@@ -21,7 +20,6 @@ class Responder:
     """Answers for one IPv4 address on one TAP queue, until it is stopped."""
 
     def __init__(self, queue: linkrx.TunTap, address: str) -> None:
-        self._queue = queue
         self._address = socket.inet_aton(address)
         self._rx = linkrx.open(queue, self._deliver)
 
@@ -42,7 +40,7 @@ class Responder:
         *fixed, operation, mac, asks, _, wanted = ARP.unpack_from(packet, 14)
         if tuple(fixed) == FIXED and operation == 1 and wanted == self._address:
             reply = ARP.pack(*FIXED, 2, MAC, self._address, mac, asks)
-            os.write(self._queue.fileno(), mac + MAC + b"\x08\x06" + reply)
+            self._rx.send(mac + MAC + b"\x08\x06" + reply)
 
 
 if __name__ == "__main__":
