@@ -33,10 +33,12 @@ class Stats:
     `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
     `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
     received and are not packets, and `malformed` are super-packets that cannot be split and frames whose checksum cannot
-    be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these. `kernel_drops` never reached linkrx, and
-    `ring_freezes` is how often the kernel found a ring full. `receives` are system calls that received, or blocks
-    taken from a ring; `waits` are calls that slept. `sent` are frames that the kernel took of `send` and `send_batch`. `filtered` are packets that linkrx rejected by the filter, or None where it does
-    not filter: what the kernel rejects for a socket it counts nowhere.
+    be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these.
+    `kernel_drops` never reached linkrx, and `ring_freezes` is how often the kernel found a ring full. `receives` are
+    system calls that received, or blocks taken from a ring; `waits` are calls that slept. `sent` are frames that the
+    kernel took of `send` and `send_batch`. `filtered` are packets that linkrx rejected by the filter, and with
+    `outgoing=True` on every interface those of `lo` that come in as well; None where linkrx rejects nothing: what the
+    kernel rejects for a socket it counts nowhere.
     """
 
     packets: int

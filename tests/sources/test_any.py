@@ -155,6 +155,7 @@ def test_frames_of_this_host_that_are_wanted(every: Open, backend: str) -> None:
             (False, far),
             (False, "lo"),
         ]
+        assert rx.stats().filtered == 1
         assert rest(rx) == []
 
 
