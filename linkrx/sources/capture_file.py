@@ -313,7 +313,8 @@ class _Inflate:
             # Behind a member there may be zeroes, as on tape. zlib keeps what is behind a member, also what it is given later.
             behind, fresh = self._zlib.unused_data.lstrip(b"\0"), zlib.decompressobj(_GZIP_BITS)
             if behind:
-                self._compressed, self._zlib = [behind], fresh
+                rest: Got = [behind]
+                self._compressed, self._zlib = rest, fresh
                 return
         elif self._zlib.unconsumed_tail:
             self._compressed.append(self._zlib.unconsumed_tail)

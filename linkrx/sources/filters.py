@@ -107,9 +107,9 @@ def parse_ddd(text: str) -> list[tuple[int, int, int, int]]:
     instructions = []
     for number, line in enumerate(lines):
         try:
-            values = tuple(int(word) for word in line)
+            values = [int(word) for word in line]
         except ValueError:
-            values = ()
+            values = []
         if len(values) != (4 if number else 1):
             wanted = "four numbers, as in `40 0 0 12`" if number else "the number of instructions"
             raise ValueError(
