@@ -175,7 +175,9 @@ def compiled(given: FilterLike, found: Capabilities, *, ethernet: bool) -> Progr
 
 def is_cooked(found: Capabilities) -> bool:
     """Whether frames of several kinds of device come, or none with its link header."""
-    return found.kind == "packet_cooked" or (found.kind == "packet" and found.ifindex is None)
+    return found.kind in ("packet_cooked", "capture_file") or (
+        found.kind == "packet" and found.ifindex is None
+    )
 
 
 def _relocated(one: Instruction, expression: str, found: Capabilities) -> Instruction:
