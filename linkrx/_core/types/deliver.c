@@ -40,33 +40,31 @@ static void step(Receiver *r)
 /* The objects for a packet that was set. */
 static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
 {
-    uint8_t key[16] = {0}; /* the link header, or what is known in place of it */
-    unsigned sum = 0;
+    const uint32_t kind = p->protocol | (uint32_t)p->link_header << 16 | (uint32_t)p->address_length << 24;
+    uint64_t first, second = 0;
     Neighbour *n;
 
     if (!lrx_packet_is_readable(p))
         return NULL;
     if (p->link_header) {
-        memcpy(key, p->frame, ETHER_ADDRESS + ETHER_ADDRESS);
-        key[14] = p->link_header;
+        memcpy(&first, p->frame, sizeof first);
+        memcpy(&second, p->frame + ETHER_HEADER - sizeof second, sizeof second);
     } else {
-        memcpy(key, p->address, p->address_length);
-        key[15] = p->address_length;
+        memcpy(&first, p->address, sizeof first);
+        first = p->address_length ? first : 0;
     }
-    key[12] = (uint8_t)(p->protocol >> 8);
-    key[13] = (uint8_t)p->protocol;
-    for (int k = 5; k < ETHER_HEADER; k += 3) /* ends of both addresses, and the protocol's */
-        sum = sum * 31 + key[k] + key[k - 1];
-    n = &r->neighbours[sum % NEIGHBOURS];
-    if (n->protocol && memcmp(n->key, key, sizeof key) == 0)
+    n = &r->neighbours[((first ^ second ^ kind) * UINT64_C(0x9E3779B97F4A7C15)) >> 60]; /* of NEIGHBOURS */
+    if (n->protocol && n->first == first && n->second == second && n->kind == kind)
         return n;
     Py_CLEAR(n->remote);
     Py_CLEAR(n->local);
     Py_CLEAR(n->protocol);
-    memcpy(n->key, key, sizeof key);
+    n->first = first;
+    n->second = second;
+    n->kind = kind;
     if (p->link_header) {
-        n->remote = PyBytes_FromStringAndSize((const char *)key + ETHER_ADDRESS, ETHER_ADDRESS);
-        n->local = PyBytes_FromStringAndSize((const char *)key, ETHER_ADDRESS);
+        n->remote = PyBytes_FromStringAndSize((const char *)p->frame + ETHER_ADDRESS, ETHER_ADDRESS);
+        n->local = PyBytes_FromStringAndSize((const char *)p->frame, ETHER_ADDRESS);
     } else {
         n->remote = lrx_packet_told_address(p);
         n->local = Py_None;

@@ -214,7 +214,8 @@ bool lrx_batch_is_readable(const Batch *b);
 
 /* What a delivery needs beside the packet: made once per neighbour and protocol. */
 typedef struct {
-    uint8_t key[16];
+    uint64_t first, second; /* the link header: its first eight bytes and its last; or a told address */
+    uint32_t kind;          /* the protocol, and the lengths of link header and told address */
     PyObject *remote;
     PyObject *local;
     PyObject *protocol; /* NULL: this place is free */
