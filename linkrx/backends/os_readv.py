@@ -66,10 +66,13 @@ class OsReadv(Backend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """Nothing where each read gives one packet."""
-        if capabilities.kind != "capture_file":
-            return None
-        return "os_readv reads one packet per system call, and a capture file is a stream of bytes"
+        """A stream of bytes, and a packet socket whose interface has a name that Python's socket module cannot read."""
+        if capabilities.kind == "capture_file":
+            return "os_readv reads one packet per system call, and a capture file is a stream of bytes"
+        name = capabilities.interface or ""
+        if capabilities.socket and name.encode(errors="replace").decode() != name:
+            return f"with each packet Python reads the name of the interface as UTF-8, and {name!r} is none"
+        return None
 
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._fd = receive.fd

@@ -108,9 +108,9 @@ def send(fd: int, data: bytes, flags: int) -> None:
     _checked(_libc.send(fd, data, len(data), flags), "send")
 
 
-def bind_to_every_interface(fd: int, protocol: int) -> None:
-    """Of a packet socket: `socket.bind` takes names of interfaces only. See man 7 packet, struct sockaddr_ll."""
-    address = struct.pack("=HHi12x", socket.AF_PACKET, socket.htons(protocol), 0)
+def bind_to_interface(fd: int, protocol: int, index: int) -> None:
+    """Of a packet socket, to every interface with 0: `socket.bind` takes names only. See man 7 packet, struct sockaddr_ll."""
+    address = struct.pack("=HHi12x", socket.AF_PACKET, socket.htons(protocol), index)
     _checked(_libc.bind(fd, address, len(address)), "bind")
 
 

@@ -35,6 +35,7 @@ from linkrx.kernel.uapi import (
     IFLA_TUN_NUM_QUEUES,
     IFLA_TUN_PI,
     IFLA_TXQLEN,
+    IFNAMSIZ,
     NLA_TYPE_MASK,
     NLM_F_DUMP,
     NLM_F_DUMP_INTR,
@@ -143,7 +144,8 @@ class RouteSocket:
         body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         if name is not None:
             value = os.fsencode(name) + b"\0"
-            body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value
+            kind = IFLA_IFNAME if len(value) <= IFNAMSIZ else IFLA_ALT_IFNAME
+            body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
             body += bytes(-len(body) % 4)
         if namespace is not None:
             body += _ATTRIBUTE.pack(_ATTRIBUTE.size + 4, IFLA_TARGET_NETNSID) + struct.pack("=i", namespace)

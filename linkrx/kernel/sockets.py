@@ -7,10 +7,13 @@ import fcntl
 import os
 import socket
 import struct
+from contextlib import closing
 
 from linkrx.errors import UnsupportedSource
 from linkrx.kernel.libc import SocketOptions
+from linkrx.kernel.rtnetlink import RouteSocket
 from linkrx.kernel.uapi import (
+    ALTIFNAMSIZ,
     IFNAMSIZ,
     IFREQ_BYTES,
     PACKET_VERSION,
@@ -27,7 +30,16 @@ from linkrx.kernel.uapi import (
 
 
 def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
-    """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7)."""
+    """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7).
+
+    Or in this thread's, by an alternative name that is longer than netdevice(7) has room for.
+    """
+    if IFNAMSIZ <= len(os.fsencode(name)) < ALTIFNAMSIZ:
+        with closing(RouteSocket()) as route:
+            link = route.link(name=name)
+        if link is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return link.index, link.hardware_type, link.mtu or 0
     ifreq = interface_name(name).ljust(IFREQ_BYTES, b"\0")
 
     def ask(what: int, form: str) -> int:

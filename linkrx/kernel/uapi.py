@@ -23,6 +23,7 @@ ARPHRD_NONE = 0xFFFE  # no link header, as on TUN
 
 # linux/if.h
 IFNAMSIZ = 16  # the final zero byte included
+ALTIFNAMSIZ = 128  # the same of alternative names
 IFREQ_BYTES = 40  # sizeof(struct ifreq)
 IFF_UP = 0x1
 

@@ -17,7 +17,7 @@ from functools import partial
 
 from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
-from linkrx.kernel.libc import SocketOptions, bind_to_every_interface
+from linkrx.kernel.libc import SocketOptions, bind_to_interface
 from linkrx.kernel.rtnetlink import Link
 from linkrx.kernel.uapi import (
     ETH_P_ALL,
@@ -109,7 +109,7 @@ class Source:
         fanout group.
         """
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
-            _bind(self._held, self.capabilities.interface, self._protocol)
+            _bind(self._held, self.capabilities, self._protocol)
             if self._joins is not None:  # the kernel wants a member bound
                 joining()
                 self.fanout = self._joins.join(self._held, outgoing=self._outgoing)
@@ -341,15 +341,17 @@ def _packet_socket(interface: str) -> socket.socket:
         ) from error
 
 
-def _bind(packet: socket.socket, interface: str | None, protocol: int) -> None:
-    """To an interface, or to every one, also those that come later: None."""
+def _bind(packet: socket.socket, found: Capabilities, protocol: int) -> None:
+    """To an interface, or to every one, also those that come later.
+
+    By the index that probing found: the name may be another interface's by now.
+    """
     try:
-        if interface is None:
-            bind_to_every_interface(packet.fileno(), protocol)
-        else:
-            packet.bind((interface, protocol))
+        bind_to_interface(packet.fileno(), protocol, found.ifindex or 0)
     except OSError as error:
-        name = "every interface" if interface is None else repr(interface)
-        raise OSError(error.errno, f"binding a packet socket to {name}: {error.strerror}") from error
+        name = "every interface" if found.interface is None else repr(found.interface)
+        raise OSError(
+            error.errno, f"binding a packet socket to {name}: {os.strerror(error.errno or 0)}"
+        ) from error
     # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -717,9 +717,7 @@ def test_unknown_interface() -> None:
     assert "ip link" in told
 
 
-@pytest.mark.parametrize(
-    "name", ["", "lo\0x", "lrx-sixteen-byte", "a/b", ".", "\udcff\udcff\udcff\udcff" * 4]
-)
+@pytest.mark.parametrize("name", ["", "lo\0x", "n" * 128, "a/b", ".", "\udcff\udcff\udcff\udcff" * 32])
 def test_what_cannot_be_an_interface(name: str) -> None:
     """What cannot be the name of an interface is refused as such, and never taken for a shorter name."""
     assert refusal(name).startswith(f"{name!r} cannot be the name of an interface")
