@@ -145,7 +145,7 @@ class Ledger(RuleBasedStateMachine):
         if self.setup.ladder is not None:
             options["buffer_sizes"] = self.setup.ladder
         self.rx = linkrx.open(self.source, self.deliver, backend=backend, batch_size=batch_size, **options)
-        tells = isinstance(self.source, socket.socket) and self.rx.backend != "os_readv"
+        tells = isinstance(self.source, socket.socket)
         self.setup = Setup(self.setup.ethernet, self.setup.prefix, self.setup.ladder, tells)
         note(f"{self.rx.backend} {self.setup}")
         for raw in self.waiting:
