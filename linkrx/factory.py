@@ -97,7 +97,8 @@ def open(  # noqa: A001
     names from it. The options are those of `OpenOptions`:
 
     `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
-    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `promiscuous`,
+    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `snaplen`, how many bytes
+    of each frame are kept; `promiscuous`,
     `filter`, an expression in tcpdump's language ("udp port 53") or a sequence of BPF instructions (`parse_ddd`);
     `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
     ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of

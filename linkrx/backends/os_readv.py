@@ -61,7 +61,7 @@ class OsReadv(Backend):
 
     name = "os_readv"
     rank = 10
-    honours = frozenset({"buffer_sizes"})
+    honours = frozenset({"buffer_sizes", "snaplen"})
     tells_metadata = True
 
     @classmethod

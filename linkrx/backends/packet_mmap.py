@@ -61,7 +61,7 @@ class PacketMmap(CoreBackend):
 
     name = "packet_mmap"
     rank = 40
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps", "fanout"})
+    honours = frozenset({"buffer_sizes", "snaplen", "outgoing", "timestamps", "fanout"})
     tells_metadata = True
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True

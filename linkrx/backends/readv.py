@@ -11,7 +11,7 @@ class Readv(CoreBackend):
 
     name = "readv"
     rank = 20
-    honours = frozenset({"buffer_sizes"})
+    honours = frozenset({"buffer_sizes", "snaplen"})
     tells_metadata = True
     batch_size = 512  # half of what a TAP queue holds
 

@@ -19,7 +19,7 @@ class Recvmmsg(CoreBackend):
 
     name = "recvmmsg"
     rank = 30
-    honours = frozenset({"buffer_sizes", "outgoing", "timestamps"})
+    honours = frozenset({"buffer_sizes", "snaplen", "outgoing", "timestamps"})
     tells_metadata = True
     batch_size = MESSAGES
 

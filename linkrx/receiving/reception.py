@@ -22,7 +22,6 @@ from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT,
 from linkrx.memory import counters as slots
 from linkrx.memory.columns import Descriptors
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
-from linkrx.memory.layouts import Layout
 from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
@@ -67,7 +66,7 @@ class Reception(Receiver):
         self.choice = choice
         self._backends = backends
         self._framing = framing = options.framing(source.capabilities)
-        layout = Layout.of(source.capabilities.largest_frame, framing.prefix, options.buffer_sizes)
+        layout = options.layout(source.capabilities, framing.prefix)
         self._facts = ReceiveConfig(source.fd, source.capabilities, layout, options, source.file)
         usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
         rows = options.batch_size or usual

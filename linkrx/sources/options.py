@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from linkrx.errors import UnsupportedOption, UnsupportedSource
-from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_P_ALL, VNET_HEADER_BYTES
+from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_HEADER_BYTES, ETH_P_ALL, VNET_HEADER_BYTES
 from linkrx.memory.framing import BARE_IP_TYPES, TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
-from linkrx.memory.layouts import checked_sizes
+from linkrx.memory.layouts import CAPACITY_MAX, Layout, checked_sizes
 from linkrx.sources import filters
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.fanout import Fanout
@@ -25,7 +25,7 @@ PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_H
 
 # Options that only a packet socket can honour, and those that need a backend with the ability of that name.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps")
-_BACKEND_OPTIONS = ("buffer_sizes", "outgoing", "timestamps", "fanout")
+_BACKEND_OPTIONS = ("buffer_sizes", "snaplen", "outgoing", "timestamps", "fanout")
 
 
 class OpenOptions(TypedDict, total=False):
@@ -36,6 +36,7 @@ class OpenOptions(TypedDict, total=False):
     vnet_header: bool | int | None
     packet_info: bool | None
     buffer_sizes: Sequence[int] | None
+    snaplen: int | None
     segment: bool
     promiscuous: bool
     outgoing: bool
@@ -56,6 +57,7 @@ class Options:
     vnet_header: bool | int | None = None
     packet_info: bool | None = None
     buffer_sizes: Sequence[int] | None = None
+    snaplen: int | None = None
     segment: bool = False
     promiscuous: bool = False
     outgoing: bool = False
@@ -95,6 +97,15 @@ class Options:
                 f"outgoing=True and protocol=0x{self.protocol:04x} exclude each other: the kernel shows frames of this host to "
                 "sockets that are bound to all protocols only"
             )
+        if self.snaplen is not None and not ETH_HEADER_BYTES <= self.snaplen <= CAPACITY_MAX:
+            raise ValueError(
+                f"snaplen={self.snaplen}: give {ETH_HEADER_BYTES} bytes, as an Ethernet header has, to {CAPACITY_MAX}"
+            )
+        if self.snaplen is not None and (self.buffer_sizes is not None or self.segment):
+            other = "segment=True" if self.segment else f"buffer_sizes={self.buffer_sizes!r}"
+            raise ValueError(
+                f"snaplen={self.snaplen} and {other} exclude each other: both say what is kept of a frame"
+            )
         if self.filter is not None:
             filters.checked(self.filter)
 
@@ -102,6 +113,11 @@ class Options:
     def held_back(self) -> float:
         """Seconds that the receiver waits for more, once something is there."""
         return self.latency or 0.0
+
+    def layout(self, found: Capabilities, prefix: int) -> Layout:
+        """How a packet is laid into memory: whole, or as much of it as is to be kept."""
+        longest = found.largest_frame if self.snaplen is None else min(self.snaplen, found.largest_frame)
+        return Layout.of(longest, prefix, self.buffer_sizes)
 
     def needed(self) -> tuple[str, ...]:
         """The options set that not every backend honours."""
@@ -269,6 +285,7 @@ _DEFAULTS = {field.name: field.default for field in fields(Options)}
 # What each option may be, besides its default.
 _KINDS: dict[str, tuple[type, ...]] = {
     "batch_size": (int,),
+    "snaplen": (int,),
     "ethernet": (bool,),
     "vnet_header": (bool, int),
     "packet_info": (bool,),

@@ -19,6 +19,7 @@ NUMERIC: dict[str, tuple[object, ...]] = {
     "batch_size": (None,),
     "vnet_header": (None, True, False),
     "buffer_sizes": (None,),
+    "snaplen": (None,),
     "fanout": (None, "auto"),
     "receive_buffer": (None,),
     "latency": (),
