@@ -69,7 +69,7 @@ def test_a_socket_that_sees_several_kinds_of_devices(backend: str) -> None:
         Device("told0").set(state="up")
         os.write(tun.fileno(), IP)
         injector.send(LOCAL + REMOTE + b"\x08\x00" + IP)
-        seen = {}
+        seen: dict[int, tuple[int, bytes | None, bytes | None, int]] = {}
         while len(seen) < 2:
             packet = rx.recv(10)
             if bytes(packet.data) == IP and packet.interface != socket.if_nametoindex(far):
