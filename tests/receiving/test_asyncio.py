@@ -486,9 +486,9 @@ got, total, in_a_wait = [], 2000, sys.argv[2] == "in a wait"
 pressed = threading.Event()
 
 def send():
-    if in_a_wait:
-        pressed.wait()
     for number in range(total):
+        if number == (0 if in_a_wait else total // 2):
+            pressed.wait()  # or all could be over before
         sender.send(HEADER + number.to_bytes(2, "big"))
     sender.close()
 
