@@ -49,7 +49,7 @@ def members(session: int) -> list[int]:
 
 def test_counts_add_up() -> None:
     """The summary counts the cells of all processes: as many as passed."""
-    cells = str(HERE / "test_conformance.py")
+    cells = str(HERE / "backends" / "test_conformance.py")
     with start(cells, "-k", "os_readv-udp or os_readv-pipe") as session:
         told, _ = session.communicate(timeout=300)
     counts = re.search(r"^conformance cells: (.*)$", told, re.MULTILINE)
@@ -73,7 +73,7 @@ def test_nothing_is_left(end: Callable[[int], None]) -> None:
     """A session that is ended amid its tests leaves no process, and so no network namespace and no device."""
     with ExitStack() as stack:
         session = stack.enter_context(
-            start(str(HERE / "test_conformance.py"), str(HERE / "test_without_core.py"))
+            start(str(HERE / "backends" / "test_conformance.py"), str(HERE / "test_without_core.py"))
         )
         assert session.stdout is not None
         told = ""
