@@ -243,22 +243,25 @@ def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
     """Although a child that was forked before lives on, what is sent after close comes to the members that are left."""
     near, _, injector = wire
     reading, writing = os.pipe()
+    up, tells = os.pipe()
     with linkrx.open(near, fanout=(79, "lb")) as stays:
         leaves = linkrx.open(near, fanout=(79, "lb"))
         child = os.fork()
         if not child:
             os.close(writing)
+            os.write(tells, b"u")  # Python's hooks have run
             os.read(reading, 1)
             os._exit(0)
         try:
+            assert os.read(up, 1) == b"u"
             leaves.close()
             for number in range(100):
                 injector.send(frame(number))
             got = [number for batch in stays.batches(0.1) for number in map(number_in, batch)]
             assert got == list(range(100))
         finally:
-            os.close(writing)
-            os.close(reading)
+            for end in (writing, reading, up, tells):
+                os.close(end)
             os.waitpid(child, 0)
 
 
