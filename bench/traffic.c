@@ -64,7 +64,7 @@ static long build(const struct traffic *t, uint64_t number, uint8_t *frame)
         memcpy(frame, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5", HEAD);
         frame += HEAD;
     }
-    if (strange && (z & 1))
+    if (strange && (z & 1) && !t->prefix)      /* a cooked socket is told what such a frame is, and delivers it */
         length = 1;
     memcpy(frame, content, (size_t)length);
     frame[0] = strange ? 0x17 : number & 1 ? 0x45 : 0x60;   /* 1 is no version of IP */
