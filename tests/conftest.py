@@ -26,6 +26,9 @@ DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Not root in a user namespace, who may load no eBPF program, make no device file and force no socket buffer.
+SUPERUSER = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+
 # Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
 PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
 
@@ -95,6 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def is_wanted(item: pytest.Item) -> bool:
         since, only = item.get_closest_marker("since"), item.get_closest_marker("only")
+        if item.get_closest_marker("superuser") and not SUPERUSER:
+            return False
         if (since and sys.version_info < since.args) or (only and sys.version_info[:2] != only.args):
             return False
         return run.everything or not item.get_closest_marker("repeats")

@@ -24,6 +24,9 @@ BOTH_WAYS = 2000
 ODD_LENGTHS = (0, 1, 13, 70_000)
 
 
+AT_ONCE = 64
+
+
 def _far_end(rig: Rig) -> AbstractContextManager[Callable[[], bytes]]:
     if rig.far_end is None:
         raise Inapplicable("nothing can be sent out of it")
@@ -40,11 +43,11 @@ def _refused(send: Send, kind: type[Exception] = OSError) -> Exception | None:
 
 
 def _taken(frames: list[bytes], send: Callable[[list[bytes]], int], take: Callable[[], bytes]) -> list[bytes]:
-    """Send them all, and take them at the far end where the queue is full, and at last."""
+    """Send them all, and take them at the far end, of which the queue may be short: so many at a time."""
     sent = 0
     seen: list[bytes] = []
     while sent < len(frames):
-        sent += send(frames[sent:])
+        sent += send(frames[sent : sent + AT_ONCE])
         seen += [take() for _ in range(sent - len(seen))]
     return seen
 

@@ -47,6 +47,7 @@ def tap() -> Any:
         yield tap
 
 
+@pytest.mark.superuser
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:

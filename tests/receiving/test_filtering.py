@@ -182,6 +182,7 @@ def _ebpf() -> int:
     return fd
 
 
+@pytest.mark.superuser
 def test_a_filter_that_cannot_be_read(borrowed: socket.socket) -> None:
     """One of eBPF the kernel does not show, so it could not be put back: the option is refused."""
     program = _ebpf()

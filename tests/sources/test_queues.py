@@ -75,6 +75,7 @@ def _program_that_returns(number: int) -> int:
     return loaded
 
 
+@pytest.mark.superuser
 def test_a_program_that_steers_is_taken_off() -> None:
     """On a persistent device the steering program of an earlier owner is gone once nobody but this queue is there."""
     program = _program_that_returns(1)
@@ -139,6 +140,7 @@ def macvtap(over: str, name: str) -> Iterator[int]:
         os.close(fd)
 
 
+@pytest.mark.superuser
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_a_macvtap_queue(backend: str) -> None:
     """It is a source like a TAP queue, without packet information, and the deletion of its device is the end."""

@@ -207,6 +207,7 @@ def test_no_tap_driver(suite: Suite) -> None:
     assert outcome(suite(source, "--linkrx-require", before=hidden)) == "1 failed, 2 passed, 2 errors"
 
 
+@pytest.mark.superuser
 def test_a_closed_tap_driver(suite: Suite) -> None:
     """Where /dev/net/tun is there and not for this user, the reason says so and what to type."""
     if os.getuid():
