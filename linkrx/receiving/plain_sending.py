@@ -11,9 +11,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable
-from typing import NoReturn
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, NoReturn
 
 from linkrx.kernel import libc
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_ECN
@@ -22,6 +20,9 @@ from linkrx.packets.headers import CHECKSUM_UNFINISHED, NEEDS_CSUM
 from linkrx.packets.plain import Packet
 from linkrx.receiving.sending import FULL, MESSAGES, NO_PROTOCOL, NOTHING, POLLED, SUPER_PACKET, UNFINISHED
 from linkrx.receiving.wakeup import Wakeup
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
