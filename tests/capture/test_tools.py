@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import shutil
 import struct
@@ -34,9 +35,15 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     )
 
 
+# A sanitizer's runtime is for this process: preloaded into others, it may stop them for ever.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def run(*command: str | Path, **options: Any) -> str:
     """What a program prints."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, check=False, **options)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, check=False, env=ENVIRONMENT, **options
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.decode() if isinstance(done.stdout, bytes) else done.stdout
 
@@ -188,7 +195,9 @@ def test_tcpdump_through_a_pipe() -> None:
     """What tcpdump captures and writes into a pipe is received from there while it runs."""
     with rigs.interface() as rig:
         command = ["tcpdump", "-i", str(rig.source), "-U", "-w", "-", "-n", "-s", "0", "-Z", "root"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tcpdump:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        ) as tcpdump:
             assert tcpdump.stderr is not None
             while b"listening on" not in (line := tcpdump.stderr.readline()):
                 assert line, "tcpdump did not start"
@@ -210,7 +219,7 @@ def test_dumpcap(tmp_path: Path, form: str) -> None:
     made = tmp_path / "made"
     with rigs.interface() as rig:
         command = ["dumpcap", form, "-i", str(rig.source), "-w", str(made), "-c", "5", "-q"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as dumpcap:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as dumpcap:
             assert dumpcap.stderr is not None
             while "File:" not in (line := dumpcap.stderr.readline()):
                 assert line, "dumpcap did not start"
@@ -338,9 +347,11 @@ def test_pcapy_reads(original: Path, tmp_path: Path, form: Format) -> None:
 
 def test_gzip_of_a_pipe(original: Path) -> None:
     """`gzip -dc` in front of linkrx gives what the path alone gives."""
-    packed = subprocess.run(["gzip", "-c", str(original)], capture_output=True, check=True).stdout
+    packed = subprocess.run(
+        ["gzip", "-c", str(original)], capture_output=True, check=True, env=ENVIRONMENT
+    ).stdout
     path = original.with_suffix(".gz")
     path.write_bytes(packed)
-    with subprocess.Popen(["gzip", "-dc", str(path)], stdout=subprocess.PIPE) as gzip:
+    with subprocess.Popen(["gzip", "-dc", str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT) as gzip:
         assert gzip.stdout is not None
         assert read(gzip.stdout) == read(path) == read(io.BytesIO(original.read_bytes()))
