@@ -95,7 +95,7 @@ def has_ring(fd: int) -> bool:
     return False
 
 
-def interface_at(request: socket.socket, index: int) -> str:
+def interface_at(request: socket.socket | int, index: int) -> str:
     """The name of the interface with that index in the namespace of the socket `request`; empty for none."""
     try:
         answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))

@@ -20,7 +20,7 @@ class Waiter:
     """What one task waits for: as much of asyncio.Future as asyncio.Task uses.
 
     A Future has its loop call the task in the loop's next turn, and a turn costs as much as the packet: one more
-    epoll_wait(2). The event loop calls `Reader._receive` while no task runs, so there the task may go on at once.
+    epoll_wait(2). The event loop calls `Reader.ready` while no task runs, so there the task may go on at once.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_call", "_context", "_dispatcher", "_loop", "_result", "armed")
@@ -141,10 +141,6 @@ class Reader:
             if timer is not None:
                 timer.cancel()
 
-    def leave(self) -> None:
-        """The task that waited was cancelled: the event loop need not look any more."""
-        self._unregister()
-
     def _register(self, waiter: Waiter) -> None:
         if self._registered is not waiter:
             self._dispatcher._looped = True
@@ -161,9 +157,9 @@ class Reader:
         """For the loop to call when the dispatcher is readable."""
         waiter = self._waiter
         if waiter is None or waiter.done():
-            self._unregister()
+            self.unregister()
         elif self._held_back:  # until then more may have come, and the loop need not be told again
-            self._unregister()
+            self.unregister()
             self.loop.call_later(self._held_back, self._receive)
         else:
             self._receive()
@@ -181,7 +177,8 @@ class Reader:
             found = error
         waiter.settle_at_once(found)
 
-    def _unregister(self) -> None:
+    def unregister(self) -> None:
+        """The event loop need not look any more."""
         if self._waiter is not None:
             self._waiter.armed = False
         if self._registered is not None:
@@ -207,7 +204,7 @@ class Reader:
             self.loop.call_soon_threadsafe(self._settle, False)
 
     def _release(self) -> None:
-        self._unregister()
+        self.unregister()
         self.abandon()
 
     def abandon(self) -> None:

@@ -159,7 +159,7 @@ class Dispatcher(Reception):
     def _stop_waiting(self) -> None:
         """The task that waited was cancelled."""
         if self._reader is not None:
-            self._reader.leave()
+            self._reader.unregister()
 
     def set_filter(self, filter: FilterLike | None) -> None:
         """Take other packets from now on: an expression, or instructions, as for `open`; None takes all.

@@ -19,13 +19,13 @@ from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions, bind_to_interface
 from linkrx.kernel.rtnetlink import Link
+from linkrx.kernel.sockets import interface_at
 from linkrx.kernel.uapi import (
     ETH_P_ALL,
     IFF_UP,
     IFNAMSIZ,
     IFREQ_BYTES,
     SIOCGIFFLAGS,
-    SIOCGIFNAME,
     SK_MEMINFO_DROPS,
     SO_MEMINFO,
     TUNGETIFF,
@@ -48,11 +48,9 @@ from linkrx.sources.settings import (
 
 logger = logging.getLogger("linkrx")
 
-
 # Without more, a socket holds 256 frames of 64 bytes or 93 of 1514: bursts are lost without a word. 32 MiB hold
 # some 40,000 small frames. The kernel takes the memory only while frames are queued.
 RECEIVE_BUFFER = 32 * 1024 * 1024
-
 
 # More than any file has.
 RECORDS_MOST = 1 << 48
@@ -242,11 +240,7 @@ class Source:
         found = self.capabilities
         if index in (0, found.ifindex) or found.kind not in ("packet", "packet_cooked"):
             return found.interface
-        try:
-            named = fcntl.ioctl(self.fd, SIOCGIFNAME, struct.pack("16si20x", b"", index))
-        except OSError:
-            return None
-        return os.fsdecode(named[:IFNAMSIZ].rstrip(b"\0"))
+        return interface_at(self.fd, index) or None
 
     @property
     def watched(self) -> bool:
@@ -259,11 +253,11 @@ class Source:
             return self._queue_state()
         if not self.watched:
             return LinkState.UP
+        # By index: the name may be another by now. In the socket's own namespace, which an interface leaves when it is deleted
+        # or moved.
+        name = interface_at(self.fd, self.capabilities.ifindex or 0)
         try:
-            # By index: the name may be another by now. In the socket's own namespace, which an interface leaves
-            # when it is deleted or moved.
-            named = fcntl.ioctl(self.fd, SIOCGIFNAME, struct.pack("16si20x", b"", self.capabilities.ifindex))
-            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, named[:IFNAMSIZ].ljust(IFREQ_BYTES, b"\0"))
+            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, os.fsencode(name).ljust(IFREQ_BYTES, b"\0"))
         except OSError:
             return LinkState.GONE
         return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN

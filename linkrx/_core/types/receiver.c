@@ -254,6 +254,17 @@ PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
     return delivered < 0 ? NULL : PyLong_FromSsize_t(delivered);
 }
 
+/* Nothing came, or nothing but what is skipped: whether to go on, for `left` seconds. */
+static bool in_time(Receiver *r, double timeout, double deadline, double *left)
+{
+    if (timeout > 0)
+        *left = deadline - lrx_now();
+    if (timeout == 0 || (timeout > 0 && *left <= 0))
+        return false;
+    lrx_let_others_run(r);
+    return true;
+}
+
 PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Receiver *r = (Receiver *)self;
@@ -274,12 +285,8 @@ PyObject *lrx_receiver_recv(PyObject *self, PyObject *const *args, Py_ssize_t co
             result = PyObject_CallMethod(self, "_raise_ended", NULL);
             break;
         case NOTHING:
-            if (timeout > 0)
-                left = deadline - lrx_now();
-            if (timeout < 0 || (timeout > 0 && left > 0)) {
-                lrx_let_others_run(r);
+            if (in_time(r, timeout, deadline, &left))
                 continue;
-            }
             PyErr_Format(PyExc_TimeoutError, "no packet within %R seconds", count ? args[0] : args[count]);
             break;
         }
@@ -345,12 +352,8 @@ PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args)
             result = Py_None;
             break;
         case NOTHING:
-            if (timeout > 0)
-                left = deadline - lrx_now();
-            if (timeout < 0 || (timeout > 0 && left > 0)) {
-                lrx_let_others_run(r);
+            if (in_time(r, timeout, deadline, &left))
                 continue;
-            }
             Py_INCREF(Py_None);
             result = Py_None;
             break;

@@ -334,11 +334,8 @@ int lrx_copy_places(Receiver *r);
 /* See that packets wait in `pending`, for `timeout` seconds at most: 0 not at all, less than 0 for ever. `all`: whoever asks
  * wants all that is there, up to a batch. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all);
-enum outcome lrx_take_in(Receiver *r);
 /* Make the polled descriptor readable while something waits here that does not need the source. */
 void lrx_show(Receiver *r);
-/* Copy what is held of memory that is not this receiver's own. */
-int lrx_copy_places(Receiver *r);
 double lrx_now(void);
 /* As long ago as a timer's tick, and cheap. */
 int64_t lrx_coarse_now(void);

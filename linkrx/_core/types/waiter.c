@@ -215,7 +215,7 @@ static PyObject *waiter_settle_at_once(PyObject *self, PyObject *result)
     return settle((Waiter *)self, result, true);
 }
 
-/* What the loop calls when the dispatcher is readable: Reader._ready() without a function in Python. */
+/* What the loop calls when the dispatcher is readable: Reader.ready() without a function in Python. */
 static PyObject *waiter_ready(PyObject *self, PyObject *unused)
 {
     Waiter *w = (Waiter *)self;
