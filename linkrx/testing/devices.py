@@ -52,8 +52,16 @@ class Device:
         self.set(state="down")
 
     def set_up(self) -> None:
-        """Bring it up, and wait until the kernel sends on it and on the other end: it may take a second to notice."""
+        """Bring it up, and wait until the kernel sends on it and on the other end."""
         self.set(state="up")
+        self.wait_for_carrier()
+
+    def wait_for_carrier(self) -> None:
+        """Wait until the kernel sends on it and on the other end.
+
+        The end of a pair that was up already gets its carrier with the one that comes up, and its queue from
+        link_watch: it may take a second. Until then the kernel drops what is sent on it, and says nothing.
+        """
         deadline = time.monotonic() + CARRIER_PATIENCE
         with _route() as route:
             for index in filter(None, (self.index, self._peer)):

@@ -49,10 +49,12 @@ def test_a_name_that_is_no_text(backend: str) -> None:
     Python's own sockets cannot read it, so os_readv refuses with that reason.
     """
     with veth() as (near, far):
-        Device(near).set(state="down")
+        device = Device(near, far)
+        device.set_down()
         subprocess.run([b"ip", b"link", b"set", near.encode(), b"name", b"l\xff\xe9x0"], check=True)
         name = os.fsdecode(b"l\xff\xe9x0")
         subprocess.run([b"ip", b"link", b"set", b"l\xff\xe9x0", b"up"], check=True)
+        device.wait_for_carrier()
         try:
             if backend == "os_readv":
                 with pytest.raises(
