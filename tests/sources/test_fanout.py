@@ -224,7 +224,11 @@ def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) 
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
-    """A member whose ring is full passes packets on with "+rollover" behind the mode, and loses them without."""
+    """A member whose ring is full passes packets on with "+rollover" behind the mode, and loses them without.
+
+    The kernel looks for room (packet_rcv_has_room) and takes it (tpacket_rcv) in two steps. Where the timer of the last block
+    closes it in between, that packet is lost all the same.
+    """
     near, _, injector = wire
     for asked in (mode, f"{mode}+rollover"):
         with (
@@ -236,7 +240,7 @@ def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
             counted = [rx.stats().kernel_drops for rx in (small, large)]
             assert counted[1] == 0
             assert counted[0] is not None
-            assert (counted[0] > 0) is (asked == mode)
+            assert counted[0] > 1000 if asked == mode else counted[0] <= 10
 
 
 def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
