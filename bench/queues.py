@@ -12,7 +12,7 @@ from floors import Frames, loop_floor, ring_floor
 from race import Check, Drain, Queue, Reader
 
 import linkrx
-from linkrx.kernel.uapi import ETH_P_ALL, SO_RCVBUFFORCE
+from linkrx.kernel.uapi import ETH_P_ALL, PACKET_AUXDATA, SO_RCVBUFFORCE, SO_TIMESTAMPNS, SOL_PACKET
 from linkrx.sources.capabilities import HasFileno
 from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import TAP_MTU, veth
@@ -60,6 +60,9 @@ def packet_socket(frames: Frames) -> Iterator[Opened]:
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as source,
     ):
         source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        # The kernel tells these only where they are asked for, and then each packet has 72 bytes more to copy.
+        source.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        source.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         source.bind((near, ETH_P_ALL))
         queue = Queue(frames, injector, packets_of(frames.size))
         yield queue, source, loop_floor(queue, source.fileno(), "drain_recvmmsg_metadata")

@@ -13,8 +13,10 @@
 #include "metadata.inc"
 #include "recvmmsg.h"
 
-/* From one packet's place to the next one's beyond what it may need: an odd number of cache lines apart, for lines at a distance
- * of a power of two push each other out of the cache. */
+#ifndef LRX_NEAR_MOST /* bytes of a near place; the fuzzer has smaller ones */
+#define LRX_NEAR_MOST 2048u
+#endif
+
 #define CACHE_LINE 64u
 
 struct lrx_recvmmsg {
@@ -22,18 +24,33 @@ struct lrx_recvmmsg {
     int metadata;
     uint32_t messages;
     uint32_t capacity;
-    uint32_t stride; /* from one packet to the next */
+    uint32_t near;        /* bytes of a packet that its near place holds */
+    uint32_t near_stride; /* from one near place to the next */
+    uint64_t far_stride;  /* from one far place to the next; 0 where none is needed */
     struct mmsghdr *headers;
-    struct iovec *iovecs;
+    struct iovec (*iovecs)[2];
     struct sockaddr_ll *names;
     uint8_t *controls;
 };
+
+/* An odd number of cache lines: lines at a distance of a power of two push each other out of the cache. */
+static uint32_t near_stride(uint32_t capacity)
+{
+    uint32_t near = capacity < LRX_NEAR_MOST ? capacity : LRX_NEAR_MOST;
+
+    return (near + CACHE_LINE - 1) / CACHE_LINE / 2 * 2 * CACHE_LINE + CACHE_LINE;
+}
+
+static uint64_t far_stride(uint32_t capacity)
+{
+    return capacity > LRX_NEAR_MOST ? ((uint64_t)capacity + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE : 0;
+}
 
 struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata)
 {
     struct lrx_recvmmsg *s;
 
-    if (messages == 0 || messages > LRX_MESSAGES_MAX || capacity == 0 || capacity > UINT32_MAX - 2 * CACHE_LINE) {
+    if (messages == 0 || messages > LRX_MESSAGES_MAX || capacity == 0) {
         errno = EINVAL;
         return NULL;
     }
@@ -44,7 +61,9 @@ struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capac
     s->metadata = metadata;
     s->messages = messages;
     s->capacity = capacity;
-    s->stride = lrx_recvmmsg_stride(capacity);
+    s->near = capacity < LRX_NEAR_MOST ? capacity : LRX_NEAR_MOST;
+    s->near_stride = near_stride(capacity);
+    s->far_stride = far_stride(capacity);
     s->headers = calloc(messages, sizeof *s->headers);
     s->iovecs = calloc(messages, sizeof *s->iovecs);
     s->names = calloc(messages, sizeof *s->names);
@@ -57,9 +76,10 @@ struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capac
     for (uint32_t k = 0; k < messages; k++) {
         struct msghdr *message = &s->headers[k].msg_hdr;
 
-        s->iovecs[k].iov_len = capacity;
-        message->msg_iov = &s->iovecs[k];
-        message->msg_iovlen = 1;
+        s->iovecs[k][0].iov_len = s->near;
+        s->iovecs[k][1].iov_len = capacity - s->near;
+        message->msg_iov = s->iovecs[k];
+        message->msg_iovlen = capacity > s->near ? 2 : 1;
         if (metadata) {
             message->msg_name = &s->names[k];
             message->msg_control = s->controls + (size_t)k * CONTROL;
@@ -79,18 +99,20 @@ void lrx_recvmmsg_close(struct lrx_recvmmsg *s)
     free(s);
 }
 
-uint32_t lrx_recvmmsg_stride(uint32_t capacity)
+uint64_t lrx_recvmmsg_stride(uint32_t capacity)
 {
-    return (capacity + CACHE_LINE - 1) / CACHE_LINE / 2 * 2 * CACHE_LINE + CACHE_LINE;
+    return near_stride(capacity) + far_stride(capacity);
 }
 
-/* So many packets to `region` and on. The kernel writes the sizes of name and control back, so both are set anew. */
-static int receive(struct lrx_recvmmsg *s, uint8_t *region, uint32_t wanted)
+/* So many packets to the near places at `near` and on, what is longer to the far ones. The kernel writes the sizes of name and
+ * control back, so both are set anew. */
+static int receive(struct lrx_recvmmsg *s, uint8_t *near, uint8_t *far, uint32_t wanted)
 {
     int got;
 
     for (uint32_t k = 0; k < wanted; k++) {
-        s->iovecs[k].iov_base = region + (size_t)k * s->stride;
+        s->iovecs[k][0].iov_base = near + (size_t)k * s->near_stride;
+        s->iovecs[k][1].iov_base = far + (size_t)k * s->far_stride + s->near;
         if (s->metadata) {
             s->headers[k].msg_hdr.msg_namelen = sizeof *s->names;
             s->headers[k].msg_hdr.msg_controllen = CONTROL;
@@ -108,33 +130,42 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
 {
     struct lrx_recvmmsg *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
-    const uint32_t most = lrx_most(descriptors, rows);
-    uint32_t end = 0, n = 0, receives = 0, wanted;
+    const uint64_t fit = size / (s->near_stride + s->far_stride);
+    uint32_t most = lrx_most(descriptors, rows);
+    uint8_t *const memory = (uint8_t *)region;
+    uint32_t far = 0, end = 0, n = 0, receives = 0, wanted;
     int got;
 
-    if (size < s->capacity)
+    most = most < fit ? most : (uint32_t)fit;
+    if (most == 0)
         return -EMSGSIZE;
+    if (s->far_stride)
+        far = most * s->near_stride;
     do {
-        const uint64_t room = size - (uint64_t)n * s->stride, fit = room < s->capacity ? 0 : 1 + (room - s->capacity) / s->stride;
-
         wanted = most - n < s->messages ? most - n : s->messages;
-        wanted = wanted < fit ? wanted : (uint32_t)fit;
         if (receives == 1)
             lrx_tell_many(descriptors);
-        got = receive(s, (uint8_t *)region + (size_t)n * s->stride, wanted);
+        got = receive(s, memory + (size_t)n * s->near_stride, memory + far + (size_t)n * s->far_stride, wanted);
         receives += got > 0;
         for (uint32_t k = 0; got > 0 && k < (uint32_t)got; k++, n++) {
             uint32_t wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
 
-            out.starts[n] = n * s->stride;
+            out.starts[n] = n * s->near_stride;
             out.lengths[n] = wire_length < s->capacity ? wire_length : s->capacity;
-            end = lrx_align(out.starts[n] + out.lengths[n]);
+            if (out.lengths[n] > s->near) {
+                uint32_t whole = far + (uint32_t)(n * s->far_stride);
+
+                memcpy(memory + whole, memory + out.starts[n], s->near);
+                out.starts[n] = whole;
+            }
+            if (end < lrx_align(out.starts[n] + out.lengths[n]))
+                end = lrx_align(out.starts[n] + out.lengths[n]);
             if (s->metadata)
                 lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length);
             out.wire_lengths[n] = wire_length;
         }
         /* Fewer than were asked for: the queue was empty then. */
-    } while ((uint32_t)got == wanted && n < most && (uint64_t)n * s->stride + s->capacity <= size);
+    } while ((uint32_t)got == wanted && n < most);
     if (got < 0 && got != -EAGAIN) {
         lrx_report_at(descriptors)->error = (uint32_t)-got;
         if (n == 0)

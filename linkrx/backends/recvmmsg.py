@@ -32,7 +32,7 @@ class Recvmmsg(CoreBackend):
 
     @classmethod
     def room(cls, layout: Layout) -> int:
-        """A place for each packet of a system call."""
+        """Both places of each packet of a system call."""
         stride = int(_core.lib.lrx_recvmmsg_stride(layout.capacity))
         return max(super().room(layout), min(MESSAGES, ROOM_MOST // stride) * stride)
 

@@ -11,6 +11,8 @@
 static void *fake_calloc(size_t count, size_t size);
 static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int flags, struct timespec *timeout);
 
+/* Small, so that a kilobyte of input has packets that reach their far place. */
+#define LRX_NEAR_MOST 200u
 #define calloc fake_calloc
 #define recvmmsg fake_recvmmsg
 #include <recvmmsg.c>
@@ -39,8 +41,24 @@ static struct {
     struct told told[MESSAGES_MOST]; /* of packet `number`, at its remainder */
     int allocations_left;
     const uint8_t *region;     /* of this fill */
-    uint32_t room, stride;
+    uint32_t room, places; /* that the room has, no more than rows */
 } kernel;
+
+static uint32_t near_bytes(void)
+{
+    return kernel.capacity < LRX_NEAR_MOST ? kernel.capacity : LRX_NEAR_MOST;
+}
+
+/* Where a packet of that length has its place: the near ones lie in front of the far ones, an odd number of cache lines apart. */
+static uint64_t place(uint32_t number, uint32_t length)
+{
+    uint32_t near = (near_bytes() + 63) / 64 * 64;
+
+    near += near / 64 % 2 ? 0 : 64;
+    if (length <= near_bytes())
+        return (uint64_t)number * near;
+    return (uint64_t)kernel.places * near + (uint64_t)number * ((kernel.capacity + 63) / 64 * 64);
+}
 
 static void *fake_calloc(size_t count, size_t size)
 {
@@ -170,13 +188,10 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 {
     unsigned n = 0;
 
-    const uint32_t before = kernel.handed - kernel.taken, rows_left = kernel.rows - before;
+    const uint32_t before = kernel.handed - kernel.taken, left = kernel.places - before, near = near_bytes();
 
     MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count);
-    MUST(count <= rows_left && count <= kernel.messages);
-    /* No fewer than there is room for. */
-    MUST(count == rows_left || count == kernel.messages ||
-         (uint64_t)(before + count) * kernel.stride + kernel.capacity > kernel.room);
+    MUST(count == (left < kernel.messages ? left : kernel.messages)); /* no fewer than there is room for */
     MUST(!kernel.empty); /* not asked again what was told already */
     kernel.error = kernel.kept_error;
     for (kernel.kept_error = 0; n < count && !kernel.error; n++) {
@@ -190,14 +205,19 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
             kernel.error = event.error;
             break;
         }
-        MUST(message->msg_iov[0].iov_base == kernel.region + (size_t)(before + n) * kernel.stride);
-        MUST((size_t)(before + n) * kernel.stride + kernel.capacity <= kernel.room);
+        MUST(message->msg_iov[0].iov_base == kernel.region + place(before + n, near) && message->msg_iov[0].iov_len == near);
+        MUST(place(before + n, near) + near <= kernel.room);
+        MUST(message->msg_iovlen == (kernel.capacity > near ? 2 : 1));
+        if (kernel.capacity > near) {
+            MUST(message->msg_iov[1].iov_base == kernel.region + place(before + n, kernel.capacity) + near);
+            MUST(place(before + n, kernel.capacity) + kernel.capacity <= kernel.room);
+        }
         for (uint32_t k = 0, at = 0; k < message->msg_iovlen; k++) {
             room += message->msg_iov[k].iov_len;
             for (size_t i = 0; i < message->msg_iov[k].iov_len && at < event.length; i++, at++)
                 ((uint8_t *)message->msg_iov[k].iov_base)[i] = content(number, at);
         }
-        MUST(message->msg_iovlen == 1 && room == kernel.capacity);
+        MUST(room == kernel.capacity);
         message->msg_flags = event.length > room ? MSG_TRUNC : 0;
         if (kernel.metadata) {
             MUST(message->msg_namelen == sizeof(struct sockaddr_ll) && message->msg_controllen == CONTROL);
@@ -223,14 +243,14 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 /* The rows show the packets that come next in the order of arrival. */
 static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, const uint8_t *region, uint32_t end)
 {
-    uint32_t free_from = 0;
+    uint32_t last = 0;
 
     for (uint32_t k = 0; k < count; k++, kernel.taken++) {
         const struct told *told = &kernel.told[kernel.taken % MESSAGES_MOST];
         uint32_t start = (uint32_t)get(table, rows, k, START), length = (uint32_t)get(table, rows, k, LENGTH);
 
-        MUST(start % 8 == 0 && start >= free_from && start + length <= end);
-        free_from = start + length;
+        MUST(start == place(k, length) && start + length <= end);
+        last = last < start + length ? start + length : last;
         MUST(length == (told->length < kernel.capacity ? told->length : kernel.capacity));
         MUST(get(table, rows, k, WIRE_LENGTH) == told->wire_length);
         MUST(get(table, rows, k, FLAGS) == told->flags);
@@ -245,7 +265,7 @@ static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, cons
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.taken, i));
     }
-    MUST(end == ((free_from + 7) & ~7u));
+    MUST(end == ((last + 7) & ~7u));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -273,21 +293,21 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(report, 0, table_bytes);
     for (int fills = 0; fills < 16; fills++) {
         int error;
-        /* Room for a packet of any size, and sometimes not even that. */
-        uint32_t room = take(&in, 7) ? (capacity + 8 + take(&in, 9000)) & ~7u : take(&in, capacity) & ~7u;
+        /* Room for a packet of any size and for some more, and sometimes not even that. */
+        const uint64_t stride = lrx_recvmmsg_stride(capacity);
+        uint32_t room = take(&in, 7) ? (uint32_t)stride + (take(&in, 9000) & ~7u) : take(&in, (uint32_t)stride) & ~7u;
         uint8_t *region = exactly(room);
 
         kernel.region = region;
         kernel.room = room;
-        kernel.stride = lrx_recvmmsg_stride(capacity);
-        MUST(kernel.stride >= capacity && kernel.stride / 64 % 2 == 1 && kernel.stride % 64 == 0);
+        kernel.places = room / stride < rows ? (uint32_t)(room / stride) : rows;
 
         int got = lrx_recvmmsg_fill(s, (uintptr_t)report, rows, (uintptr_t)region, room);
         uint32_t came = kernel.handed - kernel.taken;
 
         error = kernel.error == EAGAIN ? 0 : kernel.error;
         MUST(report->error == (uint32_t)error);
-        if (room < capacity) {
+        if (!kernel.places) {
             MUST(got == -EMSGSIZE && !report->count && !came);
         } else if (!came) {
             MUST(got == -error && !report->count);
@@ -296,7 +316,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             MUST(report->receives == kernel.receives && report->end <= room + 7);
             check_rows((uint8_t *)(report + 1), rows, (uint32_t)got, region, report->end);
             /* It stops for a reason only. */
-            MUST((uint32_t)got == rows || kernel.empty || (uint64_t)came * kernel.stride + capacity > room);
+            MUST((uint32_t)got == kernel.places || kernel.empty);
         }
         MUST(!report->classified && !report->rows);
         free(region);
