@@ -145,7 +145,7 @@ DEFECTS = {
     "an old timestamp shows": ("recvmmsg", "    out->timestamps[n] = 0;\n", ""),
     "an old tag shows": ("recvmmsg", "    out->vlan_tcis[n] = 0;\n", ""),
     "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
-    "no further packet for want of a row": ("recvmmsg", "wanted && n < most &&", "wanted && n + 1 < most &&"),
+    "no further packet for want of a row": ("recvmmsg", "wanted && n < most);", "wanted && n + 1 < most);"),
     "an empty queue is asked again": ("recvmmsg", "(uint32_t)got == wanted &&", "got > 0 &&"),
     "an error behind packets of a fill is lost": (
         "recvmmsg",
@@ -154,9 +154,15 @@ DEFECTS = {
     ),
     "the last packet has no room": (
         "recvmmsg",
-        "1 + (room - s->capacity) / s->stride",
-        "2 + (room - s->capacity) / s->stride",
+        "size / (s->near_stride + s->far_stride)",
+        "size / (s->near_stride + s->far_stride) + 1",
     ),
+    "the start of a long packet is missing": (
+        "recvmmsg",
+        "memcpy(memory + whole, memory + out.starts[n], s->near);",
+        "memcpy(memory + whole, memory + out.starts[n], s->near - 1);",
+    ),
+    "the arena ends at the last packet": ("recvmmsg", "if (end < lrx_align(", "if (n != UINT32_MAX || end < lrx_align("),
     "room is aligned without a look": ("segment", "end > o->size)", "end > o->size + 7ull)"),
     "IPv4 options behind the end": ("segment", "size >= IPV4_HEADER && size <= room", "size >= IPV4_HEADER"),
     "half an extension header": ("segment", "room - size < 8", "room == size"),
