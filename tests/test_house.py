@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+from support import house, way
+from support.house import room
+from support.places import ROOT
 
 import linkrx
 
@@ -26,37 +32,8 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Names that say nothing about what a file holds.
 VAGUE = {"utils", "util", "common", "helpers", "base", "types", "misc"}
 
-Module = tuple[str, ...]  # ("linkrx", "memory", "columns")
-
-
-def named(path: Path) -> Module:
-    """The name of a module, part by part."""
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return parts[:-1] if parts[-1] == "__init__" else parts
-
-
-MODULES = {named(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def imported(path: Path, *, when_loaded: bool = False) -> set[Module]:
-    """The modules of linkrx that a file imports; those inside functions and for type checkers unless only `when_loaded`."""
-    found: set[Module] = set()
-    tree = ast.parse(path.read_text())
-    for node in tree.body if when_loaded else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {
-                tuple(alias.name.split(".")) for alias in node.names if alias.name.split(".")[0] == "linkrx"
-            }
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "linkrx":
-            module = tuple(node.module.split("."))
-            members = {(*module, alias.name) for alias in node.names}
-            found |= {member if member in MODULES else module for member in members}
-    return found & set(MODULES)
-
-
-def room(module: Module) -> str:
-    """The folder of linkrx/, or the file beside these."""
-    return module[1]
+MODULES = house.modules(PACKAGE)
+ARROWS = house.imports(MODULES)
 
 
 def test_every_room_has_a_floor() -> None:
@@ -69,31 +46,37 @@ def test_imports_point_down() -> None:
     """No module imports from a floor above its own."""
     wrong = {
         (".".join(module), ".".join(target))
-        for module, path in MODULES.items()
+        for module, targets in ARROWS.items()
         if len(module) > 1
-        for target in imported(path)
+        for target in targets
         if len(target) > 1 and FLOOR_OF[room(target)] > FLOOR_OF[room(module)]
     }
     assert wrong == set()
 
 
 def test_no_circles() -> None:
-    """No module imports, by whatever way, itself: what is imported when a module is loaded is a tree."""
-    loads = {module: imported(path, when_loaded=True) for module, path in MODULES.items()}
-    reached = dict(loads)
-    for _ in MODULES:
-        reached = {
-            module: set().union(found, *(loads[one] for one in found)) for module, found in reached.items()
-        }
-    assert {".".join(module) for module, found in reached.items() if module in found} == set()
+    """No module imports itself, directly or through others, when it is loaded."""
+    far = house.reached(house.imports(MODULES, when_loaded=True))
+    assert {".".join(module) for module, targets in far.items() if module in targets} == set()
 
 
 def test_backends_know_nothing_of_each_other() -> None:
-    """A backend imports no other backend, and nothing of the receiver, the stages and whatever chooses."""
-    for module, path in MODULES.items():
-        if module[1:2] == ("backends",):
-            above = {room(target) for target in imported(path) if len(target) > 1}
-            assert not above & {"backends", "stages", "receiving", "registry", "factory", "choice"}, path
+    """A backend imports no other backend, no stage, and nothing of the receiver, the registry and the choice."""
+    for module, targets in ARROWS.items():
+        if room(module) == "backends":
+            above = {"backends", "stages", "receiving", "registry", "factory", "choice"}
+            assert not above & set(map(room, targets)), module
+
+
+def test_the_way_of_a_packet_crosses_the_rooms_that_are_written_down() -> None:
+    """From `dispatch` to `deliver` a packet crosses the rooms that CONTRIBUTING.md names, in that order."""
+    crossed = subprocess.run([sys.executable, way.__file__], capture_output=True, text=True, check=True)
+    rooms = dict.fromkeys(name.partition("/")[0] for name in crossed.stdout.split())
+    written = re.search(
+        r"They cross \w+ rooms: (.*)\.$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    assert written
+    assert re.findall(r"`(\w+)`", written[1]) == list(rooms)
 
 
 def test_only_the_core_says_ffi() -> None:

@@ -1,0 +1,39 @@
+"""The way of one packet: `python tests/support/way.py` prints the files that run from `dispatch` to `deliver`, without the core.
+
+The core takes the same way through files of C, where Python cannot follow it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+def files() -> list[str]:
+    """The files of linkrx of which a function was called, in this order. Imports linkrx, for good without the core."""
+    sys.modules["linkrx._core._native"] = None  # type: ignore[assignment] # importing it raises ImportError
+    logging.getLogger("linkrx").setLevel(logging.ERROR)  # it warns of that
+    import linkrx
+
+    package = Path(linkrx.__file__).parent
+    called: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            called.setdefault(str(path.relative_to(package)))
+
+    source, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with source, sender, linkrx.open(source, lambda *_: sys.setprofile(None), backend="os_readv") as rx:
+        sender.send(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x08\0" + bytes(46))
+        sys.setprofile(note)
+        rx.dispatch(0)
+    return list(called)
+
+
+if __name__ == "__main__":
+    print(*files(), sep="\n")
