@@ -82,8 +82,8 @@ class Mechanism(ABC):
         """The address of a struct lrx_mechanism (_core/mechanism.h), which the receiver calls in place of `fill`; 0: none."""
         return 0
 
-    # A packet may be held back for Options.latency by the mechanism itself.
-    holds_back = False
+    # The mechanism itself holds packets back for Options.latency, so that several come together.
+    coalesces = False
 
     # A packet can be read so many seconds after it has come, at the latest.
     readable_within = 0.0

@@ -131,10 +131,10 @@ class Receiver:
     _ended: bool
     _quiet: bool
     _link_down: bool
-    _looking_away: bool
+    _source_paused: bool
     _looped: bool
     _polled: bool
-    _shown: bool
+    _readable: bool
     def __new__(cls, *args: Any, **keywords: Any) -> Self: ...
     @property
     def _left(self) -> int: ...
@@ -179,7 +179,7 @@ class Receiver:
         packet_info: int,
         link_header: int,
         link_type: int,
-        told: int,
+        per_packet: int,
         vnet: int,
         big_endian: bool,
         interface: int,

@@ -42,33 +42,33 @@ static uint16_t word_at(const uint8_t *at)
 
 /* Of a frame with two tags the kernel takes out the outer one, and a cooked socket has what follows the type of the inner one:
  * its TCI, a type, and then the packet. Since Linux 6.10 the protocol that it tells is that of the packet behind the tag
- * (vlan_get_protocol_dgram() in net/packet/af_packet.c). Whether a tag is there shows the type, where the told protocol's own
+ * (vlan_get_protocol_dgram() in net/packet/af_packet.c). Whether a tag is there shows the type, where the reported protocol's own
  * header is not. */
-static bool has_inner_tag(const uint8_t *data, uint32_t length, uint32_t wire_length, uint16_t told)
+static bool has_inner_tag(const uint8_t *data, uint32_t length, uint32_t wire_length, uint16_t reported)
 {
     uint16_t type;
 
-    if (length < 4 || told == ETHERTYPE_VLAN || told == ETHERTYPE_SERVICE_VLAN)
+    if (length < 4 || reported == ETHERTYPE_VLAN || reported == ETHERTYPE_SERVICE_VLAN)
         return false;
     type = word_at(data + 2);
-    if (type != told && type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
+    if (type != reported && type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
         return false;
-    if (told == ETHERTYPE_IPV4) /* version, header length, total length */
+    if (reported == ETHERTYPE_IPV4) /* version, header length, total length */
         return data[0] >> 4 != 4 || (data[0] & 15) < 5 || type > wire_length;
-    if (told == ETHERTYPE_IPV6) /* version, payload length */
+    if (reported == ETHERTYPE_IPV6) /* version, payload length */
         return data[0] >> 4 != 6 || (length >= 6 && word_at(data + 4) + 40u > wire_length);
     return true;
 }
 
-/* struct tun_pi in front of a packet, or what the backend tells. */
-static uint16_t told_protocol(const struct lrx_classifier *c, const uint8_t *packet, uint16_t told)
+/* struct tun_pi in front of a packet, or what the backend reports. */
+static uint16_t reported_protocol(const struct lrx_classifier *c, const uint8_t *packet, uint16_t reported)
 {
-    return c->packet_info ? (uint16_t)(packet[2] << 8 | packet[3]) : told;
+    return c->packet_info ? (uint16_t)(packet[2] << 8 | packet[3]) : reported;
 }
 
-/* `differ` is known where this is compiled: who has packets that are all alike pays nothing for the others. */
+/* `per_packet` is known where this is compiled: who has packets that are all alike pays nothing for the others. */
 static inline __attribute__((always_inline)) void classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count,
-                                                           uintptr_t table, const bool differ)
+                                                           uintptr_t table, const bool per_packet)
 {
     const struct lrx_columns in = lrx_descriptors_at(c->descriptors, c->rows);
     const struct lrx_columns out = lrx_columns_at(table, count);
@@ -103,12 +103,12 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         }
         length -= c->prefix;
         wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
-        if (differ) {
+        if (per_packet) {
             const bool bare = in.link_headers[k] == LRX_NO_LINK_HEADER;
 
             link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
-            link_header = bare ? 0 : lrx_link_header_of(link_type, c->told, c->link_header);
-            protocol = told_protocol(c, memory + in.starts[k], in.protocols[k]);
+            link_header = bare ? 0 : lrx_link_header_of(link_type, c->per_packet, c->link_header);
+            protocol = reported_protocol(c, memory + in.starts[k], in.protocols[k]);
             /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has. */
             if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface && !bare) {
                 counters[LRX_FILTERED]++;
@@ -116,7 +116,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             }
         }
         if (c->filter.program) {
-            length = filtered(c, &in, k, frame, length, wire_length, link_header, differ ? link_type : c->link_type, protocol);
+            length = filtered(c, &in, k, frame, length, wire_length, link_header, per_packet ? link_type : c->link_type, protocol);
             if (!length) {
                 counters[LRX_FILTERED]++;
                 continue;
@@ -126,18 +126,18 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             flags |= LRX_TRUNCATED;
         if (flags & LRX_TRUNCATED)
             counters[LRX_CUT]++;
-        if (differ && protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol)) {
+        if (per_packet && protocol && flags & LRX_VLAN && !link_header && has_inner_tag(frame, length, wire_length, protocol)) {
             protocol = ETHERTYPE_VLAN;
         }
         if (link_header && length < link_header) {
             counters[LRX_RUNTS]++;
             continue;
         }
-        if (differ && protocol) {
+        if (per_packet && protocol) {
             ;
         } else if (link_header) {
             protocol = (uint16_t)(frame[12] << 8 | frame[13]);
-        } else if (!differ || lrx_is_ethernet(link_type) || lrx_is_bare_ip(link_type)) {
+        } else if (!per_packet || lrx_is_ethernet(link_type) || lrx_is_bare_ip(link_type)) {
             switch (frame[0] >> 4) {
             case 4:
                 protocol = ETHERTYPE_IPV4;
@@ -159,7 +159,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         out.flags[n] = flags;
         out.vlan_tcis[n] = in.vlan_tcis[k];
         out.vlan_tpids[n] = in.vlan_tpids[k];
-        if (differ) {
+        if (per_packet) {
             out.link_types[n] = link_type;
             out.addresses[n] = in.addresses[k];
             out.address_lengths[n] = in.address_lengths[k];
@@ -177,7 +177,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
 
 void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table)
 {
-    if (c->told)
+    if (c->per_packet)
         classify(c, region, count, table, true);
     else
         classify(c, region, count, table, false);

@@ -9,9 +9,9 @@ struct lrx_classifier {
     uint32_t rows;          /* rows that table was made for */
     uint32_t prefix;        /* bytes in front of every frame: packet information, virtio-net header */
     uint32_t packet_info;   /* of these, the size of struct tun_pi: 4 or 0 */
-    uint32_t link_header;   /* 14 for Ethernet, 0 for none; LRX_TOLD_BY_LINK_TYPE: of link types that linkrx does not know */
+    uint32_t link_header;   /* 14 for Ethernet, 0 for none; LRX_PER_PACKET_LINK_TYPE: of link types that linkrx does not know */
     uint32_t link_type;     /* ARPHRD_*: of every packet whose backend does not tell it */
-    uint32_t told;          /* LRX_TOLD_*: rows differ, and have what is told; or 0 */
+    uint32_t per_packet;    /* LRX_PER_PACKET_*, or 0 */
     uint32_t interface;     /* of every packet whose backend does not tell it; 0 where nobody knows */
     uintptr_t counters;     /* uint64_t slots, LRX_PACKETS and on */
     struct lrx_filter filter;

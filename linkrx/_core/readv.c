@@ -39,8 +39,8 @@ static int lay_out(const struct lrx_readv *r, uint8_t *at, struct iovec *iov)
     return n;
 }
 
-/* What is told about the packet that was received last. */
-struct told {
+/* The metadata of the packet that was received last. */
+struct metadata {
     struct msghdr message;
     struct sockaddr_ll from;
     _Alignas(struct cmsghdr) uint8_t control[CONTROL];
@@ -49,7 +49,7 @@ struct told {
 /* O_NONBLOCK is no help: it belongs to all who have the open file, and any of them may clear it at any time. So the first read of
  * a fill, which may find nothing, is told not to wait. On a TAP queue that costs 1.2 times a plain read(); where O_NONBLOCK is
  * set then, the others of the same fill are `plain`. */
-static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struct told *told)
+static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struct metadata *metadata)
 {
     struct iovec iov[LRX_SIZES_MAX + 1];
     struct pollfd ready;
@@ -63,16 +63,16 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struc
         message.msg_iov = iov;
         message.msg_iovlen = (size_t)lay_out(r, at, iov);
         return recvmsg(r->fd, &message, MSG_DONTWAIT | MSG_TRUNC);
-    case LRX_RECV_TOLD:
-        told->message = (struct msghdr){
-            .msg_name = &told->from,
-            .msg_namelen = sizeof told->from,
+    case LRX_RECVMSG:
+        metadata->message = (struct msghdr){
+            .msg_name = &metadata->from,
+            .msg_namelen = sizeof metadata->from,
             .msg_iov = iov,
             .msg_iovlen = (size_t)lay_out(r, at, iov),
-            .msg_control = told->control,
-            .msg_controllen = sizeof told->control,
+            .msg_control = metadata->control,
+            .msg_controllen = sizeof metadata->control,
         };
-        return recvmsg(r->fd, &told->message, MSG_DONTWAIT | MSG_TRUNC);
+        return recvmsg(r->fd, &metadata->message, MSG_DONTWAIT | MSG_TRUNC);
     case LRX_READ:
         if (plain)
             break;
@@ -103,7 +103,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
     uint8_t *memory = (uint8_t *)region;
     const uint32_t most = lrx_most(descriptors, rows);
     uint32_t cursor = 0, n = 0;
-    struct told told;
+    struct metadata metadata;
     bool plain = false;
     int error = 0;
 
@@ -119,7 +119,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
 
             plain = flags >= 0 && flags & O_NONBLOCK;
         }
-        got = receive(r, memory + cursor, plain, &told);
+        got = receive(r, memory + cursor, plain, &metadata);
         if (got < 0) {
             if (errno == EINTR)
                 continue;
@@ -136,9 +136,9 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         out.starts[n] = cursor;
         out.lengths[n] = length;
         /* Only a socket tells how long a cut packet was. */
-        uint32_t wire_length = r->method == LRX_RECV || r->method == LRX_RECV_TOLD ? (uint32_t)got : length;
-        if (r->method == LRX_RECV_TOLD)
-            lrx_read_metadata(&told.message, &out, n, &wire_length);
+        uint32_t wire_length = r->method == LRX_RECV || r->method == LRX_RECVMSG ? (uint32_t)got : length;
+        if (r->method == LRX_RECVMSG)
+            lrx_read_metadata(&metadata.message, &out, n, &wire_length);
         else
             out.flags[n] = 0;
         out.wire_lengths[n] = wire_length;

@@ -4,7 +4,7 @@
 /* How one packet is received without waiting, by what the file descriptor allows. */
 #define LRX_READ 0    /* preadv2(RWF_NOWAIT), and read() or readv() behind it while O_NONBLOCK is set */
 #define LRX_RECV 1    /* a socket: recvmsg(MSG_DONTWAIT | MSG_TRUNC), which tells the true length */
-#define LRX_RECV_TOLD 3 /* an AF_PACKET socket: the same, with all that the kernel tells about the packet */
+#define LRX_RECVMSG 3 /* an AF_PACKET socket: the same, with all that the kernel tells about the packet */
 #define LRX_POLL 2    /* a driver that knows no RWF_NOWAIT: poll() before read() */
 
 #define LRX_SIZES_MAX 64

@@ -34,8 +34,8 @@ struct lrx_report {
 
 /* What the kernel tells about each packet of a source that differs from packet to packet: protocol, link type, link address.
  * 0: nothing, all packets are alike. The frames of some such sources have no link header; of others the link type tells. */
-#define LRX_TOLD_WITHOUT_HEADER 1
-#define LRX_TOLD_BY_LINK_TYPE 2
+#define LRX_PER_PACKET_NO_HEADER 1
+#define LRX_PER_PACKET_LINK_TYPE 2
 /* In a backend's column of link headers: there is none, whatever the link type says. */
 #define LRX_NO_LINK_HEADER 255
 

@@ -316,7 +316,7 @@ static uint16_t in_order(uint16_t number, uint32_t swapped)
 
 static uint32_t link_header_of(const struct lrx_segmenter *s, uint16_t link_type)
 {
-    return s->told ? lrx_link_header_of(link_type ? link_type : (uint16_t)s->link_type, s->told, s->link_header) : s->link_header;
+    return s->per_packet ? lrx_link_header_of(link_type ? link_type : (uint16_t)s->link_type, s->per_packet, s->link_header) : s->link_header;
 }
 
 /* Row k of what was taken, from segment s->done on. 0 when there is no room for all of it. */

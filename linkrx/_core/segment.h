@@ -12,7 +12,7 @@ struct lrx_segmenter {
     uint32_t swapped;      /* its numbers are in the other byte order than this machine's */
     uint32_t link_header;  /* 14 for Ethernet, 0 for none; as in struct lrx_classifier */
     uint32_t link_type;    /* as there */
-    uint32_t told;
+    uint32_t per_packet;
     uintptr_t given;       /* descriptors of what comes out */
     uint32_t given_rows;
     uint32_t next;         /* the row of `taken` that comes next */

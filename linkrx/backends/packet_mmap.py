@@ -65,7 +65,7 @@ class PacketMmap(CoreBackend):
     tells_metadata = True
     batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
     has_queue = True
-    holds_back = True
+    coalesces = True
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
@@ -196,7 +196,7 @@ def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
         )
     retire = int(min(latency * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
-    if options.framing(found).told:
+    if options.framing(found).per_packet:
         wanted |= _core.lib.LRX_WANT_SENDER
     block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked

@@ -27,7 +27,7 @@ class Readv(CoreBackend):
         sizes = receive.layout.sizes or ()
         method = lib.LRX_RECV if found.socket else lib.LRX_READ
         if found.kind in ("packet", "packet_cooked"):
-            method = lib.LRX_RECV_TOLD
+            method = lib.LRX_RECVMSG
         self._use("lrx_readv_fill", descriptors)
         self._state = _core.new(
             "struct lrx_readv *",

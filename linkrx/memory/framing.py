@@ -20,9 +20,9 @@ from linkrx.kernel.uapi import (
 ETHERNET_TYPES = frozenset({ARPHRD_ETHER, ARPHRD_LOOPBACK})
 BARE_IP_TYPES = frozenset({ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT, ARPHRD_NONE})
 
-# _core/report.h LRX_TOLD_*: the kernel tells protocol, link type and link address of each packet of a source, which differ
+# _core/report.h LRX_PER_PACKET_*: the kernel tells protocol, link type and link address of each packet of a source, which differ
 # from packet to packet. The frames of such a source have no link header, or the link type tells.
-TOLD_WITHOUT_HEADER, TOLD_BY_LINK_TYPE = 1, 2
+PER_PACKET_NO_HEADER, PER_PACKET_LINK_TYPE = 1, 2
 NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 
 
@@ -30,8 +30,8 @@ NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 class Framing:
     """The order on the wire from kernel to reader: packet information, virtio-net header, frame.
 
-    `link_type` is the ARPHRD_* number of every packet of which the kernel does not tell another; 0: as `ethernet` says. `told`
-    is one of TOLD_*, or 0 where all packets are alike. With TOLD_BY_LINK_TYPE `ethernet` is of link types that linkrx does
+    `link_type` is the ARPHRD_* number of every packet of which the kernel does not tell another; 0: as `ethernet` says. `per_packet`
+    is one of PER_PACKET_*, or 0 where all packets are alike. With PER_PACKET_LINK_TYPE `ethernet` is of link types that linkrx does
     not know.
     """
 
@@ -40,7 +40,7 @@ class Framing:
     packet_info: bool = False
     vnet_little_endian: bool = True
     link_type: int = 0
-    told: int = 0
+    per_packet: int = 0
 
     # Bytes: of packet information, of all in front of the frame, and of the frame's link header.
     packet_info_size: int = field(init=False)
@@ -62,8 +62,8 @@ class Framing:
     def link_header_of(self, link_type: int) -> int:
         """Bytes of link header of a packet of this link type; 0: the backend does not tell it."""
         link_type = link_type or self.link_type
-        if not self.told:
+        if not self.per_packet:
             return self.link_header
-        if self.told == TOLD_WITHOUT_HEADER or link_type in BARE_IP_TYPES:
+        if self.per_packet == PER_PACKET_NO_HEADER or link_type in BARE_IP_TYPES:
             return 0
         return ETH_HEADER_BYTES if link_type in ETHERNET_TYPES else self.link_header

@@ -97,7 +97,7 @@ class Reader:
         self._dispatcher = dispatcher
         self.loop = asyncio.get_running_loop()
         self._fd = os.dup(dispatcher._wakeup.fileno())
-        self._held_back = dispatcher.held_back
+        self._latency = dispatcher._coalescing
         self._registered: Waiter | None = None  # for whom
         self._waiter: Waiter | None = None
 
@@ -144,7 +144,7 @@ class Reader:
     def _register(self, waiter: Waiter) -> None:
         if self._registered is not waiter:
             self._dispatcher._looped = True
-            self._dispatcher._listen()
+            self._dispatcher._resume_source()
             # In C, where the waiter is: no function in Python is called for a packet. No epoll_ctl(2) where another one was.
             self.loop.add_reader(self._fd, getattr(waiter, "ready", self.ready))
             self._registered = waiter
@@ -158,9 +158,9 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             self.unregister()
-        elif self._held_back:  # until then more may have come, and the loop need not be told again
+        elif self._latency:  # until then more may have come, and the loop need not be told again
             self.unregister()
-            self.loop.call_later(self._held_back, self._receive)
+            self.loop.call_later(self._latency, self._receive)
         else:
             self._receive()
 

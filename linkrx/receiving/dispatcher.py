@@ -106,10 +106,10 @@ class Dispatcher(Reception):
         self._check_open()
         self._polled = True
         if self._ended:
-            self._hush()
-        elif self._has_something != self._shown:
-            self._show()
-        self._listen()
+            self._disarm()
+        elif self._has_something != self._readable:
+            self._set_readable()
+        self._resume_source()
         return self._wakeup.fileno()
 
     def __repr__(self) -> str:
@@ -178,8 +178,8 @@ class Dispatcher(Reception):
 
     # Ways to end.
 
-    def _hush(self) -> None:
-        super()._hush()
+    def _disarm(self) -> None:
+        super()._disarm()
         if self._reader is not None:
             self._reader.end_seen()
 
@@ -251,7 +251,7 @@ class Dispatcher(Reception):
         for gone in tuple(self._waiting):
             gone.set()
 
-    def _left_by_all(self) -> None:
+    def _last_left(self) -> None:
         """Nobody is inside any more, and close() was called meanwhile."""
         self._leaving = False
         try:

@@ -13,7 +13,7 @@ from linkrx.memory.counters import BYTES, CUT, FILTERED, PACKETS, RUNTS
 from linkrx.memory.report import Report
 from linkrx.packets.headers import TRUNCATED
 from linkrx.packets.plain import Owner, Packet, restore
-from linkrx.receiving.words import Words
+from linkrx.receiving.callbacks import Callbacks
 from linkrx.stages.classify import Filter
 
 
@@ -86,7 +86,7 @@ class OwnFilter:
         return restore(frame[:kept], timestamp, wire_length, interface, protocol, flags | TRUNCATED, *rest)
 
 
-class Filtering(Words):
+class Filtering(Callbacks):
     """The part of a receiver that exchanges filters. Only who is inside does, or who finds nobody there."""
 
     _filter: OwnFilter
@@ -135,4 +135,4 @@ class Filtering(Words):
                 self._take_in()
             self._pending = self._filter.exchange(self._pending[self._next :], self._counters)
             self._next = 0
-            self._show()
+            self._set_readable()

@@ -1,6 +1,6 @@
 """The receiver in plain Python: what `_core/types/receive.c`, `deliver.c` and `receiver.c` do, simple rather than fast.
 
-It calls the same methods of its subclass, `linkrx.receiving.reception`, by the words that receive.c lists. One promise is weaker than
+It calls the same methods of its subclass, `linkrx.receiving.reception`, which receive.c lists. One promise is weaker than
 in C: the exception of a signal handler may cost the rest of the batch at hand, which is then counted as undelivered. An
 exception of `deliver` costs nothing.
 """
@@ -21,11 +21,11 @@ from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import received
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
+from linkrx.receiving.callbacks import Callbacks
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.plain_filter import Filtering, OwnFilter
 from linkrx.receiving.plain_sending import Sending
 from linkrx.receiving.stats import End
-from linkrx.receiving.words import Words
 from linkrx.stages.classify import classifier
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 # As in receive.c.
 ERRORS_IN_A_ROW = 8
 IDLE_WAKES = 8
-REST = 0.01
+PAUSE = 0.01
 SLICE = 1.0
 
 Result = TypeVar("Result")
 
 
-class Receiver(Filtering, Sending, Words):
+class Receiver(Filtering, Sending, Callbacks):
     """One open source as far as it is touched once per packet or once per wake-up."""
 
     _claims: dict[str, list[int]]  # by thread: one, of who is inside
@@ -49,9 +49,9 @@ class Receiver(Filtering, Sending, Words):
     _next = 0
     _deliver: Callable[..., object] | None
     _stopping = _flushing = _delivering = _closed = _leaving = False
-    _end_follows = _ended = _link_down = _looking_away = _quiet = False
-    _polled = _looped = _shown = False
-    _batches = _receives = _waits = _undelivered = _undelivered_bytes = _in_vain = 0
+    _end_follows = _ended = _link_down = _source_paused = _quiet = False
+    _polled = _looped = _readable = False
+    _batches = _receives = _waits = _undelivered = _undelivered_bytes = _spurious = 0
     _drops_due = 0.0
     _flush_until: tuple[int, float] | None = None  # how many may have been received by then, and when
 
@@ -75,7 +75,7 @@ class Receiver(Filtering, Sending, Words):
         packet_info: int,
         link_header: int,
         link_type: int,
-        told: int,
+        per_packet: int,
         vnet: int,
         big_endian: bool,
         interface: int,
@@ -87,7 +87,9 @@ class Receiver(Filtering, Sending, Words):
         /,
     ) -> None:
         described = Descriptors(rows, descriptors)
-        self._stripped = Framing(bool(link_header), vnet, bool(packet_info), not big_endian, link_type, told)
+        self._stripped = Framing(
+            bool(link_header), vnet, bool(packet_info), not big_endian, link_type, per_packet
+        )
         self._report = described.report
         self._lengths = described.columns.lengths
         self._arena = Owner(START + room + rows * ROW_BYTES)
@@ -160,10 +162,11 @@ class Receiver(Filtering, Sending, Words):
     def _link_of(self, table: Table, row: int) -> tuple[int, bytes, int]:
         """Link type, link address, and length of the link header."""
         framing = self._stripped
-        if not framing.told:
+        if not framing.per_packet:
             return framing.link_type, b"", framing.link_header
-        told, link_header = table.addresses[row].to_bytes(8, sys.byteorder), table.link_headers[row]
-        return table.link_types[row], b"" if link_header else told[: table.address_lengths[row]], link_header
+        link_header, size = table.link_headers[row], table.address_lengths[row]
+        address = b"" if link_header else table.addresses[row].to_bytes(8, sys.byteorder)[:size]
+        return table.link_types[row], address, link_header
 
     def _await(self, timeout: float | None) -> str:
         """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over".
@@ -173,8 +176,8 @@ class Receiver(Filtering, Sending, Words):
         deadline = deadline_after(timeout)
         before = received(self._counters)
         idle = 0
-        if self._looking_away:
-            self._listen()
+        if self._source_paused:
+            self._resume_source()
         while True:
             if self._ended or ((self._stopping or self._end_follows) and self._over()):
                 return "over"
@@ -188,7 +191,7 @@ class Receiver(Filtering, Sending, Words):
                 continue
             known_down = self._link_down and not self._report.error
             if self._receive():
-                self._in_vain = 0
+                self._spurious = 0
                 now = time.monotonic()
                 if now >= self._drops_due:
                     self._drops_due = now + self._look_at_drops()
@@ -204,15 +207,15 @@ class Receiver(Filtering, Sending, Words):
             if self._ended or self._stopping or self._end_follows:
                 continue
             if timeout == 0:
-                self._in_vain += 1
-                if (self._polled or self._looped) and self._in_vain > IDLE_WAKES:
-                    self._vain()
+                self._spurious += 1
+                if (self._polled or self._looped) and self._spurious > IDLE_WAKES:
+                    self._pause_source()
                 return "nothing"
             left = seconds_left(deadline)
             if left == 0:
                 return "nothing"
             if self._flushing:  # nobody waits for the event, which is set, but for the source
-                select.select([self._wakeup.source], [], [], min(REST, flushed - looked))
+                select.select([self._wakeup.source], [], [], min(PAUSE, flushed - looked))
                 continue
             idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
 
@@ -222,26 +225,26 @@ class Receiver(Filtering, Sending, Words):
         return self._flush_until
 
     def _wait(self, seconds: float, on_source: bool, deadline: float | None) -> bool:
-        if self._shown:
-            self._show()
+        if self._readable:
+            self._set_readable()
         self._waits += 1
         if not on_source:
-            self._wakeup.rest(min(seconds, REST))
+            self._wakeup.sleep(min(seconds, PAUSE))
             return False
         readable = self._wakeup.wait(seconds)
         if not readable:
             self._look_at_owner()
         if readable and self._latency:
-            self._hold_back(deadline)
+            self._coalesce(deadline)
         return readable
 
-    def _hold_back(self, deadline: float | None) -> None:
+    def _coalesce(self, deadline: float | None) -> None:
         """For the latency, so that several packets come together; not beyond the deadline, and not after a stop."""
         until = time.monotonic() + self._latency
         if deadline is not None:
             until = min(until, deadline)
         while not self._stopping and (left := until - time.monotonic()) > 0:
-            self._wakeup.rest(min(left, SLICE))
+            self._wakeup.sleep(min(left, SLICE))
 
     # Who may come in.
 
@@ -259,13 +262,13 @@ class Receiver(Filtering, Sending, Words):
                 try:
                     if self._polled and self._ended:
                         if not self._quiet:
-                            self._hush()
-                    elif self._polled and self._has_something != self._shown:
-                        self._show()
+                            self._disarm()
+                    elif self._polled and self._has_something != self._readable:
+                        self._set_readable()
                 finally:
                     self._claims.clear()
                     if self._leaving or self._closed:
-                        self._left_by_all()
+                        self._last_left()
 
     @property
     def _thread(self) -> int | None:

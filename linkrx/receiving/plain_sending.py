@@ -47,7 +47,7 @@ class Sending:
     _closed: bool
     _stripped: Framing
     _wakeup: Wakeup
-    _show: Callable[[], None]
+    _set_readable: Callable[[], None]
     _refuse_send: Callable[[int, int], NoReturn]
 
     def _prepare_sending(self, how: int, /) -> None:
@@ -118,7 +118,7 @@ class Sending:
                 finally:
                     if again != errno.ENETDOWN:
                         self._was_down = True
-                        self._show()
+                        self._set_readable()
         elif not self._write(fd, wire):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # write(2) of nothing does nothing
 
@@ -150,20 +150,20 @@ def _headers(frame: bytes, packet: Packet | None, framing: Framing) -> bytes:
                 raise _UnsendableError(NO_PROTOCOL)
         info = struct.pack("!HH", 0, protocol)
     size = framing.vnet_header_size
-    told = packet._vnet if packet else b""
+    header = packet._vnet if packet else b""
     unfinished = bool(packet and packet._flags & CHECKSUM_UNFINISHED)
     if not size:
-        if told and told[1] & ~GSO_ECN:
+        if header and header[1] & ~GSO_ECN:
             raise _UnsendableError(SUPER_PACKET)
-        if unfinished or (told and told[0] & NEEDS_CSUM):
+        if unfinished or (header and header[0] & NEEDS_CSUM):
             raise _UnsendableError(UNFINISHED)
         return info
-    if not packet or not told:
+    if not packet or not header:
         if unfinished:
             raise _UnsendableError(UNFINISHED)
         return info + bytes(size)
     flags, kind, headers, segment, start, offset = struct.unpack(
-        ">BBHHHH" if packet._big_endian else "<BBHHHH", told
+        ">BBHHHH" if packet._big_endian else "<BBHHHH", header
     )
     tag = len(packet.tagged()) - len(packet)  # put back in front of what the header counts to
     vnet = (flags, kind, headers + tag if headers else 0, segment, start + tag if start else 0, offset)

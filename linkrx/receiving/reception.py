@@ -1,7 +1,7 @@
 """What is rare about receiving: building and replacing mechanisms, what an errno means, ends, links, polling, counters.
 
 The receiver under it (`_core/types/receive.c`, or `linkrx.packets.plain`) fills, classifies, waits and hands over, and calls the
-methods here by the words that receive.c lists.
+methods here that receive.c lists.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from linkrx.stages.segmenting import SEGMENT_ROWS, Segmenting
 
 logger = logging.getLogger("linkrx")
 
-# For how long a source is left out of the poll set that says it is readable and has nothing to read.
-_REST = 0.01
+# Seconds for which a source that is readable, but has nothing to read, is taken out of the poll set.
+_PAUSE = 0.01
 # For how long to sleep between two looks whether the thread that receives has taken a filter.
 _LOOK_AGAIN = 0.001
 
@@ -88,8 +88,8 @@ class Reception(Receiver):
             undo.callback(self._wakeup.close)
             self._mechanism, self.choice = self._build(choice)
             undo.callback(self._mechanism.close)
-            # Seconds that whoever waits holds packets back for; a ring does it by itself.
-            self.held_back = 0.0 if self._mechanism.holds_back else options.held_back
+            # Seconds that a wait goes on after the first packet, so that more come. A ring does that itself.
+            self._coalescing = 0.0 if self._mechanism.coalesces else options.coalescing
             assert self._wakeup.event is not None
             self._prepare(
                 deliver,
@@ -101,7 +101,7 @@ class Reception(Receiver):
                 framing.packet_info_size,
                 framing.link_header,
                 framing.link_type,
-                framing.told,
+                framing.per_packet,
                 framing.vnet_header_size,
                 not framing.vnet_little_endian,
                 max(found.ifindex or 0, 0) if found.kind in ("packet", "packet_cooked") else 0,
@@ -109,7 +109,7 @@ class Reception(Receiver):
                 source.fd,
                 self._wakeup.event.fd,
                 self._wakeup.fileno(),
-                self.held_back,
+                self._coalescing,
             )
             self._prepare_sending(way_to_send(source.fd, found))
             self._use(self._mechanism.native)
@@ -169,13 +169,13 @@ class Reception(Receiver):
         report, kind = self._report, self.source.capabilities.kind
         code = report.error
         gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
-        told = self._mechanism.explain(code)
-        if told is not None:
-            if isinstance(told, DamagedCapture):
+        failure = self._mechanism.explain(code)
+        if failure is not None:
+            if isinstance(failure, DamagedCapture):
                 self._end_behind = End.EOF  # nothing behind that is read
                 self._end_follows = True
             report.error = 0
-            raise told
+            raise failure
         if code in gone:
             self._finish(End.LINK_GONE)
         elif code == errno.ENODATA:
@@ -309,12 +309,12 @@ class Reception(Receiver):
 
     def _finish(self, end: End) -> None:
         # What the backend received and nobody classified: packets or not, they were not delivered.
-        held_back = self._mechanism.held + self._report.count
+        undelivered = self._mechanism.held + self._report.count
         event = self._wakeup.event
         if event is not None:
             event.set()  # whoever polls must come and see
         self._drop()
-        self._tally.held_back = held_back
+        self._tally.undelivered = undelivered
         self._end = end
         self._ended = True
 
@@ -390,23 +390,23 @@ class Reception(Receiver):
 
     # For those who poll.
 
-    def _listen(self) -> None:
+    def _resume_source(self) -> None:
         if not self._quiet:
-            self._wakeup.listen()
-        self._looking_away = False
+            self._wakeup.resume_source()
+        self._source_paused = False
 
-    def _vain(self) -> None:
-        """Leave a source out of the poll set for a while that says it is readable, and is not."""
+    def _pause_source(self) -> None:
+        """Take a source out of the poll set for a while that is readable, but has nothing to read."""
         if self._wakeup.wait(0):
-            self._looking_away = True
-            self._wakeup.look_away(_REST)
+            self._source_paused = True
+            self._wakeup.pause_source(_PAUSE)
 
-    def _hush(self) -> None:
-        """Who polls has seen the end: there is nothing to call it for any more."""
+    def _disarm(self) -> None:
+        """The caller that polls has seen the end: make the descriptor unreadable for good."""
         self._quiet = True  # first: stop() looks at it behind setting the event
-        self._wakeup.hush()
+        self._wakeup.disarm()
 
-    def _show(self) -> None:
+    def _set_readable(self) -> None:
         """Make the polled descriptor readable while there is something that does not need the source."""
         event = self._wakeup.event
         if event is None:
@@ -418,7 +418,7 @@ class Reception(Receiver):
             event.clear()
             if self._stopping:
                 event.set()  # stop() came while it was cleared
-        self._shown = waiting
+        self._readable = waiting
 
     def _drops(self) -> int | None:
         drops = self.source.kernel_drops()
@@ -443,7 +443,7 @@ class Reception(Receiver):
             ring_freezes=self._mechanism.freezes(),
             link_downs=tally.link_downs if self.source.watched else None,
             demotions=self._rungs - len(self.choice.ladder),
-            undelivered=self._undelivered + tally.held_back,
+            undelivered=self._undelivered + tally.undelivered,
             sent=self._sent,
             filtered=counters[FILTERED] if self._source_filter.own or counters[FILTERED] else None,
         )

@@ -8,13 +8,13 @@ from enum import Enum
 
 @dataclass(slots=True)
 class Tally:
-    """What the loop itself counts, beside the classifier and the receiver. `held_back`: what the backend still had at a stop;
-    `indescribable` by a virtio-net header.
+    """What the loop itself counts, beside the classifier and the receiver. `undelivered`: packets that the backend still
+    held at a stop. `indescribable`: packets that a virtio-net header cannot describe.
     """
 
     waits: int = 0
     link_downs: int = 0
-    held_back: int = 0
+    undelivered: int = 0
     indescribable: int = 0
 
 

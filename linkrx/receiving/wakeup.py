@@ -11,7 +11,7 @@ from linkrx.kernel import libc
 # How soon a deleted interface is noticed: the kernel says "down" first and then, on AF_PACKET, nothing more.
 RECHECK_SECONDS = 0.02
 
-# epoll_wait(2) takes milliseconds in an int; whoever asked for longer is asked again.
+# epoll_wait(2) takes milliseconds in an int; a longer wait is made of several.
 _LONGEST_SLEEP = 3600.0
 
 
@@ -83,7 +83,7 @@ class Wakeup:
     def __init__(self, source: int) -> None:
         self.event: EventFd | None = EventFd()
         self.source = source
-        self.listening = True
+        self.registered = True
         self._link_down = False
         self._epoll = _epoll()
         self._timer = Timer()
@@ -105,37 +105,39 @@ class Wakeup:
         bounded = None if timeout is None else min(timeout, _LONGEST_SLEEP)
         return any(fd == self.source for fd, _ in self._epoll.poll(bounded))
 
-    def rest(self, timeout: float) -> None:
-        """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
+    def sleep(self, timeout: float) -> None:
+        """Wait for the event alone, for example where a source is readable and a read finds nothing."""
         if self.event is not None:
             poll = select.poll()
             poll.register(self.event.fd, select.POLLIN)
             poll.poll(timeout * 1000)
 
-    def look_away(self, timeout: float) -> None:
-        """For those who poll: be silent about such a source for `timeout` seconds."""
-        if self.listening:
-            self.listening = False  # first: `listen` takes it in again, also where it was not out yet
+    def pause_source(self, timeout: float) -> None:
+        """Take such a source out of the epoll instance for `timeout` seconds."""
+        if self.registered:
+            self.registered = (
+                False  # first: `resume_source` registers it again, also if it is still registered
+            )
             self._epoll.unregister(self.source)
         self._timer.set(timeout)
 
-    def hush(self) -> None:
-        """Readable no more, whatever the source says."""
-        if self.listening:
+    def disarm(self) -> None:
+        """Make the descriptor unreadable for good."""
+        if self.registered:
             with suppress(FileNotFoundError):  # an exception came in between
                 self._epoll.unregister(self.source)
-            self.listening = False
+            self.registered = False
         self._timer.set(None)
         if self.event is not None:
             self.event.clear()
 
-    def listen(self) -> None:
-        """Take the source in again after `look_away`."""
-        if not self.listening:
+    def resume_source(self) -> None:
+        """Register the source again after `pause_source`."""
+        if not self.registered:
             with suppress(FileExistsError):  # an exception came in between, there or here
                 self._epoll.register(self.source, select.EPOLLIN)
             self._timer.set(RECHECK_SECONDS if self._link_down else None)
-            self.listening = True
+            self.registered = True
 
     def watch_link(self, down: bool) -> None:
         """While a link is down, wake up regularly to see whether it still exists."""

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from linkrx.errors import UnsupportedOption, UnsupportedSource
 from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_HEADER_BYTES, ETH_P_ALL, VNET_HEADER_BYTES
-from linkrx.memory.framing import BARE_IP_TYPES, TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
+from linkrx.memory.framing import BARE_IP_TYPES, PER_PACKET_LINK_TYPE, PER_PACKET_NO_HEADER, Framing
 from linkrx.memory.layouts import CAPACITY_MAX, Layout, checked_sizes
 from linkrx.sources import filters
 from linkrx.sources.capabilities import Capabilities
@@ -110,7 +110,7 @@ class Options:
             filters.checked(self.filter)
 
     @property
-    def held_back(self) -> float:
+    def coalescing(self) -> float:
         """Seconds that the receiver waits for more, once something is there."""
         return self.latency or 0.0
 
@@ -202,15 +202,16 @@ class Options:
     def framing(self, capabilities: Capabilities) -> Framing:
         """What stands in front of the data: what the caller says where the probe does not know, never against it."""
         ethernet, packet_info = self._ethernet(capabilities), self._packet_info(capabilities)
-        told = _told(capabilities, ethernet, packet_info)
+        per_packet = _per_packet(capabilities, ethernet, packet_info)
         return Framing(
             ethernet=ethernet,
             vnet_header_size=self._vnet_header_size(capabilities),
             packet_info=packet_info,
             vnet_little_endian=capabilities.vnet_little_endian,
             # A backend that does not tell the link type is taken to have Ethernet.
-            link_type=capabilities.hardware_type or (ARPHRD_ETHER if told == TOLD_BY_LINK_TYPE else 0),
-            told=told,
+            link_type=capabilities.hardware_type
+            or (ARPHRD_ETHER if per_packet == PER_PACKET_LINK_TYPE else 0),
+            per_packet=per_packet,
         )
 
     def _ethernet(self, found: Capabilities) -> bool:
@@ -269,14 +270,14 @@ class Options:
         return found.packet_info
 
 
-def _told(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
-    """Whether packets of a source differ in what the kernel tells about each: Framing.told."""
+def _per_packet(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
+    """Whether packets of a source differ in what the kernel tells about each: Framing.per_packet."""
     if found.kind == "packet_cooked":
-        return TOLD_WITHOUT_HEADER
+        return PER_PACKET_NO_HEADER
     if found.kind == "capture_file" or (found.kind == "packet" and not (ethernet and found.hardware_type)):
-        return TOLD_BY_LINK_TYPE
+        return PER_PACKET_LINK_TYPE
     if found.kind == "tun" and (packet_info or found.hardware_type not in (None, *BARE_IP_TYPES)):
-        return TOLD_WITHOUT_HEADER
+        return PER_PACKET_NO_HEADER
     return 0
 
 

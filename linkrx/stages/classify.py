@@ -47,16 +47,16 @@ class Filter:
     tags: bool = False
 
 
-def _has_inner_tag(data: bytes, wire_length: int, told: int) -> bool:
-    """Whether a cooked packet starts with the TCI and type of an inner VLAN tag, and not with the told protocol's own header."""
-    if len(data) < 4 or told in _VLAN_TYPES:
+def _has_inner_tag(data: bytes, wire_length: int, reported: int) -> bool:
+    """Whether a cooked packet starts with the TCI and type of an inner VLAN tag, and not with the reported protocol's own header."""
+    if len(data) < 4 or reported in _VLAN_TYPES:
         return False
     (kind,) = _ETHERTYPE.unpack_from(data, 2)
-    if kind != told and kind not in _VLAN_TYPES:
+    if kind != reported and kind not in _VLAN_TYPES:
         return False
-    if told == ETHERTYPE_IPV4:
+    if reported == ETHERTYPE_IPV4:
         return data[0] >> 4 != 4 or data[0] & 15 < 5 or kind > wire_length
-    if told == ETHERTYPE_IPV6:
+    if reported == ETHERTYPE_IPV6:
         return data[0] >> 4 != 6 or (len(data) == 6 and _ETHERTYPE.unpack_from(data, 4)[0] + 40 > wire_length)
     return True
 
@@ -74,7 +74,7 @@ def classifier(
     """
     rule = filter or Filter()
     reported, report = descriptors.columns, descriptors.report
-    prefix, differ = framing.prefix, framing.told
+    prefix, per_packet = framing.prefix, framing.per_packet
 
     def classify(arena: Owner, count: int) -> None:
         region = arena.view[arena.cursor :]
@@ -95,15 +95,21 @@ def classifier(
                 flags |= TRUNCATED
             wire_length = max(reported.wire_lengths[index], length)
             start, length, wire_length = start + prefix, length - prefix, wire_length - prefix
-            link_type = (reported.link_types[index] if differ else 0) or framing.link_type
-            bare = differ and reported.link_headers[index] == NO_LINK_HEADER
+            link_type = (reported.link_types[index] if per_packet else 0) or framing.link_type
+            bare = per_packet and reported.link_headers[index] == NO_LINK_HEADER
             link_header = 0 if bare else framing.link_header_of(link_type)
             # A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has.
-            if differ and flags & OUTGOING and link_type == ARPHRD_LOOPBACK and not interface and not bare:
+            if (
+                per_packet
+                and flags & OUTGOING
+                and link_type == ARPHRD_LOOPBACK
+                and not interface
+                and not bare
+            ):
                 filtered += 1
                 continue
-            protocol = reported.protocols[index] if differ else 0
-            if differ and framing.packet_info:
+            protocol = reported.protocols[index] if per_packet else 0
+            if per_packet and framing.packet_info:
                 (protocol,) = _ETHERTYPE.unpack_from(region, start - prefix + 2)
             if rule.program:
                 tagged = flags & VLAN
@@ -124,7 +130,7 @@ def classifier(
             if wire_length > length:
                 flags |= TRUNCATED
             cut += flags & TRUNCATED
-            if differ and protocol and flags & VLAN and not link_header:
+            if per_packet and protocol and flags & VLAN and not link_header:
                 beginning = bytes(region[start : start + min(length, 6)])
                 if _has_inner_tag(beginning, wire_length, protocol):
                     protocol = ETHERTYPE_VLAN
@@ -135,7 +141,7 @@ def classifier(
                 pass
             elif link_header:
                 (protocol,) = _ETHERTYPE.unpack_from(region, start + 12)
-            elif not differ or link_type in ETHERNET_TYPES or link_type in BARE_IP_TYPES:
+            elif not per_packet or link_type in ETHERNET_TYPES or link_type in BARE_IP_TYPES:
                 protocol = _IP_VERSIONS.get(region[start] >> 4, 0)
                 if not protocol:
                     unknown += 1
@@ -149,7 +155,7 @@ def classifier(
             table.flags[row] = flags
             table.vlan_tcis[row] = reported.vlan_tcis[index]
             table.vlan_tpids[row] = reported.vlan_tpids[index]
-            if differ:
+            if per_packet:
                 table.link_types[row] = link_type
                 table.addresses[row] = reported.addresses[index]
                 table.address_lengths[row] = reported.address_lengths[index]

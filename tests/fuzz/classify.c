@@ -30,7 +30,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint32_t packet_info = take(&in, 1) * 4;
     uint32_t prefix = packet_info + vnet_header_sizes[take(&in, 3)];
     uint32_t link_header = take(&in, 1) * 14;
-    uint32_t told = take(&in, 2), link_type = some_link_type(&in);
+    uint32_t per_packet = take(&in, 2), link_type = some_link_type(&in);
     uint32_t count = take(&in, PACKETS_MOST);
     uint32_t rows = count + take(&in, 2);
     uint32_t bytes = take(&in, 400);
@@ -103,7 +103,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         const uint32_t whole = length;
         const uint32_t own_type = (uint32_t)get(in_table, rows, k, LINK_TYPE) ? (uint32_t)get(in_table, rows, k, LINK_TYPE) : link_type;
 
-        if (told && !interface && flags & LRX_OUTGOING && own_type == 772) { /* of lo: it comes in as well */
+        if (per_packet && !interface && flags & LRX_OUTGOING && own_type == 772) { /* of lo: it comes in as well */
             expected_counters[LRX_FILTERED]++;
             continue;
         }
@@ -118,11 +118,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         expected_counters[LRX_CUT] += flags % 2;
         uint32_t header = link_header, type = 0, left = length - prefix;
         int guess = 1;
-        if (told) {
+        if (per_packet) {
             type = (uint32_t)get(in_table, rows, k, LINK_TYPE);
             if (!type)
                 type = link_type;
-            header = told == LRX_TOLD_WITHOUT_HEADER || is_bare(type) ? 0 : is_ethernet(type) ? 14 : link_header;
+            header = per_packet == LRX_PER_PACKET_NO_HEADER || is_bare(type) ? 0 : is_ethernet(type) ? 14 : link_header;
             protocol = packet_info ? region[start + 2] * 256u + region[start + 3]
                                    : (uint32_t)get(in_table, rows, k, PROTOCOL);
             guess = is_bare(type) || is_ethernet(type);
@@ -153,7 +153,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             expected_counters[LRX_UNKNOWN_PROTOCOL]++;
             continue;
         }
-        if (told) {
+        if (per_packet) {
             put(expected, count, n, LINK_TYPE, type);
             put(expected, count, n, ADDRESS, get(in_table, rows, k, ADDRESS));
             put(expected, count, n, ADDRESS_LENGTH, get(in_table, rows, k, ADDRESS_LENGTH));
@@ -181,7 +181,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         memcpy(untouched_table, in_table, ROW_BYTES * rows);
     const struct lrx_classifier classifier = {(uintptr_t)descriptors, rows,      prefix,
                                               packet_info,            link_header, link_type,
-                                              told,                   interface,   (uintptr_t)counters,
+                                              per_packet,             interface,   (uintptr_t)counters,
                                               {.program = filters ? &keep : NULL}};
     lrx_classify(&classifier, (uintptr_t)region, count, (uintptr_t)table);
 

@@ -144,7 +144,7 @@ static ssize_t hand_out_told(struct msghdr *message)
 static ssize_t fake_recvmsg(int fd, struct msghdr *message, int flags)
 {
     MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC));
-    if (kernel.method == LRX_RECV_TOLD)
+    if (kernel.method == LRX_RECVMSG)
         return hand_out_told(message);
     MUST(kernel.method == LRX_RECV);
     MUST(!message->msg_name && !message->msg_control && !message->msg_namelen && !message->msg_controllen);
@@ -190,7 +190,7 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
         MUST(start % 8 == 0 && start >= free_from && start + length <= end);
         free_from = start + length;
         MUST(length == (cut ? kernel.capacity : kernel.lengths[k]));
-        int told = kernel.method == LRX_RECV_TOLD && kernel.tags[k], socket = kernel.method == LRX_RECV || kernel.method == LRX_RECV_TOLD;
+        int told = kernel.method == LRX_RECVMSG && kernel.tags[k], socket = kernel.method == LRX_RECV || kernel.method == LRX_RECVMSG;
 
         MUST(get(table, rows, k, WIRE_LENGTH) == (socket ? kernel.lengths[k] : length) + (told ? kernel.cuts[k] : 0));
         MUST(get(table, rows, k, FLAGS) == (uint64_t)((cut ? LRX_TRUNCATED : 0) | (told ? LRX_VLAN : 0)));
@@ -207,7 +207,7 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, size};
-    const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL, LRX_RECV_TOLD};
+    const int methods[] = {LRX_READ, LRX_READ, LRX_RECV, LRX_POLL, LRX_RECVMSG};
     struct lrx_readv r = {.fd = FD, .method = methods[take(&in, 4)]};
     uint32_t rows = 1 + take(&in, 7), table_bytes = sizeof(struct lrx_report) + ROW_BYTES * rows;
     struct lrx_report *report = (struct lrx_report *)exactly(table_bytes);

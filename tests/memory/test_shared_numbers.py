@@ -17,8 +17,8 @@ from linkrx.sources import options
 # The name in C, and what Python has of the same meaning.
 SHARED: dict[str, int] = {
     "LRX_ROW_BYTES": columns.ROW_BYTES,
-    "LRX_TOLD_WITHOUT_HEADER": framing.TOLD_WITHOUT_HEADER,
-    "LRX_TOLD_BY_LINK_TYPE": framing.TOLD_BY_LINK_TYPE,
+    "LRX_PER_PACKET_NO_HEADER": framing.PER_PACKET_NO_HEADER,
+    "LRX_PER_PACKET_LINK_TYPE": framing.PER_PACKET_LINK_TYPE,
     "LRX_NO_LINK_HEADER": framing.NO_LINK_HEADER,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,

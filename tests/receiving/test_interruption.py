@@ -394,5 +394,5 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if way.split], ids=lambda way: way.name)
 def test_splitting_in_python(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever an exception comes while a super-packet is split without the core, each frame is delivered once."""
-    monkeypatch.setattr(segmenting, "segmenter", segment.in_python)
+    monkeypatch.setattr(segmenting, "segmenter", segment.PythonSegmenter)
     test_an_event_loop_goes_on(way, "os_readv", drain)

@@ -20,7 +20,7 @@ from linkrx.kernel import bpf
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table, align
 from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
 from linkrx.memory.counters import MALFORMED as COUNT_MALFORMED
-from linkrx.memory.framing import TOLD_BY_LINK_TYPE, TOLD_WITHOUT_HEADER, Framing
+from linkrx.memory.framing import PER_PACKET_LINK_TYPE, PER_PACKET_NO_HEADER, Framing
 from linkrx.packets import Owner
 from linkrx.packets.headers import MALFORMED, Flags
 from linkrx.stages.classify import Classify, Filter, classifier
@@ -40,7 +40,7 @@ class Make(Protocol):
     ) -> Classify: ...
 
 
-def in_c(
+def core_classifier(
     descriptors: Descriptors,
     framing: Framing,
     counters: array[int],
@@ -57,7 +57,7 @@ def in_c(
         packet_info=framing.packet_info_size,
         link_header=framing.link_header,
         link_type=framing.link_type,
-        told=framing.told,
+        per_packet=framing.per_packet,
         interface=interface,
         counters=_core.address(counters),
     )
@@ -78,7 +78,7 @@ def in_c(
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 IMPLEMENTATIONS = [
     pytest.param(classifier, id="python"),
-    pytest.param(in_c, id="c", marks=needs_core),
+    pytest.param(core_classifier, id="c", marks=needs_core),
 ]
 both = pytest.mark.parametrize("make", IMPLEMENTATIONS)
 
@@ -300,8 +300,8 @@ def test_truncated_counts_among_all(make: Make) -> None:
 def test_metadata_goes_with_its_packet(make: Make) -> None:
     """Timestamp, flags and VLAN tag stay with their packet when ones before it are left out."""
     flags = Flags.VLAN | Flags.TIMESTAMP | Flags.OUTGOING | Flags.CHECKSUM_UNFINISHED
-    told = Received(frame(), 0, int(flags), -(2**63), 0x2005, 0x88A8)
-    got = run(make, ETHERNET, [Received(b""), Received(b"runt", 0, 1, 7, 8, 9), told])
+    whole = Received(frame(), 0, int(flags), -(2**63), 0x2005, 0x88A8)
+    got = run(make, ETHERNET, [Received(b""), Received(b"runt", 0, 1, 7, 8, 9), whole])
     assert got.count == 1
     table = got.table
     row = (table.timestamps[0], table.flags[0], table.vlan_tcis[0], table.vlan_tpids[0])
@@ -398,7 +398,7 @@ framings = st.builds(
     vnet_header_size=st.sampled_from([0, 0, 10, 11, 12, 24]),
     packet_info=st.booleans(),
     link_type=st.sampled_from([0, 1, 772, 778, 0xFFFE]),
-    told=st.sampled_from([0, TOLD_WITHOUT_HEADER, TOLD_BY_LINK_TYPE]),
+    per_packet=st.sampled_from([0, PER_PACKET_NO_HEADER, PER_PACKET_LINK_TYPE]),
 )
 
 _arenas: list[Owner] = []
@@ -438,7 +438,7 @@ def test_c_and_python_agree(
     program = Maker(seed, 100, ANYWHERE, headers=(bpf.NET_OFF, bpf.LL_OFF)).program() if filters else []
     rule = Filter(program, tags)
     left: list[tuple[bytes, list[int], bytes]] = []
-    for make, arena in zip((classifier, in_c), arena_pair(), strict=True):
+    for make, arena in zip((classifier, core_classifier), arena_pair(), strict=True):
         arena.view[:] = b"\xa5" * arena.limit
         cursor = arena.cursor
         arena.view[cursor : cursor + len(memory)] = memory

@@ -33,8 +33,8 @@ needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C 
 both = pytest.mark.parametrize(
     "make",
     [
-        pytest.param(segment.in_python, id="python"),
-        pytest.param(segment.in_c, id="c", marks=needs_core),
+        pytest.param(segment.PythonSegmenter, id="python"),
+        pytest.param(segment.CSegmenter, id="c", marks=needs_core),
     ],
 )
 
@@ -344,14 +344,14 @@ def test_which_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [segment.segmenter(Descriptors(1), Descriptors(1), PLAIN)] if _core.lib else []
     monkeypatch.setattr(_core, "lib", None)
     made.append(segment.segmenter(Descriptors(1), Descriptors(1), PLAIN))
-    assert [type(one) for one in made] == [segment.in_c, segment.in_python][-len(made) :]
+    assert [type(one) for one in made] == [segment.CSegmenter, segment.PythonSegmenter][-len(made) :]
 
 
 @pytest.mark.only(3, 11)  # by whose instructions the interruptions come
 def test_interrupted() -> None:
     """A signal handler that raises anywhere in the Python segmenter costs no frame, and gives none twice."""
     case = Super(payload=5000)
-    bench = Bench(segment.in_python, PLAIN, 2)
+    bench = Bench(segment.PythonSegmenter, PLAIN, 2)
     for events in range(1000):
         bench.given.clear()
         bench.take([row(case), OTHER], receives=9, error=77)

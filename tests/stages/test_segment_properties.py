@@ -18,7 +18,7 @@ from linkrx.memory.framing import Framing
 from linkrx.packets.headers import CHECKSUM_UNFINISHED, TIMESTAMP, TRUNCATED, VLAN
 from linkrx.stages import segmentation as segment
 
-MAKES: tuple[Make, ...] = (segment.in_python, segment.in_c)
+MAKES: tuple[Make, ...] = (segment.PythonSegmenter, segment.CSegmenter)
 PLAIN = Framing(ethernet=True, vnet_header_size=VNET_HEADER_BYTES)
 STRIPPED = struct.pack("=HH", 0x0001, 0x0008)  # struct tun_pi with TUN_PKT_STRIP
 WHOLE = struct.pack("=HH", 0x0102, 0x0008)

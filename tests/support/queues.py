@@ -19,7 +19,7 @@ LONGEST = 200_000
 RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
 QUEUE = 20_000  # packets: more than the smallest segments of the largest super-packet
 
-MAKES = [segment.in_python] + ([segment.in_c] if _core.lib else [])
+MAKES = [segment.PythonSegmenter] + ([segment.CSegmenter] if _core.lib else [])
 
 # What marks the end of what one injection led to.
 MARKS = {"tap": LOCAL + REMOTE + b"\x88\xb5" + bytes(50), "tun": b"\x45" + bytes(8) + b"\xfd" + bytes(10)}

@@ -120,7 +120,7 @@ class Hand:
             framing.packet_info_size,
             framing.link_header,
             framing.link_type,
-            framing.told,
+            framing.per_packet,
             framing.vnet_header_size,
             not framing.vnet_little_endian,
             0,
@@ -217,7 +217,7 @@ class Source:
             columns.flags[index] = row.flags
             columns.vlan_tcis[index] = row.vlan_tci
             columns.vlan_tpids[index] = row.vlan_tpid
-            if self.framing.told:
+            if self.framing.per_packet:
                 columns.link_types[index] = row.link_type
                 columns.addresses[index] = int.from_bytes(row.address.ljust(8, b"\0"), sys.byteorder)
                 columns.address_lengths[index] = len(row.address)

@@ -22,7 +22,7 @@ static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_
         Py_DECREF((PyObject *)b);
         return NULL;
     }
-    lrx_table_copy(b->table, columns, framing.told);
+    lrx_table_copy(b->table, columns, framing.per_packet);
     return b;
 }
 
@@ -41,7 +41,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
         *spare = NULL;
         b->settled = b->tidy = false;
         lrx_table_lay_out(b->table, count);
-        lrx_table_copy(b->table, columns, framing.told);
+        lrx_table_copy(b->table, columns, framing.per_packet);
     } else {
         b = batch_new(state, columns, count, framing);
     }
@@ -52,7 +52,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     for (uint32_t k = 0; k < count; k++) {
         const uint32_t place = t->places[k], length = t->lengths[k];
 
-        if (place < framing.vnet || length < (framing.told ? t->link_headers[k] : framing.link_header) || length > size || place > size - length) {
+        if (place < framing.vnet || length < (framing.per_packet ? t->link_headers[k] : framing.link_header) || length > size || place > size - length) {
             PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
                          place, length, size);
             Py_DECREF((PyObject *)b);
@@ -217,7 +217,7 @@ static PyObject *batch_column(PyObject *self, void *which)
 
     /* A new one each time: whoever has it may release it. */
     b->table->column = (enum column)(uintptr_t)which;
-    if (b->table->column == COLUMN_LINK_TYPES && !b->framing.told)
+    if (b->table->column == COLUMN_LINK_TYPES && !b->framing.per_packet)
         for (Py_ssize_t k = 0; k < b->table->count; k++)
             b->table->link_types[k] = b->framing.link_type;
     view = PyMemoryView_FromObject((PyObject *)b->table);

@@ -76,7 +76,7 @@ static void give_up_lock(void *thread)
         *saved = PyEval_SaveThread();
 }
 
-static int fill_in_c(Receiver *r, const Owner *arena, uint32_t asked)
+static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
 {
     struct lrx_mechanism *m = r->mechanism;
     const uintptr_t descriptors = (uintptr_t)r->descriptors.buf;
@@ -106,13 +106,13 @@ static int fill_in_place(Receiver *r, const Owner *arena)
 
     if (take_back(r, places->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
         return -1;
-    count = fill_in_c(r, arena, r->rows); /* which makes no system call */
+    count = call_fill_function(r, arena, r->rows); /* which makes no system call */
     if (!count && places->lent[last] && take_back(r, last) < 0)
         return -1;
     return count;
 }
 
-static int fill_in_python(Receiver *r, Owner *arena, uint32_t asked)
+static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked)
 {
     PyObject *answer;
     long count;
@@ -143,7 +143,7 @@ int lrx_fill(Receiver *r, bool all)
         return -1;
     if (r->mechanism && r->mechanism->places)
         return fill_in_place(r, arena);
-    count = r->mechanism ? fill_in_c(r, arena, asked) : fill_in_python(r, arena, asked);
+    count = r->mechanism ? call_fill_function(r, arena, asked) : call_fill_method(r, arena, asked);
     if (!all && count > 0)
         learn(r, asked, (uint32_t)count);
     return count;

@@ -36,14 +36,14 @@ static void judge_pending(Receiver *r)
     Py_ssize_t n = r->next;
 
     for (Py_ssize_t k = n; k < t->count; k++) {
-        const uint32_t link_header = framing.told ? t->link_headers[k] : framing.link_header;
+        const uint32_t link_header = framing.per_packet ? t->link_headers[k] : framing.link_header;
         const struct lrx_filtered packet = {
             .frame = b->base + t->places[k],
             .length = t->lengths[k],
             .wire_length = t->wire_lengths[k],
             .link_header = link_header,
-            .link_type = framing.told ? t->link_types[k] : framing.link_type,
-            .protocol = framing.told ? t->protocols[k] : 0,
+            .link_type = framing.per_packet ? t->link_types[k] : framing.link_type,
+            .protocol = framing.per_packet ? t->protocols[k] : 0,
             .interface = t->interfaces[k],
             .outgoing = t->flags[k] & LRX_OUTGOING,
             .tagged = t->flags[k] & LRX_VLAN,
@@ -87,7 +87,7 @@ int lrx_exchange_filter(Receiver *r)
     r->exchanging = false;
     if (r->pending && r->filter)
         judge_pending(r);
-    lrx_show(r); /* who waited was woken */
+    lrx_set_readable(r); /* who waited was woken */
     return 0;
 }
 

@@ -112,7 +112,7 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
     p->link_type = batch->framing.link_type;
     p->link_header = batch->framing.link_header;
     p->address_length = 0;
-    if (batch->framing.told)
+    if (batch->framing.per_packet)
         set_told(p, t, index);
     p->has_vnet = 0;
     if (batch->settled) {

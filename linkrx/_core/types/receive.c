@@ -4,24 +4,24 @@
  * classified, or CLASSIFIED is set and they are not taken in, or an errno waits in ERROR. Each step begins where the last one
  * ended, and nothing is received while something waits.
  *
- * What is rare is Python: the receiver calls methods of its subclass, linkrx/receiving/reception.py, by these words:
- *   _fill(arena)         a mechanism that is written in Python; returns how many packets it has filled
- *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are left
+ * What is rare is Python. The receiver calls these methods of its subclass, linkrx/receiving/reception.py:
+ *   _fill(arena)         fill with a mechanism that is written in Python; returns the number of packets
+ *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are packets
  *   _handle_error()      an errno waits in the header
- *   _over()              whether a stop, or the end that follows, is due now
+ *   _over()              whether a stop, or an end that follows what was received, is due now
  *   _look_at_link()      the link was down when nothing was received
- *   _look_at_drops()     it is time to compare the kernel's counters; returns after how many seconds to look again
- *   _look_at_owner()     nothing came for a second, or for as long as was asked for
- *   _listen()            the source was left out of the poll set
- *   _hush()              somebody polls, and has seen the end
- *   _vain()              an event loop says that the source is readable, and it is not, many times in a row
- *   _flush_limits()      stop(flush=True) was called: how many packets may wait in the source, and after how many seconds the
- *                        last of them can be read
+ *   _look_at_drops()     compare the kernel's counters; returns the seconds until the next look
+ *   _look_at_owner()     nothing came for a second, or for the whole timeout
+ *   _pause_source()      an event loop found the source readable many times in a row, and reads found nothing
+ *   _resume_source()     the source was taken out of the poll set
+ *   _disarm()            the caller that polls has seen the end
+ *   _flush_limits()      stop(flush=True) was called; returns how many packets may wait in the source, and the seconds after
+ *                        which the last of them can be read
  * and, from receiver.c:
- *   _refuse(same_thread) somebody is inside, or it is closed: raises
- *   _left_by_all()       nobody is inside any more
- *   _without_deliver()   there is nothing to deliver to: raises
- *   _raise_ended()       recv() behind the end: raises
+ *   _refuse(same_thread) the receiver is claimed or closed: raises
+ *   _last_left()         no call is inside any more
+ *   _without_deliver()   there is no `deliver`: raises
+ *   _raise_ended()       recv() after the end: raises
  *
  * A read never waits. A fill keeps the interpreter's lock for the first few packets, for a thread that gives it up beside a busy
  * one gets it back after 5 ms; a fill of many gives it up for the rest. */
@@ -36,9 +36,9 @@
 
 /* A source that gives nothing but errors must not keep the caller from looking at the clock. */
 #define ERRORS_IN_A_ROW 8
-/* A source that says it is readable this often in a row and yields nothing is from then on asked every REST seconds only. */
+/* Wakes in a row after which reads found nothing. From then on the source is read every PAUSE seconds only. */
 #define IDLE_WAKES 8
-#define REST 0.01
+#define PAUSE 0.01
 /* A signal that comes between the last look and the wait is seen this much later. */
 #define SLICE 1.0
 #define SECOND 1000000000LL
@@ -198,8 +198,8 @@ static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
     return ready;
 }
 
-/* No longer than `seconds`, without looking at the source. 1: somebody stops it. */
-static int rest(const Receiver *r, double seconds)
+/* Sleep for `seconds` at most, on the event alone. 1: it is set, for a stop. */
+static int sleep_on_event(const Receiver *r, double seconds)
 {
     struct pollfd event = {.fd = r->event, .events = POLLIN};
 
@@ -208,14 +208,14 @@ static int rest(const Receiver *r, double seconds)
     return PyErr_CheckSignals() < 0 ? -1 : ready;
 }
 
-/* For `latency`, so that several packets come together; not beyond the deadline, and not when somebody stops it. */
-static int hold_back(const Receiver *r, double deadline)
+/* Sleep for `latency`, so that several packets come together. The deadline and a stop end it. */
+static int coalesce(const Receiver *r, double deadline)
 {
     const double later = lrx_now() + r->latency, until = later < deadline ? later : deadline;
 
     while (!r->stopping) {
         const double left = until - lrx_now();
-        const int ready = left > 0 ? rest(r, left < SLICE ? left : SLICE) : 1;
+        const int ready = left > 0 ? sleep_on_event(r, left < SLICE ? left : SLICE) : 1;
 
         if (ready)
             return ready < 0 ? -1 : 0;
@@ -293,11 +293,11 @@ static int begin_flush(Receiver *r)
     return 0;
 }
 
-/* While it flushes nobody waits for the event, which is set, but for the source. A stop() that does not flush ends this. */
-static int wait_for_the_rest(Receiver *r, double seconds)
+/* During a flush the event is set, so only the source is polled. A stop() that does not flush ends this. */
+static int wait_for_source(Receiver *r, double seconds)
 {
     struct pollfd source = {.fd = r->source, .events = POLLIN};
-    const int ready = sleep_on(&source, 1, seconds < REST ? seconds : REST);
+    const int ready = sleep_on(&source, 1, seconds < PAUSE ? seconds : PAUSE);
 
     return PyErr_CheckSignals() < 0 ? -1 : ready;
 }
@@ -310,7 +310,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
 
-    if (r->looking_away && lrx_ask(r, "_listen") < 0)
+    if (r->source_paused && lrx_ask(r, "_resume_source") < 0)
         return FAILED;
     for (;;) {
         double left = SLICE, looked = 0;
@@ -347,7 +347,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             case FAILED:
                 return FAILED;
             case READY:
-                r->vain = 0;
+                r->spurious = 0;
                 if (first)
                     learn_to_wait(r, false);
                 if (look_at_drops(r) < 0)
@@ -365,7 +365,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             if (r->ended || r->stopping || r->end_follows)
                 continue;
             if (timeout == 0) {
-                if ((r->polled || r->looped) && ++r->vain > IDLE_WAKES && lrx_ask(r, "_vain") < 0)
+                if ((r->polled || r->looped) && ++r->spurious > IDLE_WAKES && lrx_ask(r, "_pause_source") < 0)
                     return FAILED;
                 return NOTHING;
             }
@@ -382,16 +382,16 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             }
         }
         first = false;
-        if (r->shown) /* nothing waits here now: the event must not end this wait at once */
-            lrx_show(r);
+        if (r->readable) /* nothing waits here now: the event must not end this wait at once */
+            lrx_set_readable(r);
         r->waits += !resumed; /* after a signal, or a slice, it is the same wait */
         if (looked)
-            happened = wait_for_the_rest(r, left < r->flush_until - looked ? left : r->flush_until - looked) < 0 ? -1 : 0;
+            happened = wait_for_source(r, left < r->flush_until - looked ? left : r->flush_until - looked) < 0 ? -1 : 0;
         else if (idle < IDLE_WAKES)
             happened = wait(r, left);
         else
-            happened = rest(r, left < REST ? left : REST) < 0 ? -1 : 0;
-        if (happened == 1 && r->latency > 0 && hold_back(r, timeout > 0 ? deadline : INFINITY) < 0)
+            happened = sleep_on_event(r, left < PAUSE ? left : PAUSE) < 0 ? -1 : 0;
+        if (happened == 1 && r->latency > 0 && coalesce(r, timeout > 0 ? deadline : INFINITY) < 0)
             happened = -1;
         if (happened < 0 || (happened == 0 && !looked && idle < IDLE_WAKES && lrx_ask(r, "_look_at_owner") < 0))
             return FAILED;

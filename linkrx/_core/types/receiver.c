@@ -41,19 +41,19 @@ bool lrx_has_something(const Receiver *r)
 }
 
 /* In C: an exception of a signal handler here would cost the packet that is on its way out. A stop() sets the event as well. */
-void lrx_show(Receiver *r)
+void lrx_set_readable(Receiver *r)
 {
     uint64_t count = 1;
     ssize_t done;
 
     if (r->closed) /* in a child that was forked inside, the event's number may be another file's by now */
         return;
-    r->shown = lrx_has_something(r);
-    done = r->shown ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
+    r->readable = lrx_has_something(r);
+    done = r->readable ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
     (void)done; /* it does not wait, and says no more than that it was readable, or was not */
 }
 
-/* An exception that is on its way goes on. What the words say meanwhile is told where nobody can catch it. */
+/* An exception that is on its way goes on. An exception of these calls goes to sys.unraisablehook. */
 static void tell(Receiver *r, const char *word)
 {
     PyObject *type, *value, *trace, *answer;
@@ -72,13 +72,13 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
     if (r->polled && r->ended) {
         if (!r->quiet)
-            tell(r, "_hush");
-    } else if (r->polled && lrx_has_something(r) != r->shown) {
-        lrx_show(r);
+            tell(r, "_disarm");
+    } else if (r->polled && lrx_has_something(r) != r->readable) {
+        lrx_set_readable(r);
     }
     r->claimed = false;
     if (r->leaving || r->closed)
-        tell(r, "_left_by_all");
+        tell(r, "_last_left");
     if (result && PyErr_Occurred())
         Py_CLEAR(result);
     return result;

@@ -6,14 +6,14 @@
 
 /* For the subclass. */
 
-/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, link_type, told, vnet,
+/* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, link_type, per_packet, vnet,
  *          big_endian, interface,
  *          may_hang_up, source, event, epoll, latency) */
 static PyObject *receiver_prepare(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
     PyObject *deliver, *descriptors, *counters;
-    unsigned rows, room, prefix, packet_info, link_header, link_type, told, vnet, interface;
+    unsigned rows, room, prefix, packet_info, link_header, link_type, per_packet, vnet, interface;
     int big_endian, may_hang_up;
 
     if (r->prepared) {
@@ -21,11 +21,11 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         return NULL;
     }
     if (!PyArg_ParseTuple(args, "OOIOIIIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
-                          &packet_info, &link_header, &link_type, &told, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
+                          &packet_info, &link_header, &link_type, &per_packet, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
                           &r->epoll, &r->latency))
         return NULL;
     if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
-        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || link_type > UINT16_MAX || told > LRX_TOLD_BY_LINK_TYPE || prefix != vnet + packet_info) {
+        (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || link_type > UINT16_MAX || per_packet > LRX_PER_PACKET_LINK_TYPE || prefix != vnet + packet_info) {
         PyErr_SetString(PyExc_ValueError, "no such rows, room, or headers in front of frames");
         return NULL;
     }
@@ -43,7 +43,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     r->may_hang_up = may_hang_up;
     r->framing = (Framing){
         .link_header = (uint8_t)link_header,
-        .told = (uint8_t)told,
+        .per_packet = (uint8_t)per_packet,
         .link_type = (uint16_t)link_type,
         .big_endian = big_endian != 0,
         .vnet = vnet,
@@ -55,7 +55,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         .packet_info = packet_info,
         .link_header = link_header,
         .link_type = link_type,
-        .told = told,
+        .per_packet = per_packet,
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };
@@ -326,7 +326,7 @@ static PyGetSetDef receiver_attributes[] = {
      (void *)offsetof(Receiver, flushing)},
     {"_delivering", receiver_flag, NULL, "Whether `deliver` is running.", (void *)offsetof(Receiver, delivering)},
     {"_closed", receiver_flag, receiver_set_flag, "Nobody comes in any more.", (void *)offsetof(Receiver, closed)},
-    {"_leaving", receiver_flag, receiver_set_flag, "_left_by_all() is to be called when nobody is inside.",
+    {"_leaving", receiver_flag, receiver_set_flag, "_last_left() is to be called when no call is inside.",
      (void *)offsetof(Receiver, leaving)},
     {"_end_follows", receiver_flag, receiver_set_flag, "An end follows what was received.",
      (void *)offsetof(Receiver, end_follows)},
@@ -334,13 +334,13 @@ static PyGetSetDef receiver_attributes[] = {
     {"_quiet", receiver_flag, receiver_set_flag, "Who polls has seen the end, and is called no more.",
      (void *)offsetof(Receiver, quiet)},
     {"_link_down", receiver_flag, receiver_set_flag, "The link is down.", (void *)offsetof(Receiver, link_down)},
-    {"_looking_away", receiver_flag, receiver_set_flag, "The source is left out of the poll set.",
-     (void *)offsetof(Receiver, looking_away)},
+    {"_source_paused", receiver_flag, receiver_set_flag, "The source is out of the poll set.",
+     (void *)offsetof(Receiver, source_paused)},
     {"_looped", receiver_flag, receiver_set_flag, "An event loop of this process watches it.",
      (void *)offsetof(Receiver, looped)},
     {"_polled", receiver_flag, receiver_set_flag, "Somebody polls fileno().", (void *)offsetof(Receiver, polled)},
-    {"_shown", receiver_flag, receiver_set_flag, "fileno() is readable, for something waits here.",
-     (void *)offsetof(Receiver, shown)},
+    {"_readable", receiver_flag, receiver_set_flag, "The event is set, which makes fileno() readable: packets wait here.",
+     (void *)offsetof(Receiver, readable)},
     {"_sent", receiver_count, NULL, "Frames that were sent.", (void *)offsetof(Receiver, sent)},
     {"_batches", receiver_count, NULL, "How often something was taken in.", (void *)offsetof(Receiver, batches)},
     {"_receives", receiver_count, NULL, "System calls that received it, or blocks of a ring.",

@@ -69,7 +69,7 @@ static void row_of_packet(const Packet *p, Row *row)
 static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
 {
     const Table *t = b->table;
-    const bool told = b->framing.told;
+    const bool per_packet = b->framing.per_packet;
 
     *row = (Row){
         .frame = b->base + t->places[k],
@@ -79,12 +79,12 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
         .interface = t->interfaces[k],
         .flags = t->flags[k],
         .protocol = t->protocols[k],
-        .link_type = told ? t->link_types[k] : b->framing.link_type,
+        .link_type = per_packet ? t->link_types[k] : b->framing.link_type,
         .vlan_tci = t->vlan_tcis[k],
         .vlan_tpid = t->vlan_tpids[k],
-        .link_header = told ? t->link_headers[k] : b->framing.link_header,
+        .link_header = per_packet ? t->link_headers[k] : b->framing.link_header,
     };
-    if (told && !row->link_header) {
+    if (per_packet && !row->link_header) {
         row->address = (const uint8_t *)&t->addresses[k];
         row->address_length = t->address_lengths[k] < LINK_ADDRESS ? t->address_lengths[k] : LINK_ADDRESS;
     }

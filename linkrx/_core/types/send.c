@@ -102,7 +102,7 @@ static unsigned transmit(Receiver *r, const Message *messages, unsigned count, i
     done = put_all(r, messages, count, error);
     if (done || *error != ENETDOWN) {
         r->was_down = true;
-        lrx_show(r);
+        lrx_set_readable(r);
     }
     return done;
 }
@@ -195,7 +195,7 @@ static int packet_frame(const Packet *p, Frame *f)
 static void batch_frame(const Batch *b, Py_ssize_t row, Frame *f)
 {
     const Table *t = b->table;
-    const uint8_t link_header = b->framing.told ? t->link_headers[row] : b->framing.link_header;
+    const uint8_t link_header = b->framing.per_packet ? t->link_headers[row] : b->framing.link_header;
 
     *f = (Frame){
         .bytes = b->base + t->places[row],

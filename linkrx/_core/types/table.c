@@ -135,7 +135,7 @@ PyType_Spec lrx_table_spec = {
 };
 
 /* Columns that a copy has as well. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from, bool told)
+void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet)
 {
     const size_t count = (size_t)to->count;
 
@@ -148,7 +148,7 @@ void lrx_table_copy(Table *to, const struct lrx_columns *from, bool told)
     memcpy(to->flags, from->flags, count * sizeof *to->flags);
     memcpy(to->vlan_tcis, from->vlan_tcis, count * sizeof *to->vlan_tcis);
     memcpy(to->vlan_tpids, from->vlan_tpids, count * sizeof *to->vlan_tpids);
-    if (!told)
+    if (!per_packet)
         return;
     memcpy(to->link_types, from->link_types, count * sizeof *to->link_types);
     memcpy(to->addresses, from->addresses, count * sizeof *to->addresses);

@@ -103,11 +103,11 @@ struct Table {
     uint8_t *link_headers;
 };
 
-/* What stands in front of a packet's data on one source. Where `told` is set the packets differ, and the table has the link
+/* What stands in front of a packet's data on one source. Where `per_packet` is set the packets differ, and the table has the link
  * type, link header and link address of each. */
 typedef struct {
     uint8_t link_header; /* 14 or 0 */
-    uint8_t told;        /* LRX_TOLD_* or 0 */
+    uint8_t per_packet;  /* LRX_PER_PACKET_* or 0 */
     uint16_t link_type;  /* ARPHRD_* */
     uint8_t big_endian;  /* of the virtio-net header's numbers */
     uint32_t vnet;       /* bytes of the virtio-net header in front of each frame; 0, or 10 and more */
@@ -191,8 +191,8 @@ Table *lrx_table_new(State *state, uint32_t count);
 void lrx_table_lay_out(Table *t, uint32_t count);
 /* Leave the first `n` rows out. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* All but the places; what packets have that differ in their link type only if they are `told`. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from, bool told);
+/* All but the places; what packets have that differ in their link type only if `per_packet`. */
+void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet);
 
 /* batch_iterator.c */
 extern PyType_Spec lrx_batch_iterator_spec;
@@ -224,7 +224,7 @@ typedef struct {
 #define NEIGHBOURS 16
 
 /* One open source as far as it is touched once per packet or once per wake-up. What is rare is written in Python, in methods
- * of a subclass: see receive.c for the words. */
+ * of a subclass: receive.c lists its methods. */
 typedef struct {
     PyObject_HEAD
     State *state;
@@ -272,8 +272,8 @@ typedef struct {
     /* Waiting: receive.c. */
     int source, event, epoll;
     double latency;
-    bool link_down, looking_away, polled, looped, shown;
-    unsigned vain;                   /* drains in a row that an event loop made for nothing */
+    bool link_down, source_paused, polled, looped, readable;
+    unsigned spurious;               /* drains in a row that an event loop made for nothing */
     int64_t others_ran;              /* when lrx_let_others_run() gave up the interpreter's lock, in nanoseconds */
     int64_t drops_due;               /* when to look at the kernel's counters, in nanoseconds */
 
@@ -335,7 +335,7 @@ int lrx_copy_places(Receiver *r);
  * wants all that is there, up to a batch. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all);
 /* Make the polled descriptor readable while something waits here that does not need the source. */
-void lrx_show(Receiver *r);
+void lrx_set_readable(Receiver *r);
 double lrx_now(void);
 /* As long ago as a timer's tick, and cheap. */
 int64_t lrx_coarse_now(void);

@@ -1,4 +1,4 @@
-"""What a receiver calls of its subclass, `linkrx.receiving.reception`, where something rare has happened."""
+"""The methods of `linkrx.receiving.reception` that a receiver, its base class, calls when something rare has happened."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 from linkrx.receiving.wakeup import Wakeup
 
 
-class Words:
-    """The names that `_core/types/receive.c` lists."""
+class Callbacks:
+    """`_core/types/receive.c` says what each of them does."""
 
     _wakeup: Wakeup
     _fill: Callable[[Any], int]
@@ -19,13 +19,13 @@ class Words:
     _look_at_link: Callable[[], None]
     _look_at_drops: Callable[[], float]
     _look_at_owner: Callable[[], None]
-    _listen: Callable[[], None]
+    _resume_source: Callable[[], None]
     _flush_limits: Callable[[], tuple[int, float]]
-    _vain: Callable[[], None]
-    _show: Callable[[], None]
-    _hush: Callable[[], None]
+    _pause_source: Callable[[], None]
+    _set_readable: Callable[[], None]
+    _disarm: Callable[[], None]
     _refuse: Callable[[bool], NoReturn]
-    _left_by_all: Callable[[], None]
+    _last_left: Callable[[], None]
     _release_all: Callable[[], None]
     _without_deliver: Callable[[], NoReturn]
     _raise_ended: Callable[[], NoReturn]
