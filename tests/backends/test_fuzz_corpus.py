@@ -162,7 +162,11 @@ DEFECTS = {
         "memcpy(memory + whole, memory + out.starts[n], s->near);",
         "memcpy(memory + whole, memory + out.starts[n], s->near - 1);",
     ),
-    "the arena ends at the last packet": ("recvmmsg", "if (end < lrx_align(", "if (n != UINT32_MAX || end < lrx_align("),
+    "the arena ends at the last packet": (
+        "recvmmsg",
+        "if (end < lrx_align(",
+        "if (n != UINT32_MAX || end < lrx_align(",
+    ),
     "room is aligned without a look": ("segment", "end > o->size)", "end > o->size + 7ull)"),
     "IPv4 options behind the end": ("segment", "size >= IPV4_HEADER && size <= room", "size >= IPV4_HEADER"),
     "half an extension header": ("segment", "room - size < 8", "room == size"),
