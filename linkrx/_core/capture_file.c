@@ -43,6 +43,7 @@ static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t ma
 {
     struct lrx_capture_interface *i;
     uint16_t major, minor;
+    uint32_t link_type;
 
     major = u16(c, at + 4);
     minor = u16(c, at + 6);
@@ -54,13 +55,16 @@ static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t ma
         c->lengths = 2;
     else if (major != 2)
         return damaged(c, LRX_CAPTURE_VERSION, (uint64_t)major << 16 | minor);
+    link_type = u32(c, at + 20) & 0x03FFFFFF; /* above are the length of the frame check sequence, and flags */
+    if (link_type > LRX_FILE_LINK_TYPE)
+        return damaged(c, LRX_CAPTURE_LINK_TYPE, link_type);
     i = lrx_capture_add_interface(c);
     if (!i)
         return 0;
     c->count = 1;
+    set_link_type(c, i, link_type);
     i->multiply = magic == PCAP_NANOSECONDS ? 1 : 1000;
     i->snaplen = u32(c, at + 16);
-    i->link_type = u32(c, at + 20) & 0x03FFFFFF; /* above are the length of the frame check sequence, and flags */
     c->header = magic == PCAP_KUZNETZOV ? PCAP_KUZNETZOV_HEADER : PCAP_RECORD_HEADER;
     c->begun = 1;
     return PCAP_FILE_HEADER;

@@ -22,10 +22,12 @@
 #define LRX_CAPTURE_TOO_MANY 9     /* interfaces */
 #define LRX_CAPTURE_MEMORY 10      /* for another interface: there is none */
 #define LRX_CAPTURE_CUT 11         /* the file ends within a record of so many bytes */
+#define LRX_CAPTURE_LINK_TYPE 12   /* more than the 16 bits that there are for it */
 
 /* An interface of a file. The only one of a pcap file has no name. */
 struct lrx_capture_interface {
     uint32_t link_type;    /* LINKTYPE_* */
+    uint32_t file_type;    /* what its packets have of that in their column: report.h */
     uint32_t snaplen;      /* 0: no limit */
     uint32_t multiply;     /* nanoseconds of one unit of time; 0 where `shift` or `divide` say it */
     uint32_t shift;        /* a unit is 2^-shift seconds, if that is not 0 */

@@ -160,6 +160,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         out.vlan_tcis[n] = in.vlan_tcis[k];
         out.vlan_tpids[n] = in.vlan_tpids[k];
         if (per_packet) {
+            out.file_types[n] = in.file_types[k];
             out.link_types[n] = link_type;
             out.addresses[n] = in.addresses[k];
             out.address_lengths[n] = in.address_lengths[k];

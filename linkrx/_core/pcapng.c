@@ -134,7 +134,7 @@ static uint32_t interface(struct lrx_capture *c, const uint8_t *at, uint32_t tot
     i = lrx_capture_add_interface(c);
     if (!i)
         return 0;
-    i->link_type = u16(c, at + 8);
+    set_link_type(c, i, u16(c, at + 8));
     i->snaplen = u32(c, at + 12);
     i->multiply = 1000; /* microseconds */
     while (total - 4 - option >= 4) {

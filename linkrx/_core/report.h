@@ -21,7 +21,7 @@ struct lrx_report {
     void *many_argument;
 };
 
-#define LRX_ROW_BYTES 44  /* of the table behind the header: one element of each column */
+#define LRX_ROW_BYTES 48  /* of the table behind the header: one element of each column */
 
 /* Bits of a packet's flags. */
 #define LRX_TRUNCATED 1
@@ -38,6 +38,11 @@ struct lrx_report {
 #define LRX_PER_PACKET_LINK_TYPE 2
 /* In a backend's column of link headers: there is none, whatever the link type says. */
 #define LRX_NO_LINK_HEADER 255
+
+/* In the column of file types: the link type that the capture file has for the packet, LINKTYPE_*, which has 16 bits. 0: not of a file. */
+#define LRX_OF_FILE 0x10000
+#define LRX_FILE_SWAPPED 0x20000 /* and the file is of the other byte order than this host's */
+#define LRX_FILE_LINK_TYPE 0xFFFF
 
 /* Slots of the counters that classification adds to. */
 #define LRX_PACKETS 0

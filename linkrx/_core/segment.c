@@ -301,6 +301,7 @@ static uint8_t *place(struct output *o, uint32_t length, const struct lrx_column
     o->columns.vlan_tcis[n] = in->vlan_tcis[k];
     o->columns.vlan_tpids[n] = in->vlan_tpids[k];
     o->columns.protocols[n] = in->protocols[k];
+    o->columns.file_types[n] = in->file_types[k];
     o->columns.link_types[n] = in->link_types[k];
     o->columns.addresses[n] = in->addresses[k];
     o->columns.address_lengths[n] = in->address_lengths[k];

@@ -132,6 +132,7 @@ def _sentence(state: Any) -> str:
         lib.LRX_CAPTURE_OPTION: f"option {value} of an interface is longer than its block",
         lib.LRX_CAPTURE_TOO_MANY: f"more than {value} interfaces",
         lib.LRX_CAPTURE_MEMORY: f"no memory for more than {value} interfaces",
+        lib.LRX_CAPTURE_LINK_TYPE: f"link type {value}, and a link type has 16 bits",
         lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, and the record does not"
         if value
         else _nothing(state),

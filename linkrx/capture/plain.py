@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from linkrx.capture.blocks import BLOCK_HEAD, ENHANCED, RECORD_HEAD, padded
 from linkrx.kernel.uapi import ETHERTYPE_IPV4, ETHERTYPE_IPV6
-from linkrx.memory.framing import BARE_IP_TYPES
+from linkrx.memory.framing import BARE_IP_TYPES, FILE_LINK_TYPE
 
 if TYPE_CHECKING:
     from linkrx.packets import Batch, Packet
 
-ETHERNET, RAW, LINUX_SLL2, UNKNOWN = 1, 101, 276, 0xFFFFFFFF  # LINKTYPE_*
+ETHERNET, RAW, LINUX_SLL, LINUX_SLL2, UNKNOWN = 1, 101, 113, 276, 0xFFFFFFFF  # LINKTYPE_*
 _UNREAD = {801: 105, 802: 119, 803: 127, 804: 230}  # IEEE 802.11 and 802.15.4, by ARPHRD_* number
 _PACKET_OUTGOING = 4  # linux/if_packet.h
 
@@ -63,6 +63,12 @@ def record(
 def _link_type_of(packet: Packet) -> int:
     if len(packet.link_header):
         return ETHERNET
+    file_type: int = packet.__reduce__()[1][-1]
+    of_file = file_type & FILE_LINK_TYPE
+    if of_file in (LINUX_SLL, LINUX_SLL2):
+        return LINUX_SLL2
+    if file_type and not packet.protocol:
+        return of_file
     if not packet.protocol:
         return _UNREAD.get(packet.link_type, UNKNOWN)
     is_ip = packet.link_type in BARE_IP_TYPES and packet.protocol in (ETHERTYPE_IPV4, ETHERTYPE_IPV6)

@@ -1,6 +1,6 @@
 """The table of packets that backends fill, classification writes and a batch shows, column by column.
 
-A table of n rows is thirteen columns, one behind the other, the widest first so that each is aligned when the
+A table of n rows is fourteen columns, one behind the other, the widest first so that each is aligned when the
 table is. `_core/columns.inc` lays them out the same way.
 """
 
@@ -12,9 +12,9 @@ from typing import Literal
 from linkrx import _core
 from linkrx.memory.report import REPORT_BYTES, WORDS_BYTES, Report
 
-# Bytes of one row: timestamp and link address 8 each; start, length, wire length, interface 4 each; protocol, flags, VLAN TCI
+# Bytes of one row: timestamp and link address 8 each; start, length, wire length, interface, file type 4 each; protocol, flags, VLAN TCI
 # and TPID, link type 2 each; lengths of the link address and of the link header 1 each.
-ROW_BYTES = 44
+ROW_BYTES = 48
 
 
 def align(offset: int) -> int:
@@ -30,20 +30,21 @@ _LAYOUT: dict[str, tuple[int, int, Literal["q", "Q", "I", "H", "B"]]] = {
     "lengths": (20, 4, "I"),
     "wire_lengths": (24, 4, "I"),
     "interfaces": (28, 4, "I"),
-    "protocols": (32, 2, "H"),
-    "flags": (34, 2, "H"),
-    "vlan_tcis": (36, 2, "H"),
-    "vlan_tpids": (38, 2, "H"),
-    "link_types": (40, 2, "H"),
-    "address_lengths": (42, 1, "B"),
-    "link_headers": (43, 1, "B"),
+    "file_types": (32, 4, "I"),
+    "protocols": (36, 2, "H"),
+    "flags": (38, 2, "H"),
+    "vlan_tcis": (40, 2, "H"),
+    "vlan_tpids": (42, 2, "H"),
+    "link_types": (44, 2, "H"),
+    "address_lengths": (46, 1, "B"),
+    "link_headers": (47, 1, "B"),
 }
 
 COLUMNS = tuple(_LAYOUT)
 
 
 class Columns:
-    """Rows of a table: thirteen columns, as memoryviews with native formats, each made when it is first asked for.
+    """Rows of a table: fourteen columns, as memoryviews with native formats, each made when it is first asked for.
 
     `_count` rows from `_first` on, of `_rows` that the table has, which starts where `_table` (bytes) does.
     """
@@ -54,6 +55,7 @@ class Columns:
         "_rows": "",
         "address_lengths": "Bytes of each packet's link address; 0: none.",
         "addresses": "The sender's link address of each packet without link header: its bytes in order, then zeroes.",
+        "file_types": "Of packets of a capture file: its LINKTYPE_* number, with LRX_OF_FILE. Packets of files take the core.",
         "flags": "Each packet's `Flags`.",
         "interfaces": "The index of each packet's interface, or 0.",
         "lengths": "Bytes of each frame, link header included.",
@@ -76,6 +78,7 @@ class Columns:
     lengths: memoryview
     wire_lengths: memoryview
     interfaces: memoryview
+    file_types: memoryview
     protocols: memoryview
     flags: memoryview
     vlan_tcis: memoryview

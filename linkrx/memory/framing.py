@@ -25,6 +25,9 @@ BARE_IP_TYPES = frozenset({ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_S
 PER_PACKET_NO_HEADER, PER_PACKET_LINK_TYPE = 1, 2
 NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 
+# _core/report.h: a file's link type, as packets of the file have it.
+OF_FILE, FILE_SWAPPED, FILE_LINK_TYPE = 0x10000, 0x20000, 0xFFFF
+
 
 @dataclass(frozen=True)
 class Framing:

@@ -59,6 +59,7 @@ class Packet(bytes):
     _address: bytes
     _vnet: bytes  # struct virtio_net_hdr, or nothing
     _big_endian: bool
+    _file_type: int  # as _core/report.h has it: of a packet of a capture file
 
     def __new__(cls) -> Self:
         """Packets are received, or restored from pickles."""
@@ -163,6 +164,7 @@ class Packet(bytes):
                 self._link_header,
                 vnet,
                 self._vnet,
+                self._file_type,
             ),
         )
         return Packet._restored_by, (1, *state)
@@ -213,6 +215,7 @@ def restore(
     link_header: int,
     vnet: int,
     vnet_header: bytes,
+    file_type: int,
     /,
 ) -> Packet:
     """A packet from what its pickle has behind the version."""
@@ -224,7 +227,7 @@ def restore(
         or len(vnet_header) != (VNET_BYTES if vnet else 0)
         or not 0 <= protocol | flags | tci | tpid | link_type < 1 << 16
         or len(address) > (0 if link_header else LINK_ADDRESS_MOST)
-        or not 0 <= wire_length | interface < 1 << 32
+        or not 0 <= wire_length | interface | file_type < 1 << 32
         or not -(1 << 63) <= operator.index(timestamp) < 1 << 63
     ):
         raise ValueError("this is no packet that linkrx has pickled")
@@ -241,6 +244,7 @@ def restore(
         _address=bytes(address),
         _big_endian=vnet == 2,
         _vnet=vnet_header,
+        _file_type=file_type,
     )
     return packet
 

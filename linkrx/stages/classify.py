@@ -156,6 +156,7 @@ def classifier(
             table.vlan_tcis[row] = reported.vlan_tcis[index]
             table.vlan_tpids[row] = reported.vlan_tpids[index]
             if per_packet:
+                table.file_types[row] = reported.file_types[index]
                 table.link_types[row] = link_type
                 table.addresses[row] = reported.addresses[index]
                 table.address_lengths[row] = reported.address_lengths[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 from array import array
 from pathlib import Path
@@ -68,7 +69,18 @@ CASES = {
     "sll2": (276, sll2(0, 1, SENDER, 0x0800, 7) + IPV4, (IPV4, 0x0800, 1, SENDER, None, 7, False)),
     "sll2 out": (276, sll2(4, 65534, b"", 0x86DD, 9) + IPV6, (IPV6, 0x86DD, 65534, None, None, 9, True)),
     "802.11": (105, b"\x80\x00" + bytes(30), (b"\x80\x00" + bytes(30), 0, 801, None, None, 0, False)),
+    "802.11 radiotap": (
+        127,
+        b"\0\0\x08\0" + bytes(9),
+        (b"\0\0\x08\0" + bytes(9), 0, 803, None, None, 0, False),
+    ),
+    "802.15.4": (195, b"\x41\x88" + bytes(9), (b"\x41\x88" + bytes(9), 0, 804, None, None, 0, False)),
+    "PPP": (9, b"\xff\x03\x00\x21" + IPV4, (b"\xff\x03\x00\x21" + IPV4, 0, 512, None, None, 0, False)),
+    "CAN": (227, bytes(16), (bytes(16), 0, 280, None, None, 0, False)),
+    "netlink": (253, bytes(20), (bytes(20), 0, 824, None, None, 0, False)),
+    "sll netlink": (113, sll(0, 824, b"", 0) + bytes(20), (bytes(20), 0, 824, None, None, 0, False)),
     "unknown": (147, b"whatever", (b"whatever", 0, 0xFFFF, None, None, 0, False)),
+    "the last": (0xFFFF, b"whatever", (b"whatever", 0, 0xFFFF, None, None, 0, False)),
 }
 
 
@@ -125,25 +137,110 @@ def test_headers_that_are_cut(link_type: int, size: int) -> None:
 @pytest.mark.parametrize("form", ["pcapng", "pcap"])
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_again(tmp_path: Path, name: str, form: Any) -> None:
-    """What is recorded again is read as the same; what has no link type to record it with is an error."""
+    """What is recorded again is read as the same; what linkrx has not looked into has the link type that it came with."""
     link_type, record, expected = CASES[name]
     path = tmp_path / "out"
     data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type)
     with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx, linkrx.PcapWriter(path, format=form) as out:
         batch = next(iter(rx.batches())).copy()
-        if name == "unknown":
-            with pytest.raises(ValueError, match="hardware type 65535"):
-                out.write(batch)
-            return
         out.write(batch)
-        out.write(batch[1].copy())
+        out.write(pickle.loads(pickle.dumps(batch[1])))
+    assert link_types_of(path) == [RECORDED_AS.get(link_type, link_type)]
     with linkrx.open(path) as rx:
         packets = list(rx)
-    if form == "pcapng":
-        assert [(*told(one)[:5], told(one)[6]) for one in packets] == [(*expected[:5], expected[6])] * 3
-    else:  # bare IP is recorded as such, and a pcap file has no place then for what is known beside it
-        assert [told(one)[:5] for one in packets] == [expected[:5]] * 3
+    assert [(*told(one)[:5], told(one)[6]) for one in packets] == [(*expected[:5], expected[6])] * 3
     assert {one.wire_length - len(one) for one in packets} == {3}
+
+
+# What stands in front of the packet is no part of it: of these a header is made that tells the same, or none.
+RECORDED_AS = {0: 101, 12: 101, 108: 101, 113: 276, 228: 101, 229: 101}
+
+
+def link_types_of(path: Path) -> list[int]:
+    """Those that stand in a file."""
+    data = path.read_bytes()
+    if int.from_bytes(data[:4], "little") == captures.NANOSECONDS:
+        return [int.from_bytes(data[20:24], "little")]
+    found, at = [], 0
+    while at < len(data):
+        kind, length = struct.unpack_from("<II", data, at)
+        if kind == 1:
+            found.append(int(struct.unpack_from("<H", data, at + 8)[0]))
+        at += length
+    return found
+
+
+@pytest.mark.parametrize("hardware", [280, 0xFFFF])
+def test_a_device_without_a_link_type(tmp_path: Path, hardware: int) -> None:
+    """Frames of a device whose hardware type has no link type here cannot be recorded: an error that names it."""
+    packet = linkrx.packets.restore_packet(1, b"whatever", 0, 8, 1, 0, 0, 0, 0, hardware, b"", 0, 0, b"", 0)
+    with linkrx.PcapWriter(tmp_path / "out") as out:
+        with pytest.raises(ValueError, match=f"hardware type {hardware}"):
+            out.write(packet)
+        assert out.packets == 0
+
+
+@pytest.mark.parametrize("form", ["pcapng", "pcap"])
+def test_a_link_type_of_too_many_bits(form: str) -> None:
+    """A link type that has more than 16 bits is an error that shows it; pcapng has no room for one."""
+    data = captures.pcap([Recorded(b"whatever", 8, 5000)], link_type=0x10001)
+    if form == "pcapng":
+        data = captures.section() + Interface(0xFFFF).block()
+        assert captures.read(io.BytesIO(data)) == []
+        return
+    with (
+        linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx,
+        pytest.raises(linkrx.DamagedCapture, match="link type 65537, and a link type has 16 bits"),
+    ):
+        list(rx)
+
+
+def test_everything_that_a_packet_knows(tmp_path: Path) -> None:
+    """Recorded again from a file of every link type at once, each packet tells the same: bytes, protocol, addresses, device,
+    direction, time to the nanosecond, true length; and each interface has its name and link type.
+    """
+    made, types = captures.section(), []
+    for number, (link_type, *_) in enumerate(CASES.values()):
+        made += Interface(link_type, name=f"if{number}", resolution=9).block()
+        types.append(RECORDED_AS.get(link_type, link_type))
+    for round_ in range(3):
+        for number, (_, record, known) in enumerate(CASES.values()):
+            flags = struct.pack("<I", 2 if known[6] or round_ == 1 else 1)
+            options = captures.option("<", 2, flags) + captures.option("<", 0, b"")
+            time = 10**18 + 1000 * round_ + number
+            made += captures.enhanced("<", number, time, record, len(record) + 3 * round_, options)
+
+    def tells(source: Any) -> list[tuple[Any, ...]]:
+        with linkrx.open(source) as rx:
+            return [
+                (
+                    *told(one)[:5],
+                    rx.interface_name(one.interface),
+                    one.outgoing,
+                    one.timestamp_ns,
+                    one.wire_length,
+                    one.truncated,
+                    one.vlan,
+                    one.vnet,
+                )
+                for one in rx
+            ]
+
+    for name in ("batch", "packet"):
+        with (
+            linkrx.open(linkrx.CaptureFile(io.BytesIO(made))) as rx,
+            linkrx.PcapWriter(tmp_path / name, source=rx) as out,
+        ):
+            if name == "batch":
+                for batch in rx.batches():
+                    out.write(batch)
+            else:
+                for packet in rx:
+                    out.write(packet)
+        before, again = tells(linkrx.CaptureFile(io.BytesIO(made))), tells(tmp_path / name)
+        assert again == before
+        assert len(again) == 3 * len(CASES)
+        assert link_types_of(tmp_path / name) == types
 
 
 def test_two_link_types_in_pcap(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ static void take_rows(struct result *r, const uint8_t *descriptors, uint32_t row
         f.at = base + start;
         MUST(f.at + f.length <= file_size && memcmp(region + start, file + f.at, f.length) == 0);
         MUST(!(f.flags & ~(uint32_t)(LRX_TIMESTAMP | LRX_OUTGOING | LRX_MALFORMED)) && (f.flags & LRX_TIMESTAMP || !f.timestamp));
+        MUST(get(table, rows, k, FILE_TYPE) / LRX_OF_FILE % 2 == 1);
         MUST(get(table, rows, k, ADDRESS_LENGTH) <= 8 && get(table, rows, k, LINK_HEADER) % LRX_NO_LINK_HEADER == 0);
         if (r->count < PACKETS_MOST)
             r->packets[r->count] = f;

@@ -68,6 +68,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(in_table, rows, k, FLAGS, flags < 248 ? flags % 32 : LRX_MALFORMED | flags % 32);
         put(in_table, rows, k, TIMESTAMP, (uint64_t)take(&in, 0xFFFF) << 48 | k);
         put(in_table, rows, k, INTERFACE, k % 3 * 1000); /* 0: not told */
+        put(in_table, rows, k, FILE_TYPE, k % 5);
         put(in_table, rows, k, VLAN_TCI, take(&in, 0xFFFF));
         put(in_table, rows, k, VLAN_TPID, take(&in, 0xFFFF));
         put(in_table, rows, k, PROTOCOL, (uint32_t[]){0, 0x0800, 0x86DD, 0x8100, 0x88A8, 4, 0x0806, 0x88B5}[take(&in, 7)]);
@@ -154,6 +155,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             continue;
         }
         if (per_packet) {
+            put(expected, count, n, FILE_TYPE, k % 5);
             put(expected, count, n, LINK_TYPE, type);
             put(expected, count, n, ADDRESS, get(in_table, rows, k, ADDRESS));
             put(expected, count, n, ADDRESS_LENGTH, get(in_table, rows, k, ADDRESS_LENGTH));

@@ -42,20 +42,21 @@ static inline uint8_t *exactly(size_t size)
 }
 
 /* linkrx/memory/columns.py _LAYOUT: where in a row's share of a table each column is, and how wide. */
-#define ROW_BYTES 44
+#define ROW_BYTES 48
 #define TIMESTAMP 0, 8
 #define ADDRESS 8, 8
 #define START 16, 4
 #define LENGTH 20, 4
 #define WIRE_LENGTH 24, 4
 #define INTERFACE 28, 4
-#define PROTOCOL 32, 2
-#define FLAGS 34, 2
-#define VLAN_TCI 36, 2
-#define VLAN_TPID 38, 2
-#define LINK_TYPE 40, 2
-#define ADDRESS_LENGTH 42, 1
-#define LINK_HEADER 43, 1
+#define FILE_TYPE 32, 4
+#define PROTOCOL 36, 2
+#define FLAGS 38, 2
+#define VLAN_TCI 40, 2
+#define VLAN_TPID 42, 2
+#define LINK_TYPE 44, 2
+#define ADDRESS_LENGTH 46, 1
+#define LINK_HEADER 47, 1
 
 static inline void put(uint8_t *table, size_t rows, size_t row, size_t offset, size_t width, uint64_t value)
 {

@@ -20,6 +20,9 @@ SHARED: dict[str, int] = {
     "LRX_PER_PACKET_NO_HEADER": framing.PER_PACKET_NO_HEADER,
     "LRX_PER_PACKET_LINK_TYPE": framing.PER_PACKET_LINK_TYPE,
     "LRX_NO_LINK_HEADER": framing.NO_LINK_HEADER,
+    "LRX_OF_FILE": framing.OF_FILE,
+    "LRX_FILE_SWAPPED": framing.FILE_SWAPPED,
+    "LRX_FILE_LINK_TYPE": framing.FILE_LINK_TYPE,
     "LRX_TRUNCATED": headers.Flags.TRUNCATED,
     "LRX_OUTGOING": headers.Flags.OUTGOING,
     "LRX_VLAN": headers.Flags.VLAN,
@@ -108,7 +111,7 @@ def test_the_report_is_laid_out_alike() -> None:
 
 
 def test_row_is_the_sum_of_its_columns() -> None:
-    """The nine columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
+    """The columns of one row fill ROW_BYTES exactly, without a gap or an overlap."""
     table = bytearray(columns.ROW_BYTES)
     row = columns.Table(memoryview(table), 1)
     views = [getattr(row, name) for name in columns.COLUMNS]

@@ -620,6 +620,7 @@ STATE = (
     "link_header",
     "vnet",
     "raw",
+    "file_type",
 )
 WRONG: dict[str, list[Any]] = {
     "frame": [b"", b"short", "text", None, 5, bytearray(20), memoryview(bytes(20))],
@@ -635,6 +636,7 @@ WRONG: dict[str, list[Any]] = {
     "link_header": [13, -14, 2**8, 2**32 + 14, 2**70, None, b""],
     "vnet": [0, 3, -1, 2**32 + 1, None],
     "raw": [b"", bytes(9), bytes(11), "text", None],
+    "file_type": [2**32, -1, None, 1.5],
 }
 
 
@@ -650,7 +652,7 @@ def test_a_damaged_pickle(kind: Kind, field: str, value: Any) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("size", [*range(13), 14, 20])
+@pytest.mark.parametrize("size", [*range(14), 15, 20])
 def test_a_pickle_of_another_length(kind: Kind, size: int) -> None:
     """State with too few or too many fields is a TypeError."""
     _, *state = state_of(one(kind, Row(frame())))

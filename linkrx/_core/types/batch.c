@@ -317,6 +317,7 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
         .flags = t->flags,
         .vlan_tcis = t->vlan_tcis,
         .vlan_tpids = t->vlan_tpids,
+        .file_types = t->file_types,
         .link_types = t->link_types,
         .addresses = t->addresses,
         .address_lengths = t->address_lengths,

@@ -20,6 +20,7 @@ static void move_row(Table *t, Py_ssize_t to, Py_ssize_t from)
     t->flags[to] = t->flags[from];
     t->vlan_tcis[to] = t->vlan_tcis[from];
     t->vlan_tpids[to] = t->vlan_tpids[from];
+    t->file_types[to] = t->file_types[from];
     t->link_types[to] = t->link_types[from];
     t->addresses[to] = t->addresses[from];
     t->address_lengths[to] = t->address_lengths[from];

@@ -87,6 +87,7 @@ void lrx_packet_reset(Packet *p)
 /* What differs from packet to packet on some sources. */
 static void set_told(Packet *p, const Table *t, uint32_t index)
 {
+    p->file_type = t->file_types[index];
     p->link_type = t->link_types[index];
     p->link_header = t->link_headers[index];
     if (!p->link_header) {
@@ -111,6 +112,7 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
     p->vlan_tpid = t->vlan_tpids[index];
     p->link_type = batch->framing.link_type;
     p->link_header = batch->framing.link_header;
+    p->file_type = 0;
     p->address_length = 0;
     if (batch->framing.per_packet)
         set_told(p, t, index);
@@ -162,11 +164,11 @@ PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused)
     Py_DECREF(packets);
     if (!restore)
         return NULL;
-    result = Py_BuildValue("N(iOLIIHHHHHNiiN)", restore, 1, p->own, (long long)p->timestamp, p->wire_length, p->interface,
+    result = Py_BuildValue("N(iOLIIHHHHHNiiNI)", restore, 1, p->own, (long long)p->timestamp, p->wire_length, p->interface,
                            p->protocol, p->flags, p->vlan_tci, p->vlan_tpid, p->link_type,
                            PyBytes_FromStringAndSize((const char *)p->address, p->address_length), p->link_header,
                            p->has_vnet,
-                           PyBytes_FromStringAndSize((const char *)p->vnet, p->has_vnet ? VNET_HEADER : 0));
+                           PyBytes_FromStringAndSize((const char *)p->vnet, p->has_vnet ? VNET_HEADER : 0), p->file_type);
     return result;
 }
 
@@ -175,12 +177,12 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
     /* Unlike unsigned numbers, these are looked at before they are cut to their size. */
-    long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_type, link_header, has_vnet;
+    long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_type, link_header, has_vnet, file_type;
     PyObject *frame, *vnet, *address;
     Packet *p;
 
-    if (!PyArg_ParseTuple(args, "SLLLLLLLLSLLS:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
-                          &flags, &tci, &tpid, &link_type, &address, &link_header, &has_vnet, &vnet)) {
+    if (!PyArg_ParseTuple(args, "SLLLLLLLLSLLSL:restore_packet", &frame, &timestamp, &wire_length, &interface, &protocol,
+                          &flags, &tci, &tpid, &link_type, &address, &link_header, &has_vnet, &vnet, &file_type)) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))
             return NULL;
         PyErr_Clear();
@@ -190,7 +192,7 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
         (link_header != 0 && link_header != ETHER_HEADER) || has_vnet < 0 || has_vnet > 2 ||
         PyBytes_Size(vnet) != (has_vnet ? VNET_HEADER : 0) || ((protocol | flags | tci | tpid | link_type) & ~UINT16_MAX) ||
         PyBytes_Size(address) > (link_header ? 0 : LINK_ADDRESS) ||
-        ((wire_length | interface) & ~(long long)UINT32_MAX))
+        ((wire_length | interface | file_type) & ~(long long)UINT32_MAX))
         goto damaged;
     p = lrx_packet_new(state);
     if (!p)
@@ -202,6 +204,7 @@ PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
     p->timestamp = timestamp;
     p->wire_length = (uint32_t)wire_length;
     p->interface = (uint32_t)interface;
+    p->file_type = (uint32_t)file_type;
     p->protocol = (uint16_t)protocol;
     p->flags = (uint16_t)flags;
     p->vlan_tci = (uint16_t)tci;

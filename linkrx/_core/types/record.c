@@ -18,6 +18,7 @@
 /* LINKTYPE_*, as the file has it. */
 #define ETHERNET 1
 #define RAW 101
+#define LINUX_SLL 113
 #define LINUX_SLL2 276
 #define UNKNOWN UINT32_MAX
 
@@ -34,7 +35,7 @@ typedef struct {
     const uint8_t *frame;
     const uint8_t *address; /* of the sender, where the kernel has told it */
     int64_t timestamp;
-    uint32_t length, wire_length, interface;
+    uint32_t length, wire_length, interface, file_type;
     uint16_t flags, protocol, link_type, vlan_tci, vlan_tpid;
     uint8_t link_header, address_length;
 } Row;
@@ -56,6 +57,7 @@ static void row_of_packet(const Packet *p, Row *row)
         .length = p->length,
         .wire_length = p->wire_length,
         .interface = p->interface,
+        .file_type = p->file_type,
         .flags = p->flags,
         .protocol = p->protocol,
         .link_type = p->link_type,
@@ -77,6 +79,7 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
         .length = t->lengths[k],
         .wire_length = t->wire_lengths[k],
         .interface = t->interfaces[k],
+        .file_type = told ? t->file_types[k] : 0,
         .flags = t->flags[k],
         .protocol = t->protocols[k],
         .link_type = per_packet ? t->link_types[k] : b->framing.link_type,
@@ -90,11 +93,18 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
     }
 }
 
-/* A packet without a link header that has told something about itself is recorded as libpcap does with a cooked socket's. */
+/* A packet without a link header that has told something about itself is recorded as libpcap does with a cooked socket's. One that
+ * linkrx has not looked into is whole, and keeps the link type of the file that it came from. */
 static uint32_t link_type_of(const Row *row)
 {
+    const uint32_t of_file = row->file_type & LRX_FILE_LINK_TYPE;
+
     if (row->link_header)
         return ETHERNET;
+    if (of_file == LINUX_SLL)
+        return LINUX_SLL2;
+    if (of_file == LINUX_SLL2 || (row->file_type && !row->protocol))
+        return of_file;
     if (!row->protocol)
         switch (row->link_type) {
         case 801: /* IEEE 802.11 */

@@ -45,7 +45,7 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     return at;
 }
 
-#define ROW (sizeof(int64_t) + sizeof(uint64_t) + 5 * sizeof(uint32_t) + 5 * sizeof(uint16_t) + 2)
+#define ROW (sizeof(int64_t) + sizeof(uint64_t) + 6 * sizeof(uint32_t) + 5 * sizeof(uint16_t) + 2)
 
 void lrx_table_lay_out(Table *t, uint32_t count)
 {
@@ -57,7 +57,8 @@ void lrx_table_lay_out(Table *t, uint32_t count)
     t->lengths = t->starts + count;
     t->wire_lengths = t->lengths + count;
     t->interfaces = t->wire_lengths + count;
-    t->protocols = (uint16_t *)(t->interfaces + count);
+    t->file_types = t->interfaces + count;
+    t->protocols = (uint16_t *)(t->file_types + count);
     t->flags = t->protocols + count;
     t->vlan_tcis = t->flags + count;
     t->vlan_tpids = t->vlan_tcis + count;
@@ -91,6 +92,7 @@ void lrx_table_skip(Table *t, uint32_t n)
     t->flags += n;
     t->vlan_tcis += n;
     t->vlan_tpids += n;
+    t->file_types += n;
     t->link_types += n;
     t->addresses += n;
     t->address_lengths += n;
@@ -150,6 +152,7 @@ void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet)
     memcpy(to->vlan_tpids, from->vlan_tpids, count * sizeof *to->vlan_tpids);
     if (!per_packet)
         return;
+    memcpy(to->file_types, from->file_types, count * sizeof *to->file_types);
     memcpy(to->link_types, from->link_types, count * sizeof *to->link_types);
     memcpy(to->addresses, from->addresses, count * sizeof *to->addresses);
     memcpy(to->address_lengths, from->address_lengths, count);

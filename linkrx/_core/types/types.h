@@ -97,6 +97,7 @@ struct Table {
     uint16_t *vlan_tcis;
     uint16_t *vlan_tpids;
     /* Of packets that differ in these, see Framing. */
+    uint32_t *file_types;
     uint16_t *link_types;
     uint64_t *addresses;
     uint8_t *address_lengths;
@@ -139,6 +140,7 @@ struct Packet {
     uint32_t length;
     uint32_t wire_length;
     uint32_t interface;
+    uint32_t file_type; /* of a packet of a capture file: see report.h */
     uint16_t protocol;
     uint16_t flags;
     uint16_t vlan_tci;
