@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
 import linkrx
-from linkrx.cli import demo, doctor
+from linkrx.cli import demo, doctor, dump
+from linkrx.cli.dump_options import UsageError, add_options, wanted
 from linkrx.cli.terminal import on_stdout, sentence
 from linkrx.sources.options import ETHERTYPE_MOST
 
@@ -27,12 +29,12 @@ environment, for linkrx.open and doctor (demo runs every backend by name):
 
 _EXIT_CODES = """\
 exit codes:
-  0    it worked: every ping was answered (demo), a backend can work (doctor)
+  0    it worked: every ping was answered (demo), a backend can work (doctor); dump also when Ctrl-C or the reader ended it
   1    it did not, and the output says why
   2    wrong usage
   3    demo cannot run here: stderr says what is missing and what to type
-  130  interrupted with Ctrl-C
-  141  whoever read the output went away
+  130  interrupted with Ctrl-C (demo, doctor)
+  141  whoever read the output went away (demo, doctor)
 
 """
 
@@ -43,6 +45,9 @@ examples:
   linkrx doctor any      the same for every interface at once
   linkrx demo            packets through every backend of this host
   linkrx demo | grep ARP
+  linkrx dump -i eth0 udp port 53
+  linkrx dump -r some.pcap -v
+  linkrx dump -i any -w some.pcapng --duration 60
 """
 
 _DEMO = """\
@@ -58,6 +63,11 @@ With the name of an interface also what probing it finds, and what backend="auto
 nothing and changes nothing.
 """
 
+_DUMP = """\
+Prints a line for each packet in tcpdump's manner, or records packets. With neither -i nor -r it lists the interfaces. Ctrl-C ends it,
+and a summary says how many packets were captured, how many the filter took, and how many the kernel dropped.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Wrong usage, `--help` and `--version` raise SystemExit."""
@@ -66,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
+        code = OK if arguments.command == "dump" else BROKEN_PIPE
         # The reader, `head` for one, has enough. What is still buffered must not fail again at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-        return BROKEN_PIPE
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
@@ -80,9 +91,19 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "demo":
             return OK if demo.run(on_stdout(), arguments.count) else FAILED
+        if arguments.command == "dump":
+            return OK if dump.run(wanted(arguments)) else FAILED
         return OK if doctor.run(on_stdout(), arguments.source, arguments.protocol) else FAILED
     except BrokenPipeError:
         raise
+    except linkrx.RecordingFailed as error:
+        if error.errno == errno.EPIPE:
+            raise BrokenPipeError(*error.args) from error
+        print(f"linkrx: {sentence(error)}", file=sys.stderr)
+        return FAILED
+    except (UsageError, linkrx.UnsupportedOption) as error:
+        print(f"linkrx: {error}", file=sys.stderr)
+        return USAGE if arguments.command == "dump" else FAILED
     except (linkrx.LinkrxError, OSError) as error:
         print(f"linkrx: {sentence(error)}", file=sys.stderr)
         return CANNOT_RUN if arguments.command == "demo" else FAILED
@@ -141,6 +162,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_ethertype,
         metavar="ETHERTYPE",
         help="as protocol= of linkrx.open, such as 0x88cc",
+    )
+    add_options(
+        _add(
+            commands,
+            "dump",
+            "print or record packets, as tcpdump does",
+            _DUMP,
+            _ENVIRONMENT + _EXIT_CODES + _EXAMPLES,
+        )
     )
     return parser
 

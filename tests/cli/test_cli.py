@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import pty
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 
 import pytest
+from support.command_line import ESCAPE, PATIENCE, WITHOUT_CORE, in_terminal, linkrx_command, run
 from support.run import that_take
 
 import linkrx
 from linkrx.testing import rigs
 
-PATIENCE = 60.0  # seconds until a process that should have ended hangs
-ESCAPE = "\x1b"
 SUPPORTED = that_take("packet")
-
-WITHOUT_CORE = """
-import sys
-sys.modules["linkrx._core._native"] = None
-from linkrx.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python` with these arguments, its output in pipes."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LINKRX_")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**inherited, **environment},
-        check=False,
-    )
-
-
-def linkrx_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m linkrx` with these arguments."""
-    return run("-m", "linkrx", *arguments, **environment)
 
 
 def packet_lines(output: str, backend: str) -> list[tuple[str, str, str, int]]:
@@ -63,32 +32,6 @@ def summary_line(output: str, backend: str) -> list[str]:
     table = output[output.index("\nbackend ") :]
     line = next(line for line in table.splitlines() if line.split()[:1] == [backend])
     return line.split(maxsplit=4)[1:]
-
-
-def in_terminal(*arguments: str) -> tuple[int, str]:
-    """Exit code and output of `python -m linkrx` under a pseudo-terminal."""
-    ours, theirs = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "linkrx", *arguments],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
-        )
-        os.close(theirs)
-        output = b""
-        deadline = time.monotonic() + PATIENCE
-        while select.select([ours], [], [], max(0, deadline - time.monotonic()))[0]:
-            try:
-                output += os.read(ours, 65536)
-            except OSError:  # EIO: the other side is closed
-                break
-        else:
-            process.kill()
-        return process.wait(PATIENCE), output.decode()
-    finally:
-        os.close(ours)
 
 
 @pytest.mark.usefixtures("devices")

@@ -1,0 +1,214 @@
+"""Packets of an interface or a capture file, a line each: `linkrx dump`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import linkrx
+from linkrx.cli.dump_options import UsageError, Wanted
+from linkrx.cli.printing import Printer
+from linkrx.cli.recording import Recorder
+from linkrx.cli.terminal import on_stdout
+from linkrx.factory import from_environment
+from linkrx.packets import Batch, Packet
+from linkrx.registry import backends
+
+EVERY = "any"
+
+
+def run(wanted: Wanted) -> bool:
+    """Print or record. False where the interface vanished, or where interfaces were listed though there was something to do.
+
+    Raises UsageError and ValueError for what was typed wrongly, LinkrxError and OSError for what cannot be had.
+    """
+    wanted.check()
+    known = ["auto", *(info.name for info in backends())]
+    if wanted.backend not in known:
+        raise UsageError(f"there is no backend {wanted.backend!r}: give one of {', '.join(known)}")
+    if wanted.interface is None and wanted.read is None:
+        _list_interfaces()
+        if wanted.expression or wanted.write:
+            raise UsageError("nothing says where packets come from: give -i INTERFACE or -r FILE")
+        return True
+    try:
+        rx = _open(wanted)
+    except ValueError as error:
+        if isinstance(error, linkrx.LinkrxError):
+            raise
+        raise UsageError(str(error)) from error
+    with rx:
+        with _signals(rx) as came:
+            if wanted.interface is not None:
+                _announce(rx, wanted)
+            captured = _record(rx, wanted) if wanted.write is not None else _print(rx, wanted)
+        if wanted.interface is not None or came:
+            _summary(rx, captured)
+        _tell_left_out(rx)
+        if rx.end is linkrx.End.LINK_GONE:
+            tell(f"{wanted.interface} was deleted")
+            return False
+    return True
+
+
+def _print(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
+    printer = Printer(
+        rx,
+        every=wanted.interface == EVERY,
+        as_json=wanted.json,
+        asked_times=wanted.times,
+        link=wanted.link,
+        digits=wanted.digits,
+        characters=wanted.characters,
+        verbose=wanted.verbose,
+    )
+    return _receive(rx, wanted, printer)
+
+
+def _record(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
+    assert wanted.write is not None
+    with Recorder(rx, wanted.write, show=sys.stderr.isatty()) as recorder:
+        return _receive(rx, wanted, recorder)
+
+
+def _list_interfaces() -> None:
+    """What `-i` can be given."""
+    terminal = on_stdout()
+    terminal.table(
+        ("interface", "state", "mtu", "address"),
+        [
+            (
+                one.name,
+                one.state if one.up else "not set up",
+                str(one.mtu or "-"),
+                one.address.hex(":") or "-",
+            )
+            for one in linkrx.interfaces()
+        ],
+        numbers=("mtu",),
+    )
+    terminal.line()
+    terminal.line(
+        "linkrx dump -i INTERFACE    prints the packets of one of them, linkrx dump -i any those of all"
+    )
+    terminal.line("linkrx dump -r FILE         prints the packets of a capture file")
+
+
+def _open(wanted: Wanted) -> linkrx.Dispatcher:
+    expression = wanted.expression or None
+    if wanted.read is not None:
+        file = linkrx.CaptureFile(sys.stdin.buffer if wanted.read == "-" else wanted.read)
+        return linkrx.open(file, backend=wanted.backend, filter=expression)
+    assert wanted.interface is not None
+    able = _abilities(wanted.backend)
+    return linkrx.open(
+        wanted.interface,
+        backend=wanted.backend,
+        filter=expression,
+        snaplen=wanted.snaplen,
+        outgoing=wanted.direction in ("out", "inout") or (wanted.direction is None and "outgoing" in able),
+        timestamps="timestamps" in able,
+        promiscuous=wanted.promiscuous and wanted.interface != EVERY,
+    )
+
+
+def _abilities(backend: str) -> frozenset[str]:
+    """The options that the named backend honours, or any that this host can run."""
+    name, avoid = from_environment(backend)
+    return frozenset().union(
+        *(
+            info.honours
+            for info in backends()
+            if info.name == name or (name == "auto" and info.supported and info.name not in avoid)
+        )
+    )
+
+
+def _announce(rx: linkrx.Dispatcher, wanted: Wanted) -> None:
+    kept = "whole frames" if wanted.snaplen is None else f"{wanted.snaplen} bytes of each frame"
+    where = "every interface" if wanted.interface == EVERY else wanted.interface
+    tell(f"listening on {where}, {kept}, backend {rx.backend}; Ctrl-C ends it")
+    able = _abilities(wanted.backend)
+    if "timestamps" not in able:
+        tell(f"{rx.backend} does not tell when packets came: the times are those at which they are handled")
+    if "outgoing" not in able and wanted.direction is None:
+        tell(f"{rx.backend} does not tell what this host sends: what comes in is shown, and no more")
+
+
+def tell(sentence: str) -> None:
+    """For the person at the keyboard, beside the packets."""
+    print(f"linkrx: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _signals(rx: linkrx.Dispatcher) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end reception behind the batch at hand; a second one ends this at once. Gives those that came."""
+    came: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        rx.stop()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder) -> int:
+    """Give `out` each batch, or what is wanted of it, until the end. How many packets that were."""
+    captured = 0
+    until = None if wanted.duration is None else time.monotonic() + wanted.duration
+    outgoing = {"in": False, "out": True}.get(wanted.direction or "")
+    while True:
+        left = None if until is None else max(until - time.monotonic(), 0)
+        for batch in rx.batches(out.patience, duration=left):
+            packets: Batch | list[Packet] = batch
+            if outgoing is not None:
+                packets = [packet for packet in batch if packet.outgoing is outgoing]
+            if wanted.count is not None and len(packets) > wanted.count - captured:
+                packets = list(packets)[: wanted.count - captured]
+            captured += len(packets)
+            out.take(packets)
+            if captured == wanted.count:
+                return captured
+        out.tick()
+        if rx.end is not None or (until is not None and time.monotonic() >= until):
+            return captured
+
+
+def _summary(rx: linkrx.Dispatcher, captured: int) -> None:
+    """As tcpdump's. What the filter took is what came, and what the kernel had to drop of it."""
+    counted = rx.stats()
+    dropped = counted.kernel_drops or 0
+    print(
+        f"{_packets(captured)} captured\n"
+        f"{_packets(counted.packets + counted.undelivered + dropped)} received by filter\n"
+        f"{_packets(dropped)} dropped by kernel",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _tell_left_out(rx: linkrx.Dispatcher) -> None:
+    """What was received and is no packet."""
+    counted = rx.stats()
+    for count, what in (
+        (counted.runts, "shorter than a link header"),
+        (counted.unknown_protocol, "of a protocol that nothing tells"),
+        (counted.empty, "without a byte"),
+    ):
+        if count:
+            tell(f"{count} frames were {what}, and are left out")
+
+
+def _packets(count: int) -> str:
+    return f"{count} packet{'' if count == 1 else 's'}"

@@ -1,0 +1,176 @@
+"""What can be typed behind `linkrx dump`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from linkrx.kernel.uapi import ETH_HEADER_BYTES
+from linkrx.memory.layouts import CAPACITY_MAX
+
+TIMES_MOST = 4
+
+
+class UsageError(Exception):
+    """What was typed cannot be meant."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was typed."""
+
+    interface: str | None
+    read: str | None
+    expression: str
+    count: int | None
+    write: str | None
+    snaplen: int | None
+    times: int
+    link: bool
+    digits: int
+    characters: int
+    verbose: bool
+    json: bool
+    backend: str
+    duration: float | None
+    promiscuous: bool
+    direction: str | None
+
+    def check(self) -> None:
+        """Raise UsageError for what excludes each other."""
+        if self.times > TIMES_MOST:
+            raise UsageError(f"-t is given {self.times} times, and {TIMES_MOST} at most mean something")
+        if self.interface is not None and self.read is not None:
+            raise UsageError("-i INTERFACE and -r FILE exclude each other: packets come from one of them")
+        if self.read is not None:
+            for given, name in ((self.snaplen, "-s"), (not self.promiscuous, "-p")):
+                if given:
+                    raise UsageError(
+                        f"{name} is for capturing with -i: the packets of a file are as they were recorded"
+                    )
+        if self.write is not None and (self.json or self.digits or self.characters):
+            raise UsageError("-w FILE records packets and prints none: leave out --json, -x and -X")
+        if self.write == "-" and sys.stdout.isatty():
+            raise UsageError(
+                "-w - writes a capture file to standard output, which is a terminal: give a pipe or a file"
+            )
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Those of tcpdump have its letters."""
+    add = command.add_argument
+    add(
+        "expression",
+        nargs="*",
+        metavar="EXPRESSION",
+        help="which packets, in tcpdump's language: udp port 53",
+    )
+    add(
+        "-i",
+        "--interface",
+        metavar="INTERFACE",
+        help="capture from an interface by name, or from any: all of them",
+    )
+    add("-r", "--read", metavar="FILE", help="read a capture file, pcap or pcapng, or - for standard input")
+    add("-c", "--count", type=_number(1), metavar="COUNT", help="end after so many packets")
+    add("--duration", type=_seconds, metavar="SECONDS", help="end after so many seconds")
+    add(
+        "-w",
+        "--write",
+        metavar="FILE",
+        help="record the packets instead: pcap where the name ends in .pcap or .cap, else pcapng; - for standard output",
+    )
+    add(
+        "-s",
+        "--snaplen",
+        type=_snaplen,
+        metavar="SNAPLEN",
+        help="keep so many bytes of each frame; 0 (default): all",
+    )
+    add(
+        "-t",
+        dest="times",
+        action="count",
+        default=0,
+        help="no time; -tt: seconds since 1970; -ttt: since the packet before; -tttt: with the date",
+    )
+    add("-e", dest="link", action="store_true", help="with the link header")
+    add(
+        "-x",
+        dest="digits",
+        action="count",
+        default=0,
+        help="with the bytes behind the link header; -xx: with all",
+    )
+    add(
+        "-X",
+        dest="characters",
+        action="count",
+        default=0,
+        help="the same with the characters beside; -XX: all",
+    )
+    add(
+        "-v",
+        dest="verbose",
+        action="count",
+        default=0,
+        help="with more of the headers, and whether checksums are right",
+    )
+    add("-n", dest="numeric", action="count", help="accepted: addresses and ports are always numbers")
+    add("-l", dest="lines", action="store_true", help="accepted: output never waits in a buffer")
+    add(
+        "--json",
+        action="store_true",
+        help="an object for each packet, one a line: docs/dump.md has the names",
+    )
+    add(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="as backend= of linkrx.open: linkrx doctor lists them",
+    )
+    add("-p", dest="promiscuous", action="store_false", help="leave the interface as it is: not promiscuous")
+    add(
+        "-Q",
+        "--direction",
+        choices=("in", "out", "inout"),
+        help="what comes in, what this host sends, or both (default)",
+    )
+
+
+def wanted(arguments: argparse.Namespace) -> Wanted:
+    """What was typed."""
+    given = vars(arguments)
+    values = {field.name: given[field.name] for field in fields(Wanted)}
+    values["expression"] = " ".join(values["expression"])
+    values["verbose"] = bool(values["verbose"])
+    return Wanted(**values)
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+        return int(text)
+
+    return number
+
+
+def _snaplen(text: str) -> int | None:
+    size = _number(0)(text)
+    if size and not ETH_HEADER_BYTES <= size <= CAPACITY_MAX:
+        raise argparse.ArgumentTypeError(f"{text}: give 0, or {ETH_HEADER_BYTES} to {CAPACITY_MAX} bytes")
+    return size or None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds

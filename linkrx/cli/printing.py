@@ -1,0 +1,180 @@
+"""Packets as lines or JSON on standard output: plain in a pipe, coloured in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+import linkrx
+from linkrx.cli.dissection import ALL, CHECKED, LINE, dissect
+from linkrx.cli.dissection.fields import Fields
+from linkrx.cli.lines import hexadecimal, line, times
+from linkrx.packets import Packet
+
+# The first of these that a packet has gives its line the style.
+_STYLES = {
+    "cut": "red",
+    "malformed": "red",
+    "dns": "magenta",
+    "dhcp": "yellow",
+    "dhcpv6": "yellow",
+    "icmp": "green",
+    "icmpv6": "green",
+    "arp": "cyan",
+    "udp": "blue",
+}
+
+# Beyond the MTU: link header and two VLAN tags.
+_BESIDE_MTU = 14 + 8
+
+
+class Printer:
+    """Writes each batch at once: who waits at the other end of a pipe need not ask for that."""
+
+    patience: float | None = None  # seconds until tick() is due when nothing comes
+
+    def __init__(
+        self,
+        rx: linkrx.Dispatcher,
+        *,
+        every: bool,
+        as_json: bool,
+        asked_times: int,
+        link: bool,
+        digits: int,
+        characters: int,
+        verbose: bool,
+    ) -> None:
+        self._rx = rx
+        self._live = rx.capabilities.kind != "capture_file"
+        self._several = every
+        self._json, self._link, self._verbose = as_json, link, verbose
+        self._stamp = times.stamp(asked_times)
+        self._bytes = max(digits, characters)  # 2: with the link header
+        self._readable = bool(characters)
+        self._depth = CHECKED if verbose else ALL if link or as_json else LINE
+        self._paint = _painter() if sys.stdout.isatty() and not as_json else None
+        self._longest = _longest(rx)
+        self._names: dict[int, str] = {}
+
+    def take(self, packets: Iterable[Packet]) -> None:
+        """Print them."""
+        if not self._several and not self._live and self._rx.interface_name(2) is not None:
+            self._several = True  # a file of packets of more than one
+        make = self._object if self._json else self._line
+        text = "\n".join([make(packet) for packet in packets])
+        if text:
+            write(text)
+
+    def tick(self) -> None:
+        """Nothing is held back."""
+
+    def _fields(self, packet: Packet, wire_length: int) -> Fields:
+        frame = packet.tobytes()
+        if packet.local is None:
+            fields = dissect(
+                frame,
+                wire_length,
+                ethernet=False,
+                protocol=packet.protocol,
+                tag=packet.vlan,
+                sender=packet.remote,
+                depth=self._depth,
+            )
+        else:
+            fields = dissect(frame, wire_length, ethernet=True, tag=packet.vlan, depth=self._depth)
+        if self._longest and wire_length > self._longest.get(packet.interface, wire_length):
+            fields["super_packet"] = True
+        if self._verbose and packet.checksum_unfinished:
+            _excuse(fields)
+        return fields
+
+    def _line(self, packet: Packet) -> str:
+        wire_length = packet.wire_length
+        fields = self._fields(packet, wire_length)
+        text = line(fields, wire_length, link=self._link, verbose=self._verbose)
+        if self._several:
+            direction = ("Out " if packet.outgoing else "In  ") if self._live or packet.outgoing else ""
+            text = f"{self._name(packet.interface)} {direction}{text}"
+        if self._paint is not None:
+            text = self._paint(text, fields)
+        stamp = self._stamp(self._time(packet))
+        if self._bytes:
+            shown = packet.tobytes() if self._bytes > 1 else bytes(packet.data)
+            text += hexadecimal.rows(shown, readable=self._readable)
+        return stamp + text
+
+    def _object(self, packet: Packet) -> str:
+        """One line of JSON: docs/dump.md has the names."""
+        wire_length = packet.wire_length
+        told: Fields = {"time": times.iso(self._time(packet))}
+        if packet.interface:
+            told["interface"] = self._name(packet.interface)
+        if self._live or packet.outgoing:
+            told["direction"] = "out" if packet.outgoing else "in"
+        told["length"], told["captured"] = wire_length, len(packet)
+        told |= self._fields(packet, wire_length)
+        if self._bytes:
+            told["frame"] = packet.tobytes().hex()
+        return json.dumps(told)
+
+    def _time(self, packet: Packet) -> int | None:
+        moment = packet.timestamp_ns
+        return time.time_ns() if moment is None and self._live else moment
+
+    def _name(self, index: int) -> str:
+        name = self._names.get(index)
+        if name is None:
+            found = self._rx.interface_name(index)
+            name = self._names[index] = f"#{index}" if found is None else _clean(found)
+        return name
+
+
+def _excuse(fields: Fields) -> None:
+    """A checksum that a sender left to a device is not wrong."""
+    for name in ("tcp", "udp"):
+        if fields.get(name, {}).get("checksum_state") == "wrong":
+            fields[name]["checksum_state"] = "unfinished"
+
+
+def _clean(name: str) -> str:
+    """A name that a file gives, without control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def write(text: str) -> None:
+    """A line or several, and a line feed: all of it out at once."""
+    out = sys.stdout.buffer
+    out.write(text.encode("utf-8", "replace") + b"\n")
+    out.flush()
+
+
+def _longest(rx: linkrx.Dispatcher) -> dict[int, int]:
+    """The longest frame that the network carries, of each interface: what is longer is a super-packet."""
+    if rx.capabilities.kind == "capture_file":
+        return {}
+    return {one.index: one.mtu + _BESIDE_MTU for one in linkrx.interfaces() if one.mtu}
+
+
+def _painter() -> Callable[[str, Fields], str] | None:
+    """Gives a line its colour, where rich is there and the terminal has colours. NO_COLOR (no-color.org) is heeded."""
+    if os.environ.get("NO_COLOR") or find_spec("rich") is None:
+        return None
+    from rich.color import ColorSystem
+    from rich.console import Console
+    from rich.style import Style
+
+    system = Console().color_system
+    if system is None:
+        return None
+    colours = {name: Style.parse(style) for name, style in _STYLES.items()}
+
+    def paint(text: str, fields: Fields) -> str:
+        style = next((colours[name] for name in colours if name in fields), None)
+        return text if style is None else style.render(text, color_system=ColorSystem.STANDARD)
+
+    return paint

@@ -1,0 +1,157 @@
+"""`linkrx dump -r` beside `tcpdump -n -r`: the same addresses, ports, flags and lengths, packet for packet."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import captures
+from support.captures import Recorded
+from support.command_line import PATIENCE, linkrx_command
+from support.frames import any_frame
+from support.protocols import BAD, GOOD
+
+from linkrx import _core
+
+pytestmark = [
+    pytest.mark.skipif(_core.reason is not None, reason=f"capture files take the C core: {_core.reason}"),
+    pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump"),
+]
+
+# Of which tcpdump has another idea. It goes into SCTP; behind an extension header it prints the ports without their addresses;
+# of a later fragment it says where it is, and no length; LLDP and LLC it goes into.
+OTHERWISE = {"sctp", "ipv6 extension", "later fragment", "ipv6 fragment", "lldp", "llc"}
+
+# tcpdump prints the whole frame's length of an EtherType that it does not know, linkrx that of what follows the link header;
+# and that of DHCPv6 and of unknown IP protocols by the word "length".
+LENGTH_OTHERWISE = {"unknown ethertype", "unknown protocol", "dhcpv6"}
+
+Facts = tuple[list[tuple[str, str]], list[str], list[str]]
+
+
+def facts(line: str) -> Facts:
+    """Addresses with ports, flags, and lengths that a line has."""
+    addresses = re.findall(r"([0-9a-f.:]+) > ([0-9a-f.:]+?)(?=[:,])", line)
+    lengths = re.findall(r"\blength (\d+)|\((\d+)\)", line)
+    # A newer tcpdump shows AE, the ninth flag (RFC 9768), as linkrx does: "e".
+    flags = [found.removesuffix("e") or "non" for found in re.findall(r"Flags \[([^\]]*)\]", line)]
+    return addresses, flags, [one or other for one, other in lengths]
+
+
+def lines_of_tcpdump(path: Path) -> list[str]:
+    """A line for each packet, with absolute sequence numbers."""
+    # A sanitizer's runtime is for this process: preloaded into others, it may stop them for ever.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = ["tcpdump", "-n", "-S", "-tt", "-r", str(path)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE,
+        env=environment,
+        errors="replace",
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return without_times(done.stdout)
+
+
+def lines_of_linkrx(path: Path) -> list[str]:
+    """The same."""
+    done = linkrx_command("dump", "-tt", "-r", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    return without_times(done.stdout)
+
+
+def without_times(output: str) -> list[str]:
+    """Packet by packet, without the rows of bytes that tcpdump prints of some."""
+    packets = re.split(r"^\d+\.\d{6} ", output, flags=re.MULTILINE)[1:]
+    return [packet.split("\n\t")[0].removesuffix("\n") for packet in packets]
+
+
+def recorded(frames: list[bytes], wire: Callable[[bytes], int] = len) -> list[Recorded]:
+    """With times."""
+    return [Recorded(frame, wire(frame), 1_700_000_000_000_000_000 + n) for n, frame in enumerate(frames)]
+
+
+def both(tmp_path: Path, frames: list[bytes], lengths: Callable[[bytes], int] = len) -> list[tuple[str, str]]:
+    """Both lines of each frame."""
+    path = tmp_path / "both.pcap"
+    path.write_bytes(captures.pcap(recorded(frames, lengths)))
+    return list(zip(lines_of_linkrx(path), lines_of_tcpdump(path), strict=True))
+
+
+def test_every_protocol(tmp_path: Path) -> None:
+    """Of each protocol the lines have the same addresses, ports, flags and lengths; TCP's are the same but for a name behind."""
+    lines = both(tmp_path, list(GOOD.values()))
+    for name, (ours, theirs) in zip(GOOD, lines, strict=True):
+        if name in OTHERWISE:
+            continue
+        kept = slice(2) if name in LENGTH_OTHERWISE else slice(3)
+        assert facts(ours)[kept] == facts(theirs)[kept], (name, ours, theirs)
+        if name.startswith(("tcp", "icmp", "arp", "dns")) and name != "dns over tcp":
+            assert theirs.removesuffix(": HTTP") == ours
+
+
+def test_cut_everywhere(tmp_path: Path) -> None:
+    """Of frames that are cut at any place a line says what tcpdump's says of addresses, ports and flags, as far as that goes."""
+    whole = [
+        GOOD[name]
+        for name in ("tcp syn", "dns answer", "icmp port unreachable", "arp request", "tcp over ipv6")
+    ]
+    frames = [(frame, size) for frame in whole for size in range(14, len(frame))]
+    path = tmp_path / "cut.pcap"
+    cut = [Recorded(frame[:size], len(frame), 10**18) for frame, size in frames]
+    path.write_bytes(captures.pcap(cut))
+    seen = 0
+    for one, ours, theirs in zip(cut, lines_of_linkrx(path), lines_of_tcpdump(path), strict=True):
+        addresses, flags, _ = facts(theirs)
+        seen += bool(addresses)
+        # linkrx shows ports of a header that is cut behind them.
+        found = facts(ours)[0]
+        assert not addresses or (found and all(map(str.startswith, found[0], addresses[0]))), (
+            one,
+            ours,
+            theirs,
+        )
+        assert not flags or facts(ours)[1] == flags, (one, ours, theirs)
+    assert seen > 100
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    """Malformed headers get a line each, marked, and never other addresses, ports or flags than tcpdump's."""
+    for name, (ours, theirs) in zip(BAD, both(tmp_path, list(BAD.values())), strict=True):
+        addresses, flags, _ = facts(theirs)
+        if addresses:
+            assert facts(ours)[0] == addresses, (name, ours, theirs)
+        if flags:
+            assert facts(ours)[1] == flags, (name, ours, theirs)
+        assert "[" in ours or "missing!" in ours or name in ("ipv4 length zero", "terminal escapes"), (
+            name,
+            ours,
+        )
+        assert ours.isprintable()
+
+
+@pytest.mark.samples
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_any_frames(tmp_path: Path, seed: int) -> None:
+    """Of frames by chance, some of them cut, the lines have the same addresses, ports and flags wherever tcpdump gives some."""
+    chosen = random.Random(seed)
+    frames = [any_frame(chosen) for _ in range(2000)]
+    seen = 0
+    for frame, (ours, theirs) in zip(frames, both(tmp_path, frames), strict=True):
+        addresses, flags, _ = facts(theirs)
+        # SCTP and LLC, which tcpdump goes into.
+        if not addresses or "sctp" in theirs or frame[12:14] < b"\x06\x00":
+            continue
+        seen += 1
+        assert facts(ours)[0][:1] == addresses[:1], (frame, ours, theirs)
+        assert not flags or facts(ours)[1] == flags, (frame, ours, theirs)
+    assert seen > 1000

@@ -1,0 +1,264 @@
+"""The lines of `linkrx dump`: whatever the bytes of a packet are, it gets one, and a terminal cannot be told anything by it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.protocols import BAD, GOOD, dns, ethernet, icmp, ipv4, name, tcp, udp, vlan
+
+from linkrx.cli.dissection import ALL, CHECKED, LINE, dissect
+from linkrx.cli.lines import hexadecimal, line, times
+
+DEPTHS = (LINE, ALL, CHECKED)
+PROTOCOLS = (0, 0x0800, 0x0806, 0x86DD, 0x8100, 0x88B5)
+
+
+def shown(frame: bytes, wire_length: int | None = None, *, verbose: bool = False, **known: Any) -> str:
+    """The line of a frame."""
+    length = len(frame) if wire_length is None else wire_length
+    depth = CHECKED if verbose else LINE
+    return line(
+        dissect(frame, length, **{"ethernet": True, "depth": depth, **known}), length, verbose=verbose
+    )
+
+
+def check(frame: bytes, wire_length: int, **known: Any) -> None:
+    """One line of printable characters, and an object of JSON, at every depth."""
+    for depth in DEPTHS:
+        fields = dissect(frame, wire_length, depth=depth, **known)
+        for verbose in {depth == CHECKED, False}:
+            for link in {depth != LINE, False}:
+                text = line(fields, wire_length, link=link, verbose=verbose)
+                assert text.isprintable(), text
+                assert text
+        assert json.loads(json.dumps(fields)) == fields
+
+
+def every_frame() -> Iterator[bytes]:
+    """Of every protocol, good and bad."""
+    yield from GOOD.values()
+    yield from BAD.values()
+
+
+def test_cut_at_every_place() -> None:
+    """Each frame, cut at every place, has a line, as one that is whole and as one that was longer."""
+    for frame in every_frame():
+        for size in range(len(frame) + 1):
+            check(frame[:size], len(frame), ethernet=True)
+            check(frame[:size], size, ethernet=True)
+
+
+def test_without_a_link_header() -> None:
+    """The same where the kernel tells the protocol."""
+    for frame in every_frame():
+        protocol = int.from_bytes(frame[12:14], "big")
+        for size in range(0, len(frame) - 13, 3):
+            check(
+                frame[14 : 14 + size], len(frame) - 14, ethernet=False, protocol=protocol, sender=frame[6:12]
+            )
+
+
+@given(st.binary(max_size=300), st.sampled_from(PROTOCOLS), st.integers(0, 70_000))
+def test_any_bytes(data: bytes, protocol: int, longer: int) -> None:
+    """Bytes by chance have a line, behind a link header and without one."""
+    check(data, len(data) + longer, ethernet=True, tag=(0x8100, protocol))
+    check(data, len(data) + longer, ethernet=False, protocol=protocol)
+    check(bytes(12) + protocol.to_bytes(2, "big") + data, 14 + len(data) + longer, ethernet=True)
+
+
+@given(st.data())
+def test_any_bytes_in_a_good_frame(data: st.DataObject) -> None:
+    """Frames of every protocol of which bytes were changed, put in and taken out have a line."""
+    frame = bytearray(data.draw(st.sampled_from(sorted(GOOD.values()))))
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(12, len(frame) - 1))
+        new = data.draw(st.binary(max_size=4))
+        frame[at : at + data.draw(st.integers(0, 4))] = new
+        if len(frame) < 14:
+            frame += bytes(14)
+    check(bytes(frame), data.draw(st.sampled_from((len(frame), len(frame) + 1, 70_000))), ethernet=True)
+
+
+def test_checksums() -> None:
+    """-v says of every good TCP, UDP, ICMP and ICMPv6 message that its checksum is right, and of one changed byte that it is not."""
+    right = {"tcp": "(correct)", "udp": "[udp sum ok]", "dns": "[udp sum ok]"}
+    tried = 0
+    for title, frame in GOOD.items():
+        kind = title.split()[0]
+        if kind not in ("tcp", "udp", "dns", "icmp", "icmpv6") or title == "dns over tcp":
+            continue
+        tried += 1
+        text = shown(frame, verbose=True)
+        assert "incorrect" not in text
+        assert right.get(kind, "") in text
+        wrong = frame[:-1] + bytes([frame[-1] ^ 0xFF])
+        changed = shown(wrong, verbose=True)
+        assert "incorrect" in changed, changed
+        assert "incorrect" not in shown(frame[:-1], len(frame), verbose=True)  # cut: nobody can tell
+    assert tried > 20
+
+
+def test_checksum_of_the_ipv4_header() -> None:
+    """-v says so where that of the IPv4 header is wrong."""
+    frame = GOOD["udp"]
+    assert "bad cksum" not in shown(frame, verbose=True)
+    assert ", bad cksum)" in shown(frame[:22] + b"\x11" + frame[23:], verbose=True)
+
+
+def test_no_checksum() -> None:
+    """A datagram without a checksum has none that could be wrong."""
+    frame = GOOD["ipv4 options"]
+    assert "[no cksum] UDP, length 5" in shown(frame, verbose=True)
+
+
+def test_vlan_tags() -> None:
+    """Tags in the frame, and the one that the kernel took out, are shown from the outside in."""
+    frame = vlan(tcp(0x02), 7)
+    assert shown(frame, tag=(0x88A8, 0x2009)).startswith("vlan 9, p 1, vlan 7, p 0, IP 10.0.0.1.1000 >")
+    assert shown(vlan(tcp(0x02), 0x1007)).startswith("vlan 7, p 0, DEI, IP ")
+
+
+def test_link_header() -> None:
+    """-e names the addresses, the EtherType and the length, and does not repeat the protocol."""
+    frame = GOOD["udp"]
+    text = line(dissect(frame, 47, ethernet=True), 47, link=True)
+    assert text == (
+        "02:00:00:00:00:02 > 02:00:00:00:00:01, ethertype IPv4 (0x0800), length 47: "
+        "10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5"
+    )
+    cooked = dissect(frame[14:], 33, ethernet=False, protocol=0x0800, sender=frame[6:12])
+    assert line(cooked, 33, link=True) == (
+        "02:00:00:00:00:02, length 33: IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5"
+    )
+
+
+def test_header_fields() -> None:
+    """-v puts the fields of the IP header in front of the addresses, in the same line."""
+    assert shown(GOOD["udp"], verbose=True) == (
+        "IP (tos 0x0, ttl 64, id 7, offset 0, flags [DF], proto UDP (17), length 33) "
+        "10.0.0.1.1000 > 10.0.0.2.2000: [udp sum ok] UDP, length 5"
+    )
+    assert shown(GOOD["udp over ipv6"], verbose=True) == (
+        "IP6 (hlim 64, next-header UDP (17) payload length: 13) "
+        "fd00::1.1000 > fd00::2.2000: [udp sum ok] UDP, length 5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [
+        ("vlan", "vlan 5, p 1, IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5"),
+        ("first fragment", "IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 1000"),
+        ("later fragment", "IP 10.0.0.1 > 10.0.0.2: UDP, fragment at 80, length 80"),
+        ("ipv6 extension", "IP6 fd00::1.1000 > fd00::2.2000: hop-by-hop UDP, length 0"),
+        (
+            "lldp",
+            "02:00:00:00:00:02 > 02:00:00:00:00:01, ethertype LLDP (0x88cc), length 11: 0207 0402 0000 0000 0100 00",
+        ),
+        (
+            "dhcp discover",
+            "IP 0.0.0.0.68 > 255.255.255.255.67: BOOTP/DHCP, Request from 02:00:00:00:00:02, length 255, Discover, "
+            'xid 0x1234, Requested-IP 10.0.0.5, Hostname "box"',
+        ),
+        (
+            "dhcp ack",
+            "IP 10.0.0.1.67 > 10.0.0.2.68: BOOTP/DHCP, Reply, length 250, ACK, xid 0x1234, Your-IP 10.0.0.5, "
+            "Server-ID 10.0.0.1",
+        ),
+    ],
+)
+def test_what_linkrx_says_otherwise_than_tcpdump(title: str, text: str) -> None:
+    """VLANs, fragments, extension headers, unknown EtherTypes and DHCP have these lines."""
+    assert shown(GOOD[title]) == text
+
+
+@pytest.mark.parametrize(
+    ("title", "mark"),
+    [
+        ("ipv4 version", "[malformed: IP version 5]"),
+        ("ipv4 short header", "[malformed: an IPv4 header of 8 bytes]"),
+        ("ipv4 length above frame", "truncated-ip - 20 bytes missing!"),
+        ("tcp long header", "[malformed: a TCP header of 60 bytes in 20]"),
+        ("udp length below header", "[malformed: a UDP length of 3]"),
+        ("dns name that loops", "[malformed: a DNS name that points forward]"),
+        ("dns more than there is", "[|domain]"),
+        ("dhcp option too long", "[|dhcp]"),
+        ("terminal escapes", r"A? \x1b[31mred\x0a."),
+    ],
+)
+def test_what_cannot_be_is_said(title: str, mark: str) -> None:
+    """Behind what can be read of a packet there is what is wrong with it."""
+    assert mark in shown(BAD[title])
+
+
+def test_names_are_bounded() -> None:
+    """A DNS name is at most 255 bytes, though pointers could make it longer; and one that is a thousand pointers ends."""
+    long = udp((53, 9), dns(0x8180, [(".".join(["x" * 60] * 5), 1)], []))
+    assert "a DNS name of more than 255 bytes" in shown(long)
+    pointers = b"".join((0xC000 | 12 + 2 * max(n - 1, 0)).to_bytes(2, "big") for n in range(1000))
+    made = udp((53, 9), (bytes(5) + b"\1" + bytes(6) + pointers)[: 12 + 2000])
+    assert shown(made)
+
+
+def test_quotes_and_backslashes_in_names() -> None:
+    """What a DNS text or a host name says cannot be taken for the line's own words."""
+    answer = udp((53, 9), dns(0x8180, [], [(name("x"), 16, b'\x08a"b\\c\x7f\xff!')]))
+    assert r'TXT "a\"b\x5cc\x7f\xff!"' in shown(answer)
+
+
+def test_an_error_that_quotes_an_error() -> None:
+    """ICMP errors in each other, as many as find room, are no recursion."""
+    body = b""
+    for _ in range(2000):
+        body = ipv4(1, b"\3\1\0\0" + bytes(4) + body)
+        if len(body) > 60_000:
+            break
+    check(ethernet(0x0800, body), len(body) + 14, ethernet=True)
+    assert "ICMP host 10.0.0.2 unreachable" in shown(icmp(3, 1, bytes(4) + body[:1000]))
+
+
+def test_rows_of_bytes() -> None:
+    """-x and -X show sixteen bytes a row, in words, and beside them what can be read."""
+    data = bytes(range(0x41, 0x41 + 18)) + b"\x1b"
+    assert hexadecimal.rows(data, readable=False) == (
+        "\n\t0x0000:  4142 4344 4546 4748 494a 4b4c 4d4e 4f50\n\t0x0010:  5152 1b"
+    )
+    assert hexadecimal.rows(data, readable=True) == (
+        "\n\t0x0000:  4142 4344 4546 4748 494a 4b4c 4d4e 4f50  ABCDEFGHIJKLMNOP"
+        "\n\t0x0010:  5152 1b                                  QR."
+    )
+    assert hexadecimal.rows(b"", readable=True) == ""
+
+
+def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-t to -tttt are nothing, seconds since 1970, since the packet before, and with the date; without them the time of day."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    moment = 1_700_000_000_123_456_789
+    later = moment + 3_661_000_001_000
+    expected = [
+        ["22:13:20.123456 ", "23:14:21.123457 ", "--:--:--.------ "],
+        ["", "", ""],
+        ["1700000000.123456 ", "1700003661.123457 ", "-.------ "],
+        [" 00:00:00.000000 ", " 01:01:01.000001 ", " --:--:--.------ "],
+        ["2023-11-14 22:13:20.123456 ", "2023-11-14 23:14:21.123457 ", "----------  --:--:--.------ "],
+    ]
+    for asked, texts in enumerate(expected):
+        stamp = times.stamp(asked)
+        assert [stamp(moment), stamp(later), stamp(None)] == texts
+    backwards = times.stamp(3)
+    assert [backwards(later), backwards(moment)] == [" 00:00:00.000000 ", "-01:01:01.000001 "]
+    assert times.iso(moment) == "2023-11-14T22:13:20.123456789Z"
+    assert times.iso(-1) == "1969-12-31T23:59:59.999999999Z"
+    for extreme in (-(2**63), 2**63 - 1):
+        for asked in range(5):
+            assert times.stamp(asked)(extreme).isprintable()
+        assert times.iso(extreme)
+    monkeypatch.undo()
+    time.tzset()
