@@ -1,1 +1,1 @@
-"""What connects linkrx with other programs: pytest."""
+"""What connects linkrx with other programs: pytest, scapy."""
