@@ -215,7 +215,7 @@ def restore(
     link_header: int,
     vnet: int,
     vnet_header: bytes,
-    file_type: int,
+    file_type: int = 0,
     /,
 ) -> Packet:
     """A packet from what its pickle has behind the version."""

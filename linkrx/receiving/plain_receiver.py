@@ -152,7 +152,6 @@ class Receiver(Filtering, Sending, Callbacks):
                     *self._link_of(table, row),
                     vnet,
                     bytes(memory[start - size :][:VNET_BYTES]) if vnet else b"",
-                    0,  # files take the core
                 )
             )
         self._pending, self._next, self._incoming = packets, 0, []

@@ -79,7 +79,7 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
         .length = t->lengths[k],
         .wire_length = t->wire_lengths[k],
         .interface = t->interfaces[k],
-        .file_type = told ? t->file_types[k] : 0,
+        .file_type = per_packet ? t->file_types[k] : 0,
         .flags = t->flags[k],
         .protocol = t->protocols[k],
         .link_type = per_packet ? t->link_types[k] : b->framing.link_type,
