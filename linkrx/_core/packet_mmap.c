@@ -90,15 +90,20 @@ void lrx_ring_release(void *state, uint32_t slot)
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
  * that came before are still in the open block, until the timer closes it. They are waited for: the kernel then
- * says that the socket is readable. */
-static int pending_error(struct lrx_ring *s)
+ * says that the socket is readable. What is told `behind` packets waits until they are handed over: not that another
+ * backend has to take over, for then all that has come meanwhile would go with the ring. */
+static int pending_error(struct lrx_ring *s, bool behind)
 {
     socklen_t size = sizeof s->error;
     int error;
 
-    if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0)
-        return errno;
+    /* recv(2) of a socket with a ring has nothing to take but that: for a seccomp filter that forbids getsockopt(2). */
+    if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0 &&
+        recv(s->fd, NULL, 0, MSG_DONTWAIT) < 0 && errno != EAGAIN)
+        s->error = errno;
     if (!s->error || is_lent(s) || ONCE(block_header(s)->num_pkts))
+        return 0;
+    if (behind && (s->error == EPERM || s->error == ENOSYS))
         return 0;
     error = s->error;
     s->error = 0;
@@ -242,7 +247,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         lrx_ring_release(s, slot); /* empty blocks */
     /* Behind packets it is told as well, for nothing else may wake who polls. */
     if (n == 0 || (s->error && !s->left))
-        error = pending_error(s);
+        error = pending_error(s, n > 0);
     if (error)
         lrx_report_at(descriptors)->error = (uint32_t)error;
     if (n == 0)

@@ -26,15 +26,16 @@ static int set_ring(const struct lrx_ring *s, uint32_t retire_ms)
 }
 
 /* PACKET_STATISTICS begins anew with each reading. */
-void lrx_ring_count(struct lrx_ring *s)
+bool lrx_ring_count(struct lrx_ring *s)
 {
     struct tpacket_stats_v3 since;
     socklen_t size = sizeof since;
 
-    if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) == 0 && size == sizeof since) {
-        s->drops += since.tp_drops;
-        s->freezes += since.tp_freeze_q_cnt;
-    }
+    if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) < 0 || size != sizeof since)
+        return false;
+    s->drops += since.tp_drops;
+    s->freezes += since.tp_freeze_q_cnt;
+    return true;
 }
 
 /* The owner of a borrowed socket may have closed it, and another file got its number. */
@@ -158,10 +159,9 @@ uint64_t lrx_ring_drops(struct lrx_ring *s)
     return s->drops;
 }
 
-uint64_t lrx_ring_freezes(struct lrx_ring *s)
+int64_t lrx_ring_freezes(struct lrx_ring *s)
 {
-    lrx_ring_count(s);
-    return s->freezes;
+    return lrx_ring_count(s) ? (int64_t)s->freezes : -1;
 }
 
 struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)

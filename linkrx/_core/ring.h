@@ -33,9 +33,9 @@ void lrx_ring_abandon(struct lrx_ring *s);
 /* Packets in the block that was begun and not yet given back. */
 uint32_t lrx_ring_held(const struct lrx_ring *s);
 
-/* Since the ring was made: packets that found no room in it, and how often it was found full. */
+/* Since the ring was made: packets that found no room in it, and how often it was found full; -1 where that cannot be told. */
 uint64_t lrx_ring_drops(struct lrx_ring *s);
-uint64_t lrx_ring_freezes(struct lrx_ring *s);
+int64_t lrx_ring_freezes(struct lrx_ring *s);
 
 /* From the next fill on packets are described where they lie, `most` blocks at a time: what lrx_mechanism needs for that, or
  * NULL where the kernel writes no virtio-net header of that size, and all is copied as before. */

@@ -124,10 +124,10 @@ class PacketMmap(CoreBackend):
         dropped: int = _core.lib.lrx_ring_drops(self._state)
         return dropped
 
-    def freezes(self) -> int:
-        """tp_freeze_q_cnt."""
+    def freezes(self) -> int | None:
+        """tp_freeze_q_cnt; None where a seccomp filter forbids getsockopt(2)."""
         frozen: int = _core.lib.lrx_ring_freezes(self._state)
-        return frozen
+        return None if frozen < 0 else frozen
 
     def close(self) -> None:
         """Take the ring off the socket."""

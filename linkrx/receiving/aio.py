@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 from collections.abc import Callable, Generator
 from contextvars import Context
@@ -10,10 +12,17 @@ from typing import TYPE_CHECKING, Self
 
 from linkrx import _core
 from linkrx.errors import Busy
+from linkrx.kernel.errnos import REFUSED
 
 if TYPE_CHECKING:
     from linkrx.packets import Packet
     from linkrx.receiving.dispatcher import Dispatcher
+
+
+logger = logging.getLogger("linkrx")
+
+# How often packets are asked for, in seconds, where the event loop may not watch.
+ASK_AGAIN = 0.01
 
 
 class Waiter:
@@ -100,6 +109,8 @@ class Reader:
         self._latency = dispatcher._coalescing
         self._registered: Waiter | None = None  # for whom
         self._waiter: Waiter | None = None
+        self._asking: asyncio.TimerHandle | None = None  # where the event loop may not watch it
+        self._said = False  # that it may not
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
@@ -127,7 +138,7 @@ class Reader:
             self.loop.call_soon(self.ready)
         else:
             self._register(waiter)
-            waiter.armed = True
+            waiter.armed = self._registered is waiter
 
     async def wait(self, timeout: float | None) -> bool:
         """Until packets wait in the dispatcher, or it is over. False after `timeout` seconds without."""
@@ -145,9 +156,31 @@ class Reader:
         if self._registered is not waiter:
             self._dispatcher._looped = True
             self._dispatcher._resume_source()
-            # In C, where the waiter is: no function in Python is called for a packet. No epoll_ctl(2) where another one was.
-            self.loop.add_reader(self._fd, getattr(waiter, "ready", self.ready))
-            self._registered = waiter
+            try:
+                # In C, where the waiter is: no function in Python is called for a packet. No epoll_ctl(2) where another one was.
+                self.loop.add_reader(self._fd, getattr(waiter, "ready", self.ready))
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                self._say_refused(error)
+                if self._asking is not None:
+                    self._asking.cancel()
+                self._asking = self.loop.call_later(ASK_AGAIN, self._receive)
+            else:
+                self._registered = waiter
+
+    def _say_refused(self, error: OSError) -> None:
+        """Once."""
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "the event loop cannot watch the %s, and packets are asked for every %d ms: %s (%s), as a seccomp filter answers "
+                "to epoll_ctl(2). Have the filter allow it",
+                self._dispatcher.capabilities.title,
+                ASK_AGAIN * 1000,
+                error.strerror,
+                errno.errorcode[error.errno or 0],
+            )
 
     def _settle(self, found: bool) -> None:
         if self._waiter is not None and not self._waiter.done():

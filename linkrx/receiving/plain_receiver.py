@@ -36,6 +36,7 @@ ERRORS_IN_A_ROW = 8
 IDLE_WAKES = 8
 PAUSE = 0.01
 SLICE = 1.0
+LOOK = 0.04
 
 Result = TypeVar("Result")
 
@@ -176,9 +177,9 @@ class Receiver(Filtering, Sending, Callbacks):
         deadline = deadline_after(timeout)
         before = received(self._counters)
         idle = 0
-        if self._source_paused:
-            self._resume_source()
         while True:
+            if self._source_paused:
+                self._resume_source()
             if self._ended or ((self._stopping or self._end_follows) and self._over()):
                 return "over"
             self._exchange()
@@ -231,7 +232,7 @@ class Receiver(Filtering, Sending, Callbacks):
         if not on_source:
             self._wakeup.sleep(min(seconds, PAUSE))
             return False
-        readable = self._wakeup.wait(seconds)
+        readable = self._wakeup.wait(min(seconds, LOOK) if self._link_down else seconds)
         if not readable:
             self._look_at_owner()
         if readable and self._latency:

@@ -393,7 +393,7 @@ class Reception(Receiver):
     def _resume_source(self) -> None:
         if not self._quiet:
             self._wakeup.resume_source()
-        self._source_paused = False
+        self._source_paused = not (self._quiet or self._wakeup.registered)
 
     def _pause_source(self) -> None:
         """Take a source out of the poll set for a while that is readable, but has nothing to read."""

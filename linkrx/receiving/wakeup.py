@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import select
 from contextlib import suppress
 
 from linkrx.kernel import libc
+from linkrx.kernel.errnos import REFUSED
+
+logger = logging.getLogger("linkrx")
 
 # How soon a deleted interface is noticed: the kernel says "down" first and then, on AF_PACKET, nothing more.
 RECHECK_SECONDS = 0.02
@@ -45,19 +50,21 @@ class EventFd:
 
 
 class Timer:
-    """A timerfd, closed with the last reference to it at the latest."""
+    """A timerfd, closed with the last reference to it at the latest. One that is closed never fires."""
 
     def __init__(self) -> None:
         self.fd = libc.timerfd()
 
     def set(self, interval: float | None) -> None:
         """Make it readable every `interval` seconds, or unreadable."""
-        libc.set_timerfd(self.fd, interval or 0)
+        if self.fd >= 0:
+            libc.set_timerfd(self.fd, interval or 0)
 
     def clear(self) -> None:
         """Make it unreadable until it fires again."""
-        with suppress(BlockingIOError):  # it had not fired
-            os.read(self.fd, 8)
+        if self.fd >= 0:
+            with suppress(BlockingIOError):  # it had not fired
+                os.read(self.fd, 8)
 
     def close(self) -> None:
         """Idempotent."""
@@ -85,6 +92,7 @@ class Wakeup:
         self.source = source
         self.registered = True
         self._link_down = False
+        self._said: set[str] = set()  # of system calls, that they are refused
         self._epoll = _epoll()
         self._timer = Timer()
         try:
@@ -102,47 +110,106 @@ class Wakeup:
 
     def wait(self, timeout: float | None) -> bool:
         """Sleep until something happens or the time is up. True if the source says it is readable."""
-        bounded = None if timeout is None else min(timeout, _LONGEST_SLEEP)
-        return any(fd == self.source for fd, _ in self._epoll.poll(bounded))
+        bounded = _LONGEST_SLEEP if timeout is None else min(timeout, _LONGEST_SLEEP)
+        try:
+            return any(fd == self.source for fd, _ in self._epoll.poll(bounded))
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return self.poll(bounded, self.source)
 
     def sleep(self, timeout: float) -> None:
-        """Wait for the event alone, for example where a source is readable and a read finds nothing."""
-        if self.event is not None:
-            poll = select.poll()
-            poll.register(self.event.fd, select.POLLIN)
-            poll.poll(timeout * 1000)
+        """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
+        self.poll(timeout)
+
+    def poll(self, timeout: float, *sources: int) -> bool:
+        """Sleep on the event and on these. True if one of these is ready."""
+        poll = select.poll()
+        for fd in (*sources, *([self.event.fd] if self.event is not None else [])):
+            poll.register(fd, select.POLLIN)
+        return any(fd in sources for fd, _ in poll.poll(timeout * 1000))
 
     def pause_source(self, timeout: float) -> None:
-        """Take such a source out of the epoll instance for `timeout` seconds."""
+        """For those who poll: be silent about such a source for `timeout` seconds. Where that is refused, they go on asking."""
         if self.registered:
-            self.registered = (
-                False  # first: `resume_source` registers it again, also if it is still registered
-            )
-            self._epoll.unregister(self.source)
-        self._timer.set(timeout)
+            self.registered = False  # first: `resume_source` takes it in again, also where it was not out yet
+            if not (self._set_timer(timeout) and self._take_out()):
+                self._watch()
 
     def disarm(self) -> None:
-        """Make the descriptor unreadable for good."""
+        """Readable no more, whatever the source says."""
         if self.registered:
-            with suppress(FileNotFoundError):  # an exception came in between
-                self._epoll.unregister(self.source)
+            self._take_out()
             self.registered = False
-        self._timer.set(None)
+        self._set_timer(None)
         if self.event is not None:
             self.event.clear()
 
     def resume_source(self) -> None:
-        """Register the source again after `pause_source`."""
+        """Take the source in again after `pause_source`. Where that is refused, the timer goes on waking who polls."""
         if not self.registered:
-            with suppress(FileExistsError):  # an exception came in between, there or here
+            try:
                 self._epoll.register(self.source, select.EPOLLIN)
-            self._timer.set(RECHECK_SECONDS if self._link_down else None)
-            self.registered = True
+            except FileExistsError:  # an exception came in between, there or here
+                pass
+            except OSError as error:
+                self._say_refused("epoll_ctl(2)", error, "The source is asked for packets every 10 ms")
+                self._timer.clear()
+                return
+            self._watch()
+
+    def _watch(self) -> None:
+        self._set_timer(RECHECK_SECONDS if self._link_down else None)
+        self.registered = True
+
+    def _take_out(self) -> bool:
+        """Poll the source no more. False where that is refused."""
+        try:
+            self._epoll.unregister(self.source)
+        except FileNotFoundError:  # an exception came in between
+            pass
+        except OSError as error:
+            self._say_refused(
+                "epoll_ctl(2)",
+                error,
+                "Who polls fileno() is called for nothing where the source says that it is readable, and is not",
+            )
+            return False
+        return True
+
+    def _set_timer(self, interval: float | None) -> bool:
+        """False where that is refused. Then it is closed: one that cannot be stopped would wake who polls for ever."""
+        try:
+            self._timer.set(interval)
+        except OSError as error:
+            self._timer.close()
+            self._say_refused(
+                "timerfd_settime(2)",
+                error,
+                "Who polls fileno() is not called when an interface is deleted while it is down",
+            )
+        return self._timer.fd >= 0
+
+    def _say_refused(self, call: str, error: OSError, consequence: str) -> None:
+        """Once. Raises what is no refusal."""
+        code = error.errno or 0
+        if code not in REFUSED:
+            raise error
+        if call not in self._said:
+            self._said.add(call)
+            logger.warning(
+                "%s is refused, and was not when the source was opened: %s (%s), as a seccomp filter answers. %s. Have the filter "
+                "allow it",
+                call,
+                os.strerror(code),
+                errno.errorcode[code],
+                consequence,
+            )
 
     def watch_link(self, down: bool) -> None:
         """While a link is down, wake up regularly to see whether it still exists."""
         self._link_down = down
-        self._timer.set(RECHECK_SECONDS if down else None)
+        self._set_timer(RECHECK_SECONDS if down else None)
 
     def clear_timer(self) -> None:
         """Make the timer unreadable until it fires again."""

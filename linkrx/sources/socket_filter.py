@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import socket
 import struct
+from contextlib import suppress
 
 from linkrx.kernel.libc import SocketOptions
 from linkrx.kernel.uapi import SO_ATTACH_FILTER, SO_DETACH_FILTER, SO_GET_FILTER
@@ -16,7 +17,7 @@ def attach(fd: int, program: bytes) -> None:
     """Let the kernel run a program of struct sock_filter from now on; what is queued stays. Empty: none. Raises OSError."""
     options = SocketOptions(fd)
     if not program:
-        if attached(fd):
+        with suppress(FileNotFoundError):  # there was none
             options.set(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
         return
     memory = ctypes.create_string_buffer(program, len(program))

@@ -118,8 +118,9 @@ class Source:
         if wanted is None or not self.capabilities.socket or self._enlarged:
             return
         sock = SocketOptions(self.fd)
-        before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        self._undo.add(partial(restore_receive_buffer, self.fd, file_of(self.fd), before))
+        if not self.capabilities.owned:
+            before = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+            self._undo.add(partial(restore_receive_buffer, self.fd, file_of(self.fd), before))
         set_receive_buffer(sock, wanted, asked=self._receive_buffer is not None)
         self._enlarged = True
 
@@ -135,14 +136,15 @@ class Source:
             if self._filter_before is None:
                 if program is None:
                     return
-                before = socket_filter.attached(self.fd)
+                # A socket of linkrx's own had none.
+                before = b"" if self.capabilities.owned else socket_filter.attached(self.fd)
                 if not self.capabilities.owned:
                     self._undo.add(partial(restore_filter, self.fd, file_of(self.fd), before))
                 self._filter_before = before
         except OSError as error:
             raise UnsupportedOption(
-                f"filter= on the {title}: it has a filter of its owner already, which cannot be read, and so not be put back "
-                f"at close: {error.strerror}"
+                f"filter= on the {title}: the filter that its owner may have put on it cannot be read, and so not be put back at "
+                f"close: {error.strerror}"
             ) from error
         try:
             socket_filter.attach(self.fd, self._filter_before if program is None else program)
@@ -231,7 +233,10 @@ class Source:
         if self.capabilities.kind == "capture_file" and not stat.S_ISFIFO(os.fstat(self.fd).st_mode):
             return RECORDS_MOST  # all that a file has was there before anybody asks
         if self.capabilities.kind in ("packet", "packet_cooked", "udp"):
-            return SocketOptions(self.fd).get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // PACKET_LEAST + 1
+            try:
+                return SocketOptions(self.fd).get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // PACKET_LEAST + 1
+            except OSError:  # a seccomp filter
+                return None
         link = self._queue_link()
         return link.queue_length if link else None
 

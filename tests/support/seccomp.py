@@ -23,6 +23,13 @@ NUMBERS = {
         "getsockname": 51,
         "timerfd_create": 283,
         "epoll_create1": 291,
+        "epoll_wait": 232,
+        "unshare": 272,
+        "setns": 308,
+        "mount": 165,
+        "bpf": 321,
+        "perf_event_open": 298,
+        "ppoll": 271,
     },
     "aarch64": {
         "recvmmsg": 243,
@@ -39,6 +46,13 @@ NUMBERS = {
         "getsockname": 204,
         "timerfd_create": 85,
         "epoll_create1": 20,
+        "unshare": 97,
+        "setns": 268,
+        "mount": 40,
+        "bpf": 280,
+        "perf_event_open": 241,
+        "epoll_wait": 22,  # epoll_pwait, which the C library calls in its place
+        "ppoll": 73,
     },
 }
 

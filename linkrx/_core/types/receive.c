@@ -31,6 +31,7 @@
 #include <errno.h>
 #include <math.h>
 #include <poll.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
 
@@ -41,6 +42,8 @@
 #define PAUSE 0.01
 /* A signal that comes between the last look and the wait is seen this much later. */
 #define SLICE 1.0
+/* The longest wait while a link is down: its end must be noticed where the kernel refuses to set the timer, too. */
+#define LOOK 0.04
 #define SECOND 1000000000LL
 /* As long as CPython lets a thread run, in nanoseconds: sys.getswitchinterval(). */
 #define TURN 5000000
@@ -184,18 +187,34 @@ static int look_at_drops(Receiver *r)
     return 0;
 }
 
+static void raise_refused(const char *call, int error)
+{
+    PyObject *what = PyUnicode_FromFormat("%s, on which linkrx sleeps: %s. A seccomp filter may refuse it: have it allow that",
+                                          call, strerror(error));
+    PyObject *arguments = what ? Py_BuildValue("iN", error, what) : NULL;
+
+    if (arguments)
+        PyErr_SetObject(PyExc_OSError, arguments);
+    Py_XDECREF(arguments);
+}
+
 /* Until one of the descriptors is ready, or the time is up. Returns how many are, or -1 with what a signal handler raised. */
 static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
 {
     struct timespec t = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
-    int ready;
+    int ready, error;
 
     Py_BEGIN_ALLOW_THREADS
     ready = ppoll(fds, count, &t, NULL);
+    error = errno;
     Py_END_ALLOW_THREADS
-    if (ready < 0)
-        return PyErr_CheckSignals() < 0 ? -1 : 0;
-    return ready;
+    if (PyErr_CheckSignals() < 0)
+        return -1;
+    if (ready < 0 && error != EINTR) {
+        raise_refused("ppoll(2)", error);
+        return -1;
+    }
+    return ready < 0 ? 0 : ready;
 }
 
 /* Sleep for `seconds` at most, on the event alone. 1: it is set, for a stop. */
@@ -203,9 +222,7 @@ static int sleep_on_event(const Receiver *r, double seconds)
 {
     struct pollfd event = {.fd = r->event, .events = POLLIN};
 
-    const int ready = sleep_on(&event, 1, seconds);
-
-    return PyErr_CheckSignals() < 0 ? -1 : ready;
+    return sleep_on(&event, 1, seconds);
 }
 
 /* Sleep for `latency`, so that several packets come together. The deadline and a stop end it. */
@@ -229,7 +246,8 @@ static int wait(Receiver *r, double seconds)
 {
     struct epoll_event events[4];
     int count, error, readable = 0;
-    const int milliseconds = seconds < SLICE ? (int)(seconds * 1000 + 0.999) : (int)(SLICE * 1000);
+    const double most = r->link_down ? LOOK : SLICE;
+    const int milliseconds = seconds < most ? (int)(seconds * 1000 + 0.999) : (int)(most * 1000);
 
     Py_BEGIN_ALLOW_THREADS
     count = epoll_wait(r->epoll, events, 4, milliseconds);
@@ -237,6 +255,12 @@ static int wait(Receiver *r, double seconds)
     Py_END_ALLOW_THREADS
     if (PyErr_CheckSignals() < 0)
         return -1;
+    if (count < 0 && (error == EPERM || error == ENOSYS)) { /* of a seccomp filter that came later */
+        struct pollfd fds[] = {{.fd = r->source, .events = POLLIN}, {.fd = r->event, .events = POLLIN}};
+
+        count = sleep_on(fds, 2, seconds < most ? seconds : most);
+        return count <= 0 ? count : fds[0].revents ? 1 : 2;
+    }
     if (count < 0 && error != EINTR) {
         errno = error;
         PyErr_SetFromErrno(PyExc_OSError);
@@ -297,9 +321,8 @@ static int begin_flush(Receiver *r)
 static int wait_for_source(Receiver *r, double seconds)
 {
     struct pollfd source = {.fd = r->source, .events = POLLIN};
-    const int ready = sleep_on(&source, 1, seconds < PAUSE ? seconds : PAUSE);
 
-    return PyErr_CheckSignals() < 0 ? -1 : ready;
+    return sleep_on(&source, 1, seconds < PAUSE ? seconds : PAUSE);
 }
 
 /* Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows. */
@@ -310,12 +333,12 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
 
-    if (r->source_paused && lrx_ask(r, "_resume_source") < 0)
-        return FAILED;
     for (;;) {
         double left = SLICE, looked = 0;
         int happened;
 
+        if (r->source_paused && lrx_ask(r, "_resume_source") < 0)
+            return FAILED;
         if (PyErr_CheckSignals() < 0) /* under load nobody waits, and `deliver` may be written in C */
             return FAILED;
         if (r->ended)
