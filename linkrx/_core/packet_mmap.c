@@ -19,6 +19,9 @@
 /* linux/if_ether.h; its other contents clash with the C library's. */
 #define ETH_P_8021Q 0x8100
 
+/* In front of the frames of a block: BLK_HDR_LEN of net/packet/af_packet.c. tpacket_rcv() cuts what is longer than the rest. */
+#define BLOCK_HEADER TPACKET_ALIGN(sizeof(struct tpacket_block_desc))
+
 static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 {
     return header_at(s, s->block);
@@ -90,8 +93,8 @@ void lrx_ring_release(void *state, uint32_t slot)
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
  * that came before are still in the open block, until the timer closes it. They are waited for: the kernel then
- * says that the socket is readable. What is told `behind` packets waits until they are handed over: not that another
- * backend has to take over, for then all that has come meanwhile would go with the ring. */
+ * says that the socket is readable. It is told `behind` packets too; but not that another backend has to take over, for with
+ * the ring goes what has come until that is read. */
 static int pending_error(struct lrx_ring *s, bool behind)
 {
     socklen_t size = sizeof s->error;
@@ -103,7 +106,7 @@ static int pending_error(struct lrx_ring *s, bool behind)
         s->error = errno;
     if (!s->error || is_lent(s) || ONCE(block_header(s)->num_pkts))
         return 0;
-    if (behind && (s->error == EPERM || s->error == ENOSYS))
+    if (behind && (s->error == EPERM || s->error == ENOSYS || s->error == EFBIG))
         return 0;
     error = s->error;
     s->error = 0;
@@ -217,6 +220,8 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             s->error = EIO;
             break;
         }
+        if (s->block_size - (header->tp_mac + snaplen) <= BLOCK_HEADER && snaplen < header->tp_len && !s->error)
+            s->error = EFBIG;
         next = ONCE(header->tp_next_offset);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
         if (s->in_place) {

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from linkrx.backend import Backend, Mechanism, ReceiveConfig
 from linkrx.choice import Choice
-from linkrx.errors import BackendUnavailable, Busy, Closed, DamagedCapture, Ended, LinkrxError
+from linkrx.errors import Busy, Closed, DamagedCapture, Ended, LinkrxError
 from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
 from linkrx.memory import counters as slots
 from linkrx.memory.columns import Descriptors
@@ -26,6 +26,7 @@ from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
 from linkrx.receiving.filtering import SourceFilter
+from linkrx.receiving.ladder import following, say_cut
 from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
@@ -183,6 +184,8 @@ class Reception(Receiver):
         elif code == errno.ENETDOWN:
             self._watch_link(down=True)
             self._tally.link_downs += 1
+        elif code == errno.EFBIG:
+            self._outgrow()
         elif code in REFUSED:
             self._demote(OSError(code, os.strerror(code)))
         elif code == errno.EINVAL and self._framing.vnet_header_size:
@@ -216,15 +219,24 @@ class Reception(Receiver):
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise
-                choice = self._next_choice(choice, error)
+                choice = following(choice, error, self.source.capabilities.title)
+
+    def _outgrow(self) -> None:
+        """A frame was cut, for the memory that the kernel fills holds none that long. The packet tells it; no other is to be."""
+        if len(self.choice.ladder) > 1:
+            self._demote(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+        elif not self._tally.cut_said:
+            self._tally.cut_said = True
+            say_cut(self.choice, self.source.capabilities.title)
 
     def _demote(self, error: OSError) -> None:
-        """Go on with the next backend. No packet is lost: a refused call has taken none."""
+        """Go on with the next backend. A refused call has taken no packet; what comes while a ring is taken off is lost."""
         refused = self._mechanism
         self._copy_held()  # where there is no memory for that, all is as it was
-        mechanism, choice = self._build(self._next_choice(self.choice, error))
+        mechanism, choice = self._build(following(self.choice, error, self.source.capabilities.title))
         native = mechanism.native
         self._descriptors.clear()  # the errno too; and backends rely on columns that they never write
+        self._tally.ring_drops += refused.drops()
         # All at once, and no call in between: an exception there would leave the receiver with a mechanism that is gone.
         self._mechanism, self.choice = mechanism, choice
         self._use(native)
@@ -232,22 +244,6 @@ class Reception(Receiver):
         chosen = self._backends[choice.backend]
         self._source_filter.backend_changed(self._run_filter, chosen, mechanism.readable_within)
         self._tell_filter()
-
-    def _next_choice(self, choice: Choice, error: OSError) -> Choice:
-        if len(choice.ladder) == 1:
-            raise BackendUnavailable(
-                f"{choice.backend} on the {self.source.capabilities.title}: the kernel answers {error.strerror} "
-                f"({errno.errorcode.get(error.errno or 0, error.errno)}), and there is no other backend to take over"
-            ) from error
-        following = choice.demoted(f"refused at run time: {error.strerror}")
-        logger.warning(
-            "%s on the %s: the kernel answers %s; going on with %s",
-            choice.backend,
-            self.source.capabilities.title,
-            error.strerror,
-            following.backend,
-        )
-        return following
 
     def _run_filter(self, program: bytes, tags: bool, seconds: float) -> None:
         done = self._set_filter(program, tags, seconds)
@@ -422,7 +418,7 @@ class Reception(Receiver):
 
     def _drops(self) -> int | None:
         drops = self.source.kernel_drops()
-        return None if drops is None else drops + self._mechanism.drops()
+        return None if drops is None else drops + self._mechanism.drops() + self._tally.ring_drops
 
     def stats(self) -> Stats:
         """Counters since `open`. For any thread."""

@@ -9,13 +9,16 @@ from enum import Enum
 @dataclass(slots=True)
 class Tally:
     """What the loop itself counts, beside the classifier and the receiver. `undelivered`: packets that the backend still
-    held at a stop. `indescribable`: packets that a virtio-net header cannot describe.
+    held at a stop. `indescribable`: packets that a virtio-net header cannot describe. `ring_drops`: of a ring that another backend
+    has replaced. `cut_said`: the log says that frames are cut.
     """
 
     waits: int = 0
     link_downs: int = 0
     undelivered: int = 0
     indescribable: int = 0
+    ring_drops: int = 0
+    cut_said: bool = False
 
 
 class End(Enum):

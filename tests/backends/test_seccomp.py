@@ -197,7 +197,7 @@ def test_refused_after_open_on_devices(backend: str, make: rigs.MakeRig, what: s
 
 
 class Log(logging.Handler):
-    """What linkrx says."""
+    """What linkrx says, but for a missing C core."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,8 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Note it."""
-        self.said.append(record.getMessage())
+        if "C core" not in record.getMessage():
+            self.said.append(record.getMessage())
 
 
 def test_an_event_loop_without_epoll_ctl() -> None:

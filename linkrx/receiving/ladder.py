@@ -1,0 +1,42 @@
+"""What is said when a backend is given up for the next one on the ladder, or cannot be."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from linkrx.choice import Choice
+from linkrx.errors import BackendUnavailable
+
+logger = logging.getLogger("linkrx")
+
+# What a ring's backend tells as EFBIG.
+CUT = "a frame was cut that is longer than a block of the ring"
+
+
+def why(error: OSError) -> str:
+    """A sentence without its full stop."""
+    return CUT if error.errno == errno.EFBIG else f"the kernel answers {error.strerror}"
+
+
+def following(choice: Choice, error: OSError, title: str) -> Choice:
+    """The choice without its first backend. Raises BackendUnavailable where there is no other."""
+    if len(choice.ladder) == 1:
+        raise BackendUnavailable(
+            f"{choice.backend} on the {title}: {why(error)} ({errno.errorcode.get(error.errno or 0, error.errno)}), and there "
+            "is no other backend to take over"
+        ) from error
+    after = choice.demoted(f"refused at run time: {CUT if error.errno == errno.EFBIG else error.strerror}")
+    logger.warning("%s on the %s: %s; going on with %s", choice.backend, title, why(error), after.backend)
+    return after
+
+
+def say_cut(choice: Choice, title: str) -> None:
+    """There is no other backend to take over, or one was named."""
+    logger.warning(
+        "%s on the %s: %s, as the next ones will be. Open it again: its blocks are then made for what the interface and its "
+        "peer are set up for now",
+        choice.backend,
+        title,
+        CUT,
+    )
