@@ -1,11 +1,10 @@
-"""Pure Python: `os.preadv`, or `recvmsg_into` of a socket, one packet per system call. Needs no compiled core, and is read first by
+"""Pure Python: `os.preadv`, or of a socket recvmsg(2), one packet per system call. Needs no compiled core, and is read first by
 whoever writes a backend.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import socket
@@ -18,12 +17,10 @@ from itertools import repeat
 from typing import Any
 
 from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveConfig, align
+from linkrx.kernel import messages
 from linkrx.kernel.uapi import (
     ETH_P_8021Q,
-    IFNAMSIZ,
-    IFREQ_BYTES,
     PACKET_AUXDATA,
-    SIOCGIFINDEX,
     SOL_PACKET,
     TP_STATUS_CSUMNOTREADY,
     TP_STATUS_VLAN_TPID_VALID,
@@ -39,21 +36,14 @@ _NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 # What a seccomp filter that does not know recvmsg(2) answers in its place.
 _REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
+_NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC
 
-
-CONTROL_BYTES = 512  # room for all that the owner of a borrowed socket may have switched on
 _AUXDATA = struct.Struct("=IIIHHHH")  # struct tpacket_auxdata
 
 STRIDE_LEAST = 64
 ARENAS = 2  # of a receiver: for no more are buffers kept, for they keep the arena
 MADE_MOST = 4  # strides and counts of each
-
-
-class _Duplicate(socket.socket):
-    """One that may be dropped: without this Python warns of sockets that nobody has closed."""
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class OsReadv(Backend):
@@ -66,32 +56,29 @@ class OsReadv(Backend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """A stream of bytes, and a packet socket whose interface has a name that Python's socket module cannot read."""
+        """A stream of bytes."""
         if capabilities.kind == "capture_file":
             return "os_readv reads one packet per system call, and a capture file is a stream of bytes"
-        name = capabilities.interface or ""
-        if capabilities.socket and name.encode(errors="replace").decode() != name:
-            return f"with each packet Python reads the name of the interface as UTF-8, and {name!r} is none"
         return None
 
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
         self._fd = receive.fd
         self._layout = receive.layout
         self._descriptors = descriptors
-        # What a read that took a packet returned: its length, or of a socket what recvmsg(2) tells.
-        self._taken: list[Any] = []
-        self._socket: socket.socket | None = None
+        self._taken: list[Any] = []  # the length of each packet that was read, and of a message its errno
+        # A socket's messages tell the true length of each packet, and of packet sockets all that the kernel knows about it.
+        self._messages = receive.capabilities.socket
+        self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
+        self._used: list[messages.Place] = []  # what was read is in the first of these
         # The call, and its arguments behind the descriptor and the buffers. O_NONBLOCK is no help: it belongs to all who have
         # the open file, and any of them may clear it at any time. With RWF_NOWAIT no read waits, whatever they do.
-        self._read: Callable[..., Any]
+        self._read: Callable[..., int]
         self._arguments: tuple[Iterator[int], ...]
         self._ready: select.poll | None = None
-        if receive.capabilities.socket:
-            self._use_socket(receive.capabilities)
-        else:
-            self._use_reads()
         self._stride = STRIDE_LEAST  # between the starts of two packets
-        self._made: dict[Owner, dict[tuple[int, int], list[list[memoryview]]]] = {}
+        self._made: dict[Owner, dict[tuple[int, int], list[Any]]] = {}
+        if not self._messages:
+            self._use_reads()
         self._flagged = False
 
     def fill(self, arena: Owner, room: int) -> int:
@@ -99,8 +86,10 @@ class OsReadv(Backend):
         taken = self._taken
         if not taken:
             self._receive(arena, room)
+        if self._messages and self._is_over():
+            self._end(arena, room)
         count = len(taken)
-        if count > 1 or (count and (self._socket is not None or taken[0] > self._layout.capacity)):
+        if count > 1 or (count and (self._messages or taken[0] > self._layout.capacity)):
             self._report(count)
         elif count:
             self._report_one(taken[0])
@@ -109,46 +98,55 @@ class OsReadv(Backend):
     @property
     def held(self) -> int:
         """Packets that were read when an exception came, and not reported yet."""
-        return len(self._taken)
-
-    def leave_to_parent(self) -> None:
-        """See Mechanism."""
-        if self._socket is not None:
-            self._socket.close()
+        return len(self._taken) - (self._messages and self._is_over())
 
     def close(self) -> None:
-        """Let go of the arenas, and of the duplicate of a socket."""
+        """Let go of the arenas."""
         self._made.clear()
-        if self._socket is not None:
-            self._socket.close()
+        self._used = []
 
     def _receive(self, arena: Owner, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
         # such as Ctrl-C, can run between two packets but never between a packet and its length.
+        buffers = self._buffers(arena, room)
+        if self._messages:
+            self._taken.extend(messages.receive(self._fd, buffers, _FLAGS))
+            return
         try:
-            buffers = self._until_long(self._buffers(arena, room))
             self._taken.extend(map(self._read, buffers, *self._arguments))
         except BlockingIOError:
             pass  # the queue is empty
         except OSError as error:
             if self._taken:
                 self._descriptors.report.error = error.errno or 0  # behind what was read
-            elif error.errno in _REFUSED and self._socket is not None and not self._packets:
-                self._use_reads()
-                self._receive(arena, room)
-            elif error.errno in _NOWAIT_UNKNOWN and self._socket is None and self._arguments:
+            elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
                 self._ask_first()  # the driver knows no RWF_NOWAIT
                 self._receive(arena, room)
             else:
                 raise
 
+    def _is_over(self) -> bool:
+        """Whether the last message is none, but an errno."""
+        return bool(self._taken) and self._taken[-1][0] < 0
+
+    def _end(self, arena: Owner, room: int) -> None:
+        """What the kernel says in place of a message: behind those that came before."""
+        taken, code = self._taken, self._taken[-1][1]
+        if code in _REFUSED and not self._packets and len(taken) == 1:
+            taken.clear()
+            self._use_reads()
+            self._receive(arena, room)
+            return
+        if code not in _NOTHING:
+            self._descriptors.report.error = code
+        taken.pop()
+
     def _use_reads(self) -> None:
         self._read, self._arguments = partial(os.preadv, self._fd), (repeat(-1), repeat(RWF_NOWAIT or 0))
         if RWF_NOWAIT is None:
             self._ask_first()
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = None
+        self._made.clear()
+        self._messages = False
 
     def _ask_first(self) -> None:
         """Poll before each read, which cannot be told not to wait. Another reader of the same queue could still take the
@@ -159,36 +157,12 @@ class OsReadv(Backend):
         self._ready = ready  # first: without it a read would wait
         self._read, self._arguments = partial(os.readv, self._fd), ()
 
-    def _use_socket(self, found: Capabilities) -> None:
-        """recvmsg(2) tells the true length of each packet and, of packet sockets, all that the kernel knows about it.
-
-        A duplicate, which Python closes by itself.
-        """
-        self._packets = found.kind in ("packet", "packet_cooked")
-        self._interface = found.interface, found.ifindex
-        duplicate = os.dup(self._fd)
-        try:
-            # With SOCK_NONBLOCK in the type, Python leaves O_NONBLOCK alone even under socket.setdefaulttimeout().
-            kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-            family = (
-                socket.AF_PACKET if self._packets else socket.AF_UNIX
-            )  # how Python reads the sender's address
-            self._socket = _Duplicate(family, kind, 0, fileno=duplicate)
-        except BaseException:
-            os.close(duplicate)
-            raise
-        self._read = self._socket.recvmsg_into
-        self._arguments = (
-            repeat(CONTROL_BYTES if self._packets else 0),
-            repeat(socket.MSG_DONTWAIT | socket.MSG_TRUNC),
-        )
-
-    def _buffers(self, arena: Owner, room: int) -> list[list[memoryview]]:
-        """The iovecs of each read: a stride apart, and each with room for the largest packet.
+    def _buffers(self, arena: Owner, room: int) -> Iterator[Any]:
+        """The buffers of each read: a stride apart, and each with room for the largest packet.
 
         They overlap, so a packet longer than the stride must be the last. One byte more than what is kept: a packet
-        that reaches it was cut. Making a memoryview costs almost half of what the read does, so they are kept for
-        the next time, which is in the same place when nothing is held.
+        that reaches it was cut. Making them costs more than what the read does, so they are kept for the next time, which is in
+        the same place when nothing is held.
         """
         last = room - self._layout.capacity - 1
         most = self._descriptors.report.most or self._descriptors.rows
@@ -197,22 +171,37 @@ class OsReadv(Backend):
             self._made.clear()
         made = self._made.setdefault(arena, {})
         key = (self._stride, len(starts))
-        buffers = made.get(key)
-        if buffers is None:
-            if len(made) >= MADE_MOST:
-                made.clear()
-            sizes = self._layout.sizes or (self._layout.capacity,)
-            memory = arena.view[arena.cursor : arena.cursor + room]
-            buffers = made[key] = [_ladder(memory[start:], sizes) for start in starts]
-        return buffers
+        if key not in made and len(made) >= MADE_MOST:
+            made.clear()
+        memory = arena.view[arena.cursor : arena.cursor + room]
+        sizes = self._layout.sizes or (self._layout.capacity,)
+        if self._messages:
+            self._used = made.setdefault(key, [])
+            return self._places(memory, starts, (*sizes, 1))
+        if key not in made:
+            made[key] = [_ladder(memory[start:], sizes) for start in starts]
+        return self._ladders(made[key])
 
-    def _until_long(self, buffers: list[list[memoryview]]) -> Iterator[list[memoryview]]:
-        taken, stride, ready, messages = self._taken, self._stride, self._ready, self._socket is not None
+    def _places(self, memory: memoryview, starts: range, sizes: tuple[int, ...]) -> Iterator[Any]:
+        """Those that are missing are made when they are needed: a packet that comes alone needs one."""
+        taken, stride, places = self._taken, self._stride, self._used
+        end = self._layout.capacity + 1
+        for number, start in enumerate(starts):
+            if number == len(places):
+                places.append(messages.Place(memory[start : start + end], sizes, told=self._packets))
+            place = places[number]
+            place.prepare()
+            yield place.pointer
+            if not 0 <= taken[-1][0] <= stride:
+                return
+
+    def _ladders(self, buffers: list[Any]) -> Iterator[Any]:
+        taken, stride, ready = self._taken, self._stride, self._ready
         for buffer in buffers:
             if ready is not None and not ready.poll(0):
                 return
             yield buffer
-            if (taken[-1][0] if messages else taken[-1]) > stride:
+            if taken[-1] > stride:
                 return
 
     def _report_one(self, length: int) -> None:
@@ -232,7 +221,7 @@ class OsReadv(Backend):
     def _report(self, count: int) -> None:
         descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride
         columns, report = descriptors.columns, descriptors.report
-        wire_lengths: list[int] = [message[0] for message in self._taken] if self._socket else self._taken
+        wire_lengths: list[int] = [length for length, _ in self._taken] if self._messages else self._taken
         kept, longest = wire_lengths, max(wire_lengths)
         if self._flagged:
             columns.flags[:] = array("H", bytes(2 * descriptors.rows))
@@ -241,7 +230,7 @@ class OsReadv(Backend):
             self._flagged = True
             columns.flags[:count] = array("H", [TRUNCATED if length > capacity else 0 for length in kept])
             kept = [min(length, capacity) for length in kept]
-        if self._socket is not None:
+        if self._messages:
             columns.wire_lengths[:count] = array("I", wire_lengths)
             if self._packets:
                 self._flagged = True
@@ -256,18 +245,17 @@ class OsReadv(Backend):
 
     def _describe(self) -> None:
         """What the kernel tells about each packet: struct sockaddr_ll, and struct tpacket_auxdata of linux/if_packet.h."""
-        columns, known = self._descriptors.columns, dict([self._interface])
-        for row, (_, control, _, (name, protocol, kind, link_type, address)) in enumerate(self._taken):
-            if name not in known:
-                known[name] = self._index_of(name)
-            columns.interfaces[row] = known[name] or 0
+        columns = self._descriptors.columns
+        for row, place in enumerate(self._used[: len(self._taken)]):
+            index, protocol, kind, link_type, address = place.sender()
+            columns.interfaces[row] = index
             columns.protocols[row] = protocol
             columns.link_types[row] = link_type
-            columns.addresses[row] = int.from_bytes(address[:8].ljust(8, b"\0"), sys.byteorder)
-            columns.address_lengths[row] = min(len(address), 8)
+            columns.addresses[row] = int.from_bytes(address.ljust(8, b"\0"), sys.byteorder)
+            columns.address_lengths[row] = len(address)
             columns.vlan_tcis[row] = columns.vlan_tpids[row] = 0
             flags = OUTGOING if kind == socket.PACKET_OUTGOING else 0
-            for level, what, data in control:
+            for level, what, data in place.control():
                 if (level, what) != (SOL_PACKET, PACKET_AUXDATA) or len(data) < _AUXDATA.size:
                     continue
                 status, length, kept, _, _, tci, tpid = _AUXDATA.unpack_from(data)
@@ -280,15 +268,6 @@ class OsReadv(Backend):
                     columns.vlan_tcis[row] = tci
                     columns.vlan_tpids[row] = tpid if status & TP_STATUS_VLAN_TPID_VALID else ETH_P_8021Q
             columns.flags[row] |= flags
-
-    def _index_of(self, name: str) -> int:
-        """In the socket's own namespace; 0 where the interface is gone."""
-        request = os.fsencode(name).ljust(IFREQ_BYTES, b"\0")
-        try:
-            index: int = struct.unpack_from("i", fcntl.ioctl(self._fd, SIOCGIFINDEX, request), IFNAMSIZ)[0]
-        except OSError:
-            return 0
-        return index
 
     def _learn_stride(self, longest: int) -> None:
         """Room for the longest just seen, and towards shorter ones by halves: what is kept should lie close together."""

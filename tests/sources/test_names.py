@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
 from support.run import that_take
 
 import linkrx
-from linkrx.kernel.uapi import ALTIFNAMSIZ
+from linkrx.kernel.uapi import ALTIFNAMSIZ, ETH_P_ALL
 from linkrx.sources import source
 from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
@@ -19,6 +22,7 @@ from linkrx.testing.rigs import LOCAL, REMOTE, veth
 pytestmark = pytest.mark.usefixtures("devices")
 backends = pytest.mark.parametrize("backend", that_take("packet"))
 FRAME = LOCAL + REMOTE + b"\x88\xb5 named"
+NO_TEXT = b"l\xff\xe9x0"  # Latin-1
 
 
 def receives(name: str, far: str, backend: str) -> linkrx.Capabilities:
@@ -27,6 +31,24 @@ def receives(name: str, far: str, backend: str) -> linkrx.Capabilities:
         injector.send(FRAME)
         assert bytes(rx.recv(10)) == FRAME
         return rx.capabilities
+
+
+@contextmanager
+def named(near: str, far: str, name: bytes) -> Iterator[None]:
+    """Another name for one end of a pair."""
+    device = Device(near, far)
+
+    def rename(before: bytes, after: bytes) -> None:
+        for change in ([b"down"], [b"name", after]):
+            subprocess.run([b"ip", b"link", b"set", before, *change], check=True)
+        subprocess.run([b"ip", b"link", b"set", after, b"up"], check=True)
+
+    rename(near.encode(), name)
+    device.wait_for_carrier()
+    try:
+        yield
+    finally:
+        rename(name, near.encode())
 
 
 @backends
@@ -44,27 +66,45 @@ def test_alternative_names(backend: str, size: int) -> None:
 
 @backends
 def test_a_name_that_is_no_text(backend: str) -> None:
-    """A name is bytes: one that is no UTF-8 comes as os.fsdecode() makes it, and goes back the same way.
+    """A name is bytes: one that is no UTF-8 comes as os.fsdecode() makes it, and goes back the same way."""
+    with veth() as (near, far), named(near, far, NO_TEXT):
+        name = os.fsdecode(NO_TEXT)
+        assert receives(name, far, backend).interface == name
 
-    Python's own sockets cannot read it, so os_readv refuses with that reason.
-    """
-    with veth() as (near, far):
-        device = Device(near, far)
-        device.set_down()
-        subprocess.run([b"ip", b"link", b"set", near.encode(), b"name", b"l\xff\xe9x0"], check=True)
-        name = os.fsdecode(b"l\xff\xe9x0")
-        subprocess.run([b"ip", b"link", b"set", b"l\xff\xe9x0", b"up"], check=True)
-        device.wait_for_carrier()
-        try:
-            if backend == "os_readv":
-                with pytest.raises(
-                    linkrx.UnsupportedSource, match="Python reads the name of the interface as UTF-8"
-                ):
-                    linkrx.open(name, backend=backend)
-            else:
-                assert receives(name, far, backend).interface == name
-        finally:
-            subprocess.run([b"ip", b"link", b"set", b"l\xff\xe9x0", b"name", near.encode()], check=False)
+
+@contextmanager
+def every_packet(source: str, near: str) -> Iterator[Any]:
+    """A source that receives from an interface, and may receive from others."""
+    if source in ("any", "by name"):
+        yield "any" if source == "any" else near
+        return
+    kind = socket.SOCK_DGRAM if source.startswith("cooked") else socket.SOCK_RAW
+    with socket.socket(socket.AF_PACKET, kind, socket.htons(ETH_P_ALL)) as borrowed:
+        if "unbound" not in source:
+            borrowed.bind((near, ETH_P_ALL))
+        yield borrowed
+
+
+@backends
+@pytest.mark.parametrize("source", ["any", "by name", "unbound", "bound", "cooked unbound", "cooked bound"])
+def test_packets_of_an_interface_whose_name_is_no_text(backend: str, source: str) -> None:
+    """Also where the name became no UTF-8 after open, no packet is lost, and each tells its interface, sender and protocol."""
+    with veth() as (near, far), every_packet(source, near) as given, injector_on(far) as injector:
+        index = socket.if_nametoindex(near)
+        with linkrx.open(given, backend=backend) as rx, named(near, far, NO_TEXT):
+            got: list[linkrx.Packet] = []
+            for _ in range(3):
+                injector.send(FRAME)
+            while len(got) < 3:
+                got += [packet for packet in [rx.recv(10)] if packet.protocol == 0x88B5]
+            told = {(packet.interface, packet.protocol, packet.remote, bytes(packet.data)) for packet in got}
+            assert told == {(index, 0x88B5, FRAME[6:12], FRAME[14:])}
+            assert rx.interface_name(index) == os.fsdecode(NO_TEXT) or source in (
+                "by name",
+                "bound",
+                "cooked bound",
+            )
+            assert (rx.end, rx.stats().undelivered) == (None, 0)
 
 
 def test_a_name_that_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,93 @@
+"""recvmsg(2) through the C library, with what the kernel tells of each message.
+
+Python's own makes text of the name of the interface that a packet came through, after it has taken the packet: where the name is no
+UTF-8 it raises, and the packet is lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+ADDRESS_BYTES = 128  # sys/socket.h: struct sockaddr_storage
+CONTROL_BYTES = 512  # room for all that the owner of a borrowed socket may have switched on
+
+_LINK_ADDRESS = struct.Struct("=HHiHBB8s")  # linux/if_packet.h: struct sockaddr_ll
+_CONTROL_HEADER = struct.Struct("@Nii")  # sys/socket.h: struct cmsghdr
+_WORD = ctypes.sizeof(ctypes.c_size_t)  # CMSG_ALIGN
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Msghdr(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint32),
+        ("pieces", ctypes.c_void_p),
+        ("pieces_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class Place:
+    """Where one message goes: memory for its bytes, and for what is told of it."""
+
+    def __init__(self, memory: memoryview, sizes: Sequence[int], *, told: bool) -> None:
+        """Its bytes go into `memory`, in pieces of these sizes. `told`: with its sender and control messages."""
+        # These keep the memory: the structures have addresses alone.
+        self._memory = (ctypes.c_char * len(memory)).from_buffer(memory)
+        self._pieces = (_Iovec * len(sizes))()
+        at = ctypes.addressof(self._memory)
+        for piece, size in zip(self._pieces, sizes, strict=True):
+            piece.base, piece.length = at, size
+            at += size
+        self._header = _Msghdr(pieces=ctypes.addressof(self._pieces), pieces_count=len(sizes))
+        self._told = bytearray(ADDRESS_BYTES + CONTROL_BYTES if told else 0)
+        self.pointer = ctypes.byref(self._header)
+        if told:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._told))
+            self._header.name, self._header.control = address, address + ADDRESS_BYTES
+
+    def prepare(self) -> None:
+        """Before each message: the kernel writes how much of the memory it has used."""
+        if self._told:
+            self._header.name_length, self._header.control_length = ADDRESS_BYTES, CONTROL_BYTES
+
+    def sender(self) -> tuple[int, int, int, int, bytes]:
+        """Of a packet socket: interface index, protocol, PACKET_*, ARPHRD_*, and link address."""
+        _, protocol, index, link_type, kind, length, address = _LINK_ADDRESS.unpack_from(self._told)
+        return (
+            index,
+            int.from_bytes(struct.pack("=H", protocol), "big"),
+            kind,
+            link_type,
+            address[: min(length, 8)],
+        )
+
+    def control(self) -> Iterator[tuple[int, int, bytes]]:
+        """Level, type and data of each control message."""
+        at, end = ADDRESS_BYTES, ADDRESS_BYTES + min(self._header.control_length, CONTROL_BYTES)
+        while at + _CONTROL_HEADER.size <= end:
+            length, level, kind = _CONTROL_HEADER.unpack_from(self._told, at)
+            if length < _CONTROL_HEADER.size or at + length > end:
+                return
+            yield level, kind, bytes(self._told[at + _CONTROL_HEADER.size : at + length])
+            at += -(-length // _WORD) * _WORD
+
+
+def receive(fd: int, places: Iterator[object], flags: int) -> Iterator[tuple[int, int]]:
+    """A message into each place in turn: its length and 0, or -1 and the errno.
+
+    All in C: no signal handler runs between a system call and the tuple that tells of it.
+    """
+    return zip(
+        map(_libc.recvmsg, repeat(fd), places, repeat(flags)), iter(ctypes.get_errno, None), strict=False
+    )
