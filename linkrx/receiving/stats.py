@@ -40,7 +40,7 @@ class Stats:
     `kernel_drops` never reached linkrx, and `ring_freezes` is how often the kernel found a ring full. `receives` are
     system calls that received, or blocks taken from a ring; `waits` are calls that slept. `sent` are frames that the
     kernel took of `send` and `send_batch`. `filtered` are packets that linkrx rejected by the filter, and with
-    `outgoing=True` on every interface those of `lo` that come in as well; None where linkrx rejects nothing: what the
+    `outgoing=True` on every interface those of `lo` as they leave; None where linkrx rejects nothing: what the
     kernel rejects for a socket it counts nowhere.
     """
 

@@ -14,6 +14,7 @@ from functools import partial
 from linkrx.errors import Busy, UnsupportedOption
 from linkrx.kernel.libc import SocketOptions
 from linkrx.kernel.uapi import (
+    ARPHRD_LOOPBACK,
     PACKET_ADD_MEMBERSHIP,
     PACKET_AUXDATA,
     PACKET_DROP_MEMBERSHIP,
@@ -84,6 +85,11 @@ class Duplicate:
             self.close()
 
 
+def shows_outgoing(capabilities: Capabilities, options: Options) -> bool:
+    """Whether frames of this host are to be seen as they leave. What is sent on `lo` comes in there: once is enough."""
+    return options.outgoing and capabilities.hardware_type != ARPHRD_LOOPBACK
+
+
 def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> Capabilities:
     """Set socket options, and note in `undo` how to set them back. Returns what the source is then."""
     file = file_of(fd)
@@ -98,7 +104,7 @@ def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo)
     if capabilities.kind not in ("packet", "packet_cooked"):
         return capabilities
     change(SOL_PACKET, PACKET_AUXDATA, 1)
-    change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not options.outgoing))
+    change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not shows_outgoing(capabilities, options)))
     if options.timestamps:
         _set_timestamps(sock, undo)
     if options.promiscuous:

@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from support.run import that_take
 
 import linkrx
 from linkrx import _core
-from linkrx.kernel.uapi import PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS, SOL_PACKET
+from linkrx.kernel.namespace import bring_up
+from linkrx.kernel.uapi import ETH_P_ALL, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, SO_TIMESTAMPNS, SOL_PACKET
 from linkrx.testing.devices import injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
 
@@ -123,6 +124,36 @@ def test_own_transmissions_on_demand(wire: Wire) -> None:
             (b"own", True),
             (b"foreign", False),
         ]
+
+
+@needs_core
+@pytest.mark.parametrize("source", ["lo", "raw", "cooked", "fanout"])
+@pytest.mark.parametrize("outgoing", [False, True])
+def test_what_lo_brings_back_comes_once(devices: None, source: str, outgoing: bool) -> None:
+    """What is sent on `lo` comes once, as it comes in: it leaves and comes in there, and with outgoing=True both were shown."""
+    with socket.socket() as some:
+        bring_up("lo", some)
+    with ExitStack() as stack:
+        given: Any = "lo"
+        if source in ("raw", "cooked"):
+            kind = socket.SOCK_RAW if source == "raw" else socket.SOCK_DGRAM
+            given = stack.enter_context(socket.socket(socket.AF_PACKET, kind, 0))
+            given.bind(("lo", ETH_P_ALL))
+        before = stack.enter_context(injector_on("lo"))
+        options: dict[str, Any] = {"fanout": "auto"} if source == "fanout" else {}
+        for backend in ("packet_mmap", "recvmmsg"):
+            if source == "fanout" and backend == "recvmmsg":
+                continue
+            with linkrx.open(given, outgoing=outgoing, backend=backend, **options) as rx:
+                for number in range(3):
+                    before.send(LOCAL + REMOTE + b"\x88\xb5" + bytes([number]))
+                rx.stop(flush=True)
+                got = [packet for packet in rx if packet.protocol == 0x88B5]
+                assert [(packet.data[0], packet.outgoing) for packet in got] == [
+                    (0, False),
+                    (1, False),
+                    (2, False),
+                ]
 
 
 @pytest.mark.parametrize("backend", ["readv", "os_readv"])
