@@ -19,7 +19,7 @@ from lone import Handle, new_loop, reading, shower
 from peers import Missing
 from queues import Source
 from race import Check, Drain, OwnClock, Queue, Reader, preemptions
-from sender import hurry
+from sender import set_scheduler
 
 import linkrx
 from linkrx.testing.devices import Device
@@ -158,11 +158,11 @@ def bounded() -> Iterator[None]:
 @contextmanager
 def first() -> Iterator[None]:
     """Within, this thread runs before others, where that is allowed."""
-    hurry()
+    set_scheduler()
     try:
         yield
     finally:
-        hurry(os.SCHED_OTHER)
+        set_scheduler(os.SCHED_OTHER)
 
 
 def polled(stream: Stream, fd: int) -> Reader:

@@ -16,7 +16,7 @@ from floors import Frames
 FIRST = 1  # the lowest real-time priority: before all that has none
 
 
-def hurry(policy: int = os.SCHED_FIFO) -> None:
+def set_scheduler(policy: int = os.SCHED_FIFO) -> None:
     """Have this thread run before others, where that is allowed: a stream that others interrupt is not paced."""
     with suppress(PermissionError):
         os.sched_setscheduler(0, policy, os.sched_param(FIRST if policy == os.SCHED_FIFO else 0))
@@ -26,7 +26,7 @@ def main() -> None:
     """The command."""
     fd, size, processor = map(int, sys.argv[1:])
     os.sched_setaffinity(0, {processor})
-    hurry()
+    set_scheduler()
     frames = Frames(size)
     with socket.socket(fileno=fd) as injector:
         print("ready", flush=True)

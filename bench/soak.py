@@ -16,9 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mayhem import FAULTS_MOST, Account
-from rings import mayhem
-from traffic import KINDS, Road, road
+from disturbed import disturb
+from traffic import FAULTS_MOST, KINDS, Account, Wire, wire
 
 import linkrx
 from linkrx.kernel.namespace import enter_private_network
@@ -63,19 +62,19 @@ def usage() -> Usage:
 
 
 def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
-    """Mayhem on each kind of source with each of its backends, for `seconds` in all. Returns what is wrong."""
+    """Disturb dispatchers on each kind of source with each of its backends, for `seconds` in all. Returns what is wrong."""
     cells = [(kind, backend) for kind in kinds for backend in KINDS[kind]]
     print(
         f"{'source':<8} {'backend':<11} {'sent':>9} {'delivered':>9} {'unknown':>8} {'after stop':>10} "
-        f"{'no room':>9} {'no link':>9} {'in ring':>8} {'unread':>8} {'lost':>5} {'lives':>5} {'flaps':>5} "
+        f"{'no room':>9} {'no link':>9} {'in ring':>8} {'unread':>8} {'lost':>5} {'opened':>6} {'flaps':>5} "
         f"{'raised':>6} {'stopped':>7} {'full':>5}  holds afterwards"
     )
     wrong = []
     settled: Usage | None = None
     for number, (kind, backend) in enumerate(cells):
         before = usage()
-        with road(kind, seed + number) as way:
-            account = mayhem(way, backend, seed + number).run(seconds / len(cells))
+        with wire(kind, seed + number) as opened:
+            account = disturb(opened, backend, seed + number).run(seconds / len(cells))
         after = usage()
         settled = settled or after
         print_row(kind, backend, account, after)
@@ -97,7 +96,7 @@ def print_row(kind: str, backend: str, account: Account, holds: Usage) -> None:
         f"{kind:<8} {backend:<11} {account.sent:>9} {account.delivered:>9} "
         f"{account.unknown + account.runts + account.empty:>8} {account.undelivered:>10} "
         f"{kernel.no_room:>9} {kernel.no_link:>9} {account.left:>8} {account.unread:>8} "
-        f"{account.lost_by_kernel + account.lost_by_linkrx:>5} {happened['lives']:>5} {happened['flaps']:>5} "
+        f"{account.lost_by_kernel + account.lost_by_linkrx:>5} {happened['opened']:>6} {happened['flaps']:>5} "
         f"{happened['handler raises'] + happened['deliver raises']:>6} "
         f"{happened['handler stops'] + happened['deliver stops'] + happened['thread stops']:>7} "
         f"{happened['freezes']:>5}  {holds}",
@@ -108,12 +107,12 @@ def print_row(kind: str, backend: str, account: Account, holds: Usage) -> None:
 class Steady:
     """One dispatcher that receives a given number of small frames, and is looked at ten times on the way."""
 
-    def __init__(self, way: Road, backend: str, packets: int, *, deliver: bool) -> None:
-        self._way, self._packets = way, packets
+    def __init__(self, on: Wire, backend: str, packets: int, *, deliver: bool) -> None:
+        self._wire, self._packets = on, packets
         self._faults: list[str] = []
         self._delivered = 0
         self._last = b""
-        self._rx = linkrx.open(way.source, self._deliver if deliver else None, backend=backend)
+        self._rx = linkrx.open(on.source, self._deliver if deliver else None, backend=backend)
         self._by_deliver = deliver
 
     def _deliver(
@@ -143,7 +142,7 @@ class Steady:
     def run(self) -> tuple[list[Usage], list[str]]:
         """What was held after each tenth of the packets, and what is wrong."""
         end = time.monotonic() + FLAT_SECONDS
-        traffic = self._way.traffic
+        traffic = self._wire.traffic
         held = []
         with self._rx as rx:
             traffic.start()
@@ -154,7 +153,7 @@ class Steady:
             traffic.quiet()
             traffic.finish()
             self._receive(1 << 60, time.monotonic() + 0.5)  # what is queued, and in the backlog
-            stats, kernel = rx.stats(), self._way.counted()
+            stats, kernel = rx.stats(), self._wire.counted()
             if rx.backend == "packet_mmap":  # of a ring the kernel tells only its reader
                 drops = stats.kernel_drops or 0
                 handed = traffic.control.accepted - drops - kernel.no_link
@@ -170,7 +169,7 @@ class Steady:
             self._faults.append(f"memory grew from {first} to {top}")
         self._faults += filter(None, [one.leaked_since(first) for one in held])
         print(
-            f"{self._way.name:<8} {rx.backend:<11} {'deliver' if self._by_deliver else 'batches':<8} "
+            f"{self._wire.name:<8} {rx.backend:<11} {'deliver' if self._by_deliver else 'batches':<8} "
             f"{self._delivered:>10} of {traffic.control.accepted:>10} sent, dropped {kernel.no_room}; "
             f"after a tenth {first}; largest {top}",
             flush=True,
@@ -186,8 +185,8 @@ def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
     print(f"\n{packets} packets through one dispatcher:")
     wrong = []
     for kind, deliver in itertools.product(kinds, (False, True)):
-        with road(kind, seed, strange=False) as way:
-            _, faults = Steady(way, KINDS[kind][0], packets, deliver=deliver).run()
+        with wire(kind, seed, strange=False) as opened:
+            _, faults = Steady(opened, KINDS[kind][0], packets, deliver=deliver).run()
         wrong += [f"{kind} {'deliver' if deliver else 'batches'}: {fault}" for fault in faults]
     return wrong
 
@@ -195,7 +194,7 @@ def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """0 if all is well."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="of disturbed lives, all sources together")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of disturbance, all sources together")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 100_000)
     parser.add_argument("--packets", type=int, default=10_000_000, help="in each flat run; 0: none")
     parser.add_argument("--sources", nargs="*", choices=list(KINDS), default=list(KINDS))

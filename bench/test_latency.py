@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 from race import note
-from traffic import road
+from traffic import wire
 
 import linkrx
 from linkrx.kernel.uapi import ETH_P_ALL
@@ -142,14 +142,14 @@ def test_stop_under_a_flood(benchmark: Any, kind: str, backend: str) -> None:
         begun_after += stopped.is_set()
         time.sleep(SLOW)
 
-    with road(kind, 1, strange=False) as way:
-        way.traffic.start()
-        way.traffic.pace(64, 100)
-        until(lambda: way.traffic.control.accepted > 64)  # the first receive has more than one packet
+    with wire(kind, 1, strange=False) as opened:
+        opened.traffic.start()
+        opened.traffic.pace(64, 100)
+        until(lambda: opened.traffic.control.accepted > 64)  # the first receive has more than one packet
 
         def once() -> float:
             stopped.clear()
-            with linkrx.open(way.source, slow, backend=backend) as rx:
+            with linkrx.open(opened.source, slow, backend=backend) as rx:
 
                 def stop() -> None:
                     rx.stop()

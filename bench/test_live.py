@@ -174,15 +174,15 @@ def read_on_tap(size: int, peer: str, mode: str) -> Iterator[Lane]:
 def gvisor(injector: socket.socket, fd: int, mode: str, drops: Callable[[], int]) -> Iterator[Lane]:
     """gVisor's dispatcher of that mode, in a process of its own on the receiver's processor."""
     process = peers.Gvisor(fd, mode, 0)
-    told = 0
+    counted = 0
 
     def some() -> int:
-        nonlocal told
-        before, until = told, time.monotonic() + QUIET
-        while time.monotonic() < until and told == before:
+        nonlocal counted
+        before, until = counted, time.monotonic() + QUIET
+        while time.monotonic() < until and counted == before:
             time.sleep(0.005)
-            told = process.ask("count")[0]
-        return told - before
+            counted = process.ask("count")[0]
+        return counted - before
 
     try:
         yield Lane(injector, consume(some), drops, lambda: process.ask("count")[1])
@@ -309,30 +309,32 @@ def test_flood(benchmark: Any, processors: list[int], lane: str, size: int) -> N
     rounds: list[dict[str, float]] = []
     with ExitStack() as stack:
         try:
-            road = stack.enter_context(LANES[lane](size))
+            opened = stack.enter_context(LANES[lane](size))
         except Missing as missing:
             pytest.skip(str(missing))
-        benchmark.pedantic(lambda: rounds.append(flood(road, frames, seconds, processors[0])), rounds=ROUNDS)
+        benchmark.pedantic(
+            lambda: rounds.append(flood(opened, frames, seconds, processors[0])), rounds=ROUNDS
+        )
     source, _, reader = lane.partition(", ")
     medians = {name: round(statistics.median(one[name] for one in rounds), 1) for name in rounds[0]}
     note(benchmark, source=source, reader=reader, size=size, flood=medians)
 
 
-def flood(road: Lane, frames: Frames, seconds: float, processor: int) -> dict[str, float]:
+def flood(lane: Lane, frames: Frames, seconds: float, processor: int) -> dict[str, float]:
     """One flood, and the account of it."""
     results: list[Flood] = []
 
     def send() -> None:
         os.sched_setaffinity(0, {processor})  # of this thread
-        results.append(frames.flood(road.injector, seconds))
+        results.append(frames.flood(lane.injector, seconds))
 
     sender = threading.Thread(target=send, name="flood")
-    dropped, cpu = road.drops(), road.cpu_ns()
+    dropped, cpu = lane.drops(), lane.cpu_ns()
     start = time.perf_counter_ns()
     sender.start()
-    packets, last = road.consume(lambda: not sender.is_alive())
+    packets, last = lane.consume(lambda: not sender.is_alive())
     sender.join()
-    cpu, dropped = road.cpu_ns() - cpu, road.drops() - dropped
+    cpu, dropped = lane.cpu_ns() - cpu, lane.drops() - dropped
     (sent,) = results
     assert sent.accepted == packets + dropped, f"{sent.accepted} sent, {packets} received, {dropped} dropped"
     assert packets > 0

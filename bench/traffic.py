@@ -17,9 +17,10 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,7 @@ VLAN = 0x8100
 PACKET_STATISTICS = 6  # linux/if_packet.h
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914  # linux/sockios.h
 _WORD = (1 << 64) - 1
+FAULTS_MOST = 20  # of an account: what follows is a consequence, or more of the same
 
 
 class _Control(ctypes.Structure):
@@ -124,14 +126,14 @@ class Traffic:
             spread = MTU - LEAST + 1 if z >> 8 & 0xFF < 32 else 200
             length = LEAST + (z >> 16 & 0xFFFF) % spread
         start = z >> 40 & 0xFFFF
-        told = number.to_bytes(5, "big")
+        digits = number.to_bytes(5, "big")
         if self.control.ethernet:
             kind = ETHERTYPES[(z >> 32) % (8 if self.control.handled else 4) if strange else 0]
             if strange and z & 1 and kind != VLAN:
                 length = HEAD
-            head = b"\x02\0\0\0\0\x01\x02" + told + kind.to_bytes(2, "big")
+            head = b"\x02\0\0\0\0\x01\x02" + digits + kind.to_bytes(2, "big")
         else:
-            head = (b"\x17" if strange else b"\x45" if number & 1 else b"\x60") + told
+            head = (b"\x17" if strange else b"\x45" if number & 1 else b"\x60") + digits
         return head + self._block[start + len(head) : start + length]
 
     def fault(self, packet: linkrx.Packet | bytes, last: int = -1) -> tuple[int, str]:
@@ -160,8 +162,42 @@ class Counted:
 
 
 @dataclass
-class Road:
-    """A source, the traffic that goes to it, its links, and what the kernel counts on the way."""
+class Account:
+    """What became of the frames that send() took for one source."""
+
+    sent: int = 0
+    kernel: Counted = field(default_factory=lambda: Counted(0, 0, 0))
+    delivered: int = 0
+    runts: int = 0
+    empty: int = 0
+    unknown: int = 0
+    undelivered: int = 0
+    no_room: int = 0  # of rings, by their dispatchers' own count
+    left: int = 0  # in rings that were closed
+    unread: int = 0  # while there was no ring
+    faults: list[str] = field(default_factory=list)
+    happened: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def lost_by_kernel(self) -> int:
+        """Frames that send() took, and that the kernel neither handed over nor counted as dropped."""
+        return self.sent - self.kernel.handed - self.kernel.no_room - self.kernel.no_link - self.unread
+
+    @property
+    def lost_by_linkrx(self) -> int:
+        """Frames that the kernel handed over, and that were neither delivered nor counted."""
+        counted = self.runts + self.empty + self.unknown + self.undelivered
+        return self.kernel.handed - self.delivered - counted - self.left
+
+    def blame(self, fault: str) -> None:
+        """Note what is wrong."""
+        if len(self.faults) < FAULTS_MOST:
+            self.faults.append(fault)
+
+
+@dataclass
+class Wire:
+    """A source, the links to it, the traffic on them, and what the kernel counts of it."""
 
     name: str
     source: HasFileno | str
@@ -194,7 +230,7 @@ def set_link(name: str, up: bool) -> None:
 
 
 @contextmanager
-def _queue(mode: str, seed: int, *, strange: bool) -> Iterator[Road]:
+def _queue(mode: str, seed: int, *, strange: bool) -> Iterator[Wire]:
     with ExitStack() as stack:
         queue = stack.enter_context(linkrx.TunTap(mode=mode))
         os.set_blocking(queue.fileno(), False)
@@ -220,7 +256,7 @@ def _queue(mode: str, seed: int, *, strange: bool) -> Iterator[Road]:
         def drops() -> int:
             return device_counters(queue.name)["tx_dropped"]
 
-        yield Road(mode, queue, traffic, (queue.name,), counted, drops)
+        yield Wire(mode, queue, traffic, (queue.name,), counted, drops)
 
 
 def _socket(kind: str) -> socket.socket:
@@ -257,29 +293,29 @@ def _bound(kind: str, near: str) -> socket.socket:
 
 
 @contextmanager
-def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
     with ExitStack() as stack:
         near, far, traffic = _wire(stack, kind, seed, strange=strange)
         borrowed = stack.enter_context(_bound(kind, near))
-        told = dropped = 0
+        queued = dropped = 0
 
         def counted() -> Counted:
-            nonlocal told, dropped
+            nonlocal queued, dropped
             # tp_packets has what was queued on the socket and what found no room, tp_drops the latter; reading clears
             # both.
             packets, drops = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
-            told, dropped = told + packets - drops, dropped + drops
-            return Counted(handed=told, no_room=dropped, no_link=_eaten(near, far, traffic))
+            queued, dropped = queued + packets - drops, dropped + drops
+            return Counted(handed=queued, no_room=dropped, no_link=_eaten(near, far, traffic))
 
         def drops() -> int:
             words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * (SK_MEMINFO_DROPS + 1))
             return int(struct.unpack_from("I", words, 4 * SK_MEMINFO_DROPS)[0])
 
-        yield Road(kind, borrowed, traffic, (near, far), counted, drops)
+        yield Wire(kind, borrowed, traffic, (near, far), counted, drops)
 
 
 @contextmanager
-def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
     with ExitStack() as stack:
         near, far, traffic = _wire(stack, kind, seed, strange=strange)
         borrowed = stack.enter_context(_bound("packet", near))
@@ -292,11 +328,11 @@ def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
             packets, _ = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             return int(packets) if nobody else 0
 
-        yield Road(kind, borrowed, traffic, (near, far), counted, _not_told, unread)
+        yield Wire(kind, borrowed, traffic, (near, far), counted, _not_told, unread)
 
 
 @contextmanager
-def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
+def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
     with ExitStack() as stack:
         near, far, traffic = _wire(stack, kind, seed, strange=strange)
         arrived = dropped = unheard = 0
@@ -315,14 +351,14 @@ def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Road]:
             unheard += dropped - dropped_before
             return int(arrived - arrived_before)
 
-        yield Road(kind, near, traffic, (near, far), counted, _not_told, unread)
+        yield Wire(kind, near, traffic, (near, far), counted, _not_told, unread)
 
 
 def _not_told() -> int:
     return 0  # only the ring knows, and tells it once
 
 
-def road(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManager[Road]:
+def wire(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManager[Wire]:
     """Of a kind in KINDS: devices, source and traffic of its own. The traffic waits to be started."""
     if kind in ("tap", "tun"):
         return _queue(kind, seed, strange=strange)

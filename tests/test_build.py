@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support.places import ROOT
+from support.paths import ROOT
 
 from linkrx import _core
 from linkrx._core.sources import sources_hash
@@ -52,10 +52,10 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 def reason(cwd: Path) -> str:
     """Why the linkrx in a folder has no core, in its own words."""
-    told = python("-c", "from linkrx import _core; print(_core.lib is None, _core.reason)", cwd=cwd)
-    assert told.returncode == 0, told.stdout
-    missing, _, why = told.stdout.rstrip("\n").partition(" ")
-    assert missing == "True", told.stdout
+    output = python("-c", "from linkrx import _core; print(_core.lib is None, _core.reason)", cwd=cwd)
+    assert output.returncode == 0, output.stdout
+    missing, _, why = output.stdout.rstrip("\n").partition(" ")
+    assert missing == "True", output.stdout
     return why
 
 
@@ -241,9 +241,9 @@ def test_a_missing_core_is_told_once(installed: Path) -> None:
         f"the C core is not in {installed}/linkrx/_core: install linkrx again, with `python3 -m pip install "
         "--force-reinstall linkrx`"
     )
-    told = python("-c", WARNED, cwd=installed).stdout.splitlines()
+    output = python("-c", WARNED, cwd=installed).stdout.splitlines()
     warning = f"WARNING without its C core linkrx receives many times slower: {why}"
-    assert sorted(told) == sorted(["named", warning, "os_readv", "os_readv"])
+    assert sorted(output) == sorted(["named", warning, "os_readv", "os_readv"])
 
 
 STALE = "was built from other sources"
@@ -253,8 +253,8 @@ STALE = "was built from other sources"
 def test_a_core_of_another_version_in_a_wheel(installed: Path) -> None:
     """A core beside other Python files than it was built with is refused with a sentence, and linkrx works without it."""
     put_core(installed)
-    told = python("-c", "from linkrx import _core; print(_core.reason)", cwd=installed)
-    assert told.stdout == "None\n"
+    output = python("-c", "from linkrx import _core; print(_core.reason)", cwd=installed)
+    assert output.stdout == "None\n"
     note = installed / "linkrx/_core/_built.py"
     note.write_text('SOURCES = "0123456789abcdef"\n')
     why = reason(installed)
@@ -273,8 +273,8 @@ def test_a_core_of_another_version_in_a_wheel(installed: Path) -> None:
 def test_a_core_of_another_version_in_a_checkout(checkout: Path) -> None:
     """Once a C file is edited, the core that was built before is refused, and linkrx says that it must be built again."""
     put_core(checkout)
-    told = python("-c", "from linkrx import _core; print(_core.reason)", cwd=checkout)
-    assert told.stdout == "None\n"
+    output = python("-c", "from linkrx import _core; print(_core.reason)", cwd=checkout)
+    assert output.stdout == "None\n"
     with (checkout / "linkrx/_core/readv.c").open("a") as file:
         file.write("/* edited */\n")
     why = reason(checkout)

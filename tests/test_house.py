@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support import house, way
 from support.house import room
-from support.places import ROOT
+from support.paths import ROOT
 
 import linkrx
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 from support.documents import DOCUMENTS, README, programs
-from support.places import ROOT
+from support.paths import ROOT
 from support.super_packets import Super
 
 import linkrx
@@ -212,10 +212,10 @@ def test_fanout() -> None:
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
         for port in range(1000, 1200):
             injector.send(udp_packet(port, port, bytes(20)))
-        told = [line.split() for line in process.stdout]
+        output = [line.split() for line in process.stdout]
         assert process.wait(30) == 0
-    assert len({pid for pid, *_ in told}) == 2, told
-    received = [int(packets) for _, _, packets in told]
+    assert len({pid for pid, *_ in output}) == 2, output
+    received = [int(packets) for _, _, packets in output]
     assert sum(received) == 200
     assert all(received)
 
@@ -232,9 +232,9 @@ def test_fanout_ends_on_a_busy_network() -> None:
                 for port in range(1000, 1100):
                     injector.send(udp_packet(port, port, bytes(20)))
             assert process.stdout is not None
-            told = process.stdout.read()
+            output = process.stdout.read()
         assert process.returncode == 0
-    assert told.count("received") == 2
+    assert output.count("received") == 2
 
 
 @pytest.mark.usefixtures("devices")

@@ -51,11 +51,11 @@ def test_counts_add_up() -> None:
     """The summary counts the cells of all processes: as many as passed."""
     cells = str(HERE / "backends" / "test_conformance.py")
     with start(cells, "-k", "os_readv-udp or os_readv-pipe") as session:
-        told, _ = session.communicate(timeout=300)
-    counts = re.search(r"^conformance cells: (.*)$", told, re.MULTILINE)
-    passed = re.search(r"^(\d+) passed", told, re.MULTILINE)
-    assert counts, told
-    assert passed, told
+        output, _ = session.communicate(timeout=300)
+    counts = re.search(r"^conformance cells: (.*)$", output, re.MULTILINE)
+    passed = re.search(r"^(\d+) passed", output, re.MULTILINE)
+    assert counts, output
+    assert passed, output
     assert sum(map(int, re.findall(r"\d+", counts[1]))) == int(passed[1]) > 100
 
 
@@ -76,10 +76,10 @@ def test_nothing_is_left(end: Callable[[int], None]) -> None:
             start(str(HERE / "backends" / "test_conformance.py"), str(HERE / "test_without_core.py"))
         )
         assert session.stdout is not None
-        told = ""
-        while not told.endswith("\n."):  # the first test has passed
-            told += session.stdout.read(1)
-            assert session.poll() is None, told
+        output = ""
+        while not output.endswith("\n."):  # the first test has passed
+            output += session.stdout.read(1)
+            assert session.poll() is None, output
         poll = select.poll()
         waited = set()
         for process in members(session.pid):

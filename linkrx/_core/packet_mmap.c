@@ -7,7 +7,7 @@
 #include "report.h"
 #include "columns.inc"
 #include "classify.h"
-#include "far_memory.inc"
+#include "uncached.inc"
 #include "ring.inc"
 #include "sender.inc"
 #include "packet_mmap.h"
@@ -28,10 +28,10 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
 }
 
 /* Whether the next block was read to its end in place, and is not released: so far has the reader come round. */
-static bool is_lent(const struct lrx_ring *s)
+static bool is_unreleased(const struct lrx_ring *s)
 {
     for (int k = 0; k < 2; k++)
-        if ((s->block + s->blocks - s->first[k]) % s->blocks < s->places.lent[k])
+        if ((s->block + s->blocks - s->first[k]) % s->blocks < s->slots.unreleased[k])
             return true;
     return false;
 }
@@ -42,7 +42,7 @@ static bool begin_block(struct lrx_ring *s)
     const struct tpacket_hdr_v1 *header = block_header(s);
     uint32_t status;
 
-    if (is_lent(s))
+    if (is_unreleased(s))
         return false;
     /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
      * TP_STATUS_USER tell why it was closed. */
@@ -71,7 +71,7 @@ static void release(struct lrx_ring *s, uint32_t block)
 static void end_block(struct lrx_ring *s)
 {
     if (s->in_place)
-        s->places.lent[s->places.turn]++;
+        s->slots.unreleased[s->slots.turn]++;
     else
         release(s, s->block);
     s->left = 0;
@@ -86,9 +86,9 @@ void lrx_ring_release(void *state, uint32_t slot)
     slot &= 1;
     if (!is_mapped(s))
         return;
-    for (uint32_t n = 0; n < s->places.lent[slot]; n++)
+    for (uint32_t n = 0; n < s->slots.unreleased[slot]; n++)
         release(s, (s->first[slot] + n) % s->blocks);
-    s->places.lent[slot] = 0;
+    s->slots.unreleased[slot] = 0;
 }
 
 /* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
@@ -104,7 +104,7 @@ static int pending_error(struct lrx_ring *s, bool behind)
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0 &&
         recv(s->fd, NULL, 0, MSG_DONTWAIT) < 0 && errno != EAGAIN)
         s->error = errno;
-    if (!s->error || is_lent(s) || ONCE(block_header(s)->num_pkts))
+    if (!s->error || is_unreleased(s) || ONCE(block_header(s)->num_pkts))
         return 0;
     if (behind && (s->error == EPERM || s->error == ENOSYS || s->error == EFBIG))
         return 0;
@@ -141,7 +141,7 @@ static void copy(const struct lrx_ring *s, uint8_t *to, const uint8_t *frame, ui
         to += head;
         length -= head;
     }
-    lrx_copy_far(to, frame, length);
+    lrx_copy_uncached(to, frame, length);
 }
 
 static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hdr *header,
@@ -176,7 +176,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
 {
     struct lrx_ring *s = state;
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
-    const uint32_t slot = s->places.turn;
+    const uint32_t slot = s->slots.turn;
     uint8_t *memory = (uint8_t *)region;
     /* In place, starts count from the block that comes first. */
     const uint8_t *frames = s->in_place ? s->memory + (size_t)s->block * s->block_size : memory;
@@ -190,10 +190,10 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         return -EOWNERDEAD;
     }
     if (s->in_place) {
-        if (s->places.lent[slot])
+        if (s->slots.unreleased[slot])
             return -EBUSY; /* lrx_ring_release() comes first */
         s->first[slot] = s->block;
-        s->places.frames[slot] = (uintptr_t)frames;
+        s->slots.frames[slot] = (uintptr_t)frames;
     }
     while (n < limit) {
         const uint8_t *block = s->memory + (size_t)s->block * s->block_size;
@@ -226,10 +226,10 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
         if (s->in_place) {
             /* Of a frame that stays where it is the beginning is enough. */
-            lrx_prefetch_far((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);
+            lrx_prefetch_uncached((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);
             out.starts[n] = (uint32_t)(frame - s->vnet - frames);
         } else {
-            lrx_prefetch_far((const uint8_t *)header, BYTES_AHEAD, snaplen);
+            lrx_prefetch_uncached((const uint8_t *)header, BYTES_AHEAD, snaplen);
             if ((uint64_t)cursor + length > size)
                 break;
             copy(s, memory + cursor, frame, length);
@@ -258,6 +258,6 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     if (n == 0)
         return -error;
     if (s->in_place)
-        s->places.turn ^= 1;
+        s->slots.turn ^= 1;
     return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
 }

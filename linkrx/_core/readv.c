@@ -113,7 +113,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         ssize_t got;
 
         if (n == LRX_FEW)
-            lrx_tell_many(descriptors);
+            lrx_release_gil(descriptors);
         if (n == 1 && r->method == LRX_READ) {
             int flags = fcntl(r->fd, F_GETFL);
 

@@ -144,7 +144,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
     do {
         wanted = most - n < s->messages ? most - n : s->messages;
         if (receives == 1)
-            lrx_tell_many(descriptors);
+            lrx_release_gil(descriptors);
         got = receive(s, memory + (size_t)n * s->near_stride, memory + far + (size_t)n * s->far_stride, wanted);
         receives += got > 0;
         for (uint32_t k = 0; got > 0 && k < (uint32_t)got; k++, n++) {

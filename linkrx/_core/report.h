@@ -17,8 +17,8 @@ struct lrx_report {
     uint32_t held;       /* packets that the backend has received and keeps for the next fill */
     uint32_t most;       /* how many packets the next fill may receive; 0: as many as there are rows */
     const struct lrx_classifier *classifier; /* or NULL: classify what is received with it */
-    void (*many)(void *);                    /* or NULL: see lrx_tell_many() */
-    void *many_argument;
+    void (*release_gil)(void *);             /* or NULL: for lrx_release_gil() */
+    void *release_gil_argument;
 };
 
 #define LRX_ROW_BYTES 48  /* of the table behind the header: one element of each column */

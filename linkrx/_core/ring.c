@@ -164,14 +164,14 @@ int64_t lrx_ring_freezes(struct lrx_ring *s)
     return lrx_ring_count(s) ? (int64_t)s->freezes : -1;
 }
 
-struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
+struct lrx_slots *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most)
 {
     if (s->vnet > VNET_WRITTEN || most == 0)
         return NULL;
     s->in_place = true;
     s->most = most;
-    s->places.guard = (uintptr_t)s->guard;
-    return &s->places;
+    s->slots.guard = (uintptr_t)s->guard;
+    return &s->slots;
 }
 
 uintptr_t lrx_ring_memory(const struct lrx_ring *s)

@@ -39,7 +39,7 @@ int64_t lrx_ring_freezes(struct lrx_ring *s);
 
 /* From the next fill on packets are described where they lie, `most` blocks at a time: what lrx_mechanism needs for that, or
  * NULL where the kernel writes no virtio-net header of that size, and all is copied as before. */
-struct lrx_places *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
+struct lrx_slots *lrx_ring_read_in_place(struct lrx_ring *s, uint32_t most);
 
 /* Where it is mapped. */
 uintptr_t lrx_ring_memory(const struct lrx_ring *s);

@@ -90,7 +90,7 @@ class PacketMmap(CoreBackend):
         try:
             if not receive.options.segment:
                 most = min(BLOCKS_IN_PLACE, self._blocks // SHARE_IN_PLACE)
-                self._mechanism.places = _core.lib.lrx_ring_read_in_place(self._state, most)
+                self._mechanism.slots = _core.lib.lrx_ring_read_in_place(self._state, most)
                 self._mechanism.release = _core.function("lrx_ring_release")
             if self._joins:
                 _core.lib.lrx_ring_shut(self._state)

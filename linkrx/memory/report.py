@@ -12,7 +12,8 @@ class Report(ctypes.Structure):
     place where the fill began. An errno that came behind these packets, or without any, is `error` until it has been acted
     upon. `held` packets wait in the backend for the next fill, and `most` is how many that may receive (0: as many as there
     are rows). `classified` and `rows` are the classifier's: one more than the packets that it left, and the rows of the table
-    that it wrote. The pointers are for C: the classifier that a fill calls by itself, and whom it tells of many packets.
+    that it wrote. The pointers are for C: the classifier that a fill calls, and the function
+    that releases the GIL once a fill has taken several packets.
     """
 
     count: int
@@ -34,8 +35,8 @@ class Report(ctypes.Structure):
         ("held", ctypes.c_uint32),
         ("most", ctypes.c_uint32),
         ("classifier", ctypes.c_void_p),
-        ("many", ctypes.c_void_p),
-        ("many_argument", ctypes.c_void_p),
+        ("release_gil", ctypes.c_void_p),
+        ("release_gil_argument", ctypes.c_void_p),
     )
 
 

@@ -35,7 +35,7 @@ def sll2(kind: int, hardware: int, address: bytes, protocol: int, interface: int
     return struct.pack("!HHIHBB8s", protocol, 0, interface, hardware, kind, len(address), address)
 
 
-def told(packet: linkrx.Packet) -> tuple[Any, ...]:
+def metadata(packet: linkrx.Packet) -> tuple[Any, ...]:
     """What is known of it."""
     return (
         bytes(packet),
@@ -92,12 +92,12 @@ def test_link_types(name: str) -> None:
         data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type, order=order)
         with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
             packets = list(rx)
-        assert [told(packet) for packet in packets] == [expected] * 2
+        assert [metadata(packet) for packet in packets] == [expected] * 2
         assert packets[0].wire_length == len(packets[0]) + 3
         assert packets[0].truncated
         with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
             (batch,) = [batch.copy() for batch in rx.batches()]
-        assert [told(packet) for packet in batch] == [expected] * 2
+        assert [metadata(packet) for packet in batch] == [expected] * 2
         assert list(batch.link_types) == [expected[2]] * 2
 
 
@@ -108,7 +108,7 @@ def test_all_in_one_file() -> None:
         made += Interface(link_type).block() + captures.enhanced("<", number, 5, record, len(record))
         expected.append((*known[:5], number + 1, known[6]))
     with linkrx.open(linkrx.CaptureFile(io.BytesIO(made))) as rx:
-        assert [told(packet) for packet in rx] == expected
+        assert [metadata(packet) for packet in rx] == expected
 
 
 def test_delivered_addresses() -> None:
@@ -148,7 +148,7 @@ def test_recorded_again(tmp_path: Path, name: str, form: Any) -> None:
     assert link_types_of(path) == [RECORDED_AS.get(link_type, link_type)]
     with linkrx.open(path) as rx:
         packets = list(rx)
-    assert [(*told(one)[:5], told(one)[6]) for one in packets] == [(*expected[:5], expected[6])] * 3
+    assert [(*metadata(one)[:5], metadata(one)[6]) for one in packets] == [(*expected[:5], expected[6])] * 3
     assert {one.wire_length - len(one) for one in packets} == {3}
 
 
@@ -214,7 +214,7 @@ def test_everything_that_a_packet_knows(tmp_path: Path) -> None:
         with linkrx.open(source) as rx:
             return [
                 (
-                    *told(one)[:5],
+                    *metadata(one)[:5],
                     rx.interface_name(one.interface),
                     one.outgoing,
                     one.timestamp_ns,

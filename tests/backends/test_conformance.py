@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from support.places import TESTS
+from support.paths import TESTS
 from support.run import cell_outcomes
 
 import linkrx

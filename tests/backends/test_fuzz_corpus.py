@@ -80,13 +80,13 @@ DEFECTS = {
     ),
     "runts are packets": ("classify", "length < link_header", "length + 1 < link_header"),
     "empty is shorter": ("classify", "length <= c->prefix", "length < c->prefix"),
-    "an interface that is told is forgotten": (
+    "a reported interface is forgotten": (
         "classify",
         "in.interfaces[k] ? in.interfaces[k] : c->interface",
         "c->interface",
     ),
-    "a link type that is told is forgotten": ("classify", "in.link_types[k] ? in.link_types[k] : ", ""),
-    "a told protocol hides the inner tag": ("classify", "protocol = ETHERTYPE_VLAN;", ";"),
+    "a reported link type is forgotten": ("classify", "in.link_types[k] ? in.link_types[k] : ", ""),
+    "a reported protocol hides the inner tag": ("classify", "protocol = ETHERTYPE_VLAN;", ";"),
     "an address as long as it claims": (
         "recvmmsg",
         "    if (length > most)\n        length = most;\n",
@@ -117,7 +117,11 @@ DEFECTS = {
         "memcpy(header, frame - VNET_WRITTEN, VNET_WRITTEN);",
         "memcpy(header, frame - s->vnet, s->vnet);",
     ),
-    "a block that is lent is read again": ("packet_mmap", "    if (is_lent(s))\n        return false;\n", ""),
+    "an unreleased block is read again": (
+        "packet_mmap",
+        "    if (is_unreleased(s))\n        return false;\n",
+        "",
+    ),
     "starts in place forget the header in front": (
         "packet_mmap",
         "(uint32_t)(frame - s->vnet - frames)",
@@ -188,7 +192,7 @@ DEFECTS = {
         "s->done < p.segments; s->done++",
         "s->done + 1 < p.segments; s->done++",
     ),
-    "receives are told again": ("segment", "    taken->receives = 0;\n", ""),
+    "receives are reported twice": ("segment", "    taken->receives = 0;\n", ""),
 }
 
 

@@ -61,10 +61,10 @@ def test_a_file_dropped_into_backends(tmp_path: Path) -> None:
     lines = run(USE.format(path=str(tmp_path)), tmp_path).splitlines()
     assert lines[:2] == ["toy ['toy', 'chosen']", "('toy', True)"]
     count, _, outcomes = lines[2].partition(" ")
-    told = ast.literal_eval(outcomes)
-    assert set(told) == {"supported", "inapplicable", "refused"}
+    outcomes_of = ast.literal_eval(outcomes)
+    assert set(outcomes_of) == {"supported", "inapplicable", "refused"}
     # Two rigs of seven are pipes, which the recipe refuses.
-    assert told["refused"] == 2 * int(count) // 7
+    assert outcomes_of["refused"] == 2 * int(count) // 7
 
 
 def test_an_entry_point(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 
 import pytest
-from support.places import TESTS
+from support.paths import TESTS
 from support.seccomp import NUMBERS
 
 from linkrx import _core

@@ -304,11 +304,11 @@ def test_tshark_and_capinfos_read(original: Path, tmp_path: Path, form: Format) 
     path = tmp_path / "made"
     expected = recorded(original, path, form)
     assert named(of_tshark(path)) == expected
-    told = run("capinfos", "-M", path)
-    assert f"Number of packets:   {len(expected)}\n" in told
-    assert "Strict time order:   True" in told
+    output = run("capinfos", "-M", path)
+    assert f"Number of packets:   {len(expected)}\n" in output
+    assert "Strict time order:   True" in output
     for name in {each[3] for each in expected} - {""}:
-        assert f"Name = {name}\n" in told
+        assert f"Name = {name}\n" in output
 
 
 @needs("tcpdump")

@@ -69,11 +69,11 @@ def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
         socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as pinger,
         injector_on(tap.name) as asking,
-        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE_ARP)) as told,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE_ARP)) as watcher,
     ):
         before = counters(tap)  # the kernel may have sent packets of its own already
-        told.bind((tap.name, ETHERTYPE_ARP))
-        for receiver in (udp, pinger, told):
+        watcher.bind((tap.name, ETHERTYPE_ARP))
+        for receiver in (udp, pinger, watcher):
             receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
             receiver.settimeout(PATIENCE)
         udp.connect((str(RESPONDER), 7))
@@ -110,11 +110,11 @@ def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
         assert numbers == sorted(set(numbers))
         echoes = [Echo.parse(pinger.recv(200)) for _ in range(answered["ping"])]
         assert echoes == [echo(one.sequence).reply() for one in echoes if one is not None]
-        told.setblocking(False)
+        watcher.setblocking(False)
         replies = 0
         with suppress(BlockingIOError):
             while True:
-                frame, (_, _, kind, *_rest) = told.recvfrom(100)
+                frame, (_, _, kind, *_rest) = watcher.recvfrom(100)
                 replies += kind != socket.PACKET_OUTGOING and ARP.unpack_from(frame, 14)[4] == ARP_REPLY
         assert replies == answered["arp"]
 

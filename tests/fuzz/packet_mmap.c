@@ -69,7 +69,7 @@ static struct {
     int open;               /* the kernel's has packets already */
     int damaged;            /* an EIO is due */
     int in_place;
-    const struct lrx_places *places;
+    const struct lrx_slots *slots_in_place;
     uint32_t most, turn;    /* blocks of a fill in place, and which slot that takes */
     struct { uint32_t first, blocks; } slots[2];
 } kernel;
@@ -536,7 +536,7 @@ static void release_before(struct lrx_ring *s, struct lrx_report *report, uint32
         report->error = 0;
     }
     for (uint32_t slot = 0; slot < 2; slot++)
-        MUST(kernel.places->lent[slot] == kernel.slots[slot].blocks);
+        MUST(kernel.slots_in_place->unreleased[slot] == kernel.slots[slot].blocks);
     if (kernel.slots[kernel.turn].blocks && take(kernel.in, 7) == 1)
         MUST(lrx_packet_mmap_fill(s, (uintptr_t)report, rows, 0, 0) == -EBUSY);
     if (take(kernel.in, 1)) {
@@ -579,8 +579,8 @@ static void run(struct lrx_ring *s)
         if (due.count) {
             MUST(report->receives == due.begun && report->end <= room + 7);
             check_rows((uint8_t *)(report + 1), rows, &due,
-                       kernel.in_place ? (const uint8_t *)kernel.places->frames[kernel.places->turn ^ 1] : region, report->end);
-            MUST(!kernel.in_place || kernel.places->turn == kernel.turn);
+                       kernel.in_place ? (const uint8_t *)kernel.slots_in_place->frames[kernel.slots_in_place->turn ^ 1] : region, report->end);
+            MUST(!kernel.in_place || kernel.slots_in_place->turn == kernel.turn);
         }
         check_error(told, &due, was_due, kernel.error_asked);
         MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
@@ -646,9 +646,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (kernel.in_place) {
         kernel.most = take(&in, 2);
         kernel.in_place = kernel.most && kernel.vnet <= 10;
-        kernel.places = lrx_ring_read_in_place(s, kernel.most);
-        MUST(!kernel.places == !kernel.in_place);
-        MUST(!kernel.places || kernel.places->guard == (uintptr_t)kernel.guard);
+        kernel.slots_in_place = lrx_ring_read_in_place(s, kernel.most);
+        MUST(!kernel.slots_in_place == !kernel.in_place);
+        MUST(!kernel.slots_in_place || kernel.slots_in_place->guard == (uintptr_t)kernel.guard);
     }
     run(s);
     kernel.other = take(&in, 7) == 1; /* the number of the descriptor went to a stranger's socket */

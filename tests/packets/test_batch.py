@@ -362,13 +362,13 @@ def test_batch_copy(kind: Kind) -> None:
     copied = batch.copy()
     assert type(copied.memory.obj) is bytes
     wanted = {name: getattr(batch, name).tolist() for name in FORMATS}
-    told = [fields(packet) for packet in batch]
+    original = [fields(packet) for packet in batch]
     del batch
     for _ in range(4):
         source.batch([Row(bytes(20))] * 9)
     assert {name: getattr(copied, name).tolist() for name in FORMATS} == wanted
-    assert [fields(packet) for packet in copied] == told
-    assert [fields(packet) for packet in copied.copy()] == told
+    assert [fields(packet) for packet in copied] == original
+    assert [fields(packet) for packet in copied.copy()] == original
     assert copied.frames() == [row.frame for row in some(5)]
 
 
@@ -403,8 +403,8 @@ def tables(draw: st.DrawFn) -> tuple[list[Row], Framing]:
 
 def vnet_of(words: tuple[int, ...], frame: bytes) -> VnetHeader:
     """The header with the length of a super-packet's headers, which test_header_length_of_a_super_packet looks at."""
-    told = VnetHeader(*words)
-    return told._replace(hdr_len=header_bytes(told, memoryview(frame))) if told.super_packet else told
+    header = VnetHeader(*words)
+    return header._replace(hdr_len=header_bytes(header, memoryview(frame))) if header.super_packet else header
 
 
 def expected(row: Row, framing: Framing) -> dict[str, Any]:

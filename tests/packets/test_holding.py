@@ -18,8 +18,8 @@ from support.holding import (
     BURST,
     HOLDERS,
     Cell,
+    Findings,
     Make,
-    Told,
     arrays_of,
     cells,
     collected,
@@ -55,21 +55,21 @@ EVERY_CELL = cells()
 )
 def test_held_across_laps_and_close(cell: Cell, make: Make, eager: bool) -> None:
     """Packets, batches, columns, views and arrays show what was sent when the collector finds what held them."""
-    told: dict[str, Told] = {name: [] for name in HOLDERS}
+    findings: dict[str, Findings] = {name: [] for name in HOLDERS}
     with collector(eager):
         with cell.opened() as (rig, rx):
             things = {name: take(rig, rx, make) for name in HOLDERS}
-            keepers = [HOLDERS[name](things[name], told[name]) for name in HOLDERS]
+            keepers = [HOLDERS[name](things[name], findings[name]) for name in HOLDERS]
             lap(rig, rx)
             assert [wrong(those) for those in things.values()] == [[]] * len(HOLDERS)
             things.clear()
             if eager:
                 keepers.clear()
-                assert collected(told) == {}
+                assert collected(findings) == {}
         if not eager:
-            assert not any(told.values())
+            assert not any(findings.values())
             keepers.clear()
-            assert collected(told) == {}
+            assert collected(findings) == {}
 
 
 # Every way in which packets come. Each takes the packets of a burst that was sent.

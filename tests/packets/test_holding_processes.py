@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 from support.holding import HOLDERS, SIZE, Cell, cells
-from support.places import TESTS
+from support.paths import TESTS
 
 pytestmark = pytest.mark.usefixtures("devices")
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.places import TESTS
+from support.paths import TESTS
 from support.received import (
     ETHERNET,
     ROOM,
@@ -422,18 +422,20 @@ def test_receiving_within_deliver() -> None:
 class Looks:
     """Something that looks at packets and batches when it dies."""
 
-    def __init__(self, things: list[Any], told: list[object]) -> None:
-        self.things, self.told = things, told
+    def __init__(self, things: list[Any], findings: list[object]) -> None:
+        self.things, self.findings = things, findings
         self.me = self
 
     def __del__(self) -> None:
         for thing in self.things:
             if isinstance(thing, linkrx.Batch):
-                self.told.append([bytes(packet) for packet in thing])
-                self.told.append(bytes(thing.memory)[-4:])
-                self.told.append(thing.lengths.tolist())
+                self.findings.append([bytes(packet) for packet in thing])
+                self.findings.append(bytes(thing.memory)[-4:])
+                self.findings.append(thing.lengths.tolist())
             else:
-                self.told.append((thing[:20], bytes(thing.data), thing.frame[3], hash(thing), thing.copy()))
+                self.findings.append(
+                    (thing[:20], bytes(thing.data), thing.frame[3], hash(thing), thing.copy())
+                )
 
 
 @contextmanager
@@ -453,26 +455,26 @@ def eager_collector() -> Iterator[None]:
 def test_finalizers_that_look(make: Callable[[], Source]) -> None:
     """Finalizers of cycles, run in the middle of whatever allocates, see what was sent, and change nothing for others."""
     source = make()
-    told: list[object] = []
+    findings: list[object] = []
     with eager_collector():
         for n in range(40):
             source.fill(rows_of(*range(n, n + 6)))
             first: Any = source.receiver.take_packet()
-            Looks([first], told)
+            Looks([first], findings)
             kept: list[Any] = []
 
             def deliver(_r: object, _l: object, _p: int, packet: Any, kept: list[Any] = kept) -> None:
                 kept.append(packet)
-                Looks([packet], told)
+                Looks([packet], findings)
                 if len(kept) == 3:
                     raise LookupError
 
             with suppress(LookupError):
                 source.receiver.deliver(deliver)
             batch: Any = source.receiver.take_batch()
-            Looks([batch], told)
+            Looks([batch], findings)
             iterated = iter(batch)
-            Looks([next(iterated), batch[0], *kept], told)
+            Looks([next(iterated), batch[0], *kept], findings)
             shown = [[view.frame, view.data, view.link_header] for view in batch]
             assert [views[0] for views in shown] == batch.frames()
             assert [bytes(views[1]) for views in shown] == [frame[14:] for frame in batch.frames()]
@@ -481,20 +483,20 @@ def test_finalizers_that_look(make: Callable[[], Source]) -> None:
                 64
             ] * len(batch)
             assert [first, *kept] == [numbered(k) for k in range(n, n + 1 + len(kept))]
-    assert len(told) > 300
+    assert len(findings) > 300
 
 
 @needs_core
 def test_a_collection_while_a_view_is_made() -> None:
     """A finalizer that looks at the same packet or batch, just as a view of it is made, does not change which part that is."""
     source = Source(C)
-    told: list[object] = []
+    findings: list[object] = []
     parts = {"data": numbered(1)[14:], "link_header": numbered(1)[:14], "frame": numbered(1)}
     for part, wanted in parts.items():
         packet = source.packet_of(1)
         with eager_collector():
             gc.disable()
-            Looks([packet], told)
+            Looks([packet], findings)
             gc.enable()  # the next container is what the collector runs for
             view = getattr(packet, part)
         assert bytes(view) == wanted
@@ -502,11 +504,11 @@ def test_a_collection_while_a_view_is_made() -> None:
         batch = source.batch_of(1, 2)
         with eager_collector():
             gc.disable()
-            Looks([batch], told)
+            Looks([batch], findings)
             gc.enable()
             column = getattr(batch, name)
         assert column.format == {"starts": "I", "timestamps": "q", "flags": "H"}[name]
-    assert len(told) == 3 + 3 * 3
+    assert len(findings) == 3 + 3 * 3
 
 
 @needs_core

@@ -413,13 +413,13 @@ def test_wire_length_and_interface(kind: Kind) -> None:
 @pytest.mark.parametrize("little", [False, True])
 def test_vnet_header(kind: Kind, size: int, packet_info: bool, little: bool) -> None:
     """The header's ten bytes are read in its own byte order, whatever stands in front and behind."""
-    told = VnetHeader(1, 0x81, 54, 1448, 34, 16)
-    raw = struct.pack("<BBHHHH" if little else ">BBHHHH", *told)
+    header = VnetHeader(1, 0x81, 54, 1448, 34, 16)
+    raw = struct.pack("<BBHHHH" if little else ">BBHHHH", *header)
     prefix = (b"\xaa" * 4 if packet_info else b"") + raw + b"\xbb" * (size - 10)
     packet = one(kind, Row(frame(), prefix), Framing(True, size, packet_info, little))
-    assert packet.vnet == told
+    assert packet.vnet == header
     assert packet == frame()
-    assert packet.copy().vnet == told
+    assert packet.copy().vnet == header
 
 
 @pytest.mark.parametrize(
@@ -450,8 +450,8 @@ def test_vnet_super_packet(gso_type: int, is_super: bool) -> None:
 )
 def test_vnet_gso(gso_type: int, gso: Gso | int, ecn: bool) -> None:
     """The type of a super-packet has a name, without the bit for ECN; one that linkrx does not know is a number."""
-    told = VnetHeader(0, gso_type, 0, 0, 0, 0)
-    assert (told.gso, told.ecn) == (gso, ecn)
+    header = VnetHeader(0, gso_type, 0, 0, 0, 0)
+    assert (header.gso, header.ecn) == (gso, ecn)
 
 
 @pytest.mark.parametrize(("flags", "valid"), [(0, False), (1, False), (2, True), (3, True)])
@@ -462,7 +462,7 @@ def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
 
 @every_kind
 @pytest.mark.parametrize(
-    ("told", "header_bytes"),
+    ("header", "header_bytes"),
     [
         (VnetHeader(1, 1, 999, 1448, 34, 16), 34 + 32),
         (VnetHeader(1, 0x84, 999, 1448, 34, 16), 34 + 32),
@@ -474,11 +474,11 @@ def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
         (VnetHeader(1, 0, 999, 0, 34, 16), 999),
     ],
 )
-def test_header_length_of_a_super_packet(kind: Kind, told: VnetHeader, header_bytes: int) -> None:
+def test_header_length_of_a_super_packet(kind: Kind, header: VnetHeader, header_bytes: int) -> None:
     """How long the headers are is found where the checksum starts; without one the kernel's hint stands."""
     tcp = bytes(12) + b"\x80" + bytes(19)
-    packet = one(kind, Row((bytes(34) + tcp).ljust(100), vnet_bytes(*told)), Framing(True, 10))
-    assert packet.vnet == told._replace(hdr_len=header_bytes)
+    packet = one(kind, Row((bytes(34) + tcp).ljust(100), vnet_bytes(*header)), Framing(True, 10))
+    assert packet.vnet == header._replace(hdr_len=header_bytes)
 
 
 @every_kind

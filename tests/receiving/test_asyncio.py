@@ -348,9 +348,9 @@ def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -
         ends[1].send(HEADER + b"\x07")
         while not rx._poll():
             pass
-        with pytest.raises(StopIteration) as told:
+        with pytest.raises(StopIteration) as stopped:
             next(iter(packets.__anext__().__await__()))
-        assert told.value.value.data[0] == 7
+        assert stopped.value.value.data[0] == 7
 
 
 def test_a_second_task_on_the_same_iterator(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:

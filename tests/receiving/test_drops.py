@@ -29,11 +29,11 @@ def test_drops_are_told_of(
                 or f" {drops} since open" in caplog.messages[-1]
             )
             assert caplog.messages[-1].endswith("receive_buffer= makes the queue longer")
-            told = len(caplog.messages)
+            logged = len(caplog.messages)
             rig.send(rig.frame(1000))
             for _ in rx.batches(0.05):
                 pass
-            assert len(caplog.messages) == told
+            assert len(caplog.messages) == logged
 
 
 @pytest.mark.usefixtures("devices")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from support.frames import tagged, udp
 from support.pairs import BACKENDS, frame, number_of, pair
-from support.places import TESTS
+from support.paths import TESTS
 from support.programs import packed
 from support.run import that_take
 

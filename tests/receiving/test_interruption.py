@@ -201,8 +201,8 @@ def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
             turns += 1
             assert turns < 20, "readable for ever"
         assert cut.got == NUMBERS
-        told = cut.rx.stats()
-        assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
+        stats = cut.rx.stats()
+        assert (stats.packets, stats.runts, stats.undelivered) == (len(NUMBERS), RUNTS, 0)
         assert cut.queued() == 0 if way.kind == socket.SOCK_DGRAM else cut.rx.end is linkrx.End.EOF
 
 
@@ -215,8 +215,8 @@ def test_an_oserror_of_a_handler_is_not_the_kernels(way: Way, backend: str, pull
         for _ in range(20):
             cut.rx.drain()
         assert cut.got == NUMBERS
-        told = cut.rx.stats()
-        assert (told.packets, told.runts, told.undelivered) == (len(NUMBERS), RUNTS, 0)
+        stats = cut.rx.stats()
+        assert (stats.packets, stats.runts, stats.undelivered) == (len(NUMBERS), RUNTS, 0)
 
 
 @pytest.mark.parametrize("pull", [*PULLS, end], ids=lambda pull: pull.__name__)
@@ -229,9 +229,9 @@ def test_a_stop_counts_what_is_left(way: Way, backend: str, pull: Pull) -> None:
     for cut in each_point(way, backend, pull):
         cut.rx.stop()
         assert cut.rx.dispatch(0) is False
-        told = cut.rx.stats()
-        assert told.packets == len(cut.got)
-        assert told.packets + told.undelivered + told.runts + cut.queued() == len(NUMBERS) + RUNTS
+        stats = cut.rx.stats()
+        assert stats.packets == len(cut.got)
+        assert stats.packets + stats.undelivered + stats.runts + cut.queued() == len(NUMBERS) + RUNTS
 
 
 # A ring: batches of three leave a block half read, and the kernel closes one every 10 ms.
@@ -274,8 +274,8 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
                 turns += 1
                 assert turns < 10, "readable for ever"
             assert cut.got == NUMBERS
-            told = rx.stats()
-            assert (told.packets, told.undelivered) == (len(NUMBERS) * (point + 1), 0)
+            stats = rx.stats()
+            assert (stats.packets, stats.undelivered) == (len(NUMBERS) * (point + 1), 0)
             assert ring.waiting() == []
             if not interrupted:
                 break
@@ -308,11 +308,11 @@ def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
                     interrupted = True
                 rx.stop()
                 assert rx.dispatch(0) is False
-                told = rx.stats()
-                assert told.packets == len(numbers_of(packets))
+                stats = rx.stats()
+                assert stats.packets == len(numbers_of(packets))
                 # What is held of the block that was begun is counted already.
                 left = ring.waiting()[1 if rx._mechanism.held else 0 :]
-                assert told.packets + told.undelivered + sum(left) == len(NUMBERS)
+                assert stats.packets + stats.undelivered + sum(left) == len(NUMBERS)
             if not interrupted:
                 break
         assert not interrupted, "the call never ended"

@@ -143,18 +143,18 @@ def test_close_from_two_threads_at_once(ends: Pair) -> None:
 def test_close_waits_for_deliver(ends: Pair) -> None:
     """close() comes back when the deliver that runs in another thread has, and no other follows."""
     started, may_go_on = threading.Event(), threading.Event()
-    told: list[str] = []
+    events: list[str] = []
 
     def deliver(*_: object) -> None:
         started.set()
         assert may_go_on.wait(PATIENCE)
-        told.append("delivered")
+        events.append("delivered")
 
     rx = linkrx.open(ends[0], deliver)
 
     def close() -> None:
         rx.close()
-        told.append("closed")
+        events.append("closed")
 
     for number in range(3):
         ends[1].send(frame(number))
@@ -162,9 +162,9 @@ def test_close_waits_for_deliver(ends: Pair) -> None:
         assert started.wait(PATIENCE)
         with running(close):
             until(lambda: rx._closed)
-            assert told == []
+            assert events == []
             may_go_on.set()
-    assert told == ["delivered", "closed"]
+    assert events == ["delivered", "closed"]
 
 
 def test_stats_beside_close(ends: Pair) -> None:
@@ -394,12 +394,12 @@ def test_recv_behind_the_end() -> None:
     with receiver, linkrx.open(receiver) as rx:
         sender.close()
         for _ in range(2):
-            with pytest.raises(linkrx.Ended) as told:
+            with pytest.raises(linkrx.Ended) as raised:
                 rx.recv()
-            assert told.value.errno == errno.ESHUTDOWN
-            assert isinstance(told.value, OSError)
-            assert isinstance(told.value, EOFError)
-            assert isinstance(told.value, linkrx.LinkrxError)
+            assert raised.value.errno == errno.ESHUTDOWN
+            assert isinstance(raised.value, OSError)
+            assert isinstance(raised.value, EOFError)
+            assert isinstance(raised.value, linkrx.LinkrxError)
 
 
 # Re-entry.

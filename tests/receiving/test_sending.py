@@ -45,15 +45,15 @@ LITTLE, BIG = 1, 2
 TCP = (1, 1, 54, 1448, 34, 16)
 
 
-def packet(body: bytes, **told: Any) -> linkrx.Packet:
+def packet(body: bytes, **fields: Any) -> linkrx.Packet:
     """A packet of which that is known."""
-    order = told.get("order", LITTLE) if "vnet" in told else 0
-    vnet = struct.pack(">BBHHHH" if order == BIG else "<BBHHHH", *told["vnet"]) if order else b""
-    tag = told.get("tag", (0, 0))
-    flags = told.get("flags", 0) | (VLAN if "tag" in told else 0)
-    link_header = told.get("link_header", 14)
+    order = fields.get("order", LITTLE) if "vnet" in fields else 0
+    vnet = struct.pack(">BBHHHH" if order == BIG else "<BBHHHH", *fields["vnet"]) if order else b""
+    tag = fields.get("tag", (0, 0))
+    flags = fields.get("flags", 0) | (VLAN if "tag" in fields else 0)
+    link_header = fields.get("link_header", 14)
     return restore_packet(
-        *(1, body, 0, len(body), 0, told.get("protocol", 0x0800), flags),
+        *(1, body, 0, len(body), 0, fields.get("protocol", 0x0800), flags),
         *(tag[1], tag[0], 1 if link_header else 0xFFFE, b"", link_header, order, vnet),
     )
 
@@ -196,10 +196,10 @@ def test_a_super_packet_goes_through_packet_sockets() -> None:
         body = body[:16] + (len(body) - 14).to_bytes(2, "big") + body[18:]
         with linkrx.open(near, vnet_header=True) as rx:
             rx.send(packet(body, vnet=TCP))
-            told = b""
-            while told[10:] != body:
-                told = seen.recv(65536)
-            assert struct.unpack_from("=BBHHHH", told)[1::2][:2] == (1, 1448)
+            wire = b""
+            while wire[10:] != body:
+                wire = seen.recv(65536)
+            assert struct.unpack_from("=BBHHHH", wire)[1::2][:2] == (1, 1448)
 
 
 # What sends nothing.

@@ -87,14 +87,14 @@ def test_every_interface(every: Open, backend: str) -> None:
         assert [packet.interface for packet in got] == expected
         for number in range(6):
             (first, second)[number % 2].send(of(number))
-        told: list[int] = []
+        interfaces: list[int] = []
         for batch in rx.batches(PATIENCE):
-            told += [
+            interfaces += [
                 index for index, kind in zip(batch.interfaces, batch.protocols, strict=True) if kind == 0x88B5
             ]
-            if len(told) == 6:
+            if len(interfaces) == 6:
                 break
-        assert told == expected
+        assert interfaces == expected
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 from support.flows import frame
-from support.places import TESTS
+from support.paths import TESTS
 
 import linkrx
 from linkrx import _core

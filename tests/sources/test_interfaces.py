@@ -60,10 +60,10 @@ def test_it_is_what_ip_link_shows() -> None:
     """State, MTU and address are those of `ip -j link`."""
     with veth():
         shown = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout)
-        told = {one.name: one for one in linkrx.interfaces()}
-        assert {line["ifname"] for line in shown} == set(told)
+        found = {one.name: one for one in linkrx.interfaces()}
+        assert {line["ifname"] for line in shown} == set(found)
         for line in shown:
-            one = told[line["ifname"]]
+            one = found[line["ifname"]]
             assert (one.state.upper(), one.mtu, one.up) == (
                 line["operstate"],
                 line["mtu"],

@@ -280,20 +280,20 @@ def test_tap_in_the_hands_of_a_process_without_privileges(packet_info: bool) -> 
     name = fresh()
     with queue_by_hand(name, IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
         set_link(name, mtu=1300)
-        told = without_capabilities(
+        message = without_capabilities(
             fd,
             "found = linkrx.probe(fd)\n"
             "print(found.interface, found.mtu, found.packet_info, found.local)\n"
             "linkrx.open(fd).close()\n",
         )
-    assert told == f"{name} 1300 {packet_info} True"
+    assert message == f"{name} 1300 {packet_info} True"
 
 
 @devices
 def test_tun_in_the_hands_of_a_process_without_privileges() -> None:
     """A TUN has no address to know its device by, so without a capability the caller has to say."""
     with linkrx.TunTap(fresh(), "tun") as queue:
-        told = without_capabilities(
+        message = without_capabilities(
             queue.fileno(),
             "print(linkrx.probe(fd).packet_info)\n"
             "try:\n"
@@ -302,7 +302,7 @@ def test_tun_in_the_hands_of_a_process_without_privileges() -> None:
             "    print(error)\n"
             "linkrx.open(fd, packet_info=False).close()\n",
         )
-    known, message = told.split("\n")
+    known, message = message.split("\n")
     assert known == "None"
     assert "packet_info=False" in message
     assert f"TUN queue on {queue.name}" in message
@@ -317,8 +317,8 @@ def test_flags_that_prove_packet_information(filtered: bool) -> None:
         set_link(name, net_ns_fd=network)
         if filtered:
             attach_filter(fd)
-        told = without_capabilities(fd, "print(linkrx.probe(fd).packet_info)\n")
-    assert told == ("True" if filtered else "None")
+        message = without_capabilities(fd, "print(linkrx.probe(fd).packet_info)\n")
+    assert message == ("True" if filtered else "None")
 
 
 @devices
@@ -328,7 +328,7 @@ def test_namesake_in_the_hands_of_a_process_without_privileges() -> None:
     with other_network() as network, linkrx.TunTap(name) as queue:
         set_link(name, net_ns_fd=network)
         with linkrx.TunTap(name):
-            told = without_capabilities(
+            message = without_capabilities(
                 queue.fileno(),
                 "found = linkrx.probe(fd)\n"
                 "print(found.interface, found.mtu, found.packet_info)\n"
@@ -338,7 +338,7 @@ def test_namesake_in_the_hands_of_a_process_without_privileges() -> None:
                 "    print(error)\n"
                 "linkrx.open(fd, packet_info=False).close()\n",
             )
-    facts, message = told.split("\n")
+    facts, message = message.split("\n")
     assert facts == f"{name} None None"
     assert "packet_info=False" in message
     assert f"TAP queue on {name}" in message
@@ -582,25 +582,25 @@ def refusal(source: Any) -> str:
 def test_stream_socket(family: socket.AddressFamily) -> None:
     """A stream socket of any family is refused for want of packet boundaries."""
     with socket.socket(family, socket.SOCK_STREAM) as opened:
-        told = refusal(opened)
-    assert "SOCK_STREAM" in told
-    assert "without packet boundaries" in told
+        message = refusal(opened)
+    assert "SOCK_STREAM" in message
+    assert "without packet boundaries" in message
 
 
 def test_socket_of_another_family() -> None:
     """A netlink socket is refused, with its family and with what is taken instead."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as opened:
-        told = refusal(opened)
-    assert f"family {int(socket.AF_NETLINK)}" in told
-    assert "AF_PACKET, AF_UNIX (datagram, seqpacket) and UDP" in told
+        message = refusal(opened)
+    assert f"family {int(socket.AF_NETLINK)}" in message
+    assert "AF_PACKET, AF_UNIX (datagram, seqpacket) and UDP" in message
 
 
 def test_plain_pipe() -> None:
     """A plain pipe is refused, with how to make one in packet mode."""
     with pipe() as (reader, _):
-        told = refusal(reader)
-    assert "pipe, a byte stream without packet boundaries" in told
-    assert "os.O_DIRECT" in told
+        message = refusal(reader)
+    assert "pipe, a byte stream without packet boundaries" in message
+    assert "os.O_DIRECT" in message
 
 
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT])
@@ -615,10 +615,10 @@ def test_regular_file(tmp_path: Path) -> None:
     path = tmp_path / "capture"
     path.write_bytes(b"no packets")
     with path.open("rb") as opened:
-        told = refusal(opened)
+        message = refusal(opened)
         assert opened.tell() == 0
-    assert "is a regular file" in told
-    assert "TAP and TUN queues" in told
+    assert "is a regular file" in message
+    assert "TAP and TUN queues" in message
 
 
 def test_directory(tmp_path: Path) -> None:
@@ -650,9 +650,9 @@ def test_closed_queue() -> None:
     """A closed TunTap is refused as closed, by its name."""
     with linkrx.TunTap(fresh()) as queue:
         pass
-    told = refusal(queue)
-    assert queue.name in told
-    assert "is closed" in told
+    message = refusal(queue)
+    assert queue.name in message
+    assert "is closed" in message
 
 
 def test_closed_file(tmp_path: Path) -> None:
@@ -671,9 +671,9 @@ def test_negative_descriptor(fd: int) -> None:
 @pytest.mark.parametrize("source", [None, 1.5, b"lo", ["lo"], object()])
 def test_object_without_fileno(source: object) -> None:
     """An object that is no source is refused with the three things that are."""
-    told = refusal(source)
-    assert repr(source) in told
-    assert "a file descriptor, an object with fileno(), or an interface name" in told
+    message = refusal(source)
+    assert repr(source) in message
+    assert "a file descriptor, an object with fileno(), or an interface name" in message
 
 
 @devices
@@ -681,12 +681,12 @@ def test_queue_before_it_has_a_device() -> None:
     """An open /dev/net/tun without a device is refused, with what is missing."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     try:
-        told = refusal(fd)
+        message = refusal(fd)
     finally:
         os.close(fd)
-    assert "/dev/net/tun" in told
-    assert "TUNSETIFF is still to come" in told
-    assert "linkrx.TunTap" in told
+    assert "/dev/net/tun" in message
+    assert "TUNSETIFF is still to come" in message
+    assert "linkrx.TunTap" in message
 
 
 @devices
@@ -712,9 +712,9 @@ def test_other_character_device(path: str) -> None:
 
 def test_unknown_interface() -> None:
     """An interface that does not exist is refused by its name, with how to see those that do."""
-    told = refusal("lrx-no-such-if")
-    assert "'lrx-no-such-if'" in told
-    assert "ip link" in told
+    message = refusal("lrx-no-such-if")
+    assert "'lrx-no-such-if'" in message
+    assert "ip link" in message
 
 
 @pytest.mark.parametrize("name", ["", "lo\0x", "n" * 128, "a/b", ".", "\udcff\udcff\udcff\udcff" * 32])
@@ -813,9 +813,9 @@ def unix() -> Iterator[socket.socket]:
 def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
     """A TUN has no Ethernet header and a TAP has one: saying otherwise is an error that names both."""
     with linkrx.TunTap(fresh(), mode) as queue:
-        told = contradiction(queue, ethernet=ethernet)
-        assert f"ethernet={ethernet} contradicts" in told
-        assert f"{mode.upper()} queue on {queue.name}" in told
+        message = contradiction(queue, ethernet=ethernet)
+        assert f"ethernet={ethernet} contradicts" in message
+        assert f"{mode.upper()} queue on {queue.name}" in message
         linkrx.open(queue, ethernet=not ethernet).close()
 
 
@@ -823,9 +823,9 @@ def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
 def test_ethernet_contradicts_a_cooked_socket() -> None:
     """A cooked packet socket has no Ethernet header: saying otherwise is an error that names both."""
     with packet_socket(socket.SOCK_DGRAM, "lo") as opened:
-        told = contradiction(opened, ethernet=True)
-    assert "ethernet=True contradicts" in told
-    assert "cooked AF_PACKET socket on lo" in told
+        message = contradiction(opened, ethernet=True)
+    assert "ethernet=True contradicts" in message
+    assert "cooked AF_PACKET socket on lo" in message
 
 
 @devices
@@ -833,9 +833,9 @@ def test_ethernet_contradicts_a_cooked_socket() -> None:
 def test_vnet_header_on_a_queue_without_one(header: bool | int) -> None:
     """Asking for a virtio-net header that a TAP does not have is an error that names both."""
     with linkrx.TunTap(fresh()) as queue:
-        told = contradiction(queue, vnet_header=header)
-        assert f"vnet_header={header} contradicts" in told
-        assert f"TAP queue on {queue.name} puts no virtio-net header" in told
+        message = contradiction(queue, vnet_header=header)
+        assert f"vnet_header={header} contradicts" in message
+        assert f"TAP queue on {queue.name} puts no virtio-net header" in message
         linkrx.open(queue, vnet_header=False).close()
 
 
@@ -845,9 +845,9 @@ def test_vnet_header_of_another_size(header: bool | int) -> None:
     """Denying a virtio-net header, or giving it another size, is an error that tells the true one."""
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
     with queue_by_hand(fresh(), flags, header=12) as fd:
-        told = contradiction(fd, vnet_header=header)
-        assert f"vnet_header={header} contradicts" in told
-        assert "a virtio-net header of 12 bytes" in told
+        message = contradiction(fd, vnet_header=header)
+        assert f"vnet_header={header} contradicts" in message
+        assert "a virtio-net header of 12 bytes" in message
         for agreeing in (None, True, 12):
             linkrx.open(fd, vnet_header=agreeing).close()
 
@@ -857,17 +857,17 @@ def test_vnet_header_of_another_size(header: bool | int) -> None:
 def test_packet_info_contradicts_a_queue(packet_info: bool) -> None:
     """What the caller says of packet information may not contradict the device; the error names both."""
     with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
-        told = contradiction(fd, packet_info=not packet_info)
-        assert f"packet_info={not packet_info} contradicts" in told
-        assert "TAP queue" in told
+        message = contradiction(fd, packet_info=not packet_info)
+        assert f"packet_info={not packet_info} contradicts" in message
+        assert "TAP queue" in message
         linkrx.open(fd, packet_info=packet_info).close()
 
 
 def test_packet_info_on_a_socket(unix: socket.socket) -> None:
     """A socket sends no packet information: asking for it is an error that names both."""
-    told = contradiction(unix, packet_info=True)
-    assert "packet_info=True contradicts" in told
-    assert "AF_UNIX datagram socket" in told
+    message = contradiction(unix, packet_info=True)
+    assert "packet_info=True contradicts" in message
+    assert "AF_UNIX datagram socket" in message
 
 
 @pytest.mark.parametrize(
@@ -877,9 +877,9 @@ def test_packet_info_on_a_socket(unix: socket.socket) -> None:
 def test_packet_option_on_a_unix_socket(unix: socket.socket, name: str, value: object) -> None:
     """An option of packet sockets on another socket is an error that names both."""
     options: dict[str, Any] = {name: value}
-    told = contradiction(unix, **options)
-    assert f"{name}={value!r} needs an AF_PACKET socket" in told
-    assert "AF_UNIX datagram socket" in told
+    message = contradiction(unix, **options)
+    assert f"{name}={value!r} needs an AF_PACKET socket" in message
+    assert "AF_UNIX datagram socket" in message
 
 
 @devices
@@ -887,28 +887,28 @@ def test_promiscuous_without_an_interface() -> None:
     """Promiscuous mode needs an interface to be so on; the socket is left as it was."""
     with packet_socket(socket.SOCK_RAW) as opened:
         before = opened.getsockopt(uapi.SOL_PACKET, 23)
-        told = contradiction(opened, promiscuous=True)
+        message = contradiction(opened, promiscuous=True)
         assert opened.getsockopt(uapi.SOL_PACKET, 23) == before
-    assert "promiscuous=True" in told
-    assert "bound to no interface" in told
+    assert "promiscuous=True" in message
+    assert "bound to no interface" in message
 
 
 @devices
 def test_receive_buffer_on_a_queue() -> None:
     """A TAP has no socket buffer: the error names both, and what makes its queue longer."""
     with linkrx.TunTap(fresh()) as queue:
-        told = contradiction(queue, receive_buffer=1 << 20)
-        assert "receive_buffer=1048576 needs a socket" in told
-        assert f"TAP queue on {queue.name}" in told
-        assert f"ip link set {queue.name} txqueuelen" in told
+        message = contradiction(queue, receive_buffer=1 << 20)
+        assert "receive_buffer=1048576 needs a socket" in message
+        assert f"TAP queue on {queue.name}" in message
+        assert f"ip link set {queue.name} txqueuelen" in message
 
 
 def test_receive_buffer_on_a_pipe() -> None:
     """A pipe has no socket buffer; there is no interface to give advice about."""
     with pipe(os.O_DIRECT) as (reader, _):
-        told = contradiction(reader, receive_buffer=1 << 20)
-    assert "needs a socket; the source is a packet pipe" in told
-    assert "txqueuelen" not in told
+        message = contradiction(reader, receive_buffer=1 << 20)
+    assert "needs a socket; the source is a packet pipe" in message
+    assert "txqueuelen" not in message
 
 
 @devices
@@ -920,9 +920,9 @@ def test_option_that_a_backend_cannot_honour(backend: str, name: str) -> None:
         pytest.skip(f"{backend} needs the compiled core, which was not built")
     options: dict[str, Any] = {name: True}
     with packet_socket(socket.SOCK_RAW, "lo") as opened:
-        told = contradiction(opened, backend=backend, **options)
-    assert f"{backend} cannot honour {name}=True" in told
-    assert "AF_PACKET socket on lo" in told
+        message = contradiction(opened, backend=backend, **options)
+    assert f"{backend} cannot honour {name}=True" in message
+    assert "AF_PACKET socket on lo" in message
 
 
 def test_backend_that_does_not_take_the_source() -> None:
@@ -930,23 +930,23 @@ def test_backend_that_does_not_take_the_source() -> None:
     if next(info for info in linkrx.backends() if info.name == "recvmmsg").reason is not None:
         pytest.skip("recvmmsg needs the compiled core, which was not built")
     with pipe(os.O_DIRECT) as (reader, _):
-        told = contradiction(reader, linkrx.UnsupportedSource, backend="recvmmsg")
-    assert "recvmmsg does not take this source" in told
-    assert "packet pipe" in told
+        message = contradiction(reader, linkrx.UnsupportedSource, backend="recvmmsg")
+    assert "recvmmsg does not take this source" in message
+    assert "packet pipe" in message
 
 
 def test_unknown_backend(unix: socket.socket) -> None:
     """A backend that does not exist is an error that lists those that do."""
-    told = contradiction(unix, linkrx.BackendUnavailable, backend="nonesuch")
-    assert "'nonesuch'" in told
-    assert "os_readv" in told
+    message = contradiction(unix, linkrx.BackendUnavailable, backend="nonesuch")
+    assert "'nonesuch'" in message
+    assert "os_readv" in message
 
 
 def test_unknown_option(unix: socket.socket) -> None:
     """An option that does not exist is a TypeError that names it and lists those that do."""
-    told = contradiction(unix, TypeError, promiscous=True, batch_size=8)
-    assert "no option 'promiscous'; it has" in told
-    assert "promiscuous" in told
+    message = contradiction(unix, TypeError, promiscous=True, batch_size=8)
+    assert "no option 'promiscous'; it has" in message
+    assert "promiscuous" in message
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_one_protocol(backend: str) -> None:
         assert {packet.protocol for packet in got} == {LLDP}
         rx.stop(flush=True)
         assert list(rx) == []
-        told = rx.stats()
-        assert (told.packets, told.unknown_protocol, told.kernel_drops) == (5, 0, 0)
+        stats = rx.stats()
+        assert (stats.packets, stats.unknown_protocol, stats.kernel_drops) == (5, 0, 0)
 
 
 @pytest.mark.parametrize("backend", that_take("packet"))

@@ -221,10 +221,10 @@ def test_malformed_before_the_end(backend: str) -> None:
 def test_deliver_and_the_vnet_header(backend: str) -> None:
     """Each frame is delivered by itself, with addresses and a virtio-net header that asks for nothing."""
     got: list[linkrx.Packet] = []
-    told: set[tuple[bytes | None, bytes | None, int]] = set()
+    message: set[tuple[bytes | None, bytes | None, int]] = set()
 
     def deliver(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
-        told.add((remote, local, protocol))
+        message.add((remote, local, protocol))
         got.append(packet)
 
     make, needed = SOURCES["unix_dgram"]
@@ -238,7 +238,7 @@ def test_deliver_and_the_vnet_header(backend: str) -> None:
             assert rx.dispatch(PATIENCE)
     assert [bytes(packet) for packet in got] == CASES[0].frames() + CASES[4].frames()
     assert {packet.vnet for packet in got} == {linkrx.VnetHeader(0, 0, 0, 0, 0, 0)}
-    assert told == {(REMOTE, LOCAL, 0x0800)}
+    assert message == {(REMOTE, LOCAL, 0x0800)}
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
@@ -360,15 +360,15 @@ def test_a_socket_with_a_ring() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"segment": True}, "segment=True needs .* AF_UNIX datagram socket has none: pass vnet_header=True"),
         ({"segment": True, "vnet_header": True, "buffer_sizes": (2048,)}, "segment=True and buffer_sizes="),
     ],
 )
-def test_refused_on_datagrams(options: dict[str, Any], told: str) -> None:
+def test_refused_on_datagrams(options: dict[str, Any], message: str) -> None:
     """What segment=True cannot go with is told by name."""
-    with datagrams() as (source, _), pytest.raises(linkrx.UnsupportedOption, match=told):
+    with datagrams() as (source, _), pytest.raises(linkrx.UnsupportedOption, match=message):
         linkrx.open(source, **options)
 
 
@@ -394,15 +394,15 @@ def test_refused_on_a_queue_without_header(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"vnet_header": False}, "vnet_header=False .* Leave out vnet_header"),
         ({"buffer_sizes": (2048,)}, "exclude each other"),
     ],
 )
-def test_refused_on_an_interface(options: dict[str, Any], told: str) -> None:
+def test_refused_on_an_interface(options: dict[str, Any], message: str) -> None:
     """On an interface too, what excludes segment=True is told by name."""
-    with interface() as (near, _), pytest.raises(linkrx.UnsupportedOption, match=told):
+    with interface() as (near, _), pytest.raises(linkrx.UnsupportedOption, match=message):
         linkrx.open(near, segment=True, **options)
 
 

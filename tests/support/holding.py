@@ -215,68 +215,68 @@ def wrong(things: list[Thing]) -> list[str]:
 
 # Who holds it. Each returns what keeps the things until it is dropped and collected; then what it found is in `told`.
 
-Told = list[list[str]]
-Holder = Callable[[list[Thing], Told], object]
+Findings = list[list[str]]
+Holder = Callable[[list[Thing], Findings], object]
 
 
 class Owner:
     """In a reference cycle with itself; its finalizer looks at what it has."""
 
-    def __init__(self, things: list[Thing], told: Told) -> None:
-        self.things, self.told = things, told
+    def __init__(self, things: list[Thing], findings: Findings) -> None:
+        self.things, self.findings = things, findings
         self.me: Owner | None = self
 
     def __del__(self) -> None:
-        self.told.append(wrong(self.things))
+        self.findings.append(wrong(self.things))
 
 
-class Lazarus(Owner):
+class Resurrected(Owner):
     """Brought back to life by its finalizer; what it has is looked at afterwards."""
 
-    back: list[Lazarus] = []  # noqa: RUF012
+    back: list[Resurrected] = []  # noqa: RUF012
 
     def __del__(self) -> None:
         self.back.append(self)
 
 
-def cycle(things: list[Thing], told: Told) -> object:
+def cycle(things: list[Thing], findings: Findings) -> object:
     """A reference cycle with a finalizer."""
-    return Owner(things, told)
+    return Owner(things, findings)
 
 
-def resurrection(things: list[Thing], told: Told) -> object:
+def resurrection(things: list[Thing], findings: Findings) -> object:
     """An object that a finalizer brings back."""
-    return Lazarus(things, told)
+    return Resurrected(things, findings)
 
 
-def generator(things: list[Thing], told: Told) -> object:
+def generator(things: list[Thing], findings: Findings) -> object:
     """A suspended generator in a cycle with itself."""
 
-    def work(things: list[Thing], told: Told, box: list[object]) -> Iterator[None]:
+    def work(things: list[Thing], findings: Findings, box: list[object]) -> Iterator[None]:
         try:
             yield
         finally:
-            told.append(wrong(things))
+            findings.append(wrong(things))
 
     box: list[object] = []
-    suspended = work(things, told, box)
+    suspended = work(things, findings, box)
     next(suspended)
     box.append(suspended)
     return box
 
 
-def task(things: list[Thing], told: Told) -> object:
+def task(things: list[Thing], findings: Findings) -> object:
     """A pending task of a loop that is closed under it."""
 
-    async def wait(things: list[Thing], told: Told, future: asyncio.Future[None]) -> None:
+    async def wait(things: list[Thing], findings: Findings, future: asyncio.Future[None]) -> None:
         try:
             await future
         finally:
-            told.append(wrong(things))
+            findings.append(wrong(things))
 
     async def begin() -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
-        pending = loop.create_task(wait(things, told, loop.create_future()))
+        pending = loop.create_task(wait(things, findings, loop.create_future()))
         await asyncio.sleep(0)
         return pending
 
@@ -288,7 +288,7 @@ def task(things: list[Thing], told: Told) -> object:
         loop.close()
 
 
-def traceback(things: list[Thing], told: Told) -> object:
+def traceback(things: list[Thing], findings: Findings) -> object:
     """An exception that its own frame refers to, with an object that has a finalizer beside it."""
 
     def fail(owner: Owner) -> BaseException:
@@ -298,7 +298,7 @@ def traceback(things: list[Thing], told: Told) -> object:
             kept = error
         return kept
 
-    return fail(Owner(things, told))
+    return fail(Owner(things, findings))
 
 
 HOLDERS: dict[str, Holder] = {
@@ -306,17 +306,17 @@ HOLDERS: dict[str, Holder] = {
 }
 
 
-def collected(told: dict[str, Told]) -> dict[str, list[str]]:
+def collected(findings: dict[str, Findings]) -> dict[str, list[str]]:
     """What the finalizer of each holder found wrong, when everything that nobody refers to any more was collected."""
     gc.collect()
-    while Lazarus.back:
-        one = Lazarus.back.pop()
-        one.told.append(wrong(one.things))
+    while Resurrected.back:
+        one = Resurrected.back.pop()
+        one.findings.append(wrong(one.things))
         one.me = None
     gc.collect()
-    Lazarus.back.clear()
-    assert all(told.values()), f"of some no finalizer came: {told}"
-    return {name: list(chain(*found)) for name, found in told.items() if any(found)}
+    Resurrected.back.clear()
+    assert all(findings.values()), f"of some no finalizer came: {findings}"
+    return {name: list(chain(*found)) for name, found in findings.items() if any(found)}
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import gc
 import sys
 from types import FrameType
 
-from support import places
+from support import paths
 
-TESTS = f"{places.TESTS}/"
+TESTS = f"{paths.TESTS}/"
 
 
 class Interrupted(Exception):

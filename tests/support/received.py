@@ -254,17 +254,17 @@ class _Mechanism(ctypes.Structure):
     _fields_ = [
         ("fill", FILL),
         ("state", ctypes.c_void_p),
-        ("places", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
         ("release", RELEASE),
     ]
 
 
-class _Places(ctypes.Structure):
-    """struct lrx_places."""
+class _Slots(ctypes.Structure):
+    """struct lrx_slots."""
 
     _fields_ = [
         ("frames", ctypes.c_size_t * 2),
-        ("lent", ctypes.c_uint32 * 2),
+        ("unreleased", ctypes.c_uint32 * 2),
         ("turn", ctypes.c_uint32),
         ("unused", ctypes.c_uint32),
         ("guard", ctypes.c_size_t),
@@ -280,26 +280,26 @@ class Ring(Source):
         super().__init__(C, framing)
         self.memory = (ctypes.c_uint8 * (3 * self.SIZE))()
         self.guard = ctypes.c_uint32(1)
-        self.places = _Places(guard=ctypes.addressof(self.guard))
+        self.slots = _Slots(guard=ctypes.addressof(self.guard))
         self.rows: tuple[Sequence[Row], int, bytes] | None = None
         self.mechanism = _Mechanism(
             _Mechanism.FILL(self._fill),
             None,
-            ctypes.addressof(self.places),
+            ctypes.addressof(self.slots),
             _Mechanism.RELEASE(self._release),
         )
         self.receiver.mechanism = ctypes.addressof(self.mechanism)
         self.receiver.rx._use(self.receiver.mechanism)
 
     def _release(self, _state: int | None, slot: int) -> None:
-        self.places.lent[slot] = 0
+        self.slots.unreleased[slot] = 0
 
     def _fill(self, _state: int | None, _descriptors: int, _rows: int, region: int, _room: int) -> int:
         """Into one half of the ring's memory and then the other."""
         if self.rows is None:
             return 0
         (rows, spare, gap), self.rows = self.rows, None
-        turn = self.places.turn
+        turn = self.slots.turn
         first = turn * self.SIZE
         memory = memoryview(self.memory).cast("B")[first : first + 2 * self.SIZE]
         memory[: self.SIZE] = b"\xbb" * self.SIZE
@@ -312,9 +312,9 @@ class Ring(Source):
         count = len(rows) + spare
         table = (ctypes.c_uint8 * (ROW_BYTES * count)).from_address(region)
         self.describe(rows, starts, memoryview(table).cast("B"), count, 0)
-        self.places.frames[turn] = ctypes.addressof(self.memory) + first
-        self.places.lent[turn] = 1
-        self.places.turn = turn ^ 1
+        self.slots.frames[turn] = ctypes.addressof(self.memory) + first
+        self.slots.unreleased[turn] = 1
+        self.slots.turn = turn ^ 1
         return len(rows)
 
     def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:

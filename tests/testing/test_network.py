@@ -38,7 +38,7 @@ def arp(wanted: str) -> bytes:
     return HEADER + b"\x08\x06" + fixed + asks + bytes(6) + socket.inet_aton(wanted)
 
 
-def told(call: Any, *arguments: Any, **options: Any) -> list[str]:
+def failure(call: Any, *arguments: Any, **options: Any) -> list[str]:
     """The lines of the AssertionError that a call raises."""
     with pytest.raises(AssertionError) as caught:
         call(*arguments, **options)
@@ -72,7 +72,7 @@ def test_what_was_not_expected_waits(linkrx_veth: Pair) -> None:
     assert far.expect(frame(3)) == frame(3)
     assert far.expect(lambda packet: packet.u32(14) == 1) == frame(1)
     assert far.collect(2) == [frame(0), frame(2)]
-    assert told(far.expect_nothing, 0)[0] == "veth1 should have got nothing within 0 s, but got:"
+    assert failure(far.expect_nothing, 0)[0] == "veth1 should have got nothing within 0 s, but got:"
     far.expect_nothing(0, frame(2))
     far.expect_nothing(0, lambda packet: packet.u32(14) < 4)
     assert far.collect(1) == [frame(4)]
@@ -109,11 +109,11 @@ def test_expressions(linkrx_veth: Pair) -> None:
         assert far.expect("vlan 42 and arp") == arp("10.0.0.3")
     assert far.expect("arp dst host 10.0.0.2") == arp("10.0.0.2")
     far.expect_nothing(0, "udp")
-    assert told(far.expect, "udp port 53", timeout=0)[:2] == [
+    assert failure(far.expect, "udp port 53", timeout=0)[:2] == [
         "veth1 did not get a packet that passes 'udp port 53' within 0 s.",
         "What came instead:",
     ]
-    assert told(far.expect_nothing, 0, "ether proto 0x88b5")[0] == (
+    assert failure(far.expect_nothing, 0, "ether proto 0x88b5")[0] == (
         "veth1 should have got no packet that passes 'ether proto 0x88b5' within 0 s, but got:"
     )
     for wrong in ("arp and not", "udp port fifty"):
@@ -167,7 +167,7 @@ def test_a_frame_that_did_not_come(linkrx_veth: Pair) -> None:
     """It is told what was expected, what came, and in which bytes the most similar differs."""
     near, far = linkrx_veth
     near.inject([frame(), arp("10.0.0.3")])
-    assert told(far.expect, arp("10.0.0.2"), timeout=0.05) == [
+    assert failure(far.expect, arp("10.0.0.2"), timeout=0.05) == [
         "veth1 did not get this frame within 0.05 s:",
         "  02:00:5e:00:00:01 > 02:00:5e:00:00:02, ARP request of 10.0.0.1 (02:00:5e:00:00:01) to 10.0.0.2, 42 bytes",
         "What came instead:",
@@ -187,12 +187,12 @@ def test_a_predicate_that_was_never_true(linkrx_veth: Pair) -> None:
         return packet.protocol == 0x0806
 
     near, far = linkrx_veth
-    assert told(far.expect, is_arp, timeout=0) == [
+    assert failure(far.expect, is_arp, timeout=0) == [
         "veth1 did not get a packet for which is_arp is true within 0 s.",
         "Nothing came at all.",
     ]
     near.inject(frame(number) for number in range(12))
-    lines = told(far.expect, is_arp, timeout=0.05)
+    lines = failure(far.expect, is_arp, timeout=0.05)
     assert lines[1] == "What came instead:"
     assert lines[-1] == "  ... and 2 more"
 
@@ -201,20 +201,20 @@ def test_too_few(linkrx_veth: Pair) -> None:
     """`collect` tells how many came, and which."""
     near, far = linkrx_veth
     near.inject(frame())
-    assert told(far.collect, 2, timeout=0.05) == [
+    assert failure(far.collect, 2, timeout=0.05) == [
         "1 of 2 packets came in on veth1 within 0.05 s:",
         "  1. 02:00:5e:00:00:01 > 02:00:5e:00:00:02, protocol 0x88b5, 60 bytes",
     ]
     near.down()
     far.collect(1)
-    assert told(far.collect, 1, timeout=0)[-1] == "veth1 has no carrier: its other end is down."
+    assert failure(far.collect, 1, timeout=0)[-1] == "veth1 has no carrier: its other end is down."
 
 
 def test_something_where_nothing_should_come(linkrx_veth: Pair) -> None:
     """`expect_nothing` ends with the first packet that counts, and tells which."""
     near, far = linkrx_veth
     near.inject([frame(), arp("10.0.0.2")])
-    assert told(far.expect_nothing, 30, arp("10.0.0.2")) == [
+    assert failure(far.expect_nothing, 30, arp("10.0.0.2")) == [
         "veth1 should have got no frame like the one given within 30 s, but got:",
         "  1. 02:00:5e:00:00:01 > 02:00:5e:00:00:02, ARP request of 10.0.0.1 (02:00:5e:00:00:01) to 10.0.0.2, 42 bytes",
     ]
@@ -264,8 +264,10 @@ def test_down_and_up(linkrx_veth: Pair) -> None:
     near, far = linkrx_veth
     near.inject(frame(1))
     near.down()
-    assert told(near.inject, frame()) == ["veth0 is down: up() sets it up"]
-    assert told(far.inject, frame(), timeout=0) == ["veth1 got no carrier within 0 s: its other end is down"]
+    assert failure(near.inject, frame()) == ["veth0 is down: up() sets it up"]
+    assert failure(far.inject, frame(), timeout=0) == [
+        "veth1 got no carrier within 0 s: its other end is down"
+    ]
     near.up()
     near.inject(frame(2))
     assert far.collect(2) == [frame(1), frame(2)]
@@ -288,8 +290,8 @@ def test_deleted(linkrx_veth: Pair) -> None:
     near.inject(frame())
     near.delete()
     far.expect(frame())
-    assert told(far.expect, frame(), timeout=60)[-1] == "The interface is gone."
-    assert "is gone" in told(far.inject, frame())[0]
+    assert failure(far.expect, frame(), timeout=60)[-1] == "The interface is gone."
+    assert "is gone" in failure(far.inject, frame())[0]
     assert repr(far) == "<End gone>"
     assert [name for _, name in socket.if_nameindex()] == ["lo"]
 
@@ -347,7 +349,7 @@ def test_offloads(linkrx_veth: Pair, on: bool) -> None:
     assert packet.checksum_unfinished == on
     if on:
         wanted = bytes(packet)[:-1] + b"O"
-        assert any("set_offloads(False)" in line for line in told(_again, far, packet, wanted))
+        assert any("set_offloads(False)" in line for line in failure(_again, far, packet, wanted))
 
 
 def _again(far: End, packet: linkrx.Packet, wanted: bytes) -> None:
@@ -374,7 +376,7 @@ def test_a_queue(network: Network, mode: str) -> None:
         if mode == "tap"
         else bytes.fromhex("45000014000000004011000" + "00a0000010a000002") + bytes(1)
     )
-    assert told(end.inject, packet, timeout=0) == [
+    assert failure(end.inject, packet, timeout=0) == [
         f"{end.name} got no carrier within 0 s: nobody has its queue open; `.queue` opens it, and so does "
         f"TunTap('{end.name}', '{mode}')"
     ]
@@ -393,7 +395,7 @@ def test_a_queue_that_nobody_reads(network: Network) -> None:
     end.inject(frame(number) for number in range(3000))
     assert any(
         line.endswith("frames that were sent out of tap0 were dropped: nobody read them in time.")
-        for line in told(end.expect, frame(), timeout=0)
+        for line in failure(end.expect, frame(), timeout=0)
     )
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.anyone import as_anyone
 from support.documents import programs
-from support.places import ROOT, TESTS
+from support.paths import ROOT, TESTS
+from support.unprivileged import as_unprivileged
 
 import linkrx
 from linkrx import _core
@@ -52,17 +52,21 @@ def pytest_command(*arguments: str, python: str = sys.executable) -> list[str]:
 
 @pytest.fixture
 def suite(folder: Path) -> Suite:
-    """Runs pytest on the source of a test file, as root or whoever runs these tests; with `anyone` without privileges."""
+    """Runs pytest on the source of a test file, as root or whoever runs these tests; with `unprivileged` without privileges."""
     (folder / "hold").mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
 
     def run(
-        source: str, *arguments: str, anyone: bool = False, before: tuple[str, ...] = (), **environment: str
+        source: str,
+        *arguments: str,
+        unprivileged: bool = False,
+        before: tuple[str, ...] = (),
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         (folder / "test_suite.py").write_text(source)
         command = pytest_command("test_suite.py", *arguments)
         done = subprocess.run(
-            [*before, *(as_anyone(folder / "hold", command) if anyone else command)],
+            [*before, *(as_unprivileged(folder / "hold", command) if unprivileged else command)],
             cwd=folder,
             env=inherited(**environment),
             stdout=subprocess.PIPE,
@@ -172,24 +176,26 @@ def test_without_root(suite: Suite, workers: tuple[str, ...]) -> None:
     """With --linkrx-private it takes no privilege, and tests are run as whoever runs them."""
     more = f"\ndef test_who():\n    assert os.getuid() == {os.getuid() or 65534}\n"
     closed = "\ndef test_closed(tmp_path):\n    (tmp_path / 'x').touch(mode=0)\n    with pytest.raises(PermissionError):\n        (tmp_path / 'x').open()\n"
-    done = suite("import pytest\n" + ALL_KINDS + more + closed, "--linkrx-private", *workers, anyone=True)
+    done = suite(
+        "import pytest\n" + ALL_KINDS + more + closed, "--linkrx-private", *workers, unprivileged=True
+    )
     assert outcome(done) == "6 passed"
 
 
 def test_the_ini_line(suite: Suite, folder: Path) -> None:
     """A line of the ini file does what the option does."""
     (folder / "pytest.ini").write_text("[pytest]\nlinkrx_private = true\n")
-    done = suite(EXCHANGE, anyone=True)
+    done = suite(EXCHANGE, unprivileged=True)
     assert outcome(done) == "1 passed"
     assert "linkrx: in a private network" in done.stdout
 
 
 def test_without_the_option(suite: Suite) -> None:
     """Without privileges and option the test is skipped, and the reason says what to type; --linkrx-require makes it fail."""
-    skipped = suite(EXCHANGE, anyone=True)
+    skipped = suite(EXCHANGE, unprivileged=True)
     assert outcome(skipped) == "1 skipped"
     assert "run pytest with --linkrx-private, or put `linkrx_private = true` into its ini" in skipped.stdout
-    failed = suite(EXCHANGE, "--linkrx-require", anyone=True)
+    failed = suite(EXCHANGE, "--linkrx-require", unprivileged=True)
     assert outcome(failed) == "1 error"
     assert "linkrx is required here, and cannot: this process may make no network namespace" in failed.stdout
 
@@ -280,7 +286,7 @@ def test_end():
 def test_threads_before_pytest(suite: Suite, folder: Path) -> None:
     """Where a thread keeps the process from a user namespace, tests are skipped and its name is told."""
     (folder / "threaded.py").write_text(THREAD)
-    done = suite(EXCHANGE, "-p", "threaded", "--linkrx-private", anyone=True, PYTHONPATH=str(folder))
+    done = suite(EXCHANGE, "-p", "threaded", "--linkrx-private", unprivileged=True, PYTHONPATH=str(folder))
     assert outcome(done) == "1 skipped"
     assert "in a process of 2 threads (MainThread, the one that waits)" in done.stdout
 
@@ -289,7 +295,7 @@ def test_a_test_that_kills_its_worker(suite: Suite) -> None:
     """A worker that is killed in the middle of a test fails that test alone, and leaves nothing where it came from."""
     source = ALL_KINDS + "\ndef test_killed(linkrx_network, linkrx_tap):\n    os.kill(os.getpid(), 9)\n"
     before = interfaces()
-    done = suite(source, "-n", "2", "--linkrx-private", anyone=True)
+    done = suite(source, "-n", "2", "--linkrx-private", unprivileged=True)
     assert outcome(done) == "1 failed, 4 passed"
     assert interfaces() == before
 
@@ -329,8 +335,8 @@ def test_pytest_is_killed(folder: Path) -> None:
     assert interfaces() == before
 
 
-@pytest.mark.parametrize("anyone", [False, True], ids=["as_caller", "without_privileges"])
-def test_nested(suite: Suite, anyone: bool) -> None:
+@pytest.mark.parametrize("unprivileged", [False, True], ids=["as_caller", "without_privileges"])
+def test_nested(suite: Suite, unprivileged: bool) -> None:
     """A network in a network, and pytest in a test, leave the outer ones as they were."""
     done = suite(
         WHERE
@@ -368,8 +374,8 @@ def test_pytest_in_process(pytester, linkrx_tap):
     assert here() == outer
     assert names() == {"lo", "tap0"}
 """,
-        *(["--linkrx-private"] if anyone else []),
-        anyone=anyone,
+        *(["--linkrx-private"] if unprivileged else []),
+        unprivileged=unprivileged,
     )
     assert outcome(done) == "3 passed"
 
@@ -397,8 +403,8 @@ def test_two_suites_at_once(folder: Path) -> None:
         )
         for me, other in (("one", "other"), ("other", "one"))
     ]
-    told = [one.communicate(timeout=PATIENCE)[0] for one in suites]
-    assert [one.returncode for one in suites] == [0, 0], told
+    outputs = [one.communicate(timeout=PATIENCE)[0] for one in suites]
+    assert [one.returncode for one in suites] == [0, 0], outputs
     assert (folder / "one").read_text() == (folder / "other").read_text() == "tap0"
 
 
@@ -412,13 +418,13 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_downstream(folder: Path, way: str) -> None:
     """A project of its own tests its program on TAP devices, as root, as an ordinary user, and in several processes."""
-    anyone, arguments = WAYS[way]
+    unprivileged, arguments = WAYS[way]
     project = folder / "project"
     shutil.copytree(DOWNSTREAM, project, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "hold").mkdir()
     command = pytest_command(*arguments)
     done = subprocess.run(
-        as_anyone(folder / "hold", command) if anyone else command,
+        as_unprivileged(folder / "hold", command) if unprivileged else command,
         cwd=project,
         env=inherited(),
         stdout=subprocess.PIPE,
@@ -462,7 +468,7 @@ def test_without():
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
     """Each test that fails, wherever, has a file of what its ends saw; the report names it, and other tests have none."""
-    done = suite(FAILING, "--linkrx-private", "--linkrx-capture", "captures", *workers, anyone=True)
+    done = suite(FAILING, "--linkrx-private", "--linkrx-capture", "captures", *workers, unprivileged=True)
     assert outcome(done) == "3 failed, 2 passed, 1 error"
     written = sorted(path for path in (folder / "captures").rglob("*") if path.is_file())
     names = ["test_late.pcapng", "test_wrong[a b].pcapng", "test_wrong[a%2Fb].pcapng"]
@@ -475,9 +481,11 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
         with linkrx.open(linkrx.CaptureFile(path)) as rx:
             seen = list(rx)
             ends = [rx.interface_name(packet.interface) for packet in seen]
-        told = _core.reason is None  # os_readv tells no direction, and has nothing of what an end sent
-        assert sorted(map(bytes, seen)) == sorted(frames * (2 if told else 1))
-        if told:
+        knows_direction = (
+            _core.reason is None
+        )  # os_readv tells no direction, and has nothing of what an end sent
+        assert sorted(map(bytes, seen)) == sorted(frames * (2 if knows_direction else 1))
+        if knows_direction:
             found = {(name, packet.outgoing) for name, packet in zip(ends, seen, strict=True)}
             both = {("veth0", False), ("veth1", True)} if len(frames) > 1 else set()
             assert found == {("veth0", True), ("veth1", False)} | both
@@ -507,7 +515,7 @@ def test_the_first_test(suite: Suite) -> None:
     assert len("\n".join(typed).splitlines()) < 20
     assert typed[1] == documented("A first test").strip()
     assert typed[2] == ".venv/bin/pytest --linkrx-private"
-    assert outcome(suite(typed[1], "--linkrx-private", anyone=True)) == "1 passed"
+    assert outcome(suite(typed[1], "--linkrx-private", unprivileged=True)) == "1 passed"
 
 
 def test_the_failing_expect(suite: Suite) -> None:

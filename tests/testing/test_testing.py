@@ -84,9 +84,9 @@ def test_the_documented_program(who: str, tmp_path: Path) -> None:
     program = documented()
     assert 'testing.cells("mine")' in program
     few = "from linkrx import testing\ntesting.CHECKS = testing.CHECKS[:1]\n"
-    told = run(who + few + program, tmp_path)
+    output = run(who + few + program, tmp_path)
     kinds = [make.__name__ for make in linkrx.testing.rigs.PLAIN_RIGS + linkrx.testing.rigs.DEVICE_RIGS]
-    assert told.splitlines() == [f"mine-{kind}-delivery supported" for kind in kinds]
+    assert output.splitlines() == [f"mine-{kind}-delivery supported" for kind in kinds]
 
 
 def test_a_backend_that_does_not_exist() -> None:
@@ -106,21 +106,21 @@ def test_a_backend_that_does_not_exist() -> None:
 @pytest.mark.usefixtures("devices")
 def test_the_private_network_has_its_loopback_interface() -> None:
     """Behind enter_private_network UDP reaches 127.0.0.1, and no other interface is there."""
-    told = run(
+    output = run(
         ENTER + "import socket\n"
         "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
         "one.bind(('127.0.0.1', 0))\n"
         "one.sendto(b'here', one.getsockname())\n"
         "print(one.recv(10), socket.if_nameindex())\n"
     )
-    assert told == "b'here' [(1, 'lo')]\n"
+    assert output == "b'here' [(1, 'lo')]\n"
 
 
 @pytest.mark.usefixtures("devices")
 def test_a_process_with_threads_is_told_which() -> None:
     """Where threads keep a process from a user namespace, the error names them and says what to do."""
     before, after = ENTER.split("try:")
-    told = run(
+    output = run(
         AS_NOBODY
         + before
         + "done = threading.Event()\n"
@@ -129,7 +129,7 @@ def test_a_process_with_threads_is_told_which() -> None:
         + after
         + "done.set()\n"
     )
-    assert told == (
+    assert output == (
         "[Errno 22] a network namespace of one's own, in a process of 2 threads (MainThread, the one that waits), needs "
         "CAP_SYS_ADMIN, or a user namespace, which only a process of one thread may enter; call "
         "enter_private_network() before anything starts a thread\n"
@@ -137,7 +137,7 @@ def test_a_process_with_threads_is_told_which() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "output"),
     [
         ({"kernel/apparmor_restrict_unprivileged_userns": "1\n"}, "sudo tee /etc/apparmor.d/linkrx"),
         ({"kernel/unprivileged_userns_clone": "0\n"}, "kernel.unprivileged_userns_clone is 0"),
@@ -147,28 +147,28 @@ def test_a_process_with_threads_is_told_which() -> None:
     ],
 )
 def test_the_narrowest_remedy_for_user_namespaces(
-    settings: dict[str, str], told: str, tmp_path: Path
+    settings: dict[str, str], output: str, tmp_path: Path
 ) -> None:
     """What forbids user namespaces decides what is to be typed, and that is nothing that opens more than it must."""
     for name, value in settings.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(value)
     remedy = remedies.user_namespace(tmp_path)
-    assert told in remedy
+    assert output in remedy
     assert "sysctl" not in remedy
     assert "chmod 666" not in remedies.device_file("/dev/net/tun")
 
 
 def test_a_refusal_says_what_to_type() -> None:
     """Where the kernel allows neither, the error has its reason, what is missing and what to type."""
-    told = run(
+    output = run(
         AS_NOBODY
         + "from linkrx.kernel import libc, uapi\n"
         + "def refuse(flags): raise PermissionError(1, 'Operation not permitted')\n"
         + "libc.unshare = refuse\n"
         + ENTER
     )
-    assert told == (
+    assert output == (
         "[Errno 1] a network namespace of one's own (Operation not permitted) needs CAP_SYS_ADMIN or a user "
         f"namespace; {remedies.user_namespace()}\n"
     )
@@ -176,7 +176,7 @@ def test_a_refusal_says_what_to_type() -> None:
 
 def test_threads_of_other_libraries_have_names_too() -> None:
     """A thread that Python did not start is listed by what the kernel calls it, the main thread first."""
-    told = run(
+    output = run(
         "import _thread\n"
         "from linkrx.kernel import namespace\n"
         "lock = _thread.allocate_lock()\n"
@@ -184,4 +184,4 @@ def test_threads_of_other_libraries_have_names_too() -> None:
         "_thread.start_new_thread(lock.acquire, ())\n"
         "print(namespace._threads())\n"
     )
-    assert re.fullmatch(r"\['MainThread', 'python.*'\]\n", told)
+    assert re.fullmatch(r"\['MainThread', 'python.*'\]\n", output)

@@ -48,9 +48,9 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     if (!b)
         return NULL;
     t = b->table;
-    memcpy(t->places, t->starts, count * sizeof *t->places);
+    memcpy(t->offsets, t->starts, count * sizeof *t->offsets);
     for (uint32_t k = 0; k < count; k++) {
-        const uint32_t place = t->places[k], length = t->lengths[k];
+        const uint32_t place = t->offsets[k], length = t->lengths[k];
 
         if (place < framing.vnet || length < (framing.per_packet ? t->link_headers[k] : framing.link_header) || length > size || place > size - length) {
             PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
@@ -159,7 +159,7 @@ static PyObject *copy_frames(const Batch *b)
     to = (uint8_t *)PyBytes_AsString(bytes);
     clear_gaps(b, to);
     for (Py_ssize_t k = 0; k < t->count; k++)
-        memcpy(to + begin_of(b, k), b->base + t->places[k] - b->framing.vnet, b->framing.vnet + t->lengths[k]);
+        memcpy(to + begin_of(b, k), b->base + t->offsets[k] - b->framing.vnet, b->framing.vnet + t->lengths[k]);
     return bytes;
 }
 
@@ -173,7 +173,7 @@ int lrx_batch_own(Batch *b)
     if (!b->own)
         return -1;
     b->base = (const uint8_t *)PyBytes_AsString(b->own);
-    b->table->places = b->table->starts;
+    b->table->offsets = b->table->starts;
     leave_owner(b);
     return 0;
 }
@@ -282,7 +282,7 @@ static PyObject *batch_frames(PyObject *self, PyObject *unused)
     }
     for (Py_ssize_t k = 0; k < count; k++) {
         PyObject *frame =
-            PyBytes_FromStringAndSize((const char *)b->base + b->table->places[k], b->table->lengths[k]);
+            PyBytes_FromStringAndSize((const char *)b->base + b->table->offsets[k], b->table->lengths[k]);
 
         if (!frame) {
             Py_DECREF(list);
@@ -328,7 +328,7 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
         Py_DECREF(own);
         return NULL;
     }
-    copy->table->places = copy->table->starts;
+    copy->table->offsets = copy->table->starts;
     copy->own = own;
     copy->base = (const uint8_t *)PyBytes_AsString(own);
     copy->size = b->size;

@@ -14,7 +14,7 @@ void lrx_forget_pending(Receiver *r)
 }
 
 /* A packet that only this receiver has shows nothing from here on. One that somebody else has too is theirs. */
-static void let_go(Packet **slot)
+static void reset_packet(Packet **slot)
 {
     if (!*slot)
         return;
@@ -24,11 +24,11 @@ static void let_go(Packet **slot)
         lrx_packet_reset(*slot);
 }
 
-void lrx_let_go(Receiver *r)
+void lrx_reset_packets(Receiver *r)
 {
-    let_go(&r->delivered);
-    let_go(&r->turns[0]);
-    let_go(&r->turns[1]);
+    reset_packet(&r->delivered);
+    reset_packet(&r->turns[0]);
+    reset_packet(&r->turns[1]);
 }
 
 static void step(Receiver *r)
@@ -66,7 +66,7 @@ static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
         n->remote = PyBytes_FromStringAndSize((const char *)p->frame + ETHER_ADDRESS, ETHER_ADDRESS);
         n->local = PyBytes_FromStringAndSize((const char *)p->frame, ETHER_ADDRESS);
     } else {
-        n->remote = lrx_packet_told_address(p);
+        n->remote = lrx_packet_link_address(p);
         n->local = Py_None;
         Py_INCREF(Py_None);
     }
@@ -146,7 +146,7 @@ Batch *lrx_take_batch(Receiver *r)
 
     if (r->next) {
         /* `memory` will show zeroes where packets were that are handed over already. */
-        lrx_let_go(r);
+        lrx_reset_packets(r);
         if (b->owner && b->owner->mapped && lrx_owner_copy_packets(b->owner) < 0)
             return NULL;
         lrx_batch_skip(b, r->next);

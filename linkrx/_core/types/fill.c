@@ -9,7 +9,7 @@ static Owner *arena_of(Receiver *r)
 
     if (r->filling)
         return o;
-    lrx_let_go(r);
+    lrx_reset_packets(r);
     if (!o || !lrx_owner_is_free(o)) {
         const unsigned other = o ? !r->current : r->current;
 
@@ -41,7 +41,7 @@ static int take_back(Receiver *r, uint32_t slot)
     return 0;
 }
 
-int lrx_copy_places(Receiver *r)
+int lrx_copy_slots(Receiver *r)
 {
     for (int slot = 0; slot < 2; slot++)
         if (r->slots[slot] && lrx_owner_take_back(r->slots[slot]) == TAKEN_NOT)
@@ -68,7 +68,7 @@ static void learn(Receiver *r, uint32_t asked, uint32_t got)
     }
 }
 
-static void give_up_lock(void *thread)
+static void release_gil(void *thread)
 {
     PyThreadState **saved = thread;
 
@@ -85,11 +85,11 @@ static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
     int count;
 
     report->most = asked;
-    report->many = give_up_lock;
-    report->many_argument = &saved;
+    report->release_gil = release_gil;
+    report->release_gil_argument = &saved;
     count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START, r->room);
-    report->many = NULL;
-    report->many_argument = NULL;
+    report->release_gil = NULL;
+    report->release_gil_argument = NULL;
     if (saved)
         PyEval_RestoreThread(saved);
     return count < 0 ? 0 : count; /* the report has the errno */
@@ -100,14 +100,14 @@ static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
  * readable for as long as that block is not released. So all are taken back then. */
 static int fill_in_place(Receiver *r, const Owner *arena)
 {
-    const struct lrx_places *places = r->mechanism->places;
-    const uint32_t last = places->turn ^ 1;
+    const struct lrx_slots *slots = r->mechanism->slots;
+    const uint32_t last = slots->turn ^ 1;
     int count;
 
-    if (take_back(r, places->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
+    if (take_back(r, slots->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
         return -1;
     count = call_fill_function(r, arena, r->rows); /* which makes no system call */
-    if (!count && places->lent[last] && take_back(r, last) < 0)
+    if (!count && slots->unreleased[last] && take_back(r, last) < 0)
         return -1;
     return count;
 }
@@ -141,7 +141,7 @@ int lrx_fill(Receiver *r, bool all)
 
     if (!arena)
         return -1;
-    if (r->mechanism && r->mechanism->places)
+    if (r->mechanism && r->mechanism->slots)
         return fill_in_place(r, arena);
     count = r->mechanism ? call_fill_function(r, arena, asked) : call_fill_method(r, arena, asked);
     if (!all && count > 0)
@@ -167,11 +167,11 @@ enum outcome lrx_take_in(Receiver *r)
     if (count) {
         const struct lrx_columns columns = lrx_columns_at((uintptr_t)base + end, rows);
 
-        if (r->mechanism && r->mechanism->places) {
-            const uint32_t slot = r->mechanism->places->turn ^ 1;
+        if (r->mechanism && r->mechanism->slots) {
+            const uint32_t slot = r->mechanism->slots->turn ^ 1;
 
             owner = r->slots[slot];
-            base = (const uint8_t *)r->mechanism->places->frames[slot];
+            base = (const uint8_t *)r->mechanism->slots->frames[slot];
             size = UINT32_MAX;
         }
         b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing, &r->spare);

@@ -11,7 +11,7 @@
 static void move_row(Table *t, Py_ssize_t to, Py_ssize_t from)
 {
     t->timestamps[to] = t->timestamps[from];
-    t->places[to] = t->places[from];
+    t->offsets[to] = t->offsets[from];
     t->starts[to] = t->starts[from];
     t->lengths[to] = t->lengths[from];
     t->wire_lengths[to] = t->wire_lengths[from];
@@ -39,7 +39,7 @@ static void judge_pending(Receiver *r)
     for (Py_ssize_t k = n; k < t->count; k++) {
         const uint32_t link_header = framing.per_packet ? t->link_headers[k] : framing.link_header;
         const struct lrx_filtered packet = {
-            .frame = b->base + t->places[k],
+            .frame = b->base + t->offsets[k],
             .length = t->lengths[k],
             .wire_length = t->wire_lengths[k],
             .link_header = link_header,

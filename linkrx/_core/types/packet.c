@@ -69,7 +69,7 @@ int lrx_packet_own(Packet *p)
     return 0;
 }
 
-PyObject *lrx_packet_told_address(const Packet *p)
+PyObject *lrx_packet_link_address(const Packet *p)
 {
     if (!p->address_length)
         Py_RETURN_NONE;
@@ -85,7 +85,7 @@ void lrx_packet_reset(Packet *p)
 }
 
 /* What differs from packet to packet on some sources. */
-static void set_told(Packet *p, const Table *t, uint32_t index)
+static void set_link_layer(Packet *p, const Table *t, uint32_t index)
 {
     p->file_type = t->file_types[index];
     p->link_type = t->link_types[index];
@@ -101,7 +101,7 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
     const Table *t = batch->table;
 
     Py_CLEAR(p->own);
-    p->frame = batch->base + t->places[index];
+    p->frame = batch->base + t->offsets[index];
     p->timestamp = t->timestamps[index];
     p->length = t->lengths[index];
     p->wire_length = t->wire_lengths[index];
@@ -115,7 +115,7 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
     p->file_type = 0;
     p->address_length = 0;
     if (batch->framing.per_packet)
-        set_told(p, t, index);
+        set_link_layer(p, t, index);
     p->has_vnet = 0;
     if (batch->settled) {
         unlink_packet(p);

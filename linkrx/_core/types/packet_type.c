@@ -112,7 +112,7 @@ static PyObject *address(PyObject *self, int offset)
     Packet *p = (Packet *)self;
 
     if (!p->link_header && offset)
-        return lrx_packet_told_address(p);
+        return lrx_packet_link_address(p);
     if (!p->link_header)
         Py_RETURN_NONE;
     if (!lrx_packet_is_readable(p))

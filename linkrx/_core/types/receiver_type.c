@@ -92,7 +92,7 @@ static PyObject *receiver_prepare_sending(PyObject *self, PyObject *how)
 
 static int leave_mechanism(Receiver *r)
 {
-    if (lrx_copy_places(r) < 0)
+    if (lrx_copy_slots(r) < 0)
         return -1;
     r->mechanism = NULL;
     r->reads_memory = false;
@@ -109,12 +109,12 @@ static PyObject *receiver_use(PyObject *self, PyObject *address)
 
     if (PyErr_Occurred() || leave_mechanism(r) < 0)
         return NULL;
-    if (m && m->places) {
+    if (m && m->slots) {
         for (int slot = 0; slot < 2; slot++) {
             r->slots[slot] = lrx_owner_new(r->state, 0);
             if (!r->slots[slot])
                 return NULL;
-            r->slots[slot]->guard = (const volatile uint32_t *)m->places->guard;
+            r->slots[slot]->guard = (const volatile uint32_t *)m->slots->guard;
         }
         r->reads_memory = true;
     }
@@ -140,7 +140,7 @@ static PyObject *receiver_release(PyObject *self, PyObject *unused)
 
     (void)unused;
     lrx_forget_pending(r);
-    lrx_let_go(r);
+    lrx_reset_packets(r);
     r->filling = false;
     if (leave_mechanism(r) < 0) {
         PyErr_Clear();
@@ -158,7 +158,7 @@ static PyObject *receiver_release(PyObject *self, PyObject *unused)
 static PyObject *receiver_copy_held(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    if (lrx_copy_places((Receiver *)self) < 0)
+    if (lrx_copy_slots((Receiver *)self) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

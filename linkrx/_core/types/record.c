@@ -74,7 +74,7 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
     const bool per_packet = b->framing.per_packet;
 
     *row = (Row){
-        .frame = b->base + t->places[k],
+        .frame = b->base + t->offsets[k],
         .timestamp = t->timestamps[k],
         .length = t->lengths[k],
         .wire_length = t->wire_lengths[k],

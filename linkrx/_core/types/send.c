@@ -198,7 +198,7 @@ static void batch_frame(const Batch *b, Py_ssize_t row, Frame *f)
     const uint8_t link_header = b->framing.per_packet ? t->link_headers[row] : b->framing.link_header;
 
     *f = (Frame){
-        .bytes = b->base + t->places[row],
+        .bytes = b->base + t->offsets[row],
         .length = t->lengths[row],
         .big_endian = b->framing.big_endian,
         .protocol = t->protocols[row],

@@ -52,8 +52,8 @@ void lrx_table_lay_out(Table *t, uint32_t count)
     t->count = count;
     t->timestamps = (int64_t *)(t + 1);
     t->addresses = (uint64_t *)(t->timestamps + count);
-    t->places = (uint32_t *)(t->addresses + count);
-    t->starts = t->places + count;
+    t->offsets = (uint32_t *)(t->addresses + count);
+    t->starts = t->offsets + count;
     t->lengths = t->starts + count;
     t->wire_lengths = t->lengths + count;
     t->interfaces = t->wire_lengths + count;
@@ -83,7 +83,7 @@ void lrx_table_skip(Table *t, uint32_t n)
 {
     t->count -= n;
     t->timestamps += n;
-    t->places += n;
+    t->offsets += n;
     t->starts += n;
     t->lengths += n;
     t->wire_lengths += n;

@@ -87,7 +87,7 @@ struct Table {
     uint32_t room;    /* rows that there is memory for */
     enum column column; /* which one the next view is of */
     int64_t *timestamps;
-    uint32_t *places; /* where each frame lies behind the batch's base; not shown */
+    uint32_t *offsets; /* of each frame from the batch's base; not public */
     uint32_t *starts; /* where each frame starts in the batch's `memory` */
     uint32_t *lengths;
     uint32_t *wire_lengths;
@@ -118,7 +118,7 @@ struct Batch {
     PyObject_HEAD
     State *state;
     Owner *owner;        /* whose memory `base` is in; NULL once the frames are in `own` */
-    const uint8_t *base; /* frame i is at base + table->places[i] */
+    const uint8_t *base; /* frame i is at base + table->offsets[i] */
     PyObject *own;       /* bytes: the frames, once they were copied */
     Table *table;
     Py_ssize_t exports;  /* views of `memory` that somebody has, while that is the arena */
@@ -179,7 +179,7 @@ bool lrx_packet_is_readable(const Packet *p);
 /* The frame becomes the packet's own. */
 int lrx_packet_own(Packet *p);
 /* Of a packet without link header: its sender's link address, or None. */
-PyObject *lrx_packet_told_address(const Packet *p);
+PyObject *lrx_packet_link_address(const Packet *p);
 /* It shows nothing any more. Nobody else may have it. */
 void lrx_packet_reset(Packet *p);
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args);
@@ -193,7 +193,7 @@ Table *lrx_table_new(State *state, uint32_t count);
 void lrx_table_lay_out(Table *t, uint32_t count);
 /* Leave the first `n` rows out. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* All but the places; what packets have that differ in their link type only if `per_packet`. */
+/* All but the offsets; what packets have that differ in their link type only if `per_packet`. */
 void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet);
 
 /* batch_iterator.c */
@@ -330,7 +330,7 @@ static inline struct lrx_report *report_of(const Receiver *r)
 int lrx_fill(Receiver *r, bool all);
 enum outcome lrx_take_in(Receiver *r);
 /* Copy what is held of memory that is not this receiver's own. */
-int lrx_copy_places(Receiver *r);
+int lrx_copy_slots(Receiver *r);
 
 /* receive.c */
 /* See that packets wait in `pending`, for `timeout` seconds at most: 0 not at all, less than 0 for ever. `all`: whoever asks
@@ -353,7 +353,7 @@ Packet *lrx_next_packet(Receiver *r);
 Batch *lrx_take_batch(Receiver *r);
 void lrx_drop(Receiver *r);
 void lrx_forget_pending(Receiver *r);
-void lrx_let_go(Receiver *r);
+void lrx_reset_packets(Receiver *r);
 
 /* receiver.c: see the docstrings in receiver_type.c */
 bool lrx_has_something(const Receiver *r);

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from support.places import ROOT
+from support.paths import ROOT
 
 # In a mount namespace of its own: what it must read, where its folders keep others out, and /dev/net/tun.
 AS_ROOT = """
@@ -33,7 +33,7 @@ def _blocked(path: Path) -> Path | None:
     return next((folder for folder in (*reversed(path.parents),) if not folder.stat().st_mode & 1), None)
 
 
-def as_anyone(hold: Path, command: list[str], *needed: Path) -> list[str]:
+def as_unprivileged(hold: Path, command: list[str], *needed: Path) -> list[str]:
     """The command that runs `command` so; `hold` is an empty folder, and `needed` is what it must read besides Python."""
     if os.getuid():
         return [*DROPPED, *command]

@@ -1,28 +1,37 @@
-"""Dispatchers that live short and disturbed lives on one road, and the account of every frame sent on it."""
+"""Dispatchers that are opened and disturbed one after the other on one source, and the account of every frame sent to it."""
 
 from __future__ import annotations
 
+import ctypes
 import random
 import select
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from traffic import Counted, Road, set_link
+from traffic import Account, Counted, Wire, set_link
 
 import linkrx
+from linkrx import _core
 
 # Frames in a burst and microseconds behind it: a flood, three that a reader who looks at every byte can nearly, just or
 # easily follow, a trickle, and silence.
 PACES = ((4096, 0), (64, 400), (64, 1500), (8, 300), (1, 100), (0, 0))
 KEPT_MOST = 48  # each may hold on to an arena, of half a megabyte and more
 PATIENCE = 0.02  # seconds that a receive waits
-FAULTS_MOST = 20  # what follows is a consequence, or more of the same
+
+# struct tpacket_block_desc: num_pkts behind block_status, and seq_num behind offset_to_first_pkt and blk_len
+PACKETS, SEQUENCE = 12, 24
+
+RING_SIZES = (1, 2**20, 4 * 2**20, 16 * 2**20)  # a ring has at least two blocks
+LATENCIES = (0.001, 0.001, 0.005, 0.02)
+PAUSE = 0.02  # seconds at most between two rings
+SETTLING = 5.0  # seconds until frames that are under way in the kernel have arrived
 
 _LINKRX = Path(linkrx.__file__).parent
 
@@ -47,51 +56,17 @@ class Refused(Exception):
     """Raised by deliver."""
 
 
-@dataclass
-class Account:
-    """What became of the frames that send() took on one road."""
-
-    sent: int = 0
-    kernel: Counted = field(default_factory=lambda: Counted(0, 0, 0))
-    delivered: int = 0
-    runts: int = 0
-    empty: int = 0
-    unknown: int = 0
-    undelivered: int = 0
-    no_room: int = 0  # of rings, by their dispatchers' own count
-    left: int = 0  # in rings that were closed
-    unread: int = 0  # while there was no ring
-    faults: list[str] = field(default_factory=list)
-    happened: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def lost_by_kernel(self) -> int:
-        """Frames that send() took, and that the kernel neither handed over nor counted as dropped."""
-        return self.sent - self.kernel.handed - self.kernel.no_room - self.kernel.no_link - self.unread
-
-    @property
-    def lost_by_linkrx(self) -> int:
-        """Frames that the kernel handed over, and that were neither delivered nor counted."""
-        counted = self.runts + self.empty + self.unknown + self.undelivered
-        return self.kernel.handed - self.delivered - counted - self.left
-
-    def blame(self, fault: str) -> None:
-        """Note what is wrong."""
-        if len(self.faults) < FAULTS_MOST:
-            self.faults.append(fault)
-
-
-class Mayhem:
-    """Opens one dispatcher after the other on a road and disturbs each, with choices from one seed.
+class Disturbed:
+    """Opens one dispatcher after the other on a source and disturbs each, with choices from one seed.
 
     One thread flaps links, changes the pace of the traffic and stops dispatchers; a signal handler raises and stops;
     so does deliver. The handler raises only while a dispatcher receives: elsewhere the exception would take away what
     linkrx has handed over already.
     """
 
-    def __init__(self, road: Road, backend: str, seed: int) -> None:
+    def __init__(self, wire: Wire, backend: str, seed: int) -> None:
         self.account = Account()
-        self._road, self._backend = road, backend
+        self._road, self._backend = wire, backend
         self._random, self._other_random = random.Random(seed), random.Random(seed + 1)
         self._last = -1
         self._kept: list[tuple[linkrx.Packet | memoryview, bytes]] = []
@@ -110,7 +85,7 @@ class Mayhem:
         )
 
     def run(self, seconds: float) -> Account:
-        """Live for so long, then receive the rest in peace, and settle the account."""
+        """Disturb dispatchers for so many seconds, receive what is left undisturbed, and settle the account."""
         before = signal.signal(signal.SIGALRM, self._on_signal)
         disturber = threading.Thread(target=self._disturb, name="disturber")
         end = time.monotonic() + seconds
@@ -119,7 +94,7 @@ class Mayhem:
             self._road.traffic.pace(*PACES[1])
             disturber.start()
             while time.monotonic() < end and not self.account.faults:
-                self._live()
+                self._disturb_one()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._over.set()
@@ -187,7 +162,7 @@ class Mayhem:
         self.account.delivered += 1
         number, fault = self._road.traffic.fault(packet, last=self._last)
         if fault:
-            self.account.blame(f"{fault} (life {self.account.happened['lives']})")
+            self.account.blame(f"{fault} (dispatcher {self.account.happened['opened']})")
         self._last = number
         if keep and len(self._kept) < KEPT_MOST and self._random.random() < 0.001:
             self._kept.append((packet if number & 1 else packet.frame, self._road.traffic.frame(number)))
@@ -248,15 +223,42 @@ class Mayhem:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._iterator = None
 
-    def _live(self) -> None:
-        road, account = self._road, self.account
-        account.happened["lives"] += 1
+    # One dispatcher.
+
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": self._random.choice((1, 7, 64, 64, 64, 300))}
+
+    @contextmanager
+    def _opened(self, options: dict[str, Any], where: str) -> Iterator[linkrx.Dispatcher]:
+        """A dispatcher. What it counted is compared with what the kernel counted meanwhile."""
+        wire = self._road
+        handed, before_open = wire.counted().handed, wire.drops()
+        with linkrx.open(wire.source, self._deliver, backend=self._backend, **options) as rx:
+            opened = wire.drops()
+            yield rx
+            asked = wire.drops()
+            stats = rx.stats()
+            answered = wire.drops()
+        if stats.kernel_drops is None or not asked - opened <= stats.kernel_drops <= answered - before_open:
+            self.account.blame(
+                f"kernel_drops is not in {asked - opened}..{answered - before_open} {where}: {stats}"
+            )
+        if wire.name in (
+            "tap",
+            "tun",
+        ):  # their kernel counts what was read, so each dispatcher can be settled
+            handed = wire.counted().handed - handed
+            known = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
+            if handed != known:
+                self.account.blame(f"{handed - known} of {handed} frames are in no counter {where}: {stats}")
+
+    def _disturb_one(self) -> None:
+        """Open a dispatcher, receive and disturb for a while, stop, and add up what it counted."""
+        account, options = self.account, self._options()
+        account.happened["opened"] += 1
         delivered = account.delivered
-        handed = road.counted().handed
-        before_open = road.drops()
-        size = self._random.choice((1, 7, 64, 64, 64, 300))
-        with linkrx.open(road.source, self._deliver, backend=self._backend, batch_size=size) as rx:
-            opened = road.drops()
+        where = f"of dispatcher {account.happened['opened']}, {options}"
+        with self._opened(options, where) as rx:
             self._current = rx
             end = time.monotonic() + self._random.uniform(0.01, 0.5)
             while rx.end is None and time.monotonic() < end:
@@ -264,42 +266,31 @@ class Mayhem:
             self._current = None
             rx.stop()
             rx.drain()  # takes notice of the stop: what waited is now `undelivered`
-            asked = road.drops()
-            stats = rx.stats()
-            answered = road.drops()
-            ended = rx.end
+            stats, ended = rx.stats(), rx.end
         account.runts += stats.runts
         account.empty += stats.empty
         account.unknown += stats.unknown_protocol
         account.undelivered += stats.undelivered
-        where = f"in life {account.happened['lives']}, batch_size={size}: {stats}"
         if stats.packets != account.delivered - delivered:
             account.blame(
-                f"stats() says {stats.packets} of {account.delivered - delivered} delivered {where}"
+                f"stats() says {stats.packets} of {account.delivered - delivered} delivered {where}: {stats}"
             )
         if ended is not linkrx.End.STOPPED:
-            account.blame(f"the end is {ended} {where}")
-        if stats.kernel_drops is None or not asked - opened <= stats.kernel_drops <= answered - before_open:
-            account.blame(f"kernel_drops is not in {asked - opened}..{answered - before_open} {where}")
-        if road.name in ("tap", "tun"):  # their kernel counts what was read, so each life can be settled
-            handed = road.counted().handed - handed
-            known = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
-            if handed != known:
-                account.blame(f"{handed - known} of {handed} frames are in no counter {where}")
+            account.blame(f"the end is {ended} {where}: {stats}")
 
     # What is left.
 
     def _settle(self) -> None:
-        road, account = self._road, self.account
-        for link in road.links:
+        wire, account = self._road, self.account
+        for link in wire.links:
             set_link(link, True)
-        account.sent = road.traffic.control.accepted
-        with linkrx.open(road.source, backend=self._backend) as rx:
+        account.sent = wire.traffic.control.accepted
+        with linkrx.open(wire.source, backend=self._backend) as rx:
             for _ in range(20):  # frames may still be in the backlog of the other processor
                 for batch in rx.batches(0.1):
                     for packet in batch:
                         self._take(packet)
-                account.kernel = road.counted()
+                account.kernel = wire.counted()
                 if not account.lost_by_kernel:
                     break
             stats = rx.stats()
@@ -309,15 +300,132 @@ class Mayhem:
         self._close_account()
 
     def _close_account(self) -> None:
-        road, account = self._road, self.account
+        wire, account = self._road, self.account
         for kept, sent in self._kept:
             if bytes(kept) != sent:
                 account.blame(f"a kept frame changed: {sent[:20].hex()}")
         account.happened["kept"] = len(self._kept)
         self._kept.clear()
-        if road.traffic.control.other:
-            account.blame(f"send() failed with errno {road.traffic.control.last_errno}")
+        if wire.traffic.control.other:
+            account.blame(f"send() failed with errno {wire.traffic.control.last_errno}")
         if account.lost_by_kernel:
             account.blame(f"{account.lost_by_kernel} frames that send() took are in no counter of the kernel")
         if account.lost_by_linkrx:
             account.blame(f"{account.lost_by_linkrx} frames that the kernel handed over are in no counter")
+
+
+def left_in_ring(rx: linkrx.Dispatcher) -> int:
+    """Packets in the ring that its dispatcher has not begun with: those go with it. Nothing may be sent meanwhile.
+
+    In all blocks: those that wait, and the open one, which the timer may close just now. Not in the one that was begun,
+    the oldest: `undelivered` has its rest. Blocks that were given back say 0.
+    """
+    mechanism: Any = rx._mechanism
+    first = _core.lib.lrx_ring_memory(mechanism._state)
+    size = _core.lib.lrx_ring_size(mechanism._state)
+    waiting = []
+    for block in range(first, first + size, size // mechanism._blocks):
+        packets = ctypes.c_uint32.from_address(block + PACKETS).value
+        if packets:
+            waiting.append((ctypes.c_uint64.from_address(block + SEQUENCE).value, packets))
+    # The oldest are read in place already, and not released.
+    slots = mechanism._mechanism.slots
+    read = sum(slots.unreleased) if slots else 0
+    return sum(packets for _, packets in sorted(waiting)[read + bool(mechanism.held) :])
+
+
+class DisturbedRings(Disturbed):
+    """The same with rings.
+
+    While a ring is put on and while it is taken off nothing is sent and no link changes: the kernel counts what a
+    socket got, what it had no room for, and what came while no socket listened, but not for which socket. So every ring is
+    settled by itself, to the frame.
+    """
+
+    def __init__(self, wire: Wire, seed: int) -> None:
+        super().__init__(wire, "packet_mmap", seed)
+        self._sent = self._eaten = 0  # until the last settlement
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Nothing is sent, and no link goes down or up."""
+        with self._turn:
+            self._road.traffic.quiet()
+            yield
+            self._road.traffic.pace(*self._random.choice(PACES))
+
+    def _settle_since(self, known: Callable[[], int], where: str) -> None:
+        """All that was sent since the last call is `known`, or was lost with a link."""
+        wire = self._road
+        end = time.monotonic() + SETTLING
+        while True:  # the other processor may still be at work on some
+            others, eaten, sent = known(), wire.counted().no_link, wire.traffic.control.accepted
+            lost = sent - self._sent - (eaten - self._eaten) - others
+            if not lost or time.monotonic() > end:
+                break
+            time.sleep(0.001)
+        if lost:
+            self.account.blame(f"{lost} of {sent - self._sent} frames are in no counter {where}")
+        self._sent, self._eaten = sent, eaten
+
+    def _count_unread(self) -> None:
+        """What came while nobody was there: for nobody, or into the queue of a socket that a ring then empties."""
+        unread = 0
+
+        def known() -> int:
+            nonlocal unread
+            unread += self._road.unread(True)
+            return unread
+
+        self._settle_since(known, "between two rings")
+        self.account.unread += unread
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self._random.choice((None, 1, 7, 64, 300)),
+            "receive_buffer": self._random.choice(RING_SIZES),
+            "latency": self._random.choice(LATENCIES),
+        }
+
+    @contextmanager
+    def _opened(self, options: dict[str, Any], where: str) -> Iterator[linkrx.Dispatcher]:
+        """A dispatcher with a ring, to be stopped. Each frame that was sent meanwhile is in one of its counters."""
+        self._over.wait(self._random.uniform(0, PAUSE))
+        with self._undisturbed():
+            self._count_unread()
+            rx = linkrx.open(self._road.source, self._deliver, backend=self._backend, **options)
+        with rx:
+            yield rx
+            with self._undisturbed():
+                self._settle_since(lambda: self._known(rx), where)
+                stats = rx.stats()
+                self.account.no_room += stats.kernel_drops or 0
+                self.account.left += left_in_ring(rx)
+                self.account.happened["freezes"] += stats.ring_freezes or 0
+                rx.close()
+                self._road.unread(False)  # what the ring has counted is settled
+
+    def _known(self, rx: linkrx.Dispatcher) -> int:
+        """The frames in all counters of a ring."""
+        stats = rx.stats()
+        assert stats.kernel_drops is not None
+        counted = stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
+        return stats.packets + counted + stats.kernel_drops + left_in_ring(rx)
+
+    # What is left.
+
+    def _settle(self) -> None:
+        wire, account = self._road, self.account
+        for link in wire.links:
+            set_link(link, True)
+        self._count_unread()
+        account.sent = wire.traffic.control.accepted
+        no_link = wire.counted().no_link
+        handed = account.sent - account.no_room - no_link - account.unread
+        account.kernel = Counted(handed=handed, no_room=account.no_room, no_link=no_link)
+        self._close_account()
+
+
+def disturb(wire: Wire, backend: str, seed: int) -> Disturbed:
+    """The one for a backend."""
+    return DisturbedRings(wire, seed) if backend == "packet_mmap" else Disturbed(wire, backend, seed)
