@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from linkrx import _core
 from linkrx.memory.columns import Columns, Descriptors, align
+from linkrx.memory.framing import Framing
 from linkrx.memory.layouts import Layout
 from linkrx.memory.report import Report
 from linkrx.packets import ARENA_BYTES, Owner
@@ -27,6 +28,7 @@ __all__ = [
     "Columns",
     "CoreBackend",
     "Descriptors",
+    "Framing",
     "Layout",
     "Mechanism",
     "Options",
@@ -44,6 +46,7 @@ class ReceiveConfig:
     fd: int
     capabilities: Capabilities
     layout: Layout
+    framing: Framing
     options: Options
     file: CaptureReader | None = None  # of a capture file; `fd` can only be polled then
 

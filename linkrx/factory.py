@@ -17,6 +17,7 @@ from linkrx.receiving.filtering import plan_at_open
 from linkrx.registry import backends
 from linkrx.sources.capabilities import AnySource, Capabilities, probe
 from linkrx.sources.options import OpenOptions, Options
+from linkrx.sources.resolve import Settings, resolve
 from linkrx.sources.source import open_source
 
 logger = logging.getLogger("linkrx")
@@ -29,18 +30,21 @@ def from_environment(backend: str = "auto") -> tuple[str, tuple[str, ...]]:
     return backend, tuple(filter(None, map(str.strip, os.environ.get("LINKRX_AVOID", "").split(","))))
 
 
-def _decide_here(capabilities: Capabilities, options: Options, backend: str) -> Choice:
-    """On this host, with the environment's say."""
+def decided(found: Capabilities, options: Options, backend: str = "auto") -> tuple[Settings, Choice]:
+    """All that `open` decides before it opens or changes anything, on this host and with this environment."""
+    settings = resolve(found, options)
     infos = backends()
     name, avoid = from_environment(backend)
     for unknown in set(avoid) - {info.name for info in infos}:
         logger.warning("LINKRX_AVOID names %r, and there is no such backend", unknown)
     try:
-        return decide(capabilities, infos, options, name, avoid)
+        choice = decide(settings.capabilities, infos, options, name, avoid)
     except (BackendUnavailable, UnsupportedOption, UnsupportedSource) as error:
         if name == backend:
             raise
         raise type(error)(f"LINKRX_BACKEND={name}: {error}") from error
+    plan = plan_at_open(settings, next(one for one in registry.classes() if one.name == choice.backend))
+    return settings, replace(choice, filter=plan.explanation if plan else None)
 
 
 @cache
@@ -55,16 +59,8 @@ def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOp
     The environment has its say as in `open`. Raises what `open` would raise for such a source and such options, as far
     as probing can tell: not what the kernel answers when a mechanism is set up, and no MissingPrivilege for an interface.
     """
-    wanted = _checked("choose", options)
-    found = probe(source)
-    wanted.check_source(found)
-    found = wanted.configured(found)
-    choice = _decide_here(found, wanted, backend)
-    framing = wanted.framing(found)  # raises for frames of a kind that linkrx does not know
-    if wanted.filter is None:
-        return choice
-    chosen = next(one for one in registry.classes() if one.name == choice.backend)
-    return replace(choice, filter=plan_at_open(wanted.filter, found, wanted, framing, chosen).explanation)
+    _, choice = decided(probe(source), _checked("choose", options), backend)
+    return choice
 
 
 def _checked(function: str, options: OpenOptions) -> Options:
@@ -113,13 +109,12 @@ def open(  # noqa: A001
     """
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
-    wanted = _checked("open", options)
-    opened = open_source(source, wanted)
+    settings, choice = decided(probe(source), _checked("open", options), backend)
+    if _core.reason is not None and from_environment(backend)[0] == "auto":
+        _warn_without_core(_core.reason)
+    opened = open_source(source, settings)
     try:
-        choice = _decide_here(opened.capabilities, wanted, backend)
-        if _core.reason is not None and from_environment(backend)[0] == "auto":
-            _warn_without_core(_core.reason)
-        return Dispatcher(opened, wanted, choice, {one.name: one for one in registry.classes()}, deliver)
+        return Dispatcher(opened, settings, choice, {one.name: one for one in registry.classes()}, deliver)
     except BaseException:
         opened.close()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -264,11 +265,50 @@ def test_choose_says_what_open_does(datagram: socket.socket, options: dict[str, 
 def test_choose_says_it_of_an_interface(
     options: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it does of an interface, which open sets up first, and under the environment's say."""
+    """So it does of an interface, under the environment's say."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with veth() as (near, _):
         assert outcome(linkrx.choose, near, **options) == outcome(linkrx.open, near, **options)
+
+
+# What PySys_Audit says of the sockets that are made.
+_made: list[int] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.__new__" and _made is not None:
+        _made.append(arguments[1])
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "nonesuch"},
+        {"backend": "capture_file"},
+        {"ethernet": False},
+        {"filter": "no such word"},
+        {"filter": [(0xFFFF, 0, 0, 0)]},
+        {"backend": "os_readv", "timestamps": True},
+    ],
+)
+def test_open_opens_nothing_that_it_cannot_use(options: dict[str, Any]) -> None:
+    """What linkrx.open refuses, it refuses before it opens a packet socket."""
+    global _made
+    _made = []
+    try:
+        with pytest.raises((linkrx.LinkrxError, ValueError)):
+            linkrx.open("lo", **options)
+        made = set(_made)
+        linkrx.open("lo").close()
+        assert socket.AF_PACKET in _made
+    finally:
+        _made = None
+    assert socket.AF_PACKET not in made
 
 
 def test_choose_reads_nothing_and_changes_nothing(datagram: socket.socket) -> None:

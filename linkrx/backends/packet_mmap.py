@@ -196,7 +196,7 @@ def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
         )
     retire = int(min(latency * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
-    if options.framing(found).per_packet:
+    if receive.framing.per_packet:
         wanted |= _core.lib.LRX_WANT_SENDER
     block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked

@@ -12,10 +12,11 @@ from linkrx import _core
 from linkrx.backend import BackendInfo
 from linkrx.cli.terminal import Terminal
 from linkrx.errors import MissingPrivilege
-from linkrx.factory import choose, from_environment
+from linkrx.factory import decided, from_environment
 from linkrx.kernel import remedies
 from linkrx.kernel.uapi import CAP_NET_ADMIN, CAP_NET_RAW
 from linkrx.registry import backends
+from linkrx.sources.options import Options
 from linkrx.sources.tuntap import DEVICE
 
 
@@ -115,7 +116,8 @@ def _explain(terminal: Terminal, source: str, protocol: int | None) -> None:
         terminal.line(f"LINKRX_BACKEND={backend} is set, and replaces 'auto'")
     if avoid:
         terminal.line(f"LINKRX_AVOID={','.join(avoid)} is set")
-    for line in choose(source, protocol=protocol).explain().splitlines():
+    _, choice = decided(found, Options(protocol=protocol))
+    for line in choice.explain().splitlines():
         terminal.line(line, "green" if line.split()[1] == "chosen" else "")
     if not _has(CAP_NET_RAW):
         raise MissingPrivilege(

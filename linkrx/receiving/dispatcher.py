@@ -20,7 +20,7 @@ from linkrx.receiving.reception import Reception
 from linkrx.receiving.stats import End
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.filters import FilterLike
-from linkrx.sources.options import Options
+from linkrx.sources.resolve import Settings
 from linkrx.sources.source import Source
 
 _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
@@ -52,7 +52,7 @@ class Dispatcher(Reception):
     def __init__(
         self,
         source: Source,
-        options: Options,
+        settings: Settings,
         choice: Choice,
         backends: Mapping[str, type[Backend]],
         deliver: Deliver | None = None,
@@ -64,7 +64,7 @@ class Dispatcher(Reception):
             threading.Event
         ] = []  # of threads in close(), set when the thread that is inside has left
         _alive.add(self)  # first: behind the rest nothing may fail
-        super().__init__(source, options, choice, backends, deliver)
+        super().__init__(source, settings, choice, backends, deliver)
         self._opened = True
 
     # What is known about it: readable after close as well, for that is when one asks why it ended.

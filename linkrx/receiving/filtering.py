@@ -8,11 +8,10 @@ from collections.abc import Callable
 from linkrx.backend import Backend
 from linkrx.errors import Busy, UnsupportedOption
 from linkrx.kernel.uapi import ETH_P_ALL
-from linkrx.memory.framing import Framing
 from linkrx.sources import filters
-from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.filters import FilterLike, Plan
 from linkrx.sources.options import Options
+from linkrx.sources.resolve import Settings
 from linkrx.sources.source import Source
 
 # Lets linkrx run a program (of struct sock_filter; empty: none) on what waits and what comes: the program, whether it reads
@@ -22,17 +21,13 @@ Run = Callable[[bytes, bool, float], None]
 _STAYS = -1.0
 
 
-def plan_at_open(
-    given: FilterLike,
-    source: Capabilities,
-    options: Options,
-    framing: Framing,
-    backend: type[Backend],
-) -> Plan:
-    """Who is to filter. Raises ValueError for a wrong filter, UnsupportedOption for one that the source cannot have."""
-    program = filters.compiled(given, source, ethernet=framing.ethernet)
+def plan_at_open(settings: Settings, backend: type[Backend]) -> Plan | None:
+    """Who is to filter; None without a filter. Raises UnsupportedOption for a filter that the source cannot have."""
+    if settings.filter is None:
+        return None
+    options, found = settings.options, settings.capabilities
     return filters.planned(
-        program, source, fresh=source.owned, segment=options.segment, told=_tells(backend, options)
+        settings.filter, found, fresh=found.owned, segment=options.segment, told=_tells(backend, options)
     )
 
 
@@ -46,10 +41,10 @@ def _tells(backend: type[Backend], options: Options) -> bool:
 class SourceFilter:
     """The filter of one source. Whatever fails leaves the one before in force."""
 
-    def __init__(self, source: Source, options: Options, framing: Framing) -> None:
+    def __init__(self, source: Source, settings: Settings) -> None:
         self._source = source
-        self._options = options
-        self._framing = framing
+        self._settings = settings
+        self._options = settings.options
         self._plan: Plan | None = None
         self._changing = threading.RLock()  # a signal handler may come in again
 
@@ -65,9 +60,8 @@ class SourceFilter:
 
     def open(self, run: Run, backend: type[Backend], readable_within: float) -> None:
         """Filter as the options say: an own socket is not bound yet."""
-        if self._options.filter is not None:
-            found = self._source.capabilities
-            plan = plan_at_open(self._options.filter, found, self._options, self._framing, backend)
+        plan = plan_at_open(self._settings, backend)
+        if plan is not None:
             self._put(run, plan, readable_within)
 
     def change(
@@ -78,7 +72,9 @@ class SourceFilter:
         if given is not None:
             filters.checked(given)
             found = self._source.capabilities
-            plan = self._planned(filters.compiled(given, found, ethernet=self._framing.ethernet), backend)
+            plan = self._planned(
+                filters.compiled(given, found, ethernet=self._settings.framing.ethernet), backend
+            )
         if not self._changing.acquire(blocking=False):
             raise Busy("another thread is setting the filter: one at a time")
         try:

@@ -31,7 +31,7 @@ from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
 from linkrx.receiving.wakeup import Wakeup
-from linkrx.sources.options import Options
+from linkrx.sources.resolve import Settings
 from linkrx.sources.source import LinkState, Source
 from linkrx.stages.segmenting import SEGMENT_ROWS, Segmenting
 
@@ -58,7 +58,7 @@ class Reception(Receiver):
     def __init__(
         self,
         source: Source,
-        options: Options,
+        settings: Settings,
         choice: Choice,
         backends: Mapping[str, type[Backend]],
         deliver: Deliver | None,
@@ -66,24 +66,23 @@ class Reception(Receiver):
         self.source = source
         self.choice = choice
         self._backends = backends
-        self._framing = framing = options.framing(source.capabilities)
-        layout = options.layout(source.capabilities, framing.prefix)
-        self._facts = ReceiveConfig(source.fd, source.capabilities, layout, options, source.file)
+        found, options, layout = settings.capabilities, settings.options, settings.layout
+        self._framing = framing = settings.framing
+        self._config = ReceiveConfig(source.fd, found, layout, framing, options, source.file)
         usual = SEGMENT_ROWS if options.segment else backends[choice.backend].batch_size
         rows = options.batch_size or usual
         self._descriptors = Descriptors(rows)
         self._report = self._descriptors.report
         self._room = max(backends[name].room(layout) for name in choice.ladder)
         self._counters = new_counters()
-        self._drop_watch = DropWatch(source.capabilities)
+        self._drop_watch = DropWatch(found)
         self._end: End | None = None
         self._end_behind: End | None = None  # the end that follows what was received
         self._tally = Tally()
         self._rungs = len(choice.ladder)  # of which each demotion takes one
         self._forked = self._released = False
-        self._source_filter = SourceFilter(source, options, framing)
+        self._source_filter = SourceFilter(source, settings)
         self._process = os.getpid()
-        found = source.capabilities
         with ExitStack() as undo:
             self._wakeup = Wakeup(source.fd)
             undo.callback(self._wakeup.close)
@@ -213,9 +212,9 @@ class Reception(Receiver):
             try:
                 if not chosen.has_queue:
                     self.source.enlarge_queue()
-                if self._facts.options.segment:
-                    return Segmenting(chosen, self._facts, self._descriptors, self._framing), choice
-                return chosen(self._facts, self._descriptors), choice
+                if self._config.options.segment:
+                    return Segmenting(chosen, self._config, self._descriptors, self._framing), choice
+                return chosen(self._config, self._descriptors), choice
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise
@@ -299,7 +298,7 @@ class Reception(Receiver):
         """
         mechanism = self._mechanism
         queue = mechanism.queue_limit or self.source.queue_limit() or FLUSH_MOST
-        if self._facts.options.segment:
+        if self._config.options.segment:
             queue *= FLUSH_FRAMES_BY_BYTES if self.source.capabilities.socket else FLUSH_FRAMES
         return queue + self._descriptors.rows, mechanism.readable_within
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TypedDict
 
 from linkrx.errors import UnsupportedOption, UnsupportedSource
@@ -193,11 +193,6 @@ class Options:
         if self.vnet_header is True or (self.vnet_header is None and self.segment):
             return VNET_HEADER_BYTES
         return self.vnet_header if self.vnet_header in PACKET_VNET_SIZES else 0
-
-    def configured(self, found: Capabilities) -> Capabilities:
-        """What a source is once it is set up as these options ask."""
-        size = self.vnet_header_to_set(found)
-        return replace(found, vnet_header_size=size, hardware_gso=True) if size else found
 
     def framing(self, capabilities: Capabilities) -> Framing:
         """What stands in front of the data: what the caller says where the probe does not know, never against it."""

@@ -34,7 +34,7 @@ from linkrx.kernel.uapi import (
 )
 from linkrx.sources import socket_filter
 from linkrx.sources.capabilities import Capabilities
-from linkrx.sources.options import Options
+from linkrx.sources.resolve import Settings
 
 logger = logging.getLogger("linkrx")
 
@@ -90,8 +90,9 @@ def shows_outgoing(capabilities: Capabilities, options: Options) -> bool:
     return options.outgoing and capabilities.hardware_type != ARPHRD_LOOPBACK
 
 
-def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo) -> Capabilities:
-    """Set socket options, and note in `undo` how to set them back. Returns what the source is then."""
+def configure(fd: int, settings: Settings, undo: Undo) -> None:
+    """Set socket options, and note in `undo` how to set them back."""
+    options, capabilities = settings.options, settings.capabilities
     file = file_of(fd)
     sock = SocketOptions(fd)
 
@@ -102,7 +103,7 @@ def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo)
             sock.set(level, name, value)
 
     if capabilities.kind not in ("packet", "packet_cooked"):
-        return capabilities
+        return
     change(SOL_PACKET, PACKET_AUXDATA, 1)
     change(SOL_PACKET, PACKET_IGNORE_OUTGOING, int(not shows_outgoing(capabilities, options)))
     if options.timestamps:
@@ -117,7 +118,7 @@ def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo)
         request = struct.pack("iHH8x", capabilities.ifindex, PACKET_MR_PROMISC, 0)
         sock.set(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
         undo.add(partial(_restore, fd, file, SOL_PACKET, PACKET_DROP_MEMBERSHIP, request))
-    size = options.vnet_header_to_set(capabilities)
+    size = settings.vnet_header_to_set
     if size:
         # The older option knows one size only. Either takes effect when a packet is read: also for those that wait.
         usual = size == VNET_HEADER_BYTES
@@ -130,7 +131,6 @@ def configure(fd: int, capabilities: Capabilities, options: Options, undo: Undo)
                 f"({'PACKET_VNET_HDR' if usual else 'PACKET_VNET_HDR_SZ, Linux 6.6'}): {error.strerror}"
                 + ("; it has a ring already" if error.errno == errno.EBUSY else "")
             ) from error
-    return options.configured(capabilities)
 
 
 def _set_timestamps(sock: SocketOptions, undo: Undo) -> None:

@@ -31,10 +31,10 @@ from linkrx.kernel.uapi import (
     TUNGETIFF,
 )
 from linkrx.sources import socket_filter
-from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, probe, route_socket_for
+from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, route_socket_for
 from linkrx.sources.capture_file import CaptureFile, CaptureReader, capture_of
 from linkrx.sources.fanout import Fanout
-from linkrx.sources.options import Options
+from linkrx.sources.resolve import Settings
 from linkrx.sources.settings import (
     Duplicate,
     Undo,
@@ -75,13 +75,13 @@ class Source:
     def __init__(
         self,
         fd: int,
-        capabilities: Capabilities,
+        settings: Settings,
         held: object,
         undo: Undo,
-        options: Options,
         duplicate: Duplicate | None = None,
     ) -> None:
-        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join `options.fanout`."""
+        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join the fanout group of the options."""
+        options = settings.options
         self.fd = fd
         self.fanout: int | None = None  # the group, once it is joined
         self._joins = None if options.fanout is None else Fanout.of(options.fanout)
@@ -89,7 +89,7 @@ class Source:
         self._protocol = options.protocol or ETH_P_ALL
         self._receive_buffer = options.receive_buffer
         self._enlarged = False
-        self.capabilities = capabilities
+        self.capabilities = settings.capabilities
         self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
         self._undo = undo
         self._duplicate = duplicate
@@ -291,14 +291,13 @@ class Source:
         return queued == 0
 
 
-def open_source(source: AnySource, options: Options) -> Source:
-    """Probe and prepare a source, for `start`. On any failure what was done is undone."""
-    capabilities = probe(source)
-    options.check_source(capabilities)
+def open_source(source: AnySource, settings: Settings) -> Source:
+    """Open and configure a source, for `start`. On any failure what was done is undone."""
+    capabilities = settings.capabilities
     if isinstance(source, (CaptureFile, os.PathLike)):
         reader, undo = CaptureReader(capture_of(source)), Undo()
         undo.add(reader.close)
-        return Source(reader.fd, capabilities, reader, undo, options)
+        return Source(reader.fd, settings, reader, undo)
     if capabilities.hardware_gso and not capabilities.vnet_header_size:
         logger.warning(
             "the %s hands over super-packets, and no virtio-net header tells which they are: an earlier owner of the "
@@ -310,16 +309,16 @@ def open_source(source: AnySource, options: Options) -> Source:
         if isinstance(source, str):
             opened = _packet_socket(source)
             undo.add(opened.close)
-            capabilities = configure(opened.fileno(), capabilities, options, undo)
-            return Source(opened.fileno(), capabilities, opened, undo, options)
+            configure(opened.fileno(), settings, undo)
+            return Source(opened.fileno(), settings, opened, undo)
         # A duplicate: were the owner to close the descriptor, the number could be another file's a moment later.
         duplicate = Duplicate(descriptor(source))
         undo.add(duplicate.close)
         fd = duplicate.fd
         if capabilities.socket:
             claim(fd, capabilities, undo)
-            capabilities = configure(fd, capabilities, options, undo)
-        return Source(fd, capabilities, source, undo, options, duplicate)
+            configure(fd, settings, undo)
+        return Source(fd, settings, source, undo, duplicate)
     except BaseException:
         undo.run()
         raise

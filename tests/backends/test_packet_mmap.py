@@ -253,14 +253,14 @@ def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
     """An interface with a larger limit for super-packets than usual gets larger blocks."""
     Device(wire[0]).set(gso_max_size=200_000)
     with ring_on(wire[0]) as rx:
-        assert packet_mmap._largest(rx._facts) == 200_000
+        assert packet_mmap._largest(rx._config) == 200_000
 
 
 def test_what_the_peer_is_set_up_for(wire: Wire) -> None:
     """A veth sends what its peer's limit lets through: blocks hold that as well."""
     Device(wire[1]).set(gso_max_size=300_000)
     with ring_on(wire[0]) as rx:
-        assert packet_mmap._largest(rx._facts) == 300_000
+        assert packet_mmap._largest(rx._config) == 300_000
 
 
 def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:
@@ -270,7 +270,7 @@ def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:
     with IPRoute() as route:
         route.link("property_add", index=socket.if_nametoindex(wire[0]), altname=name)
     with packet_socket(wire[0]) as borrowed, ring_on(borrowed) as rx:
-        assert packet_mmap._largest(rx._facts) == 200_000
+        assert packet_mmap._largest(rx._config) == 200_000
 
 
 @pytest.mark.parametrize("mtu", [0, 200_000])
