@@ -6,16 +6,14 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Callable, Generator
-from contextvars import Context
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from linkrx import _core
 from linkrx.errors import Busy
 from linkrx.kernel.errnos import REFUSED
+from linkrx.receiving import receiver
+from linkrx.receiving.receiver import Waiter
 
 if TYPE_CHECKING:
-    from linkrx.packets import Packet
     from linkrx.receiving.dispatcher import Dispatcher
 
 
@@ -23,72 +21,6 @@ logger = logging.getLogger("linkrx")
 
 # How often packets are asked for, in seconds, where the event loop may not watch.
 ASK_AGAIN = 0.01
-
-
-class Waiter:
-    """What one task waits for: as much of asyncio.Future as asyncio.Task uses.
-
-    A Future has its loop call the task in the loop's next turn, and a turn costs as much as the packet: one more
-    epoll_wait(2). The event loop calls `Reader.ready` while no task runs, so there the task may go on at once.
-    """
-
-    __slots__ = ("_asyncio_future_blocking", "_call", "_context", "_dispatcher", "_loop", "_result", "armed")
-
-    def __init__(self, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop) -> None:
-        self._dispatcher = dispatcher
-        self._loop = loop
-        self.armed = False
-        self._asyncio_future_blocking = False
-        self._call: Callable[[Waiter], object] | None = None
-        self._context: Context | None = None
-        self._result: bool | BaseException | None = None  # None: not done
-
-    def __await__(self) -> Generator[Waiter, None, bool]:
-        self._asyncio_future_blocking = True
-        yield self
-        return self.result()
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        """Its event loop."""
-        return self._loop
-
-    def add_done_callback(self, call: Callable[[Waiter], object], *, context: Context | None = None) -> None:
-        """The task says how it is woken."""
-        self._call, self._context = call, context
-
-    def done(self) -> bool:
-        """Whether the task was or will be woken."""
-        return self._result is not None
-
-    def result(self) -> bool:
-        """What the task gets."""
-        if isinstance(self._result, BaseException):
-            raise self._result
-        return bool(self._result)
-
-    def cancel(self, msg: object = None) -> bool:
-        """The task is being cancelled."""
-        if self.done():
-            return False
-        self.settle(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
-        self._dispatcher._stop_waiting()
-        return True
-
-    def settle(self, result: bool | BaseException) -> None:
-        """Wake the task in the loop's next turn."""
-        self._result = result
-        if self._call is not None:
-            self._loop.call_soon(self._call, self, context=self._context)
-
-    def settle_at_once(self, result: bool | BaseException) -> None:
-        """Wake the task now. Only for what the loop calls: no other task may be running."""
-        self._result = result
-        if self._call is not None and self._context is not None:
-            self._context.run(self._call, self)
-
-
-if not TYPE_CHECKING and _core.types is not None:
-    Waiter = _core.types.Waiter
 
 
 class Reader:
@@ -251,32 +183,8 @@ class Reader:
             self.abandon()
 
 
-class PlainAsyncPackets:
-    """What `async for` over a dispatcher goes through, in Python."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Packet:
-        dispatcher = self._dispatcher
-        while True:
-            packet = dispatcher._take()
-            if packet is not None:
-                return packet
-            if dispatcher.end is not None and dispatcher._over():
-                raise StopAsyncIteration
-            await dispatcher._reader_here().wait(None)
-
-
-if not TYPE_CHECKING and _core.types is not None:
-    PlainAsyncPackets = _core.types.AsyncPackets
-
-
-class AsyncPackets(PlainAsyncPackets):
-    """What `async for` over a dispatcher goes through: in C where there is the core."""
+class AsyncPackets(receiver.AsyncPackets):
+    """What `async for` over a dispatcher goes through."""
 
     __slots__ = ()
 

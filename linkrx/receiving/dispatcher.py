@@ -16,6 +16,7 @@ from linkrx.choice import Choice
 from linkrx.packets import Batch, Deliver, Packet
 from linkrx.receiving import aio
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
+from linkrx.receiving.receiver import Waiter
 from linkrx.receiving.reception import Reception
 from linkrx.receiving.stats import End
 from linkrx.sources.capabilities import Capabilities
@@ -143,11 +144,11 @@ class Dispatcher(Reception):
             reader = self._reader = aio.Reader(self)
         return reader
 
-    def _begin_waiting(self, waiter: aio.Waiter | None) -> aio.Waiter:
+    def _begin_waiting(self, waiter: Waiter | None) -> Waiter:
         """`waiter`, or a new one where it is of another event loop, waits for packets from now on."""
         reader = self._reader_here()
         if waiter is None or waiter.get_loop() is not reader.loop:
-            waiter = aio.Waiter(self, reader.loop)
+            waiter = Waiter(self, reader.loop)
         reader.begin(waiter)
         return waiter
 

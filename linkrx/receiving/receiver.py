@@ -1,4 +1,4 @@
-"""The receiver: the type of the C core where it was built, else that of `linkrx.receiving.plain_receiver`."""
+"""The types that receive and wait: those of the C core where it was built, else those in plain Python."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from linkrx import _core
 
 if TYPE_CHECKING:
-    from linkrx._core._types import Receiver
+    from linkrx._core._types import AsyncPackets, Receiver, Waiter
 elif _core.types is None:
+    from linkrx.receiving.plain_async import AsyncPackets, Waiter
     from linkrx.receiving.plain_receiver import Receiver
 else:
-    Receiver = _core.types.Receiver
+    AsyncPackets, Receiver, Waiter = _core.types.AsyncPackets, _core.types.Receiver, _core.types.Waiter
 
-__all__ = ["Receiver"]
+__all__ = ["AsyncPackets", "Receiver", "Waiter"]

@@ -34,6 +34,7 @@ from linkrx.kernel.uapi import (
 )
 from linkrx.sources import socket_filter
 from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.options import Options
 from linkrx.sources.resolve import Settings
 
 logger = logging.getLogger("linkrx")

@@ -85,7 +85,7 @@ class Source:
         self.fd = fd
         self.fanout: int | None = None  # the group, once it is joined
         self._joins = None if options.fanout is None else Fanout.of(options.fanout)
-        self._outgoing = shows_outgoing(capabilities, options)
+        self._outgoing = shows_outgoing(settings.capabilities, options)
         self._protocol = options.protocol or ETH_P_ALL
         self._receive_buffer = options.receive_buffer
         self._enlarged = False

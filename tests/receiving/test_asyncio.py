@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import linkrx
-from linkrx.receiving import aio
+from linkrx.receiving import plain_async
+from linkrx.receiving.receiver import Waiter
 from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import running, until
 
@@ -323,7 +324,7 @@ def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -
         with pytest.raises(RuntimeError, match="no running event loop"):
             packets.__anext__().__await__().__next__()
         loop: Any = asyncio.new_event_loop()
-        waiter: Any = aio.Waiter(rx, loop)
+        waiter: Any = Waiter(rx, loop)
         assert waiter.get_loop() is loop
         assert not waiter.done()
         waiter.settle_at_once(True)
@@ -336,7 +337,7 @@ def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -
         waiter.settle_at_once(ValueError("mine"))
         with pytest.raises(ValueError, match="mine"):
             waiter.result()
-        if aio.Waiter.__module__ != aio.__name__:
+        if Waiter.__module__ != plain_async.__name__:
             for wrong in (3, None, ValueError):
                 with pytest.raises(TypeError, match="with a bool or an exception"):
                     waiter.settle(wrong)
