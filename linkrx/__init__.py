@@ -5,6 +5,8 @@ protocol and link addresses.
 """
 
 import importlib as _importlib
+import sys as _sys
+import types as _types
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
@@ -149,6 +151,12 @@ def __dir__() -> list[str]:
     return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
-# Python binds a room to this package once, when it is first imported; `backends` is the function, so that is undone.
-_importlib.import_module("linkrx.backends")
-globals().pop("backends", None)
+class _Package(_types.ModuleType):
+    """Python gives a package its rooms as attributes; `backends` is the function all the same, not the room."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, _types.ModuleType):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package

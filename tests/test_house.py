@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from support import house, way
 from support.house import room
 from support.paths import ROOT
@@ -103,16 +102,6 @@ def test_files_are_short_enough_to_read_in_one_sitting() -> None:
 def test_the_package_shows_its_public_names() -> None:
     """dir(linkrx) has what linkrx exports, and no rooms."""
     assert {name for name in dir(linkrx) if not name.startswith("_")} == set(linkrx.__all__)
-
-
-@pytest.mark.parametrize(
-    "imported", ["linkrx", "linkrx.registry", "linkrx.backends.os_readv", "linkrx.backends"]
-)
-def test_backends_is_the_function(imported: str) -> None:
-    """linkrx.backends is the public function, and not the room of that name, whatever was imported first."""
-    program = f"import {imported}, linkrx; from linkrx import backends; print(linkrx.backends is backends, backends()[-1].name)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[0] == "True"
 
 
 def test_no_test_imports_another() -> None:

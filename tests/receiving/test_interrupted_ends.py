@@ -107,7 +107,7 @@ def test_close_can_be_done_again(backend: str, kind: rigs.MakeRig) -> None:
         assert point > 3
 
 
-def test_looking_away_can_be_interrupted() -> None:
+def test_pausing_a_source_can_be_interrupted() -> None:
     """Wherever an interruption comes while a source is left alone that yields nothing, packets still come later."""
     for point in range(4000):
         receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
