@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from linkrx.errors import Ended
 from linkrx.factory import open
@@ -353,6 +353,14 @@ class End:
             self._injector.close()
 
 
+class QueueOptions(TypedDict, total=False):
+    """Options of `linkrx.TunTap` that `Network.tap` and `Network.tun` take: False where they are left out."""
+
+    multi_queue: bool
+    vnet_header: bool
+    offload: bool
+
+
 class Tap(End):
     """A TAP or TUN device. The program under test has its queue; the test is on the side of the kernel.
 
@@ -360,8 +368,8 @@ class Tap(End):
     name instead. A frame that is injected is read from the queue; a frame that is written to the queue comes in.
     """
 
-    def __init__(self, network: Network, name: str, mode: str, **settings: bool) -> None:
-        self._mode, self._settings = mode, settings
+    def __init__(self, network: Network, name: str, mode: str, **options: Unpack[QueueOptions]) -> None:
+        self._mode, self._options = mode, options
         self._queues: list[TunTap] = []
         super().__init__(network, name)
 
@@ -373,7 +381,7 @@ class Tap(End):
     def open_queue(self) -> TunTap:
         """One more queue; more than one takes `multi_queue=True`. Closed behind the test."""
         name = self.name
-        opened: TunTap = self._network.inside(lambda: TunTap(name, self._mode, **self._settings))
+        opened: TunTap = self._network.inside(lambda: TunTap(name, self._mode, **self._options))
         self._queues.append(opened)
         if self.link.up:
             self.wait_for_carrier()

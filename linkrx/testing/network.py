@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar, Unpack
 
 from linkrx.capture.writer import PcapWriter, WritableFile
 from linkrx.errors import LinkrxError
@@ -29,9 +29,9 @@ from linkrx.kernel import namespace
 from linkrx.kernel.rtnetlink import RouteSocket
 from linkrx.kernel.uapi import TUNSETPERSIST
 from linkrx.sources.tuntap import TunTap
-from linkrx.testing.ends import Bridge, End, Tap
+from linkrx.testing.ends import Bridge, End, QueueOptions, Tap
 
-__all__ = ["Bridge", "End", "Network", "Tap"]
+__all__ = ["Bridge", "End", "Network", "QueueOptions", "Tap"]
 
 Result = TypeVar("Result")
 AnyEnd = TypeVar("AnyEnd", bound=End)
@@ -137,31 +137,13 @@ class Network:
 
     # What can be in it.
 
-    def tap(
-        self,
-        name: str | None = None,
-        *,
-        multi_queue: bool = False,
-        vnet_header: bool = False,
-        offload: bool = False,
-    ) -> Tap:
+    def tap(self, name: str | None = None, **options: Unpack[QueueOptions]) -> Tap:
         """A TAP device that is up. The program under test opens its queue, or takes `.queue`; see `linkrx.TunTap`."""
-        return self._queue_device(
-            "tap", name, multi_queue=multi_queue, vnet_header=vnet_header, offload=offload
-        )
+        return self._queue_device("tap", name, options)
 
-    def tun(
-        self,
-        name: str | None = None,
-        *,
-        multi_queue: bool = False,
-        vnet_header: bool = False,
-        offload: bool = False,
-    ) -> Tap:
+    def tun(self, name: str | None = None, **options: Unpack[QueueOptions]) -> Tap:
         """The same with a TUN device, whose frames are IP packets."""
-        return self._queue_device(
-            "tun", name, multi_queue=multi_queue, vnet_header=vnet_header, offload=offload
-        )
+        return self._queue_device("tun", name, options)
 
     def veth(self, near: str | None = None, far: str | None = None) -> tuple[End, End]:
         """Two ends of a cable, both up: what is injected at one comes in at the other."""
@@ -192,18 +174,20 @@ class Network:
         """An interface that is there already, such as `lo`, as an end."""
         return self._add(End(self, name))
 
-    def _queue_device(self, mode: str, name: str | None, **settings: bool) -> Tap:
+    def _queue_device(self, mode: str, name: str | None, options: QueueOptions) -> Tap:
+        if unknown := set(options) - set(QueueOptions.__annotations__):
+            raise TypeError(f"{mode}() has no option {', '.join(map(repr, sorted(unknown)))}")
         name = name or self._free_name(mode)
 
         def make() -> None:
-            with TunTap(name, mode, multi_queue=settings["multi_queue"]) as queue:
+            with TunTap(name, mode, multi_queue=options.get("multi_queue", False)) as queue:
                 fcntl.ioctl(queue.fileno(), TUNSETPERSIST, 1)  # it goes with the namespace
 
         try:
             self.inside(make)
         except LinkrxError as error:
             self._unable(error)
-        made = self._add(Tap(self, name, mode, **settings))
+        made = self._add(Tap(self, name, mode, **options))
         made.up()
         return made
 

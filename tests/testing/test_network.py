@@ -401,6 +401,8 @@ def test_a_queue_that_nobody_reads(network: Network) -> None:
 
 def test_several_queues_with_headers(network: Network) -> None:
     """A TAP device can have several queues, virtio-net headers and offloads."""
+    with pytest.raises(TypeError, match=r"tap\(\) has no option 'offloads'"):
+        network.tap(offloads=True)  # type: ignore[call-arg]
     end = network.tap("multi", multi_queue=True, vnet_header=True, offload=True)
     one, other = end.queue, end.open_queue()
     assert one.name == other.name == "multi"
