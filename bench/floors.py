@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import random
 import socket
 import struct
-import subprocess
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cache
-from pathlib import Path
 
+from compiled import library
 from race import Check, Drain, Queue, Reader
 
 from linkrx.kernel.uapi import ETH_P_ALL
@@ -49,18 +45,6 @@ class Flood(ctypes.Structure):
     cpu_ns: int
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """floors.c, compiled for this processor."""
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder, "floors.so")
-        source = Path(__file__).with_name("floors.c")
-        subprocess.run(
-            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
-        )
-        return ctypes.CDLL(str(built))
-
-
 def _memory(size: int) -> tuple[mmap.mmap, ctypes.c_void_p]:
     """Bytes that are there before they are measured, and their address, which holds while they are kept."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
@@ -85,7 +69,7 @@ class Frames:
     def flood(self, injector: socket.socket, seconds: float) -> Flood:
         """Send the first of them, numbered, as fast as it goes for so long."""
         result = Flood()
-        library().flood(
+        library("floors").flood(
             injector.fileno(),
             self._address,
             ctypes.c_long(self.size),
@@ -98,7 +82,7 @@ class Frames:
         """Send one behind each pause, and return when each was sent: CLOCK_MONOTONIC, nanoseconds."""
         packets = len(pauses_ns)
         pauses, sent = (ctypes.c_uint64 * packets)(*pauses_ns), (ctypes.c_uint64 * packets)()
-        library().send_singly(
+        library("floors").send_singly(
             injector.fileno(),
             self._address,
             ctypes.c_long(self.size),
@@ -110,14 +94,14 @@ class Frames:
 
     def send(self, injector: socket.socket, packets: int, first: int = 0) -> int:
         """Send so many, numbered from `first` on; returns those that the kernel took."""
-        call = library().fill
+        call = library("floors").fill
         call.restype = ctypes.c_long
         numbers = map(ctypes.c_long, (self.size, self.distinct, first, packets))
         return int(call(injector.fileno(), self._address, *numbers))
 
     def send_paced(self, injector: socket.socket, packets: int, interval_ns: int) -> tuple[int, int]:
         """Send so many, one every `interval_ns`; returns those that the kernel took, and how many of them were late."""
-        call, late = library().send_paced, ctypes.c_uint64(0)
+        call, late = library("floors").send_paced, ctypes.c_uint64(0)
         call.restype = ctypes.c_long
         sent = call(
             injector.fileno(),
@@ -171,7 +155,7 @@ def receive_singly(fd: int, packets: int) -> list[int]:
     """poll() and read() so many packets, and return when each was there: CLOCK_MONOTONIC, nanoseconds."""
     _kept, address = _memory(65_600)
     arrived = (ctypes.c_uint64 * packets)()
-    library().receive_singly(fd, address, ctypes.c_long(packets), arrived)
+    library("floors").receive_singly(fd, address, ctypes.c_long(packets), arrived)
     return list(arrived)
 
 
@@ -183,7 +167,7 @@ def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
         slot = (queue.frames.size + 127) & ~63
         room = MEMORY if function == "drain_read" else slot * MESSAGES
         _kept, address = _memory(room)
-        call, wanted = getattr(library(), function), ctypes.c_long(queue.packets)
+        call, wanted = getattr(library("floors"), function), ctypes.c_long(queue.packets)
         argument = ctypes.c_long(room if function == "drain_read" else slot)
 
         def drain() -> int:
@@ -202,11 +186,11 @@ class RingWalk:
     def __init__(self, source: socket.socket, check: Check | None = None) -> None:
         """`close` it before the socket is closed, with which the kernel removes the ring."""
         self.source = source
-        make = library().make_ring
+        make = library("floors").make_ring
         make.restype = ctypes.c_void_p
         self._shape = (ctypes.c_uint(RING_BLOCK), ctypes.c_uint(RING_BLOCKS))
         self._ring, self._block = ctypes.c_void_p(make(source.fileno(), *self._shape)), ctypes.c_uint32(0)
-        self._walk, self._check = library().walk_ring, check
+        self._walk, self._check = library("floors").walk_ring, check
         assert self._ring.value, "no ring"
 
     def __call__(self) -> int:
@@ -217,7 +201,7 @@ class RingWalk:
 
     def close(self) -> None:
         """Unmap it."""
-        library().free_ring(self._ring, *self._shape)
+        library("floors").free_ring(self._ring, *self._shape)
 
 
 def ring_floor(queue: Queue, near: str) -> Reader:

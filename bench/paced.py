@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from compiled import end
 from floors import Frames
 from lone import Handle, new_loop, reading, shower
 from peers import Missing
@@ -67,11 +68,7 @@ class Sender:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
+        end(self._process)
 
 
 class Stream(Queue):

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from compiled import end
 from queues import BUFFER, BYTE
 from race import Buffer, Check, Drain, OwnClock, Queue, Reader
 
@@ -336,11 +337,7 @@ class Gvisor(OwnClock):
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
+        end(self._process)
 
 
 def gvisor_reader(queue: Queue, fd: int, mode: str) -> Reader:

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from floors import Frames, library
+from compiled import library
+from floors import Frames
 from race import Check, Drain, Queue, Reader, race
 
 import linkrx
@@ -87,7 +88,7 @@ def ways(source: str, opened: Any, out: socket.socket, frames: list[bytes]) -> I
 
     lists = [frames[first : first + AT_ONCE] for first in range(0, len(frames), AT_ONCE)]
     memory = b"".join(frames)
-    call = library().send_all
+    call = library("floors").send_all
     arguments = (fd, memory, *map(ctypes.c_long, (len(frames[0]), len(frames), source == "packet")))
     with rx:
         yield SINGLY[source], by_hand

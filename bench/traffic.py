@@ -13,17 +13,15 @@ import random
 import signal
 import socket
 import struct
-import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
+from compiled import library
 from pyroute2 import IPRoute
 
 import linkrx
@@ -53,17 +51,6 @@ class _Control(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder, "traffic.so")
-        source = Path(__file__).with_name("traffic.c")
-        subprocess.run(
-            [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", built, source], check=True
-        )
-        return ctypes.CDLL(str(built))
-
-
 class Traffic:
     """One thread that sends numbered frames in bursts, without the GIL, until `finish`."""
 
@@ -90,11 +77,11 @@ class Traffic:
     def _run(self) -> None:
         # A signal must end the system call of the thread that receives, not of this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        _library().send_numbered(self._injector.fileno(), ctypes.byref(self.control))
+        library("traffic").send_numbered(self._injector.fileno(), ctypes.byref(self.control))
 
     def start(self) -> None:
         """Until `pace` says how, nothing is sent."""
-        _library()
+        library("traffic")
         self._thread.start()
 
     def pace(self, burst: int, pause_us: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 import hypothesis
 import pytest
 from support import run
+from support.pairs import Pair, pair
 
 import linkrx
 from linkrx.kernel import namespace
+from linkrx.testing.devices import injector_on
+from linkrx.testing.rigs import veth
 
 # CI sets this: there a device test that cannot run is a failure.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
@@ -118,6 +122,27 @@ def devices() -> None:
         if DEVICES_REQUIRED:
             pytest.fail(f"device tests are required here, and cannot run: {NO_DEVICES}")
         pytest.skip(f"needs to make network devices: {NO_DEVICES}")
+
+
+@pytest.fixture
+def datagram() -> Iterator[socket.socket]:
+    """One end of an AF_UNIX datagram pair."""
+    with pair() as (receiver, _):
+        yield receiver
+
+
+@pytest.fixture
+def seqpacket() -> Iterator[Pair]:
+    """Receiver and sender of an AF_UNIX seqpacket pair."""
+    with pair(socket.SOCK_SEQPACKET) as ends:
+        yield ends
+
+
+@pytest.fixture
+def wire(devices: None) -> Iterator[tuple[str, str, socket.socket]]:
+    """Both ends of a veth pair, and a socket that sends from the second."""
+    with veth() as (near, far), injector_on(far) as injector:
+        yield near, far, injector
 
 
 @pytest.hookimpl(tryfirst=True)

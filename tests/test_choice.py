@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -177,14 +177,6 @@ def test_demotion() -> None:
         ("os_readv", "accepted"),
     ]
     assert choice.verdicts[1].reason == "the kernel said no"
-
-
-@pytest.fixture
-def datagram() -> Iterator[socket.socket]:
-    """One end of a pair."""
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with receiver, sender:
-        yield receiver
 
 
 def test_the_environment(

@@ -112,21 +112,19 @@ def pcapng_files(draw: st.DrawFn) -> tuple[bytes, list[Recorded]]:
     return Short(made), packets
 
 
-@given(pcap_files(), st.sampled_from([None, 1, 3]), st.integers(0, 2**32))
-def test_pcap(made: tuple[bytes, list[Recorded]], batch_size: int | None, seed: int) -> None:
-    """A pcap file of any byte order, unit of time and record header is read as it was written, in whatever pieces it comes."""
-    data, packets = made
-    assert read(io.BytesIO(data)) == packets
-    assert read(Pieces(data, random.Random(seed)), batch_size=batch_size) == packets
-
-
-@given(pcapng_files(), st.sampled_from([None, 1, 3]), st.integers(0, 2**32))
+@pytest.mark.parametrize("files", [pcap_files(), pcapng_files()], ids=["pcap", "pcapng"])
+@given(data=st.data(), batch_size=st.sampled_from([None, 1, 3]), seed=st.integers(0, 2**32))
 @settings(max_examples=150)
-def test_pcapng(made: tuple[bytes, list[Recorded]], batch_size: int | None, seed: int) -> None:
-    """A pcapng file of any sections, interfaces, blocks and options is read as it was written, in whatever pieces it comes."""
-    data, packets = made
-    assert read(io.BytesIO(data)) == packets
-    assert read(Pieces(data, random.Random(seed)), batch_size=batch_size) == packets
+def test_files(
+    files: st.SearchStrategy[tuple[bytes, list[Recorded]]],
+    data: st.DataObject,
+    batch_size: int | None,
+    seed: int,
+) -> None:
+    """A file of any byte order, unit of time, headers, blocks and options is read as it was written, in whatever pieces it comes."""
+    written, packets = data.draw(files)
+    assert read(io.BytesIO(written)) == packets
+    assert read(Pieces(written, random.Random(seed)), batch_size=batch_size) == packets
 
 
 @pytest.mark.parametrize("version", [(2, 0), (2, 2), (2, 3), (543, 0)])

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
@@ -29,7 +28,7 @@ from linkrx.kernel.uapi import ETH_P_ALL, PACKET_VNET_HDR, SOL_PACKET
 from linkrx.sources.capabilities import LARGEST_MESSAGE
 from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.exceptions import is_inside
-from linkrx.testing.rigs import LOCAL, REMOTE, veth
+from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import patiently
 
 pytestmark = [
@@ -55,13 +54,6 @@ NO_TIMER = 600.0
 
 HEADER = LOCAL + REMOTE + b"\x88\xb5"
 Wire = tuple[str, str, socket.socket]
-
-
-@pytest.fixture
-def wire() -> Iterator[Wire]:
-    """Near end, far end, and a socket that sends from the far one."""
-    with veth() as (near, far), injector_on(far) as injector:
-        yield near, far, injector
 
 
 def frame(number: int, size: int = 60) -> bytes:
@@ -249,18 +241,12 @@ def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
             assert [len(batch) for batch in rx.batches(0)] == [most] * full + [rest] * (rest > 0)
 
 
-def test_what_the_interface_is_set_up_for(wire: Wire) -> None:
-    """An interface with a larger limit for super-packets than usual gets larger blocks."""
-    Device(wire[0]).set(gso_max_size=200_000)
+@pytest.mark.parametrize("end", [0, 1], ids=["interface", "peer"])
+def test_what_the_interface_and_its_peer_are_set_up_for(wire: Wire, end: int) -> None:
+    """Where the limit for super-packets of an interface, or of a veth's peer that sends to it, is larger, so are the blocks."""
+    Device(str(wire[end])).set(gso_max_size=200_000)
     with ring_on(wire[0]) as rx:
         assert packet_mmap._largest(rx._config) == 200_000
-
-
-def test_what_the_peer_is_set_up_for(wire: Wire) -> None:
-    """A veth sends what its peer's limit lets through: blocks hold that as well."""
-    Device(wire[1]).set(gso_max_size=300_000)
-    with ring_on(wire[0]) as rx:
-        assert packet_mmap._largest(rx._config) == 300_000
 
 
 def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:

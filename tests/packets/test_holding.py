@@ -26,7 +26,6 @@ from support.holding import (
     collector,
     frame,
     lap,
-    mark_of,
     receive,
     send,
     take,
@@ -35,7 +34,7 @@ from support.holding import (
 )
 
 import linkrx
-from linkrx.testing.waiting import PATIENCE, running
+from linkrx.testing.waiting import PATIENCE, number_of, running
 
 SECRET = 200  # the mark of frames that a later batch must show nothing of
 
@@ -134,7 +133,7 @@ def receive_in_every_way(cell: Cell, during: Callable[[], AbstractContextManager
             send(rig, marks)
             with during():
                 way(rx, got)
-            assert [mark_of(rig, packet) for packet in got] == list(marks)
+            assert [number_of(rig, packet) for packet in got] == list(marks)
             for index, mark in enumerate(marks):
                 if index % 3 == 1 or index > 30:
                     kept.append((frame(rig, mark), got[index]))
@@ -222,7 +221,7 @@ def test_a_thread_that_reads_meanwhile(cell: Cell) -> None:
             try:
                 for first in range(0, 5 * BURST, BURST):
                     for packet in chain(*receive(rig, rx, range(first, first + BURST))):
-                        given.put((mark_of(rig, packet), packet))
+                        given.put((number_of(rig, packet), packet))
                 lap(rig, rx)
             finally:
                 over.set()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from support.pairs import Pair
 
 import linkrx
 from linkrx.receiving import plain_async
@@ -49,25 +49,17 @@ def run(request: pytest.FixtureRequest) -> Run:
     return chosen
 
 
-@pytest.fixture
-def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Receiver and sender."""
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with receiver, sender:
-        yield receiver, sender
-
-
 def has_reader(rx: linkrx.Dispatcher) -> bool:
     """Whether a loop calls when packets come; uvloop never tells. Takes it out."""
     fd = rx._reader._fd if rx._reader else -1
     return fd >= 0 and asyncio.get_running_loop().remove_reader(fd) is True
 
 
-def test_packets(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_packets(run: Run, seqpacket: Pair) -> None:
     """`async for packet in rx` gives every packet in order, waits for those that come later, and ends at EOF."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
             for number in range(100):
                 sender.send(HEADER + bytes([number]))
@@ -83,11 +75,11 @@ def test_packets(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
     run(work())
 
 
-def test_batches(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_batches(run: Run, seqpacket: Pair) -> None:
     """`async for batch in rx.batches(timeout)` gives batches and ends after the timeout."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver, batch_size=8) as rx:
             for _ in range(20):
                 sender.send(HEADER)
@@ -97,11 +89,11 @@ def test_batches(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
     run(work())
 
 
-def test_bounded_work_per_wake_up(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_bounded_work_per_wake_up(run: Run, seqpacket: Pair) -> None:
     """Under a flood other tasks get their turn after every batch."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         turns = 0
         received = 0
 
@@ -125,11 +117,11 @@ def test_bounded_work_per_wake_up(run: Run, ends: tuple[socket.socket, socket.so
     run(work())
 
 
-def test_stop_and_cancel(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_stop_and_cancel(run: Run, seqpacket: Pair) -> None:
     """stop() ends an iteration that waits; cancelling its task leaves the dispatcher usable and no reader behind."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
 
             async def consume() -> int:
@@ -151,11 +143,11 @@ def test_stop_and_cancel(run: Run, ends: tuple[socket.socket, socket.socket]) ->
     run(work())
 
 
-def test_breaking_out_keeps_the_rest(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_breaking_out_keeps_the_rest(run: Run, seqpacket: Pair) -> None:
     """Packets behind a break out of `async for` come first in the next iteration."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
             for number in range(10):
                 sender.send(HEADER + bytes([number]))
@@ -170,11 +162,11 @@ def test_breaking_out_keeps_the_rest(run: Run, ends: tuple[socket.socket, socket
     run(work())
 
 
-def test_close_wakes_the_task_that_waits(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_close_wakes_the_task_that_waits(run: Run, seqpacket: Pair) -> None:
     """A task that waits in `async for` when another closes the dispatcher gets Closed, and leaves no reader."""
 
     async def work() -> None:
-        rx = linkrx.open(ends[0])
+        rx = linkrx.open(seqpacket[0])
 
         async def consume() -> None:
             async for _ in rx:
@@ -190,11 +182,11 @@ def test_close_wakes_the_task_that_waits(run: Run, ends: tuple[socket.socket, so
     run(work())
 
 
-def test_a_second_task_gets_a_clear_error(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_second_task_gets_a_clear_error(run: Run, seqpacket: Pair) -> None:
     """While one task waits for packets, another that wants some gets Busy, and the first goes on undisturbed."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
 
             async def consume() -> list[int]:
@@ -213,11 +205,9 @@ def test_a_second_task_gets_a_clear_error(run: Run, ends: tuple[socket.socket, s
     run(work())
 
 
-def test_close_from_outside_a_running_loop_is_refused(
-    run: Run, ends: tuple[socket.socket, socket.socket]
-) -> None:
+def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair) -> None:
     """close() in one thread while a task waits in another thread's loop raises Busy; stop() is what ends it."""
-    with linkrx.open(ends[0]) as rx:
+    with linkrx.open(seqpacket[0]) as rx:
 
         async def work() -> None:
             assert [packet async for packet in rx] == []
@@ -229,11 +219,11 @@ def test_close_from_outside_a_running_loop_is_refused(
             rx.stop()
 
 
-def test_a_packet_that_is_waited_for_in_vain(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_packet_that_is_waited_for_in_vain(run: Run, seqpacket: Pair) -> None:
     """wait_for(anext(packets)) that runs out, again and again, loses nothing of what comes afterwards, and leaves no reader."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
             packets = aiter(rx)
             for number in range(10):
@@ -246,13 +236,11 @@ def test_a_packet_that_is_waited_for_in_vain(run: Run, ends: tuple[socket.socket
     run(work())
 
 
-def test_cancelled_in_the_turn_in_which_it_would_go_on(
-    run: Run, ends: tuple[socket.socket, socket.socket]
-) -> None:
+def test_cancelled_in_the_turn_in_which_it_would_go_on(run: Run, seqpacket: Pair) -> None:
     """A task that is cancelled while packets wait already is cancelled, and the next one gets them all, in order."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver, batch_size=2) as rx:
             for number in range(6):
                 sender.send(HEADER + bytes([number]))
@@ -279,12 +267,12 @@ def test_cancelled_in_the_turn_in_which_it_would_go_on(
 
 
 def test_an_error_reaches_the_task_that_waits(
-    run: Run, ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    run: Run, seqpacket: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes wrong in a receive that the event loop makes is raised in the task, which may go on afterwards."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver, backend="os_readv") as rx:
             packets = aiter(rx)
             task = asyncio.ensure_future(anext(packets))
@@ -299,9 +287,9 @@ def test_an_error_reaches_the_task_that_waits(
     run(work())
 
 
-def test_an_iterator_in_another_event_loop(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_an_iterator_in_another_event_loop(seqpacket: Pair) -> None:
     """An asynchronous iterator that was used in one event loop goes on in the next one."""
-    receiver, sender = ends
+    receiver, sender = seqpacket
     with linkrx.open(receiver) as rx:
         packets = aiter(rx)
 
@@ -314,9 +302,9 @@ def test_an_iterator_in_another_event_loop(ends: tuple[socket.socket, socket.soc
         assert [asyncio.run(one()) for _ in range(3)] == [7, 7, 7]
 
 
-def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_hostile_use_of_an_iterator(seqpacket: Pair) -> None:
     """What is for asyncio alone may be called by anybody in any order: it says so, or does nothing."""
-    with linkrx.open(ends[0]) as rx:
+    with linkrx.open(seqpacket[0]) as rx:
         packets: Any = aiter(rx)
         for wrong in (3, None, object()):
             with pytest.raises((TypeError, AttributeError)):
@@ -346,7 +334,7 @@ def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -
                 packets.throw(KeyError("thrown"))
             packets.close()
         loop.close()
-        ends[1].send(HEADER + b"\x07")
+        seqpacket[1].send(HEADER + b"\x07")
         while not rx._poll():
             pass
         with pytest.raises(StopIteration) as stopped:
@@ -354,11 +342,11 @@ def test_hostile_use_of_an_iterator(ends: tuple[socket.socket, socket.socket]) -
         assert stopped.value.value.data[0] == 7
 
 
-def test_a_second_task_on_the_same_iterator(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_second_task_on_the_same_iterator(run: Run, seqpacket: Pair) -> None:
     """While one task waits at an iterator, another at the same one gets Busy, and the first one gets the packet."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver) as rx:
             packets = aiter(rx)
             first = asyncio.ensure_future(anext(packets))
@@ -371,9 +359,9 @@ def test_a_second_task_on_the_same_iterator(run: Run, ends: tuple[socket.socket,
     run(work())
 
 
-def test_thrown_out_while_it_waits(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_thrown_out_while_it_waits(seqpacket: Pair) -> None:
     """A coroutine that is closed, or gets an exception, while it waits leaves the dispatcher to the next one."""
-    with linkrx.open(ends[0]) as rx:
+    with linkrx.open(seqpacket[0]) as rx:
         packets = aiter(rx)
 
         async def one() -> bytes:
@@ -386,17 +374,17 @@ def test_thrown_out_while_it_waits(ends: tuple[socket.socket, socket.socket]) ->
             thrown.send(None)
             with pytest.raises(KeyError):
                 thrown.throw(KeyError("thrown"))
-            ends[1].send(HEADER + b"\x07")
+            seqpacket[1].send(HEADER + b"\x07")
             assert await one() == b"\x07"
 
         asyncio.run(work())
 
 
-def test_the_users_own_reader_stays(run: Run, ends: tuple[socket.socket, socket.socket]) -> None:
+def test_the_users_own_reader_stays(run: Run, seqpacket: Pair) -> None:
     """`async for` and add_reader(rx.fileno()) are two readers: neither takes the other's place, nor its packets twice."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         got: list[int] = []
         with linkrx.open(receiver, lambda *call: got.append(call[3].data[0])) as rx:
             called = asyncio.Event()
@@ -428,13 +416,11 @@ def test_the_users_own_reader_stays(run: Run, ends: tuple[socket.socket, socket.
 
 
 @pytest.mark.parametrize("mute", [True, False])
-def test_a_task_goes_on_when_somebody_else_sees_the_end(
-    run: Run, ends: tuple[socket.socket, socket.socket], mute: bool
-) -> None:
+def test_a_task_goes_on_when_somebody_else_sees_the_end(run: Run, seqpacket: Pair, mute: bool) -> None:
     """A call that sees the end makes fileno() quiet: a task that waits in `async for` ends all the same."""
 
     async def work() -> None:
-        with linkrx.open(ends[0], lambda *_: None) as rx:
+        with linkrx.open(seqpacket[0], lambda *_: None) as rx:
 
             async def consume() -> list[linkrx.Packet]:
                 return [packet async for packet in rx]
@@ -451,11 +437,11 @@ def test_a_task_goes_on_when_somebody_else_sees_the_end(
 
 
 @pytest.mark.parametrize("way", ["packets", "batches"])
-def test_latency(run: Run, ends: tuple[socket.socket, socket.socket], way: str) -> None:
+def test_latency(run: Run, seqpacket: Pair, way: str) -> None:
     """With latency= what comes while a packet is held back comes with it, in one batch, in `async for` as well."""
 
     async def work() -> None:
-        receiver, sender = ends
+        receiver, sender = seqpacket
         with linkrx.open(receiver, latency=0.2) as rx:
             assert rx.stats().batches == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 
 import pytest
 from support.run import that_take
@@ -24,14 +23,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that takes sockets of all kinds."""
     name: str = request.param
     return name
-
-
-@pytest.fixture
-def seqpacket() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Receiver and sender of a seqpacket pair."""
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with receiver, sender:
-        yield receiver, sender
 
 
 def sizes(rx: linkrx.Dispatcher) -> list[int]:

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,13 +30,6 @@ Wire = tuple[str, str, socket.socket]
 
 # The kernel closes one of a ring's 512 blocks every 50 ms: a sender that is kept off its processor has 25 s.
 LATENCY = 0.05
-
-
-@pytest.fixture
-def wire() -> Iterator[Wire]:
-    """Near end, far end, and a socket that sends from the far one."""
-    with veth() as (near, far), injector_on(far) as injector:
-        yield near, far, injector
 
 
 def numbers(rx: linkrx.Dispatcher, timeout: float) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -28,13 +27,6 @@ SO_RCVMARK = 75
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 Wire = tuple[str, str, socket.socket]
-
-
-@pytest.fixture
-def wire() -> Iterator[Wire]:
-    """Near end, far end, and a socket that sends from the far one."""
-    with veth() as (near, far), injector_on(far) as injector:
-        yield near, far, injector
 
 
 @needs_core

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -43,14 +43,6 @@ OTHERS = [
     1j,
     object(),
 ]
-
-
-@pytest.fixture
-def datagram() -> Iterator[socket.socket]:
-    """One end of a pair."""
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with receiver, sender:
-        yield receiver
 
 
 def test_the_numeric_options_are_these() -> None:

@@ -800,14 +800,6 @@ def contradiction(source: Any, error: type[Exception] = linkrx.UnsupportedOption
     return str(caught.value)
 
 
-@pytest.fixture
-def unix() -> Iterator[socket.socket]:
-    """A datagram socket."""
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with receiver, sender:
-        yield receiver
-
-
 @devices
 @pytest.mark.parametrize(("mode", "ethernet"), [("tun", True), ("tap", False)])
 def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
@@ -863,9 +855,9 @@ def test_packet_info_contradicts_a_queue(packet_info: bool) -> None:
         linkrx.open(fd, packet_info=packet_info).close()
 
 
-def test_packet_info_on_a_socket(unix: socket.socket) -> None:
+def test_packet_info_on_a_socket(datagram: socket.socket) -> None:
     """A socket sends no packet information: asking for it is an error that names both."""
-    message = contradiction(unix, packet_info=True)
+    message = contradiction(datagram, packet_info=True)
     assert "packet_info=True contradicts" in message
     assert "AF_UNIX datagram socket" in message
 
@@ -874,10 +866,10 @@ def test_packet_info_on_a_socket(unix: socket.socket) -> None:
     ("name", "value"),
     [("promiscuous", True), ("outgoing", True), ("timestamps", True), ("fanout", 1)],
 )
-def test_packet_option_on_a_unix_socket(unix: socket.socket, name: str, value: object) -> None:
+def test_packet_option_on_a_unix_socket(datagram: socket.socket, name: str, value: object) -> None:
     """An option of packet sockets on another socket is an error that names both."""
     options: dict[str, Any] = {name: value}
-    message = contradiction(unix, **options)
+    message = contradiction(datagram, **options)
     assert f"{name}={value!r} needs an AF_PACKET socket" in message
     assert "AF_UNIX datagram socket" in message
 
@@ -935,16 +927,16 @@ def test_backend_that_does_not_take_the_source() -> None:
     assert "packet pipe" in message
 
 
-def test_unknown_backend(unix: socket.socket) -> None:
+def test_unknown_backend(datagram: socket.socket) -> None:
     """A backend that does not exist is an error that lists those that do."""
-    message = contradiction(unix, linkrx.BackendUnavailable, backend="nonesuch")
+    message = contradiction(datagram, linkrx.BackendUnavailable, backend="nonesuch")
     assert "'nonesuch'" in message
     assert "os_readv" in message
 
 
-def test_unknown_option(unix: socket.socket) -> None:
+def test_unknown_option(datagram: socket.socket) -> None:
     """An option that does not exist is a TypeError that names it and lists those that do."""
-    message = contradiction(unix, TypeError, promiscous=True, batch_size=8)
+    message = contradiction(datagram, TypeError, promiscous=True, batch_size=8)
     assert "no option 'promiscous'; it has" in message
     assert "promiscuous" in message
 
@@ -961,22 +953,22 @@ def test_unknown_option(unix: socket.socket) -> None:
         ("vnet_header", 9),
     ],
 )
-def test_value_that_cannot_be(unix: socket.socket, name: str, value: float) -> None:
+def test_value_that_cannot_be(datagram: socket.socket, name: str, value: float) -> None:
     """A value that no source could take is a ValueError that quotes it, and no UnsupportedOption."""
     options: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}")) as caught:
-        linkrx.open(unix, **options)
+        linkrx.open(datagram, **options)
     assert not isinstance(caught.value, linkrx.LinkrxError)
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1,) * 65])
-def test_ladder_that_cannot_be(unix: socket.socket, sizes: tuple[int, ...]) -> None:
+def test_ladder_that_cannot_be(datagram: socket.socket, sizes: tuple[int, ...]) -> None:
     """A ladder that IovecBuffer would not take is a ValueError here too."""
     with pytest.raises(ValueError, match="buffer_sizes"):
-        linkrx.open(unix, buffer_sizes=sizes)
+        linkrx.open(datagram, buffer_sizes=sizes)
 
 
-def test_values_at_the_limits(unix: socket.socket) -> None:
+def test_values_at_the_limits(datagram: socket.socket) -> None:
     """The least and the largest value that may be are taken."""
     for options in (
         {"batch_size": 1},
@@ -984,7 +976,7 @@ def test_values_at_the_limits(unix: socket.socket) -> None:
         {"vnet_header": 10},
         {"buffer_sizes": (1,) * 64},
     ):
-        with linkrx.open(unix, **options) as rx:
+        with linkrx.open(datagram, **options) as rx:
             assert rx.end is None
 
 

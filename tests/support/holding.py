@@ -20,7 +20,7 @@ import pytest
 import linkrx
 from linkrx.testing import rigs
 from linkrx.testing.rigs import MakeRig, Rig
-from linkrx.testing.waiting import patiently
+from linkrx.testing.waiting import number_of, patiently
 
 SIZE = 1403  # no multiple of 8, so that frames that follow each other have something between them
 MARKED = 18  # bytes in front of those that `frame` fills: link header and mark
@@ -82,11 +82,6 @@ def send(rig: Rig, marks: range, size: int = SIZE) -> None:
         rig.send(frame(rig, mark, size))
 
 
-def mark_of(rig: Rig, packet: linkrx.Packet) -> int:
-    """Which frame it is."""
-    return int.from_bytes(packet.data[0 if rig.ethernet else 1 :][:4], "big")
-
-
 def burst(rx: linkrx.Dispatcher) -> int:
     """How many frames to send at once."""
     return RING_BURST if rx.backend == "packet_mmap" else BURST
@@ -109,8 +104,8 @@ def receive(rig: Rig, rx: linkrx.Dispatcher, marks: range) -> list[linkrx.Batch]
         batches += islice(rx.batches(0.01), 1)
     sent = iter(marks)
     for packet in chain(*batches):
-        assert mark_of(rig, packet) in sent, "a frame comes twice or out of order"
-        assert bytes(packet) == frame(rig, mark_of(rig, packet))
+        assert number_of(rig, packet) in sent, "a frame comes twice or out of order"
+        assert bytes(packet) == frame(rig, number_of(rig, packet))
     return batches
 
 
@@ -205,7 +200,7 @@ Make = Callable[[linkrx.Batch, list[bytes]], list[Thing]]
 def take(rig: Rig, rx: linkrx.Dispatcher, make: Make = things_of) -> list[Thing]:
     """Things of one receive, with nothing else of it held."""
     batch = receive(rig, rx, range(burst(rx)))[0]
-    return make(batch, [frame(rig, mark_of(rig, packet)) for packet in batch])
+    return make(batch, [frame(rig, number_of(rig, packet)) for packet in batch])
 
 
 def wrong(things: list[Thing]) -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 import linkrx
 from linkrx.kernel.namespace import enter_private_network
 from linkrx.testing.rigs import Rig
-from support.holding import BURST, HOLDERS, NAMED, frame, lap, mark_of, receive, send, take, wrong
+from linkrx.testing.waiting import number_of
+from support.holding import BURST, HOLDERS, NAMED, frame, lap, receive, send, take, wrong
 
 KEPT = 800  # packets, one of each receive
 STEPS_MOST = 5000  # allocations of a receive, far less
@@ -112,9 +113,9 @@ def no_memory(cell: str) -> None:
             finally:
                 testcapi.remove_mem_hooks()
             for thing in kept[before : before + 1]:
-                held.append((mark_of(rig, thing), thing))
+                held.append((number_of(rig, thing), thing))
             for batch in rx.batches(0):  # what it left
-                held.extend((mark_of(rig, packet), packet) for packet in batch)
+                held.extend((number_of(rig, packet), packet) for packet in batch)
             step += 1
         numbers = [number for number, _ in held]
         say(f"out of order: {numbers != sorted(set(numbers))}")
