@@ -7,6 +7,7 @@
 
 #include "bpf.h"
 #include "bpf_view.inc"
+#include "file_type.inc"
 
 /* The next 1, 2 or 4 bytes, big-endian. */
 static inline uint32_t number(const uint8_t *from, uint32_t size)
@@ -78,7 +79,7 @@ static inline uint32_t number(const uint8_t *from, uint32_t size)
  * to the next by itself, which a processor foresees better than one switch for all: `udp port 53` in 15 ns in place of 29. */
 #define NEXT goto *places[(++i)->code]
 
-static uint32_t run(const struct view *v)
+static uint32_t run(const struct lrx_instruction *i, const struct view *v)
 {
     static const void *const places[] = {
         [BPF_LD | BPF_W | BPF_ABS] = &&ld_word,
@@ -105,7 +106,6 @@ static uint32_t run(const struct view *v)
         PLACES(BPF_K, k),
         PLACES(BPF_X, x),
     };
-    const struct lrx_instruction *i = v->filter->program;
     const uint8_t *frame = v->packet->frame;
     const uint32_t simple = v->tag ? 0 : v->length; /* bytes that are where their offset says */
     uint32_t scratch[SCRATCH], a = 0, x = 0, value = 0;
@@ -187,12 +187,36 @@ ret_a:
     OPERATIONS(x, x);
 }
 
+/* As the file has it: what tells about the packet stands in front of it. */
+static uint32_t run_on_record(const struct lrx_file_programs *files, const struct lrx_filtered *packet)
+{
+    const struct lrx_instruction *program = lrx_file_program(files, packet->file_type);
+    const uint32_t head = lrx_file_head(packet->file_type);
+    struct lrx_filtered record = *packet;
+    const struct view v = {&record, false, packet->length + head};
+    uint32_t kept;
+
+    if (!program)
+        return 0;
+    record.frame -= head;
+    record.length += head;
+    record.wire_length += head;
+    record.link_header += head;
+    kept = run(program, &v);
+    if (kept <= head)
+        return 0;
+    return kept - head < packet->length ? kept - head : packet->length;
+}
+
 uint32_t lrx_filter_run(const struct lrx_filter *filter, const struct lrx_filtered *packet)
 {
     const bool tag = filter->tags && packet->tagged && packet->length >= TAG_AT;
-    const struct view v = {packet, filter, tag, packet->length + (tag ? TAG : 0)};
-    uint32_t kept = run(&v);
+    const struct view v = {packet, tag, packet->length + (tag ? TAG : 0)};
+    uint32_t kept;
 
+    if (filter->files)
+        return run_on_record(filter->files, packet);
+    kept = run(filter->program, &v);
     if (tag && kept > TAG_AT) /* of the frame that has no tag */
         kept = kept > TAG_AT + TAG ? kept - TAG : TAG_AT;
     return kept < packet->length ? kept : packet->length;

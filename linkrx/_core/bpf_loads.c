@@ -11,6 +11,7 @@
 #include "bpf_view.inc"
 
 /* linux/if_ether.h, which clashes with the C library's. */
+#define ETHER_HEADER 14 /* linux/if_ether.h: ETH_HLEN */
 #define ETH_P_802_3 0x0001
 #define ETH_P_802_2 0x0004
 #define ETH_P_802_3_MIN 0x0600
@@ -58,8 +59,8 @@ static uint32_t protocol_of(const struct view *v)
 
     if (p->protocol)
         return p->protocol;
-    if (!p->link_header) {
-        const uint32_t version = p->length ? p->frame[0] >> 4 : 0;
+    if (p->link_header != ETHER_HEADER) {
+        const uint32_t version = p->length > p->link_header ? p->frame[p->link_header] >> 4 : 0;
 
         return version == 4 ? ETH_P_IP : version == 6 ? ETH_P_IPV6 : 0;
     }
@@ -78,7 +79,7 @@ static uint32_t packet_type_of(const struct lrx_filtered *p)
 
     if (p->outgoing)
         return PACKET_OUTGOING;
-    if (!p->link_header || p->length < sizeof broadcast || !(p->frame[0] & 1))
+    if (p->link_header != ETHER_HEADER || p->length < sizeof broadcast || !(p->frame[0] & 1))
         return PACKET_HOST;
     return memcmp(p->frame, broadcast, sizeof broadcast) == 0 ? PACKET_BROADCAST : PACKET_MULTICAST;
 }

@@ -90,6 +90,8 @@ static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t s
         return damaged(c, LRX_CAPTURE_LENGTH, length);
     if (size - c->header < length)
         return wait_for(c, c->header + length);
+    if (!is_met(c, i))
+        return 0;
     if (c->header == PCAP_KUZNETZOV_HEADER) {
         interface = u32(c, at + 16);
         flags |= at[22] == PACKET_OUTGOING ? LRX_OUTGOING : 0;
@@ -121,12 +123,12 @@ static uint32_t begin(struct lrx_capture *c, const uint8_t *at, uint32_t size)
     return damaged(c, LRX_CAPTURE_MAGIC, magic);
 }
 
-/* Until a record is not whole, or `most` rows are filled. Returns how many bytes were walked over. */
+/* Until a record is not whole, an interface is not met, or `most` rows are filled. Returns how many bytes were walked over. */
 static uint32_t walk(struct lrx_capture *c, const uint8_t *memory, uint32_t size, struct rows *r, uint32_t most)
 {
     uint32_t at = 0;
 
-    c->needed = 0;
+    c->needed = c->asked = 0;
     while (!c->damage) {
         uint32_t step;
 

@@ -33,6 +33,7 @@ struct lrx_capture_interface {
     uint32_t shift;        /* a unit is 2^-shift seconds, if that is not 0 */
     uint64_t divide;       /* so many units are a nanosecond */
     int64_t offset;        /* seconds to add */
+    uint32_t met;          /* whoever fills knows of it. The walk does not go over a packet before */
     char name[LRX_CAPTURE_NAME];
 };
 
@@ -50,6 +51,7 @@ struct lrx_capture {
     struct lrx_capture_interface *interfaces;
     uint32_t needed;     /* bytes of the next record that must be in memory together */
     uint32_t piece;      /* that was walked over last */
+    uint32_t asked;      /* one more than the number of an interface whose first packet comes next; 0: none */
     uint32_t damage;     /* what is wrong at `offset` */
     uint64_t value;
     /* What was read and not walked over yet. */

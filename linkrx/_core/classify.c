@@ -25,6 +25,7 @@ static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_column
         .link_header = link_header,
         .link_type = link_type,
         .protocol = protocol,
+        .file_type = in->file_types[k],
         .interface = in->interfaces[k] ? in->interfaces[k] : c->interface,
         .outgoing = in->flags[k] & LRX_OUTGOING,
         .tagged = in->flags[k] & LRX_VLAN,
@@ -115,7 +116,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
                 continue;
             }
         }
-        if (c->filter.program) {
+        if (c->filter.program || (per_packet && c->filter.files)) {
             length = filtered(c, &in, k, frame, length, wire_length, link_header, per_packet ? link_type : c->link_type, protocol);
             if (!length) {
                 counters[LRX_FILTERED]++;

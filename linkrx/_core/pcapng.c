@@ -201,6 +201,8 @@ static uint32_t packet(struct lrx_capture *c, const uint8_t *at, uint32_t type, 
         return damaged(c, LRX_CAPTURE_LENGTH, length);
     if (head + length > there)
         return wait_for(c, head + length);
+    if (!is_met(c, i))
+        return 0;
     if (type == BLOCK_SIMPLE) {
         r->out.timestamps[r->n] = 0;
     } else {

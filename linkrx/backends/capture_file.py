@@ -8,7 +8,7 @@ from typing import Any
 
 from linkrx import _core
 from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveConfig
-from linkrx.errors import DamagedCapture
+from linkrx.errors import DamagedCapture, UnsupportedOption
 from linkrx.sources.capture_file import CaptureReader, Got
 
 # Pieces that one fill reads without a packet in them, 16 MiB: whoever wants to stop is looked for in between.
@@ -45,6 +45,7 @@ class CaptureWalk(Backend):
         self._got: Got = []  # a piece that was read and not walked over yet: one at most
         self._piece = 1
         self._failure: Exception | None = None
+        self._refused: Exception | None = None  # by a filter, which may be exchanged
         self._state: Any = _core.lib.lrx_capture_open()
         if not self._state:
             raise MemoryError("a buffer for a capture file: there is no memory")
@@ -54,10 +55,14 @@ class CaptureWalk(Backend):
         lib, state, got = _core.lib, self._state, self._got
         region = arena.address + arena.cursor
         for _ in range(PIECES_MOST):
+            if state.asked and not self._meet():
+                return self._tell(errno.EBADMSG)
             if not got:
                 count: int = lib.lrx_capture_again(state, self._address, self._rows, region)
                 if count:
                     return count
+                if state.asked:
+                    continue
                 if state.damage or self._failure:
                     return self._tell(errno.EBADMSG)
                 if self._piece == state.piece:  # which was walked over
@@ -79,6 +84,22 @@ class CaptureWalk(Backend):
             if count:
                 return count
         return 0
+
+    def _meet(self) -> bool:
+        """Tell the filters of the link type of an interface whose first packet comes next. False: there is one that cannot judge it."""
+        state = self._state
+        interface = state.interfaces[state.asked - 1]
+        try:
+            self._file.filters.meet(interface.file_type)
+        except ValueError as error:
+            self._refused = UnsupportedOption(
+                f"the next packet of the {self._name} comes from interface {state.asked}, which the filter cannot judge: {error}\n"
+                "It is the next one still: set another filter with set_filter()"
+            )
+            return False
+        interface.met, state.asked = 1, 0
+        self._refused = None
+        return True
 
     def _read(self, arena: Owner) -> None:
         start = arena.cursor + self._state.rest_end - self._state.rest_at
@@ -102,7 +123,7 @@ class CaptureWalk(Backend):
         if code != errno.EBADMSG:
             return None
         state = self._state
-        return self._failure or DamagedCapture(self._name, state.offset, _sentence(state))
+        return self._refused or self._failure or DamagedCapture(self._name, state.offset, _sentence(state))
 
     def interface_name(self, index: int) -> str | None:
         """The name of an interface of a pcapng file, once its block was read."""

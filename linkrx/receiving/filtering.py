@@ -9,14 +9,15 @@ from linkrx.backend import Backend
 from linkrx.errors import Busy, UnsupportedOption
 from linkrx.kernel.uapi import ETH_P_ALL
 from linkrx.sources import filters
+from linkrx.sources.file_filter import FilePrograms
 from linkrx.sources.filters import FilterLike, Plan
 from linkrx.sources.options import Options
 from linkrx.sources.resolve import Settings
 from linkrx.sources.source import Source
 
-# Lets linkrx run a program (of struct sock_filter; empty: none) on what waits and what comes: the program, whether it reads
+# Lets linkrx run a program (of struct sock_filter; empty: none), or those of a capture file, on what waits and what comes: the program, whether it reads
 # tags, and after how many seconds it ends once nothing was there, or -1. Returns when nothing of before is handed over any more.
-Run = Callable[[bytes, bool, float], None]
+Run = Callable[[bytes | FilePrograms, bool, float], None]
 
 _STAYS = -1.0
 
@@ -108,22 +109,26 @@ class SourceFilter:
         """In an order that lets nothing pass that neither filter takes: the kernel's is taken off behind linkrx's own."""
         if plan is None:
             self._source.set_filter(None)
-            run(b"", False, _STAYS)
+            self._run_own(run, None)
         elif plan.kernel:
             self._source.set_filter(plan.kernel)
-            _run_own(run, plan, readable_within)
+            self._run_own(run, plan, readable_within)
         else:
-            _run_own(run, plan, readable_within)
+            self._run_own(run, plan)
             try:
                 self._source.set_filter(b"")
             except UnsupportedOption:
-                _run_own(run, self._plan, readable_within)
+                self._run_own(run, self._plan, readable_within)
                 raise
         self._plan = plan
 
-
-def _run_own(run: Run, plan: Plan | None, readable_within: float) -> None:
-    if plan is None or not plan.own:
-        run(b"", False, _STAYS)
-    else:
-        run(plan.program.code, plan.program.tags, readable_within if plan.until_empty else _STAYS)
+    def _run_own(self, run: Run, plan: Plan | None, readable_within: float = 0.0) -> None:
+        file = self._source.file
+        if plan is None or not plan.own:
+            run(b"", False, _STAYS)
+            if file is not None:
+                file.filters.clear()
+        elif file is not None and plan.program.of_file is not None:
+            file.filters.put(plan.program.of_file, lambda programs: run(programs, False, _STAYS))
+        else:
+            run(plan.program.code, plan.program.tags, readable_within if plan.until_empty else _STAYS)

@@ -14,6 +14,7 @@ from linkrx.memory.report import Report
 from linkrx.packets.headers import TRUNCATED
 from linkrx.packets.plain import Owner, Packet, restore
 from linkrx.receiving.callbacks import Callbacks
+from linkrx.sources.file_filter import FilePrograms
 from linkrx.stages.classify import Filter
 
 
@@ -115,7 +116,8 @@ class Filtering(Callbacks):
             self._filter.end()
         return count
 
-    def _set_filter(self, program: bytes, tags: bool, seconds: float, /) -> bool:
+    def _set_filter(self, program: bytes | FilePrograms, tags: bool, seconds: float, /) -> bool:
+        assert isinstance(program, bytes)  # files take the core
         self._filter.want(program, tags, seconds)
         return self._exchange_filter()
 

@@ -31,6 +31,7 @@ from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
 from linkrx.receiving.wakeup import Wakeup
+from linkrx.sources.file_filter import FilePrograms
 from linkrx.sources.resolve import Settings
 from linkrx.sources.source import LinkState, Source
 from linkrx.stages.segmenting import SEGMENT_ROWS, Segmenting
@@ -244,7 +245,7 @@ class Reception(Receiver):
         self._source_filter.backend_changed(self._run_filter, chosen, mechanism.readable_within)
         self._tell_filter()
 
-    def _run_filter(self, program: bytes, tags: bool, seconds: float) -> None:
+    def _run_filter(self, program: bytes | FilePrograms, tags: bool, seconds: float) -> None:
         done = self._set_filter(program, tags, seconds)
         while not done:  # another thread is inside, which is woken
             time.sleep(_LOOK_AGAIN)

@@ -88,6 +88,7 @@ class Capabilities:
     device, also when it lives in another network namespace (`local` is then False). `owned`: linkrx opened the
     source itself, by interface name. `nonblocking`: O_NONBLOCK is set. `has_ring`: somebody has put a ring on the packet socket.
     `silent_end`: a macvtap or ipvtap queue, of which nothing tells that its device is deleted: linkrx asks now and then.
+    `file_type`: the link type of the first packet of a capture file, as `_core/report.h` has it, where that can be seen without reading from it.
     `ifindex` is GONE, -1, where the interface that a packet socket was bound to is deleted.
     """
 
@@ -110,6 +111,7 @@ class Capabilities:
     nonblocking: bool = False
     owned: bool = False
     path: str | None = None
+    file_type: int | None = None
 
     @property
     def title(self) -> str:

@@ -9,6 +9,7 @@ import select
 import socket
 import stat
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from linkrx.errors import UnsupportedSource
+from linkrx.memory.framing import FILE_LINK_TYPE, FILE_SWAPPED, OF_FILE
 from linkrx.sources.capabilities import Capabilities
+from linkrx.sources.file_filter import FileFilters
 
 LARGEST_RECORDED = 262_144  # MAXIMUM_SNAPLEN of libpcap, as in _core/capture_file.h
 
@@ -26,10 +29,11 @@ _GZIP_BITS = 31  # of zlib: the largest window, with a gzip header
 _COMPRESSED_BYTES = 64 * 1024
 
 # How a capture file begins, in either byte order: see _core/capture_file.c.
+_SECTION, _PCAP_MAGICS = b"\x0a\x0d\x0d\x0a", (0xA1B2C3D4, 0xA1B23C4D, 0xA1B2CD34)
 _MAGICS = frozenset(
-    {b"\x0a\x0d\x0d\x0a"}
-    | {struct.pack(order, magic) for order in ("<I", ">I") for magic in (0xA1B2C3D4, 0xA1B23C4D, 0xA1B2CD34)}
+    {_SECTION} | {struct.pack(order, magic) for order in ("<I", ">I") for magic in _PCAP_MAGICS}
 )
+_INTERFACE, _PACKETS = 1, (2, 3, 6)  # blocks of pcapng
 
 # A Python that was built with musl may lack it.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
@@ -75,14 +79,14 @@ class CaptureFile:
 
     def probe(self) -> Capabilities:
         """What `linkrx.probe` returns. Of a regular file by its path, how it begins is looked at."""
-        if isinstance(self.file, (str, os.PathLike)):
-            _check_path(self.file)
+        file_type = _first_type(self.file) if isinstance(self.file, (str, os.PathLike)) else None
         return Capabilities(
             kind="capture_file",
             socket=False,
             largest_frame=LARGEST_RECORDED,
             path=self.name,
             owned=isinstance(self.file, (str, os.PathLike)),
+            file_type=file_type,
         )
 
 
@@ -104,17 +108,20 @@ def perhaps_a_file(name: str) -> Iterator[None]:
         ) from error
 
 
-def _check_path(path: str | os.PathLike[str]) -> None:
-    """Raise UnsupportedSource for a path at which there is no capture file, as far as can be told without waiting."""
+def _first_type(path: str | os.PathLike[str]) -> int | None:
+    """The link type of the first packet, where it is seen at once. Raises UnsupportedSource for a path at which there is no
+    capture file, as far as can be told without waiting.
+    """
     shown = repr(os.fspath(path))
     try:
         mode = Path(path).stat().st_mode
         if stat.S_ISDIR(mode):
             raise UnsupportedSource(f"{shown} is a directory: give the path of a capture file")
         if not stat.S_ISREG(mode):
-            return  # reading would take from it
+            return None  # reading would take from it
         with Path(path).open("rb", buffering=0) as file:
             begin = file.read(4) or b""
+            found = _link_type_in(file, begin) if begin in _MAGICS else None
     except OSError as error:
         raise UnsupportedSource(f"reading the capture file {shown}: {error.strerror}") from error
     if begin not in _MAGICS and not begin.startswith(GZIP_MAGIC):
@@ -122,6 +129,32 @@ def _check_path(path: str | os.PathLike[str]) -> None:
             f"{shown} is no capture file: it begins with {begin.hex(' ') or 'nothing'}, and neither pcap, pcapng nor gzip does. "
             "`file` tells what it is"
         )
+    if found is None:
+        return None
+    link_type, little = found
+    return OF_FILE | link_type | (0 if little == (sys.byteorder == "little") else FILE_SWAPPED)
+
+
+def _link_type_in(file: io.FileIO, begin: bytes) -> tuple[int, bool] | None:
+    """And whether the file is little-endian. What is not as it should be is for the walk over the file to say."""
+
+    def words(at: int, count: int) -> tuple[int, ...]:
+        file.seek(at)
+        return struct.unpack(order + f"{count}I", file.read(4 * count))
+
+    try:
+        if begin != _SECTION:
+            order = "<" if int.from_bytes(begin, "little") in _PCAP_MAGICS else ">"
+            return words(20, 1)[0] & FILE_LINK_TYPE, order == "<"
+        file.seek(8)
+        order = "<" if file.read(4) == b"\x4d\x3c\x2b\x1a" else ">"
+        interface = words(4, 1)[0]
+        kind, length, described = words(interface, 3)
+        if kind != _INTERFACE or words(interface + length, 1)[0] not in _PACKETS:
+            return None
+    except struct.error:
+        return None
+    return (described & 0xFFFF if order == "<" else described >> 16), order == "<"
 
 
 class CaptureReader:
@@ -130,6 +163,7 @@ class CaptureReader:
     def __init__(self, capture: CaptureFile) -> None:
         self.name = capture.name
         self.compressed = False
+        self.filters = FileFilters()
         self.fd = -1
         self._owned = -1  # the descriptor to close
         self._always = -1  # an eventfd that is readable, for a file that cannot be polled

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from linkrx.errors import UnsupportedOption
 from linkrx.kernel import bpf
 from linkrx.kernel.bpf import Instruction
+from linkrx.memory.framing import FILE_LINK_TYPE, FILE_SWAPPED, OF_FILE
 from linkrx.sources import libpcap
 from linkrx.sources.capabilities import Capabilities
 
@@ -42,6 +43,9 @@ _COOKED_TYPE, _COOKED_PROTOCOL, _COOKED_HEADER = 0, 14, 16
 
 _HALF = 0x08
 
+# LINKTYPE_* that have words of their own in tcpdump's language: Ethernet, IEEE 802.11, Linux cooked, the packet filter's log, ATM, SS7.
+_SOME_LINK_TYPES = (1, 105, 113, 117, 123, 140)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -50,6 +54,9 @@ class Program:
     instructions: tuple[Instruction, ...]
     text: str
     tags: bool = False
+    of_file: FilterLike | None = (
+        None  # what the caller gave, for a capture file: each link type has its program
+    )
 
     @property
     def code(self) -> bytes:
@@ -163,21 +170,43 @@ def _instructions(given: object) -> tuple[Instruction, ...]:
 
 def compiled(given: FilterLike, found: Capabilities, *, ethernet: bool) -> Program:
     """The program for frames of a source. Raises ValueError for a wrong filter, UnsupportedOption where it cannot be compiled."""
+    if found.kind == "capture_file":
+        return _for_some_file(given, found.file_type)
     if not isinstance(given, str):
         return Program(_instructions(given), f"{len(given)} instructions")
     cooked = is_cooked(found)
     link_type = libpcap.DLT_LINUX_SLL if cooked else libpcap.DLT_EN10MB if ethernet else libpcap.DLT_RAW
-    made = libpcap.compiled(given, link_type)
+    made = libpcap.compiled(given, libpcap.Link(link_type))
     if cooked:
         made = [_relocated(one, given, found) for one in made]
     return Program(tuple(made), repr(given), tags=not cooked and re.search(r"\bvlan\b", given) is not None)
 
 
+def for_file(given: FilterLike, file_type: int) -> Program:
+    """The program for packets of a capture file: of one link type, as they tell it. It reads all that the file has of them. Raises as `compiled`."""
+    if not isinstance(given, str):
+        return Program(_instructions(given), f"{len(given)} instructions", of_file=given)
+    link = libpcap.Link(file_type & FILE_LINK_TYPE, of_file=True, swapped=file_type & FILE_SWAPPED != 0)
+    return Program(tuple(libpcap.compiled(given, link)), repr(given), of_file=given)
+
+
+def _for_some_file(given: FilterLike, file_type: int | None) -> Program:
+    """Where the link type is not known yet, one that the expression suits: what suits none is wrong."""
+    if file_type is not None:
+        return for_file(given, file_type)
+    first: ValueError | None = None
+    for link_type in _SOME_LINK_TYPES:
+        try:
+            return for_file(given, OF_FILE | link_type)
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
 def is_cooked(found: Capabilities) -> bool:
     """Whether frames of several kinds of device come, or none with its link header."""
-    return found.kind in ("packet_cooked", "capture_file") or (
-        found.kind == "packet" and found.ifindex is None
-    )
+    return found.kind == "packet_cooked" or (found.kind == "packet" and found.ifindex is None)
 
 
 def _relocated(one: Instruction, expression: str, found: Capabilities) -> Instruction:

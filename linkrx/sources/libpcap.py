@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import struct
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from linkrx.errors import UnsupportedOption
@@ -16,10 +20,23 @@ from linkrx.kernel.bpf import Instruction
 _NAMES = ("libpcap.so.0.8", "libpcap.so.1")
 
 # pcap/dlt.h
-DLT_EN10MB = 1  # Ethernet
+DLT_NULL, DLT_EN10MB = 0, 1  # loopback of BSD, Ethernet
 DLT_RAW = 12  # IP without a link header
 DLT_LINUX_SLL = 113  # Linux cooked
 LINK_TYPES = {DLT_EN10MB: "Ethernet", DLT_RAW: "IP without a link header", DLT_LINUX_SLL: "Linux cooked"}
+
+_FILE_HEADER = (
+    0xA1B2C3D4,
+    2,
+    4,
+    0,
+    0,
+    2**31 - 1,
+)  # pcap-savefile(5): magic, version, time zone twice, snaplen
+_ERROR_BYTES = 256  # pcap/pcap.h PCAP_ERRBUF_SIZE
+# What libpcap says where a file has no answer to what the kernel could tell of a live packet; pcapng has some.
+_NONE_TAKEN = "expression rejects all packets"
+_NOT_OF_FILES = "when reading savefiles"
 
 # What an expression that takes a packet returns: all of it.
 _SNAPLEN = 2**31 - 1
@@ -33,6 +50,19 @@ _WORDS = re.compile(r"[\w.:/\\-]+|[<>=!]=|<<|>>|&&|\|\||\S")
 
 # Before libpcap 1.8 pcap_compile() had global state.
 _lock = threading.Lock()
+
+
+class RejectsAll(ValueError):
+    """No packet of the link type is one that the expression takes."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Whose frames an expression is for: DLT_*, or LINKTYPE_* of a file, of this byte order or `swapped`."""
+
+    number: int
+    of_file: bool = False
+    swapped: bool = False
 
 
 class _BpfInsn(ctypes.Structure):
@@ -62,6 +92,10 @@ def _library() -> ctypes.CDLL | str:
             continue
         library.pcap_open_dead.restype = ctypes.c_void_p
         library.pcap_open_dead.argtypes = (ctypes.c_int, ctypes.c_int)
+        library.pcap_fopen_offline.restype = ctypes.c_void_p
+        library.pcap_fopen_offline.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+        library.pcap_datalink.argtypes = (ctypes.c_void_p,)
+        library.pcap_datalink_val_to_description.restype = ctypes.c_char_p
         library.pcap_geterr.restype = ctypes.c_char_p
         library.pcap_geterr.argtypes = (ctypes.c_void_p,)
         library.pcap_compile.argtypes = (
@@ -79,7 +113,7 @@ def _library() -> ctypes.CDLL | str:
     return said
 
 
-def compiled(expression: str, link_type: int) -> list[Instruction]:
+def compiled(expression: str, link: Link) -> list[Instruction]:
     """The program for frames of a link type. Raises ValueError with libpcap's message and the place, UnsupportedOption where
     there is no libpcap.
     """
@@ -90,24 +124,67 @@ def compiled(expression: str, link_type: int) -> list[Instruction]:
             "`apt install libpcap0.8` (Debian's name for it). Instructions work without: "
             "filter=linkrx.parse_ddd(text), with what `tcpdump -ddd` prints elsewhere"
         )
-    program, said = _compile(library, expression, link_type)
+    program, said = _compile(library, expression, link)
+    if said is not None and link.of_file and _NOT_OF_FILES in said:
+        program, said = _compile(library, expression, Link(_datalink(library, link)))
     if said is None:
         return program
-    where = _place(library, expression, link_type, said)
-    raise ValueError(
-        f"filter={expression!r} on frames of link type {LINK_TYPES[link_type]}: libpcap says: {said}{where}"
+    where = _place(library, expression, link, said)
+    raise (RejectsAll if _NONE_TAKEN in said else ValueError)(
+        f"filter={expression!r} on frames of link type {_described(library, link)}: libpcap says: {said}{where}"
     )
 
 
-def _compile(library: ctypes.CDLL, expression: str, link_type: int) -> tuple[list[Instruction], str | None]:
+def _described(library: ctypes.CDLL, link: Link) -> str:
+    if not link.of_file:
+        return LINK_TYPES[link.number]
+    words = library.pcap_datalink_val_to_description(_datalink(library, link))
+    return f"{link.number} ({words.decode() if words else 'which libpcap does not know'})"
+
+
+def _of_file(library: ctypes.CDLL, link: Link) -> int:
+    """A handle for a file without packets."""
+    order = {"little": "<>", "big": "><"}[sys.byteorder][link.swapped]
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.write(writing, struct.pack(order + "IHHiIII", *_FILE_HEADER, link.number))
+    finally:
+        os.close(writing)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fdopen.restype = ctypes.c_void_p
+    stream = libc.fdopen(reading, b"rb")
+    if not stream:
+        os.close(reading)
+        raise OSError(ctypes.get_errno(), "fdopen")
+    said = ctypes.create_string_buffer(_ERROR_BYTES)
+    handle: int | None = library.pcap_fopen_offline(stream, said)
+    if not handle:
+        libc.fclose(ctypes.c_void_p(stream))
+        raise UnsupportedOption(
+            f"libpcap on a file of link type {link.number}: {said.value.decode(errors='replace')}"
+        )
+    return handle
+
+
+def _datalink(library: ctypes.CDLL, link: Link) -> int:
+    """DLT_* of LINKTYPE_*."""
+    handle = _of_file(library, link)
+    try:
+        return int(library.pcap_datalink(handle))
+    finally:
+        library.pcap_close(handle)
+
+
+def _compile(library: ctypes.CDLL, expression: str, link: Link) -> tuple[list[Instruction], str | None]:
     """The program, or what is wrong."""
     made = _BpfProgram()
+    mask = 0 if link.of_file else _NETMASK_UNKNOWN  # for `ip broadcast`, as tcpdump does
     with _lock:
-        handle = library.pcap_open_dead(link_type, _SNAPLEN)
+        handle = _of_file(library, link) if link.of_file else library.pcap_open_dead(link.number, _SNAPLEN)
         if not handle:
             raise MemoryError("pcap_open_dead")
         try:
-            if library.pcap_compile(handle, made, expression.encode(), 1, _NETMASK_UNKNOWN) < 0:
+            if library.pcap_compile(handle, made, expression.encode(), 1, mask) < 0:
                 return [], library.pcap_geterr(handle).decode(errors="replace").strip()
             try:
                 return [(one.code, one.jt, one.jf, one.k) for one in made.bf_insns[: made.bf_len]], None
@@ -117,11 +194,11 @@ def _compile(library: ctypes.CDLL, expression: str, link_type: int) -> tuple[lis
             library.pcap_close(handle)
 
 
-def _place(library: ctypes.CDLL, expression: str, link_type: int, said: str) -> str:
+def _place(library: ctypes.CDLL, expression: str, link: Link, said: str) -> str:
     """Where the mistake is: a word that the message names, or the first one behind which no ending helps."""
     words = [(word.start(), word.end()) for word in _WORDS.finditer(expression)]
     if "syntax error" in said:
-        found = _first_wrong(library, expression, link_type, words)
+        found = _first_wrong(library, expression, link, words)
     else:
         named = re.findall(r"'([^']+)'|\"([^\"]+)\"|\b(\w*\d\w*)\b", said)
         names = {name for group in named for name in group if name}
@@ -134,7 +211,7 @@ def _place(library: ctypes.CDLL, expression: str, link_type: int, said: str) -> 
 
 
 def _first_wrong(
-    library: ctypes.CDLL, expression: str, link_type: int, words: Sequence[tuple[int, int]]
+    library: ctypes.CDLL, expression: str, link: Link, words: Sequence[tuple[int, int]]
 ) -> int | None:
     until = time.monotonic() + _SEARCH_SECONDS
     for start, end in words:
@@ -142,7 +219,7 @@ def _first_wrong(
         closing = ")" * max(0, begun.count("(") - begun.count(")"))
         inside = begun.count("[") > begun.count("]")
         for ending in _ENDINGS_IN_BRACKETS if inside else _ENDINGS:
-            if "syntax error" not in (_compile(library, begun + ending + closing, link_type)[1] or ""):
+            if "syntax error" not in (_compile(library, begun + ending + closing, link)[1] or ""):
                 break
             if time.monotonic() > until:
                 return None

@@ -81,6 +81,32 @@ static struct lrx_instruction next_instruction(struct input *in, uint32_t left, 
     return made;
 }
 
+/* Of a capture file the program reads the whole record, and what it keeps is counted from behind the header in front of the packet. */
+static void of_file(const struct lrx_instruction *program, const uint8_t *record, uint32_t length, int comparable)
+{
+    static const uint32_t link_types[] = {LINKTYPE_NULL, LINKTYPE_ETHERNET, LINKTYPE_LINUX_SLL, LINKTYPE_LINUX_SLL2};
+
+    for (unsigned k = 0; k < sizeof link_types / sizeof *link_types; k++) {
+        const uint32_t head = lrx_file_head(link_types[k]);
+        const struct lrx_file_programs files = {1, {LRX_OF_FILE | link_types[k]}, {program}};
+        const struct lrx_filter whole = {.program = program}, filter = {.files = &files};
+        struct lrx_filtered packet = {.frame = record, .length = length, .wire_length = length, .link_header = head, .protocol = 0x0800};
+        uint32_t kept;
+
+        if (length <= head)
+            continue;
+        kept = lrx_filter_run(&whole, &packet);
+        packet.frame += head;
+        packet.length -= head;
+        packet.wire_length -= head;
+        packet.link_header = 0;
+        packet.file_type = LRX_OF_FILE | link_types[k];
+        MUST(lrx_filter_run(&filter, &packet) == (kept > head ? kept - head : 0) || !comparable);
+        packet.file_type = LRX_OF_FILE | LINKTYPE_RAW;
+        MUST(lrx_filter_run(&filter, &packet) == 0); /* no program: nothing passes */
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, size};
@@ -121,6 +147,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         packet.vlan_tci = 0x2005;
         for (filter.tags = 0; filter.tags < 2; filter.tags++)
             MUST(lrx_filter_run(&filter, &packet) <= length);
+        of_file(program, frame, length, comparable);
         free(frame);
     }
     close(pair[0]);

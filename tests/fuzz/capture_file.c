@@ -70,14 +70,21 @@ static void read_file(struct result *r, const uint8_t *file, size_t size, uint32
         /* What lies before the next record was walked over; what is skipped is not in the rest. */
         const uint64_t base = at - left;
         uint32_t now = size - at < piece ? (uint32_t)(size - at) : piece;
-        uint8_t *region = exactly(left);
-        int count = lrx_capture_again(c, (uintptr_t)descriptors, rows, (uintptr_t)region);
+        uint8_t *region;
+        int count;
+
+        if (c->asked) {
+            MUST(c->asked <= c->first + c->count && !c->interfaces[c->asked - 1].met);
+            c->interfaces[c->asked - 1].met = 1;
+        }
+        region = exactly(left);
+        count = lrx_capture_again(c, (uintptr_t)descriptors, rows, (uintptr_t)region);
 
         MUST(count >= 0);
         if (count)
             take_rows(r, descriptors, rows, (uint32_t)count, region, left, base, file, size);
         free(region);
-        if (count)
+        if (count || c->asked)
             continue;
         if (c->damage || !now)
             break;

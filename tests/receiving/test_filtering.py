@@ -14,7 +14,6 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 from support.frames import tagged, udp
@@ -384,22 +383,3 @@ def test_tags_with_a_protocol(wire: Wire) -> None:
     """Of a socket that is bound to an EtherType the kernel forgets tags, so an expression that speaks of them is refused."""
     with pytest.raises(linkrx.UnsupportedOption, match="with protocol= it forgets them"):
         linkrx.open(wire[0], protocol=0x0800, filter="vlan 5")
-
-
-@needs_core
-@pytest.mark.parametrize(
-    ("link_type", "skipped", "head"),
-    [(1, 0, b""), (101, 14, b""), (113, 14, struct.pack("!HHH8sH", 0, 1, 6, bytes(8), 0x0800))],
-    ids=["Ethernet", "IP", "cooked"],
-)
-def test_a_capture_file(tmp_path: Path, link_type: int, skipped: int, head: bytes) -> None:
-    """An expression takes the same packets of a file of whatever link type; one that looks at Ethernet addresses is refused."""
-    path = tmp_path / "frames.pcap"
-    frames = [head + udp(port)[skipped:] for port in (53, 54, 53)]
-    records = (struct.pack("=IIII", 0, 0, len(one), len(one)) + one for one in frames)
-    path.write_bytes(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, link_type) + b"".join(records))
-    with linkrx.open(linkrx.CaptureFile(path), filter="udp port 53") as rx:
-        assert [packet.data[22:24] for packet in rx] == [b"\0\x35"] * 2
-        assert rx.stats().filtered == 1
-    with pytest.raises(ValueError, match="ethernet addresses supported only on"):
-        linkrx.open(linkrx.CaptureFile(path), filter="ether src 02:00:00:00:00:01")

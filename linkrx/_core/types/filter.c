@@ -45,6 +45,7 @@ static void judge_pending(Receiver *r)
             .link_header = link_header,
             .link_type = framing.per_packet ? t->link_types[k] : framing.link_type,
             .protocol = framing.per_packet ? t->protocols[k] : 0,
+            .file_type = framing.per_packet ? t->file_types[k] : 0,
             .interface = t->interfaces[k],
             .outgoing = t->flags[k] & LRX_OUTGOING,
             .tagged = t->flags[k] & LRX_VLAN,
@@ -81,9 +82,7 @@ int lrx_exchange_filter(Receiver *r)
     Py_XDECREF(r->filter);
     r->filter = r->next_filter.program;
     r->next_filter.program = NULL;
-    r->classifier.filter.program =
-        r->filter ? (const struct lrx_instruction *)(const void *)PyBytes_AsString(r->filter) : NULL;
-    r->classifier.filter.tags = r->next_filter.tags;
+    r->classifier.filter = r->next_filter.filter;
     r->filter_until = r->next_filter.until;
     r->exchanging = false;
     if (r->pending && r->filter)
@@ -95,37 +94,63 @@ int lrx_exchange_filter(Receiver *r)
 void lrx_end_filter(Receiver *r)
 {
     r->filter_until = 0;
-    r->classifier.filter.program = NULL;
+    r->classifier.filter = (struct lrx_filter){0};
     Py_CLEAR(r->filter);
+}
+
+/* Of a program, and of the programs of a capture file, which tell their address. 0: it is empty, and everything passes. */
+static int filter_of(PyObject *program, struct lrx_filter *filter)
+{
+    PyObject *address;
+    Py_ssize_t size;
+    char *code;
+
+    *filter = (struct lrx_filter){0};
+    if (!PyBytes_Check(program)) {
+        address = PyObject_GetAttrString(program, "address");
+        if (!address)
+            return -1;
+        filter->files = PyLong_AsVoidPtr(address);
+        Py_DECREF(address);
+        return PyErr_Occurred() ? -1 : 1;
+    }
+    if (PyBytes_AsStringAndSize(program, &code, &size) < 0)
+        return -1;
+    filter->program = (const struct lrx_instruction *)(const void *)code;
+    if (size == 0) {
+        filter->program = NULL;
+        return 0;
+    }
+    if (size % sizeof(struct lrx_instruction) || size > (Py_ssize_t)(LRX_FILTER_MOST * sizeof(struct lrx_instruction)) ||
+        lrx_filter_check(filter->program, (uint32_t)((size_t)size / sizeof(struct lrx_instruction)))) {
+        PyErr_SetString(PyExc_ValueError, "no program that the kernel would take");
+        return -1;
+    }
+    return 1;
 }
 
 /* _set_filter(program, tags, seconds): see the stub. */
 PyObject *lrx_receiver_set_filter(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
+    struct lrx_filter filter;
     PyObject *program, *before;
-    Py_ssize_t size;
     double seconds;
-    char *code;
-    int tags;
+    int tags, is_one;
 
-    if (!PyArg_ParseTuple(args, "O!pd:_set_filter", &PyBytes_Type, &program, &tags, &seconds) ||
-        PyBytes_AsStringAndSize(program, &code, &size) < 0)
+    if (!PyArg_ParseTuple(args, "Opd:_set_filter", &program, &tags, &seconds))
         return NULL;
-    if (size && (size % sizeof(struct lrx_instruction) || size > (Py_ssize_t)(LRX_FILTER_MOST * sizeof(struct lrx_instruction)) ||
-                 lrx_filter_check((const struct lrx_instruction *)(const void *)code,
-                                  (uint32_t)((size_t)size / sizeof(struct lrx_instruction))))) {
-        PyErr_SetString(PyExc_ValueError, "no program that the kernel would take");
+    is_one = filter_of(program, &filter);
+    if (is_one < 0)
         return NULL;
-    }
+    filter.tags = tags != 0;
     before = r->next_filter.program;
-    Py_INCREF(program);
-    r->next_filter.program = size ? program : NULL;
-    r->next_filter.tags = tags != 0;
+    if (is_one)
+        Py_INCREF(program);
+    r->next_filter.program = is_one ? program : NULL;
+    r->next_filter.filter = filter;
     r->next_filter.until = seconds < 0 ? 0 : lrx_now() + seconds;
     r->exchanging = true;
-    if (!size)
-        Py_DECREF(program);
     Py_XDECREF(before);
     return lrx_receiver_exchange_filter(self, NULL);
 }

@@ -396,7 +396,7 @@ static PyMethodDef receiver_methods[] = {
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
     {"_set_filter", lrx_receiver_set_filter, METH_VARARGS,
      "_set_filter($self, program, tags, seconds, /)\n--\n\n"
-     "Run this program of struct sock_filter on what is received, and on what waits; empty: none. With `seconds` above or at\n"
+     "Run this program of struct sock_filter, or the programs of a capture file, on what is received, and on what waits; empty: none. With `seconds` above or at\n"
      "0 until nothing was there, so long from now at the least. False: another thread is inside; ask _exchange_filter()."},
     {"_exchange_filter", lrx_receiver_exchange_filter, METH_NOARGS,
      "_exchange_filter($self, /)\n--\n\nWhether it is, or will be before anything is handed over. False: wake who is inside."},

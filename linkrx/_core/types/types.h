@@ -258,12 +258,12 @@ typedef struct {
     bool reads_memory;               /* a fill makes no system call, so it is always tried first */
 
     /* What linkrx itself filters by: filter.c. */
-    PyObject *filter;    /* bytes: the program that classification runs, or NULL */
+    PyObject *filter;    /* whose memory classification runs a program in, or NULL */
     double filter_until; /* it ends once a fill that began after this found nothing; 0: it stays */
     bool exchanging;     /* for `next_filter`, before anything more is handed over */
     struct {
         PyObject *program;
-        bool tags;
+        struct lrx_filter filter;
         double until;
     } next_filter;
 
