@@ -97,6 +97,9 @@ class Mechanism(ABC):
     # Somebody still reads in memory of the mechanism, which could not be copied: close() must leave it.
     held_by_others = False
 
+    # The next `fill` needs no readable source, although nothing is `held`: packets wait that nobody has counted.
+    goes_on = False
+
     @property
     def held(self) -> int:
         """Packets that were received and wait for the next `fill`, which needs no readable source for them."""

@@ -177,6 +177,18 @@ void lrx_capture_close(struct lrx_capture *c)
     free(c);
 }
 
+/* What became of a walk over what is the rest now: its packets lie in the first `walked` bytes of the region. */
+static int walked_over(struct lrx_capture *c, const struct rows *r, uintptr_t descriptors, uintptr_t region, uint32_t walked)
+{
+    const uint32_t pieces = c->pieces;
+
+    c->more = c->rest_at != c->rest_end && !c->needed;
+    if (!r->n)
+        return 0;
+    c->pieces = 0;
+    return lrx_received(descriptors, region, r->n, pieces, region, lrx_align(walked));
+}
+
 int lrx_capture_again(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region)
 {
     struct rows r = {lrx_descriptors_at(descriptors, rows), c->rest + c->rest_at, 0};
@@ -188,7 +200,7 @@ int lrx_capture_again(struct lrx_capture *c, uintptr_t descriptors, uint32_t row
     if (r.n)
         memcpy((void *)region, c->rest + c->rest_at, walked);
     c->rest_at += walked;
-    return r.n ? lrx_received(descriptors, region, r.n, 0, region, lrx_align(walked)) : 0;
+    return walked_over(c, &r, descriptors, region, walked);
 }
 
 int lrx_capture_walk(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size,
@@ -202,6 +214,7 @@ int lrx_capture_walk(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows
     if (piece == c->piece || size > LRX_CAPTURE_PIECE || left > LRX_CAPTURE_WHOLE)
         return 0;
     c->piece = piece;
+    c->pieces++;
     if (left)
         memcpy(memory, c->rest + c->rest_at, left);
     size += left;
@@ -210,7 +223,7 @@ int lrx_capture_walk(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows
     c->rest_end = size - walked;
     if (c->rest_end)
         memcpy(c->rest, memory + walked, c->rest_end);
-    return r.n ? lrx_received(descriptors, region, r.n, 1, region, lrx_align(walked)) : 0;
+    return walked_over(c, &r, descriptors, region, walked);
 }
 
 int lrx_capture_end(struct lrx_capture *c)

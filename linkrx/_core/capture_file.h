@@ -51,6 +51,8 @@ struct lrx_capture {
     struct lrx_capture_interface *interfaces;
     uint32_t needed;     /* bytes of the next record that must be in memory together */
     uint32_t piece;      /* that was walked over last */
+    uint32_t pieces;     /* that were walked over since packets were reported */
+    uint32_t more;       /* what was read has more to tell: whoever fills needs no readable file for it */
     uint32_t asked;      /* one more than the number of an interface whose first packet comes next; 0: none */
     uint32_t damage;     /* what is wrong at `offset` */
     uint64_t value;

@@ -52,6 +52,12 @@ class CaptureWalk(Backend):
 
     def fill(self, arena: Owner, room: int) -> int:
         """The packets of one piece. What `report.most` says is for mechanisms that would wait for more."""
+        try:
+            return self._fill(arena)
+        finally:
+            self.goes_on = bool(self._state.more)
+
+    def _fill(self, arena: Owner) -> int:
         lib, state, got = _core.lib, self._state, self._got
         region = arena.address + arena.cursor
         for _ in range(PIECES_MOST):

@@ -138,7 +138,7 @@ class Reception(Receiver):
                 raise  # a signal handler's: the kernel's comes without packets
             report.error = error.errno or errno.EIO
             count = 0
-        report.held = mechanism.held
+        report.held = mechanism.held or mechanism.goes_on
         return report.count or count
 
     def _without_hangup(self, count: int) -> int:

@@ -16,7 +16,19 @@ Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter
 
 from __future__ import annotations
 
-from linkrx.testing import exceptions, filters, lifetimes, limits, links, packets, resources, sending, stops
+from linkrx.testing import (
+    exceptions,
+    filters,
+    lifetimes,
+    limits,
+    links,
+    packets,
+    recorded,
+    resources,
+    sending,
+    stops,
+)
+from linkrx.testing.capture_rigs import CAPTURE_RIGS
 from linkrx.testing.cells import Cell, Check, Inapplicable, named, row_of
 from linkrx.testing.rigs import DEVICE_RIGS, PLAIN_RIGS, MakeRig
 
@@ -74,10 +86,15 @@ CHECKS: tuple[Check, ...] = (
     resources.check_restoring,
     resources.check_polling,
     resources.check_overrun,
+    recorded.check_recorded,
+    recorded.check_recorded_stops,
+    recorded.check_recorded_filters,
+    recorded.check_recorded_keeping,
+    recorded.check_recorded_restoring,
 )
 
 
-def cells(backend: str, rigs: tuple[MakeRig, ...] = PLAIN_RIGS + DEVICE_RIGS) -> list[Cell]:
+def cells(backend: str, rigs: tuple[MakeRig, ...] = PLAIN_RIGS + DEVICE_RIGS + CAPTURE_RIGS) -> list[Cell]:
     """All cells of one backend. Raises BackendUnavailable when there is none of that name."""
     named(backend)
     return [Cell(backend, make_rig, check) for make_rig in rigs for check in CHECKS]

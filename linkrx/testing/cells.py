@@ -9,13 +9,11 @@ from linkrx.backend import BackendInfo
 from linkrx.errors import BackendUnavailable, UnsupportedSource
 from linkrx.registry import backends
 from linkrx.sources.capabilities import probe
-from linkrx.testing.rigs import MakeRig, Rig
+from linkrx.testing.rigs import Inapplicable, MakeRig, Rig
+
+__all__ = ["Cell", "Check", "Inapplicable", "named", "row_of"]
 
 Check = Callable[[Rig, str], None]
-
-
-class Inapplicable(Exception):
-    """The source has nothing of what the check is about; says what."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from linkrx.factory import open
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETH_P_ALL, PACKET_IGNORE_OUTGOING, SO_RCVBUFFORCE, SOL_PACKET
 from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.sources.capabilities import HasFileno
+from linkrx.sources.capture_file import CaptureFile
 from linkrx.sources.tuntap import TunTap
 from linkrx.testing.devices import Device, delete_if_there, injector_on
 
@@ -38,6 +39,10 @@ LONGEST_MESSAGE = 1 << 20
 _numbers = count()
 
 
+class Inapplicable(Exception):
+    """The source has nothing of what the check is about; says what."""
+
+
 @dataclass
 class Rig:
     """A source and a way to put frames into it. `frame(n)` makes one of n bytes, the least being `shortest`.
@@ -46,10 +51,11 @@ class Rig:
     not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
     `prefix` is what `send` puts in front of each frame. `told_protocol` is what the kernel tells of each, and that REMOTE sent it.
     `far_end` opens what gives the frames that the source itself sends: a call waits for the next and returns it; None where a
-    source sends nothing.
+    source sends nothing. `recorded`: all of it is there before it is opened. `keeps_unread`: what a dispatcher has not read is there for
+    the next.
     """
 
-    source: int | str | HasFileno
+    source: int | str | HasFileno | CaptureFile
     send: Callable[[bytes], object]
     ethernet: bool
     shortest: int
@@ -62,6 +68,8 @@ class Rig:
     device: Device | None = None
     hang_up: Callable[[], None] | None = None
     far_end: Callable[[], AbstractContextManager[Callable[[], bytes]]] | None = None
+    recorded: bool = False
+    keeps_unread: bool = True
 
     def frame(self, size: int, mark: int = 0) -> bytes:
         """A good frame of `size` bytes; `mark` tells it from others."""

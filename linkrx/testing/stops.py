@@ -39,7 +39,7 @@ def alarmed(
         signal.signal(signal.SIGALRM, before)
 
 
-def _is_over(rx: Dispatcher, end: End) -> None:
+def is_over(rx: Dispatcher, end: End) -> None:
     """Every way to receive says so, at once and every time."""
     for _ in range(2):
         assert rx.end is end
@@ -66,10 +66,12 @@ def check_stop_at_rest(rig: Rig, backend: str) -> None:
     with rig.open(backend, deliver) as rx:
         rx.stop()
         rig.send(sent[0])
-        _is_over(rx, End.STOPPED)
+        is_over(rx, End.STOPPED)
         assert got == []
         # An interface's packet socket goes with its dispatcher, and a ring with its queue.
-        queue_goes = isinstance(rig.source, str) or rx.stats().ring_freezes is not None
+        queue_goes = (
+            isinstance(rig.source, str) or rx.stats().ring_freezes is not None or not rig.keeps_unread
+        )
     rx.stop()
     rx.close()
     with rig.open(backend, deliver, batch_size=2) as rx:
@@ -80,7 +82,7 @@ def check_stop_at_rest(rig: Rig, backend: str) -> None:
         assert rx.dispatch(PATIENCE) is True
         rx.stop()
         rx.stop()
-        _is_over(rx, End.STOPPED)
+        is_over(rx, End.STOPPED)
         assert 1 <= len(got) <= 2
         assert [bytes(packet) for packet in got] == sent[: len(got)]
         told = rx.stats()
@@ -107,10 +109,10 @@ def check_stop_in_a_wait(rig: Rig, backend: str) -> None:
             with running(lambda way=way, rx=rx: way(rx)):  # type: ignore[misc]
                 until(lambda rx=rx: asleep(rx))  # type: ignore[misc]
                 rx.stop()
-            _is_over(rx, End.STOPPED)
+            is_over(rx, End.STOPPED)
         with rig.open(backend, ignore) as rx, alarmed(partial(_stop, rx), first=0.002, interval=0.01):
             way(rx)
-            _is_over(rx, End.STOPPED)
+            is_over(rx, End.STOPPED)
 
 
 def check_stop_under_load(rig: Rig, backend: str) -> None:
@@ -135,7 +137,7 @@ def check_stop_under_load(rig: Rig, backend: str) -> None:
         assert len(delivered) == 3
         told = rx.stats()
         assert told.packets == 3
-        _is_over(rx, End.STOPPED)
+        is_over(rx, End.STOPPED)
     if _keeps_what_is_unread(rig, backend):
         with rig.open(backend) as rest:
             left = sum(map(len, rest.batches(0)))
@@ -155,7 +157,7 @@ def check_stop_from_deliver(rig: Rig, backend: str) -> None:
         for frame in sent:
             rig.send(frame)
         assert rx.run() is End.STOPPED
-        _is_over(rx, End.STOPPED)
+        is_over(rx, End.STOPPED)
         assert got == sent[:1]
         counted = rx.stats()
         assert counted.packets == 1
@@ -165,9 +167,11 @@ def check_stop_from_deliver(rig: Rig, backend: str) -> None:
 
 
 def _keeps_what_is_unread(rig: Rig, backend: str) -> bool:
-    """Whether the next dispatcher gets what was left in the source: not from an own socket, nor from a ring."""
+    """Whether the next dispatcher gets what was left in the source: not from an own socket, nor from a ring or a file."""
     chosen = next(info for info in backends() if info.name == backend)
-    return not isinstance(rig.source, str) and chosen.backend.discouraged(probe(rig.source)) is None
+    if isinstance(rig.source, str) or not rig.keeps_unread:
+        return False
+    return chosen.backend.discouraged(probe(rig.source)) is None
 
 
 def check_hang_up(rig: Rig, backend: str) -> None:
@@ -190,7 +194,7 @@ def check_hang_up(rig: Rig, backend: str) -> None:
         else:
             assert rx.run() is End.EOF
             waits = rx.stats().waits
-            _is_over(rx, End.EOF)
+            is_over(rx, End.EOF)
             assert rx.stats().waits == waits
         assert rx.stats().undelivered == 0
 

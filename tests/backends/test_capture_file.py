@@ -229,6 +229,32 @@ def test_a_slow_pipe() -> None:
         assert rx.end is linkrx.End.EOF
 
 
+def test_a_pipe_and_small_batches() -> None:
+    """What was read and waits for the next batch is handed over without another byte: in a wait, and for who polls fileno()."""
+    packets = packets_of(40)
+    for way in ("wait", "poll"):
+        got: list[bytes] = []
+        with pipe() as (reader, writer):
+            source = linkrx.CaptureFile(reader)
+            with linkrx.open(source, lambda *call, got=got: got.append(bytes(call[3])), batch_size=3) as rx:
+                poll = select.poll()
+                poll.register(rx.fileno(), select.POLLIN)
+                writer.write(captures.pcap([]))
+                for _ in range(20):  # in vain: it learns to wait before it reads
+                    rx.run(duration=0.001)
+                rx.drain()
+                assert not poll.poll(0)
+                writer.write(captures.pcap(packets)[24:])
+                if way == "wait":
+                    assert rx.run(count=40, duration=30) is None
+                while len(got) < 40:
+                    assert poll.poll(0), len(got)
+                    rx.drain()
+                assert got == [one.data for one in packets]
+                rx.drain()
+                assert not poll.poll(0)
+
+
 def dispatches(rx: linkrx.Dispatcher) -> None:
     """Until it is over."""
     while rx.dispatch(30):

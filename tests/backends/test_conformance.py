@@ -14,6 +14,7 @@ from support.run import cell_outcomes
 import linkrx
 from linkrx import testing
 from linkrx.testing import rigs
+from linkrx.testing.capture_rigs import CAPTURE_RIGS
 
 SUPPORTED = {info.name: info.supported for info in linkrx.backends()}
 NAMES = list(SUPPORTED)
@@ -28,7 +29,7 @@ def published(label: str) -> dict[str, dict[str, bool]]:
         line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")
     ]
     start = next(number for number, line in enumerate(lines) if line[0] == label)
-    kinds = lines[start][-len(rigs.PLAIN_RIGS + rigs.DEVICE_RIGS) :]
+    kinds = lines[start][-len(rigs.PLAIN_RIGS + rigs.DEVICE_RIGS + CAPTURE_RIGS) :]
     table = {}
     for line in lines[start + 2 :]:
         if len(line) != len(lines[start]):
@@ -87,6 +88,12 @@ def test_plain_cell(cell: testing.Cell) -> None:
 @pytest.mark.parametrize("cell", cells(rigs.DEVICE_RIGS))
 def test_device_cell(cell: testing.Cell) -> None:
     """The check holds on a source behind a network device, or does not apply, or the backend refuses the source."""
+    settle(cell)
+
+
+@pytest.mark.parametrize("cell", cells(CAPTURE_RIGS))
+def test_capture_cell(cell: testing.Cell) -> None:
+    """The check holds on a capture file or a pipe with one, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 

@@ -15,6 +15,7 @@ import pytest
 import linkrx
 from linkrx import testing
 from linkrx.kernel import remedies
+from linkrx.testing.capture_rigs import CAPTURE_RIGS
 
 # A plug-in backend of another name that does what os_readv does.
 PLUG_IN = """
@@ -86,7 +87,10 @@ def test_the_documented_program(who: str, tmp_path: Path) -> None:
     few = "from linkrx import testing\ntesting.CHECKS = testing.CHECKS[:1]\n"
     output = run(who + few + program, tmp_path)
     kinds = [make.__name__ for make in linkrx.testing.rigs.PLAIN_RIGS + linkrx.testing.rigs.DEVICE_RIGS]
-    assert output.splitlines() == [f"mine-{kind}-delivery supported" for kind in kinds]
+    expected = [f"mine-{kind}-delivery supported" for kind in kinds]
+    assert output.splitlines() == expected + [
+        f"mine-{make.__name__}-delivery refused" for make in CAPTURE_RIGS
+    ]
 
 
 def test_a_backend_that_does_not_exist() -> None:
