@@ -175,8 +175,7 @@ class Receiver(Filtering, Sending, Callbacks):
         Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows.
         """
         deadline = deadline_after(timeout)
-        before = received(self._counters)
-        idle = 0
+        before, idle = received(self._counters), 0
         while True:
             if self._source_paused:
                 self._resume_source()

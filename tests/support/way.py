@@ -6,7 +6,7 @@ The core takes the same way through files of C, where Python cannot follow it.
 from __future__ import annotations
 
 import logging
-import socket
+import os
 import sys
 from pathlib import Path
 from types import FrameType
@@ -27,9 +27,9 @@ def files() -> list[str]:
         if event == "call" and path.is_relative_to(package):
             called.setdefault(str(path.relative_to(package)))
 
-    source, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with source, sender, linkrx.open(source, lambda *_: sys.setprofile(None), backend="os_readv") as rx:
-        sender.send(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x08\0" + bytes(46))
+    reading, writing = os.pipe2(os.O_DIRECT)
+    with linkrx.open(reading, lambda *_: sys.setprofile(None), backend="os_readv") as rx:
+        os.write(writing, b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x08\0" + bytes(46))
         sys.setprofile(note)
         rx.dispatch(0)
     return list(called)
