@@ -21,6 +21,7 @@ class Callbacks:
     _look_at_owner: Callable[[], None]
     _resume_source: Callable[[], None]
     _flush_limits: Callable[[], tuple[int, float]]
+    _sleep_until_flushed: Callable[[float], bool]
     _pause_source: Callable[[], None]
     _set_readable: Callable[[], None]
     _disarm: Callable[[], None]

@@ -36,7 +36,6 @@ ERRORS_IN_A_ROW = 8
 IDLE_WAKES = 8
 PAUSE = 0.01
 SLICE = 1.0
-LOOK = 0.04
 
 Result = TypeVar("Result")
 
@@ -231,7 +230,7 @@ class Receiver(Filtering, Sending, Callbacks):
         if not on_source:
             self._wakeup.sleep(min(seconds, PAUSE))
             return False
-        readable = self._wakeup.wait(min(seconds, LOOK) if self._link_down else seconds)
+        readable = self._wakeup.wait(seconds)
         if not readable:
             self._look_at_owner()
         if readable and self._latency:

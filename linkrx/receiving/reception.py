@@ -397,6 +397,10 @@ class Reception(Receiver):
             self._source_paused = True
             self._wakeup.pause_source(_PAUSE)
 
+    def _sleep_until_flushed(self, seconds: float) -> bool:
+        """Make the polled descriptor unreadable until then, but for packets, other ends, and a stop()."""
+        return self._wakeup.call_after(seconds, lambda: self._stopping)
+
     def _disarm(self) -> None:
         """The caller that polls has seen the end: make the descriptor unreadable for good."""
         self._quiet = True  # first: stop() looks at it behind setting the event
@@ -411,9 +415,7 @@ class Reception(Receiver):
         if waiting:
             event.set()
         else:
-            event.clear()
-            if self._stopping:
-                event.set()  # stop() came while it was cleared
+            event.clear(lambda: self._stopping)
         self._readable = waiting
 
     def _drops(self) -> int | None:

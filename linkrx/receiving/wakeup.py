@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import select
+from collections.abc import Callable
 from contextlib import suppress
 
 from linkrx.kernel import libc
@@ -18,6 +19,9 @@ RECHECK_SECONDS = 0.02
 
 # epoll_wait(2) takes milliseconds in an int; a longer wait is made of several.
 _LONGEST_SLEEP = 3600.0
+SHORTEST_CALL = 0.001  # a timer set to 0 never fires
+# The longest wait while a link is down, as in receive.c: its end must be noticed where the kernel refuses to set the timer, too.
+_LONGEST_LOOK = 0.04
 
 
 class EventFd:
@@ -39,10 +43,12 @@ class EventFd:
         """Make it readable."""
         os.eventfd_write(self.fd, 1)
 
-    def clear(self) -> None:
-        """Make it unreadable."""
+    def clear(self, stopping: Callable[[], bool] = bool) -> None:
+        """Make it unreadable, unless a stop, which sets it, comes meanwhile."""
         with suppress(BlockingIOError):  # it was clear already
             os.eventfd_read(self.fd)
+        if stopping():
+            self.set()
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -110,7 +116,8 @@ class Wakeup:
 
     def wait(self, timeout: float | None) -> bool:
         """Sleep until something happens or the time is up. True if the source says it is readable."""
-        bounded = _LONGEST_SLEEP if timeout is None else min(timeout, _LONGEST_SLEEP)
+        longest = _LONGEST_LOOK if self._link_down else _LONGEST_SLEEP
+        bounded = longest if timeout is None else min(timeout, longest)
         try:
             return any(fd == self.source for fd, _ in self._epoll.poll(bounded))
         except OSError as error:
@@ -210,6 +217,14 @@ class Wakeup:
         """While a link is down, wake up regularly to see whether it still exists."""
         self._link_down = down
         self._set_timer(RECHECK_SECONDS if down else None)
+
+    def call_after(self, seconds: float, stopping: Callable[[], bool]) -> bool:
+        """Make the descriptor unreadable until then, or until a link is looked at before. False where that is refused."""
+        refused = self._timer.fd < 0 if self._link_down else not self._set_timer(max(seconds, SHORTEST_CALL))
+        if self.event is None or refused:
+            return False
+        self.event.clear(stopping)
+        return True
 
     def clear_timer(self) -> None:
         """Make the timer unreadable until it fires again."""

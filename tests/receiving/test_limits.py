@@ -237,6 +237,92 @@ def test_a_flush_under_asyncio(ends: Pair) -> None:
         assert rx.end is linkrx.End.STOPPED
 
 
+class Counting(selectors.DefaultSelector):
+    """Counts how often an event loop wakes."""
+
+    wakes = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """One more."""
+        self.wakes += 1
+        return super().select(timeout)
+
+
+@pytest.fixture
+def slow_ring(devices: None) -> Iterator[tuple[linkrx.Dispatcher, list[int], socket.socket]]:
+    """A ring that holds packets back for 400 ms, what it has delivered, and what sends to it."""
+    if "packet_mmap" not in that_take("packet"):
+        pytest.skip("without the C core there is no ring")
+    got: list[int] = []
+    with (
+        veth() as (near, far),
+        linkrx.open(
+            near, lambda *received: got.append(received[3].u32(14)), latency=0.4, filter="ether proto 0x88b5"
+        ) as rx,
+        injector_on(far) as injector,
+    ):
+        assert rx.backend == "packet_mmap"
+        yield rx, got, injector
+
+
+@pytest.mark.parametrize("sent", [0, 3])
+def test_a_flush_of_a_slow_ring_in_an_event_loop(
+    slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket], sent: int
+) -> None:
+    """While a ring holds back what it flushes the event loop sleeps: a few wake-ups for packets, the end, and a timer."""
+    rx, got, injector = slow_ring
+    with closing(Counting()) as selector:
+        selector.register(rx, selectors.EVENT_READ)
+        for number in range(sent):
+            injector.send(rigs.LOCAL + rigs.REMOTE + b"\x88\xb5" + number.to_bytes(4, "big"))
+        rx.stop(flush=True)
+        while rx.end is None:
+            assert selector.select(PATIENCE)
+            rx.drain()
+        assert got == list(range(sent))
+        assert selector.wakes <= 8
+
+
+def test_a_flush_of_a_slow_ring_under_asyncio(
+    slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket],
+) -> None:
+    """The same where a task waits, and where stop() comes while it flushes, which ends that at once."""
+    rx, _, injector = slow_ring
+
+    async def work() -> list[int]:
+        asyncio.get_running_loop().call_later(0.01, rx.stop, True)
+        injector.send(rigs.LOCAL + rigs.REMOTE + b"\x88\xb5" + bytes(4))
+        return [packet.u32(14) async for packet in rx]
+
+    selector = Counting()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        assert runner.run(work()) == [0]
+    assert rx.end is linkrx.End.STOPPED
+    assert selector.wakes <= 30
+
+
+def test_a_stop_while_a_slow_ring_flushes(
+    slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket],
+) -> None:
+    """stop() without flush makes fileno() readable at once, whatever the flush waits for."""
+    rx, got, _ = slow_ring
+    with closing(Counting()) as selector:
+        selector.register(rx, selectors.EVENT_READ)
+        rx.stop(flush=True)
+        assert selector.select(PATIENCE)
+        assert rx.drain() == 0
+        assert rx.end is None
+        assert not selector.select(0)
+        rx.stop(flush=True)
+        assert selector.select(0)
+        assert rx.drain() == 0
+        rx.stop()
+        assert selector.select(0)
+        assert rx.drain() == 0
+        assert rx.run() is linkrx.End.STOPPED
+        assert got == []
+
+
 def test_a_flush_behind_the_end_and_after_close() -> None:
     """It changes nothing there."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,6 +17,7 @@
  *   _disarm()            the caller that polls has seen the end
  *   _flush_limits()      stop(flush=True) was called; returns how many packets may wait in the source, and the seconds after
  *                        which the last of them can be read
+ *   _sleep_until_flushed(seconds) somebody polls while a flush has to wait; returns whether a timer makes the descriptor readable
  * and, from receiver.c:
  *   _refuse(same_thread) the receiver is claimed or closed: raises
  *   _last_left()         no call is inside any more
@@ -317,6 +318,17 @@ static int begin_flush(Receiver *r)
     return 0;
 }
 
+/* Who polls is not to be called again at once while a mechanism may still hold packets back. */
+static enum outcome sleep_until_flushed(Receiver *r, double seconds)
+{
+    PyObject *answer = PyObject_CallMethod((PyObject *)r, "_sleep_until_flushed", "d", seconds);
+    const int sleeps = answer ? PyObject_IsTrue(answer) : -1;
+
+    Py_XDECREF(answer);
+    r->flush_waits = sleeps > 0;
+    return sleeps < 0 ? FAILED : NOTHING;
+}
+
 /* During a flush the event is set, so only the source is polled. A stop() that does not flush ends this. */
 static int wait_for_source(Receiver *r, double seconds)
 {
@@ -332,6 +344,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
     const uint64_t before = received(r);
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
     unsigned idle = 0;
+
+    r->flush_waits = false;
 
     for (;;) {
         double left = SLICE, looked = 0;
@@ -388,6 +402,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             if (r->ended || r->stopping || r->end_follows)
                 continue;
             if (timeout == 0) {
+                if (looked && (r->polled || r->looped))
+                    return sleep_until_flushed(r, r->flush_until - looked);
                 if ((r->polled || r->looped) && ++r->spurious > IDLE_WAKES && lrx_ask(r, "_pause_source") < 0)
                     return FAILED;
                 return NOTHING;

@@ -36,7 +36,7 @@ bool lrx_has_something(const Receiver *r)
 
     if (!r->prepared)
         return false;
-    return r->pending || r->ended || r->end_follows || r->stopping || r->flushing || r->was_down || report->count ||
+    return r->pending || r->ended || r->end_follows || r->stopping || (r->flushing && !r->flush_waits) || r->was_down || report->count ||
            report->classified || report->error || report->held;
 }
 

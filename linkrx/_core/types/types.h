@@ -286,6 +286,7 @@ typedef struct {
     volatile bool stopping;
     volatile bool flushing; /* stop once what had come by then is handed over: receive.c */
     bool flush_begun;
+    bool flush_waits; /* a timer says when to look again */
     uint64_t flush_received; /* how many may have been received by its end */
     double flush_until;      /* when the last of them can be read */
     bool end_follows; /* behind what was received */
