@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 from support.documents import DOCUMENTS, README, programs
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 from support.super_packets import Super
 
 import linkrx
@@ -68,6 +68,14 @@ def test_links(document: Path) -> None:
             target = document.parent / path if path else document
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_the_failure_matrix_names_what_there_is() -> None:
+    """Each test that tests/README.md names is in the file that it links to."""
+    named = re.findall(r"\[`(test_\w+)`\]\(([\w./]+\.py)\)", (TESTS / "README.md").read_text())
+    assert len(named) > 80
+    for name, file in named:
+        assert f"def {name}(" in (TESTS / file).read_text(), (name, file)
 
 
 def test_every_document_is_found() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
-from support.places import ROOT
+from support.paths import ROOT
 from support.queues import Queue
 from support.run import that_take
 from support.super_packets import NOISE, TCP, UDP, Super, ones_complement
