@@ -55,7 +55,7 @@ class CaptureWalk(Backend):
         try:
             return self._fill(arena)
         finally:
-            self.goes_on = bool(self._state.more)
+            self.goes_on = bool(self._state.more) or self._file.goes_on
 
     def _fill(self, arena: Owner) -> int:
         lib, state, got = _core.lib, self._state, self._got

@@ -58,7 +58,8 @@ class CaptureFile:
 
     `file`: a path, which `linkrx.open` opens and closes, each time anew; or a binary file, which is borrowed and read from where
     it stands: `open(path, "rb")`, `io.BytesIO`, `sys.stdin.buffer`, `gzip.open(path)`. A file with a descriptor is read through that,
-    without waiting for more than is there; another one by its `readinto` or `read`, which may wait as long as they like.
+    without waiting for more than is there; another one by its `readinto` or `read`, which may wait as long as they like. What is
+    compressed is told by its first byte.
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryFile) -> None:
@@ -162,7 +163,6 @@ class CaptureReader:
 
     def __init__(self, capture: CaptureFile) -> None:
         self.name = capture.name
-        self.compressed = False
         self.filters = FileFilters()
         self.fd = -1
         self._owned = -1  # the descriptor to close
@@ -171,12 +171,12 @@ class CaptureReader:
         try:
             if isinstance(file, (str, os.PathLike)):
                 self._owned = fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                self.read = self._by_descriptor(fd)
-                if stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, 2, 0) == GZIP_MAGIC:
-                    self.read, self.compressed = _Inflate(self.read).read, True
+                read = self._by_descriptor(fd)
             else:
                 found = _descriptor_of(file)
-                self.read = _by_method(file) if found is None else _drained(file, self._by_descriptor(found))
+                read = _by_method(file) if found is None else _drained(file, self._by_descriptor(found))
+            self._content = _Content(read)
+            self.read = self._content.read
             if self.fd < 0:
                 self.fd = self._always = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
@@ -187,6 +187,11 @@ class CaptureReader:
     # file has ended. Raises BlockingIOError when nothing is there now, OSError, EOFError for compressed data that end too early, and
     # zlib.error for those that are no such.
     read: Read
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `read` may have more without a readable descriptor."""
+        return self._content.goes_on
 
     def _by_descriptor(self, fd: int) -> Read:
         if not _can_be_polled(fd):
@@ -306,14 +311,60 @@ def _drained(file: BinaryFile, behind: Read) -> Read:
     return read
 
 
-class _Inflate:
-    """What gzip has compressed, member by member (RFC 1952)."""
+class _Content:
+    """What a file holds, inflated if it is compressed: its first byte tells, for no capture file begins as gzip does."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._zlib = zlib.decompressobj(_GZIP_BITS)
-        self._compressed: Got = []  # read, and not given to zlib yet: one piece at most
+        self._begin: Got = []  # the first piece that was read, until it is given away
         self._memory = memoryview(bytearray(_COMPRESSED_BYTES))
+        self._inflate: _Inflate | None = None
+        self._plain = False
+
+    @property
+    def goes_on(self) -> bool:
+        """As CaptureReader's."""
+        return bool(self._begin) or (self._inflate is not None and self._inflate.goes_on)
+
+    def read(self, got: Got, memory: memoryview) -> None:
+        """As CaptureReader.read."""
+        if self._inflate is not None:
+            self._inflate.read(got, memory)
+        elif self._plain and not self._begin:
+            self._read(got, memory)
+        else:
+            self._look(got, memory)
+
+    def _look(self, got: Got, memory: memoryview) -> None:
+        if not self._begin:
+            self._read(self._begin, self._memory)
+        first = self._begin[0]
+        if isinstance(first, int):
+            self._begin[0] = first = bytes(self._memory[:first])
+        if first.startswith(GZIP_MAGIC[:1]):
+            self._inflate = _Inflate(self._read, self._memory, self._begin)
+            self._begin = []
+            self._inflate.read(got, memory)
+        else:
+            self._plain = True
+            got.extend(map(self._begin.pop, (0,)))
+
+
+class _Inflate:
+    """What gzip has compressed, member by member (RFC 1952)."""
+
+    def __init__(self, read: Read, memory: memoryview, begin: Got) -> None:
+        self._read = read
+        self._zlib = zlib.decompressobj(_GZIP_BITS)
+        self._compressed = begin  # read, and not given to zlib yet: one piece at most
+        self._memory = memory
+        self._full = False  # what came last was as much as there was room for: zlib may hold more
+
+    @property
+    def goes_on(self) -> bool:
+        """As CaptureReader's."""
+        held = self._zlib.unconsumed_tail or self._zlib.unused_data.strip(b"\0")
+        return self._full or bool(held) or self._compressed not in ([], [0])
 
     def read(self, got: Got, memory: memoryview) -> None:
         """As CaptureReader.read."""
@@ -332,9 +383,12 @@ class _Inflate:
                 self._compressed[0] = bytes(self._memory[:first])
                 continue
             # In one call from end to end: what is taken out of the list is inflated, and that is in `got`.
+            self._full = True
             pieces = iter(self._compressed.pop, None)
             got.extend(islice(map(self._zlib.decompress, pieces, repeat(len(memory))), 1))  # type: ignore[arg-type]
-            if got[0]:
+            inflated = got[0]
+            self._full = isinstance(inflated, bytes) and len(inflated) == len(memory)
+            if inflated:
                 return
             got.clear()
         if not self._zlib.eof:
@@ -350,7 +404,9 @@ class _Inflate:
                 rest: Got = [behind]
                 self._compressed, self._zlib = rest, fresh
                 return
-        elif self._zlib.unconsumed_tail:
+        elif self._zlib.unconsumed_tail or self._full:
             self._compressed.append(self._zlib.unconsumed_tail)
             return
         self._read(self._compressed, self._memory)
+        if self._compressed[0] == b"":  # of a file's read(): its end
+            self._compressed[0] = 0

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -255,6 +256,104 @@ def test_a_pipe_and_small_batches() -> None:
                 assert not poll.poll(0)
 
 
+def compressed(data: bytes, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
+    """What gzip makes of it, so that all of it can be inflated, but not its end."""
+    made = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return made.compress(data) + made.flush(flush)
+
+
+@pytest.mark.parametrize("size", [60, 60_000])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_compressed_pipe(size: int, batch_size: int | None) -> None:
+    """Of what gzip writes to a pipe every packet comes that is whole in it, without another byte, however small it was made; then
+    fileno() is quiet, and the writer's end is the end.
+    """
+    packets = packets_of(60, size)
+    data = captures.pcap(packets)
+    whole = compressed(data, zlib.Z_FINISH)
+    there = compressed(data)
+    got: list[bytes] = []
+    with pipe() as (reader, writer):
+        source = linkrx.CaptureFile(reader)
+        with linkrx.open(source, lambda *call: got.append(bytes(call[3])), batch_size=batch_size) as rx:
+            poll = select.poll()
+            poll.register(rx.fileno(), select.POLLIN)
+            for _ in range(20):
+                rx.run(duration=0.001)
+            rx.drain()
+            assert not poll.poll(0)
+            writer.write(there)
+            while len(got) < 60:
+                assert poll.poll(0), len(got)
+                rx.drain()
+            while rx.drain():
+                pass
+            while poll.poll(0):  # zlib may have held something back
+                assert rx.drain() == 0
+            assert rx.end is None
+            writer.write(b"\x03\0" + whole[-8:])  # an empty last block, the checksum, the length
+            writer.close()
+            assert rx.run() is linkrx.End.EOF
+    assert got == [one.data for one in packets]
+
+
+@pytest.mark.parametrize("kind", ["path", "fifo", "pipe", "buffered", "bytes", "read", "gzip.open"])
+def test_what_is_compressed_is_told_by_its_first_byte(tmp_path: Path, kind: str) -> None:
+    """Of whatever a file is: a path, a FIFO, a pipe, one that was looked into, memory, an object with `read` alone."""
+    packets = packets_of(3000)
+    data = captures.pcap(packets)
+    packed, path = gzip.compress(data[:5000]) + bytes(512) + gzip.compress(data[5000:]), tmp_path / "some"
+    if kind in ("path", "buffered", "gzip.open"):
+        path.write_bytes(packed)
+    if kind == "path":
+        assert captures.read(path) == packets
+    elif kind == "buffered":
+        with path.open("rb") as file:
+            file.peek(1)
+            assert captures.read(file) == packets
+    elif kind == "gzip.open":
+        with gzip.open(path) as inflated:
+            assert captures.read(inflated) == packets
+    elif kind == "bytes":
+        assert captures.read(io.BytesIO(packed)) == packets
+    elif kind == "read":
+        assert captures.read(OnlyRead(packed)) == packets
+        assert captures.read(OnlyRead(data)) == packets
+    else:
+        with pipe() as (reader, writer):
+            if kind == "fifo":
+                os.mkfifo(path)
+
+            def write() -> None:
+                if kind == "fifo":
+                    path.write_bytes(packed)
+                else:
+                    writer.write(packed)
+                    writer.close()
+
+            with running(write):
+                assert captures.read(path if kind == "fifo" else reader) == packets
+
+
+def test_a_compressed_pipe_byte_by_byte_and_cut() -> None:
+    """Byte by byte all comes as well; a writer that goes too early is an error behind what was whole."""
+    packets = packets_of(20)
+    packed = gzip.compress(captures.pcap(packets), mtime=0)
+    for end in (len(packed), len(packed) - 4, 1):
+        got: list[bytes] = []
+        with pipe() as (reader, writer), linkrx.open(linkrx.CaptureFile(reader)) as rx:
+            for byte in packed[:end]:
+                writer.write(bytes([byte]))
+                got += [frame for batch in rx.batches(0) for frame in batch.frames()]
+            writer.close()
+            if end == len(packed):
+                got += map(bytes, rx)
+            else:
+                with pytest.raises(linkrx.DamagedCapture, match="end too early"):
+                    got.extend(map(bytes, rx))
+        assert got == ([one.data for one in packets] if end > 1 else [])
+
+
 def dispatches(rx: linkrx.Dispatcher) -> None:
     """Until it is over."""
     while rx.dispatch(30):
@@ -465,7 +564,7 @@ def test_blocks_without_end_can_be_stopped() -> None:
             return True
 
         def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-            data = (b"" if self.began else HEAD) + captures.block("<", 5, bytes(244)) * 900
+            data = (b"" if self.began else HEAD) + captures.block("<", 5, bytes(244)) * 200
             self.began = True
             into[: len(data)] = data
             return len(data)
@@ -501,7 +600,7 @@ def sources_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.only(3, 11)
 @pytest.mark.samples
-@pytest.mark.parametrize("kind", ["path", "gzip", "bytes", "read", "pipe"])
+@pytest.mark.parametrize("kind", ["path", "gzip", "bytes", "read", "pipe", "gzip pipe"])
 @pytest.mark.parametrize("batch_size", [7, 400])
 def test_interrupted_at_every_point(tmp_path: Path, kind: str, batch_size: int) -> None:
     """What a signal handler raises, wherever it comes, costs no packet and repeats none, and the end follows them all."""
@@ -513,8 +612,9 @@ def test_interrupted_at_every_point(tmp_path: Path, kind: str, batch_size: int) 
         after = After(point)
         got: list[bytes] = []
         with pipe() as (reader, writer):
-            if kind == "pipe":
-                writer.write(path.read_bytes())
+            if kind in ("pipe", "gzip pipe"):
+                data = path.read_bytes()
+                writer.write(data if kind == "pipe" else gzip.compress(data))
                 writer.close()
                 source: Any = linkrx.CaptureFile(reader)
             else:
