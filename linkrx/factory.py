@@ -59,7 +59,8 @@ def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOp
     The environment has its say as in `open`. Raises what `open` would raise for such a source and such options, as far
     as probing can tell: not what the kernel answers when a mechanism is set up, and no MissingPrivilege for an interface.
     """
-    _, choice = decided(probe(source), _checked("choose", options), backend)
+    wanted = _checked("choose", options)
+    _, choice = decided(probe(source), wanted, backend)
     return choice
 
 
@@ -109,7 +110,8 @@ def open(  # noqa: A001
     """
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")
-    settings, choice = decided(probe(source), _checked("open", options), backend)
+    wanted = _checked("open", options)
+    settings, choice = decided(probe(source), wanted, backend)
     if _core.reason is not None and from_environment(backend)[0] == "auto":
         _warn_without_core(_core.reason)
     opened = open_source(source, settings)

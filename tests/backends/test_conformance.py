@@ -64,6 +64,9 @@ def settle(cell: testing.Cell) -> None:
     if reason is None:
         outcome = cell.run()
         cell_outcomes[outcome] += 1
+        assert cell.backend in published("backend"), (
+            f"{README} has no row for {cell.backend} in its first table"
+        )
         if not published("backend")[cell.backend][cell.source]:
             assert outcome == "refused"
         else:
@@ -99,7 +102,6 @@ def test_capture_cell(cell: testing.Cell) -> None:
 
 def test_every_backend_is_here() -> None:
     """The backends of the folder are listed, best first, and the matrix has a row for each."""
-    assert NAMES == ["packet_mmap", "recvmmsg", "readv", "os_readv", "capture_file"]
     assert list(published("backend")) == NAMES
 
 

@@ -189,3 +189,59 @@ def test_threads_of_other_libraries_have_names_too() -> None:
         "print(namespace._threads())\n"
     )
     assert re.fullmatch(r"\['MainThread', 'python.*'\]\n", output)
+
+
+CHECKED = """
+import sys
+from linkrx import LinkrxError
+from linkrx.testing import __main__ as checks
+
+def enter():
+    raise LinkrxError("no namespaces here")
+
+class Failing:
+    name = "failing-cell"
+    def run(self):
+        raise AssertionError("what does not hold")
+
+checks.enter_private_network = enter
+cells = checks.cells
+if sys.argv[2:]:
+    checks.cells = lambda *arguments: [*cells(*arguments)[:3], Failing()]
+sys.exit(checks.main(sys.argv[1:2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "lines"),
+    [
+        (
+            ["capture_file"],
+            0,
+            [
+                "without the sources that need network devices: no namespaces here",
+                r"capture_file: \d+ refused",
+            ],
+        ),
+        (
+            ["capture_file", "failing"],
+            1,
+            ["failing-cell failed:", "AssertionError: what does not hold", "1 failed"],
+        ),
+        (["nonesuch"], 2, ["error: there is no backend 'nonesuch': there are "]),
+    ],
+    ids=["all", "failing", "unknown"],
+)
+def test_the_checks_as_a_command(arguments: list[str], status: int, lines: list[str]) -> None:
+    """`python -m linkrx.testing NAME` counts the outcomes, shows what failed, and does without devices where it must."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout
+    for line in lines:
+        assert re.search(line, done.stdout), done.stdout
