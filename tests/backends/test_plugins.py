@@ -67,6 +67,26 @@ def test_a_file_dropped_into_backends(tmp_path: Path) -> None:
     assert outcomes_of["refused"] == 2 * int(count) // 7
 
 
+ON_DEVICES = """
+from linkrx import testing
+from linkrx.testing import rigs
+for cell in testing.cells("toy", rigs.DEVICE_RIGS):
+    if cell.row in ("delivery", "odd_packets"):
+        print(cell.source, cell.row, cell.run())
+"""
+
+
+@pytest.mark.usefixtures("devices")
+def test_the_recipe_on_devices(tmp_path: Path) -> None:
+    """The recipe takes packet sockets that give it link headers, and delivers what comes on them; it refuses the others."""
+    shutil.copytree(PACKAGE, tmp_path / "linkrx", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "linkrx" / "backends" / "toy.py").write_text(recipe())
+    outcomes = [line.split() for line in run(ON_DEVICES, tmp_path).splitlines()]
+    taken = {source for source, check, outcome in outcomes if (check, outcome) == ("delivery", "supported")}
+    assert taken == {"interface", "packet", "packet_segment"}
+    assert {outcome for source, _, outcome in outcomes if source not in taken} == {"refused"}
+
+
 def test_an_entry_point(tmp_path: Path) -> None:
     """The same file in a distribution of its own, named by the entry-point group linkrx.backends, works alike."""
     (tmp_path / "toy_backend.py").write_text(recipe())
