@@ -1,4 +1,4 @@
-"""Every error that linkrx raises on purpose. Each message says what was tried, what the kernel said, what to type next."""
+"""The errors of linkrx. Each message says what was tried, what the kernel answered, and what to type next."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 
 
 class LinkrxError(Exception):
-    """What all errors of linkrx have in common."""
+    """The base class of all errors of linkrx."""
 
 
 class UnsupportedSource(LinkrxError, ValueError):
-    """The source is of a kind that linkrx, or the named backend, does not receive from; or nothing can be sent out of it."""
+    """linkrx, or the named backend, cannot receive from such a source, or cannot send through it."""
 
 
 class UnsupportedOption(LinkrxError, ValueError):
@@ -22,7 +22,7 @@ class BackendUnavailable(LinkrxError, RuntimeError):
 
 
 class MissingPrivilege(LinkrxError, PermissionError):
-    """The kernel refused a call for want of a capability.
+    """The kernel refused a call because the process lacks a capability.
 
     `capability` is its name as in capabilities(7); `remedy` is what to type.
     """
@@ -36,27 +36,27 @@ class MissingPrivilege(LinkrxError, PermissionError):
 class Closed(LinkrxError, ValueError):
     """The dispatcher was closed, or belongs to the process that forked this one.
 
-    A ValueError as well, as `selectors` expects of what has no descriptor any more.
+    Also a ValueError, which `selectors` expects of an object without a descriptor.
     """
 
 
 class Ended(LinkrxError, OSError, EOFError):
-    """recv() behind the end: `end` of the dispatcher says why.
+    """recv() after the end of reception. `Dispatcher.end` says why it ended.
 
-    An OSError as well, with the errno that a socket would give (ENODEV for a deleted device, else ESHUTDOWN), and an
-    EOFError: loops that were written for either stop.
+    Also an OSError, with the errno that a socket would give (ENODEV for a deleted device, else ESHUTDOWN), and an EOFError, so
+    that loops written for sockets or files stop.
     """
 
 
 class Busy(LinkrxError, RuntimeError):
-    """Another thread, or the caller's own `deliver`, is inside the dispatcher already."""
+    """Another thread is receiving, or the call comes from inside `deliver`."""
 
 
 class DamagedCapture(LinkrxError, OSError):
-    """A capture file is cut or damaged. What was whole in front of that place was delivered; nothing behind it is.
+    """A capture file is cut off or damaged. The records in front of the damage were delivered; those behind it are not.
 
-    `offset` is the byte in the file at which the record begins that is not whole; of a compressed file, the byte in what it
-    holds. As an OSError it has the errno EBADMSG.
+    `offset` is the byte at which the damaged record begins. In a compressed file it counts decompressed bytes. Also an OSError,
+    with the errno EBADMSG.
     """
 
     def __init__(self, name: str, offset: int, what: str) -> None:
@@ -65,10 +65,9 @@ class DamagedCapture(LinkrxError, OSError):
 
 
 class RecordingFailed(LinkrxError, OSError):
-    """A capture file could not take what was to be recorded: the errno is the kernel's.
+    """Writing to a capture file failed, with the kernel's errno.
 
-    `packets` is how many are whole in the file. Of a regular file nothing follows them; in a pipe there may be the beginning of a
-    record, `torn` bytes of it.
+    The file has `packets` whole packets. A regular file ends behind them. A pipe may have got `torn` bytes of one more record.
     """
 
     def __init__(self, name: str, error: OSError, packets: int, torn: int) -> None:

@@ -1,1 +1,1 @@
-"""How frames and what is known of them lie in memory."""
+"""The layout of frames and of their metadata in memory."""

@@ -1,4 +1,4 @@
-"""The table of packets that backends fill, classification writes and a batch shows, column by column.
+"""The table of packets: backends fill one, classification writes one, and a batch shows it column by column.
 
 A table of n rows is fourteen columns, one behind the other, the widest first so that each is aligned when the
 table is. `_core/columns.inc` lays them out the same way.
@@ -89,9 +89,7 @@ class Columns:
     link_headers: memoryview
 
     def __getattr__(self, name: str) -> memoryview:
-        """Make a column: reached only while its slot is empty. Where one asks again and again, a property would cost
-        more than what it shows.
-        """
+        """Make a column. Python calls this only while the column's slot is empty; a property would cost more each time."""
         try:
             offset, width, form = _LAYOUT[name]
         except KeyError:
@@ -117,25 +115,25 @@ class Table(Columns):
 class Descriptors:
     """What a backend reports of one receive: a `report` and a table of `rows` rows.
 
-    `columns.starts` count from the place where the fill began. A backend writes `starts` and `lengths`; the other columns
-    stay zero unless it has something to say (a wire length of zero means: as long as the length). What is known about a
-    receive is kept here, not in return values, which an exception raised by a signal handler would lose.
+    `columns.starts` count from the place where the fill began. A backend writes `starts` and `lengths`. It writes the other
+    columns where it knows them, else they are zero; a wire length of zero means the length. The results of a receive are
+    stored here and not returned, because an exception of a signal handler would lose a return value.
     """
 
     __slots__ = ("columns", "memory", "report", "rows")
 
     def __init__(self, rows: int, memory: bytearray | None = None) -> None:
-        """Over `memory` that another one made, or its own."""
+        """In `memory`, or in memory of its own."""
         self.rows = rows
         self.memory = bytearray(REPORT_BYTES + ROW_BYTES * rows) if memory is None else memory
         self.report = Report.from_buffer(self.memory)
         self.columns = Table(memoryview(self.memory)[REPORT_BYTES:], rows)
 
     def address(self) -> int:
-        """Where C finds it."""
+        """The address of the report, for C."""
         return _core.address(self.memory)
 
     def clear(self) -> None:
-        """Nothing reported, as it was made: before another backend writes. The address of C's classifier stays."""
+        """Reset everything but the pointers, before another backend writes."""
         self.memory[:WORDS_BYTES] = bytes(WORDS_BYTES)
         self.memory[REPORT_BYTES:] = bytes(len(self.memory) - REPORT_BYTES)

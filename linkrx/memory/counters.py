@@ -1,4 +1,4 @@
-"""What classification counts, in C as in Python."""
+"""The counters of classification, the same in C and in Python."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ PACKETS, BYTES, RUNTS, EMPTY, UNKNOWN_PROTOCOL, CUT, MALFORMED, FILTERED = range
 
 
 def new_counters() -> array[int]:
-    """A zero of 64 bits for each."""
+    """One 64-bit zero for each slot."""
     return array("Q", bytes((FILTERED + 1) * 8))
 
 
 def received(counters: array[int]) -> int:
-    """What was received so far, packets or not."""
+    """The number of frames received so far, packets or not."""
     return sum(counters[slot] for slot in (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, MALFORMED, FILTERED))

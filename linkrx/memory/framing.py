@@ -1,4 +1,4 @@
-"""What stands in front of a packet's data on one source."""
+"""The headers in front of a packet's data, for one source."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from linkrx.kernel.uapi import (
 ETHERNET_TYPES = frozenset({ARPHRD_ETHER, ARPHRD_LOOPBACK})
 BARE_IP_TYPES = frozenset({ARPHRD_RAWIP, ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT, ARPHRD_NONE})
 
-# _core/report.h LRX_PER_PACKET_*: the kernel tells protocol, link type and link address of each packet of a source, which differ
-# from packet to packet. The frames of such a source have no link header, or the link type tells.
+# _core/report.h LRX_PER_PACKET_*: protocol, link type and link address differ from packet to packet, and the kernel reports
+# them. The frames have no link header, or the one of their link type.
 PER_PACKET_NO_HEADER, PER_PACKET_LINK_TYPE = 1, 2
 NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 
@@ -31,11 +31,11 @@ OF_FILE, FILE_SWAPPED, FILE_LINK_TYPE = 0x10000, 0x20000, 0xFFFF
 
 @dataclass(frozen=True)
 class Framing:
-    """The order on the wire from kernel to reader: packet information, virtio-net header, frame.
+    """What the kernel writes, in this order: packet information, virtio-net header, frame.
 
-    `link_type` is the ARPHRD_* number of every packet of which the kernel does not tell another; 0: as `ethernet` says. `per_packet`
-    is one of PER_PACKET_*, or 0 where all packets are alike. With PER_PACKET_LINK_TYPE `ethernet` is of link types that linkrx does
-    not know.
+    `link_type` is the ARPHRD_* number of packets for which the kernel reports none; 0 means the one that `ethernet` implies.
+    `per_packet` is one of PER_PACKET_*, or 0 where all packets have the same framing. With PER_PACKET_LINK_TYPE `ethernet`
+    applies to the link types that linkrx does not know.
     """
 
     ethernet: bool
@@ -45,7 +45,7 @@ class Framing:
     link_type: int = 0
     per_packet: int = 0
 
-    # Bytes: of packet information, of all in front of the frame, and of the frame's link header.
+    # Sizes in bytes: the packet information, everything in front of the frame, the frame's link header.
     packet_info_size: int = field(init=False)
     prefix: int = field(init=False)
     link_header: int = field(init=False)
@@ -53,7 +53,7 @@ class Framing:
     vnet_format: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # Not properties: they are asked for with every packet.
+        # Not properties, because they are read for every packet.
         packet_info_size = TUN_PI_BYTES if self.packet_info else 0
         object.__setattr__(self, "packet_info_size", packet_info_size)
         object.__setattr__(self, "prefix", packet_info_size + self.vnet_header_size)
@@ -63,7 +63,7 @@ class Framing:
         object.__setattr__(self, "vnet_format", "<BBHHHH" if self.vnet_little_endian else ">BBHHHH")
 
     def link_header_of(self, link_type: int) -> int:
-        """Bytes of link header of a packet of this link type; 0: the backend does not tell it."""
+        """The size in bytes of the link header of a packet of this link type. 0: the backend does not report the link type."""
         link_type = link_type or self.link_type
         if not self.per_packet:
             return self.link_header

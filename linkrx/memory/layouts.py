@@ -1,12 +1,11 @@
-"""How one packet is laid into memory: the source text's buffer, and the layout of a receive."""
+"""Buffers for one packet: gVisor's iovec buffer, and the layout that backends use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# gVisor's ladder: small first so that headers lie together, doubling up to 65,664 bytes in all, which is more
-# than the 65,535 an IP packet can have.
+# gVisor's sizes: small ones first, so that headers lie together. All have 65,664 bytes, more than an IP packet of 65,535.
 BUFFER_SIZES = (128, 256, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 # _core/readv.h LRX_SIZES_MAX; far fewer than the kernel's IOV_MAX of 1024.
@@ -17,10 +16,10 @@ CAPACITY_MAX = 16 * 1024 * 1024
 
 
 class IovecBuffer:
-    """Buffers for one scatter read, of which only the used ones are replaced.
+    """Buffers for one scatter read. Only used buffers are replaced.
 
-    `next_iovecs()` gives writable memoryviews for `os.readv`; `pull(n)` hands over those that hold a packet of n
-    bytes. They then belong to the caller, and the next `next_iovecs()` puts fresh ones in their place.
+    `next_iovecs()` returns writable memoryviews for `os.readv`. `pull(n)` returns those that hold a packet of n bytes, which
+    then belong to the caller. The next `next_iovecs()` replaces them.
     """
 
     def __init__(self, sizes: Sequence[int] = BUFFER_SIZES, vnet_header_size: int = 0) -> None:
@@ -36,7 +35,7 @@ class IovecBuffer:
 
     @property
     def vnet_header(self) -> memoryview:
-        """The virtio-net header of the latest read; the next read writes over it."""
+        """The virtio-net header of the latest read. The next read overwrites it."""
         return self._header[0].toreadonly() if self._header else memoryview(b"")
 
     def next_iovecs(self) -> list[memoryview]:
@@ -48,7 +47,7 @@ class IovecBuffer:
         return self._header + [view for view in self._views if view is not None]
 
     def pull(self, n: int) -> list[memoryview]:
-        """The views that hold a packet of `n` bytes as read, the virtio-net header counted but not handed over.
+        """The views that hold a packet for which the read returned `n`. `n` counts the virtio-net header, which is left out.
 
         The last view is cut to size. Raises ValueError when n exceeds what `next_iovecs()` gave room for.
         """
@@ -70,7 +69,7 @@ class IovecBuffer:
 
 
 def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The ladder as a tuple. Raises TypeError and ValueError."""
+    """The sizes as a tuple. Raises TypeError and ValueError for wrong ones."""
     ladder = tuple(sizes) if isinstance(sizes, Sequence) else ()
     if not isinstance(sizes, Sequence) or any(type(size) is not int for size in ladder):
         raise TypeError(f"buffer_sizes={sizes!r}: give a sequence of int")
@@ -83,9 +82,9 @@ def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The room for one packet. `capacity` bytes are kept, `prefix` of them in front of the frame.
+    """The memory for one packet: `capacity` bytes of it are kept, the headers in front of the frame included.
 
-    `sizes` is the caller's ladder, the prefix included as its first entry, or None for one buffer.
+    `sizes` are those of the caller's iovec buffers, behind one for these headers. None: one buffer.
     """
 
     capacity: int
@@ -93,7 +92,7 @@ class Layout:
 
     @classmethod
     def of(cls, largest_frame: int, prefix: int, sizes: Sequence[int] | None) -> Layout:
-        """Room for the largest frame, or for what the caller's own ladder holds."""
+        """Memory for the largest frame, or the caller's iovec buffers."""
         if sizes is None:
             return cls(prefix + largest_frame)
         ladder = ((prefix,) if prefix else ()) + checked_sizes(sizes)

@@ -1,4 +1,4 @@
-"""What a backend reports of one receive, in front of the table of its packets. `_core/report.h` lays it out the same way."""
+"""The report of one receive, in front of the table of its packets. `_core/report.h` has the same layout."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import ctypes
 class Report(ctypes.Structure):
     """struct lrx_report.
 
-    `count` packets were received with `receives` system calls; the free part of the arena starts `end` bytes behind the
-    place where the fill began. An errno that came behind these packets, or without any, is `error` until it has been acted
-    upon. `held` packets wait in the backend for the next fill, and `most` is how many that may receive (0: as many as there
-    are rows). `classified` and `rows` are the classifier's: one more than the packets that it left, and the rows of the table
-    that it wrote. The pointers are for C: the classifier that a fill calls, and the function
-    that releases the GIL once a fill has taken several packets.
+    `receives` system calls received `count` packets. The free part of the arena starts `end` bytes behind the place where the
+    fill began. `error` is an errno that came behind these packets, or without any; it stays until it is handled. `held` packets
+    wait in the backend for the next fill. `most` is how many packets that may receive; 0 means as many as there are rows. The classifier
+    sets `classified` to one more than the packets that it left, and `rows` to the rows of the table that it wrote. C uses the
+    pointers: the classifier that a fill calls, and the function that releases the GIL once a fill has received several packets.
     """
 
     count: int

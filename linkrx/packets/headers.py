@@ -1,4 +1,4 @@
-"""What the fields of a packet mean, and what is asked of a packet so rarely that it is written in Python only."""
+"""The types of a packet's fields, and the methods of a packet that are rarely called and so in Python only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TCP_DATA_OFFSET = 12  # the byte whose upper half is the header's length in word
 
 
 class Bytes(Protocol):
-    """What a frame is looked at through: bytes, a memoryview or a packet."""
+    """The bytes of a frame: bytes, a memoryview or a packet."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> int: ...
 
 
 class Described(Bytes, Protocol):
-    """What describe() and tagged() need of a packet."""
+    """The parts of a packet that describe() and tagged() use."""
 
     @property
     def protocol(self) -> int: ...
@@ -51,7 +51,7 @@ class Flags(IntFlag):
 # Plain numbers for the code that runs once per packet: an IntFlag operation costs a microsecond.
 TRUNCATED, OUTGOING, VLAN, TIMESTAMP, CHECKSUM_UNFINISHED = (int(flag) for flag in Flags)
 
-# Between splitter and classifier only: a row that describes no frame. No packet has it, so Flags has not.
+# Only between segmentation and classification: the row describes no frame. No packet has this flag.
 MALFORMED = 0x8000
 
 
@@ -78,7 +78,7 @@ class Vlan(NamedTuple):
 
 
 class Gso(IntEnum):
-    """What a super-packet is made of: VIRTIO_NET_HDR_GSO_* in linux/virtio_net.h, without the bit for ECN."""
+    """The type of a super-packet: VIRTIO_NET_HDR_GSO_* in linux/virtio_net.h, without the bit for ECN."""
 
     NONE = 0
     TCPV4 = 1
@@ -90,8 +90,8 @@ class Gso(IntEnum):
 class VnetHeader(NamedTuple):
     """The virtio-net header in front of a frame, as the kernel wrote it: struct virtio_net_hdr in linux/virtio_net.h.
 
-    `csum_start` counts from the first byte of the frame. `hdr_len` is a hint of the kernel, except where
-    `Packet.vnet` could do better: of super-packets of TCP and UDP it is how many bytes of headers each frame has.
+    `csum_start` counts from the first byte of the frame. For super-packets of TCP and UDP `hdr_len` is the size in bytes of the
+    headers that each frame has, which `Packet.vnet` works out. Otherwise it is the kernel's hint.
     """
 
     flags: int
@@ -108,7 +108,7 @@ class VnetHeader(NamedTuple):
 
     @property
     def checksum_valid(self) -> bool:
-        """Whoever sent the frame on has looked at its checksum (VIRTIO_NET_HDR_F_DATA_VALID)."""
+        """The kernel or a device has verified the checksum (VIRTIO_NET_HDR_F_DATA_VALID)."""
         return bool(self.flags & DATA_VALID)
 
     @property
@@ -118,7 +118,7 @@ class VnetHeader(NamedTuple):
 
     @property
     def gso(self) -> Gso | int:
-        """What the super-packet is made of; the number for types that linkrx does not know."""
+        """The type of the super-packet. A number for a type that linkrx does not know."""
         kind = self.gso_type & ~GSO_ECN
         return Gso(kind) if kind in Gso._value2member_map_ else kind
 
@@ -128,21 +128,22 @@ class VnetHeader(NamedTuple):
         return bool(self.gso_type & GSO_ECN)
 
 
-def header_bytes(told: VnetHeader, frame: Bytes) -> int:
-    """Bytes of headers in front of the payload of a super-packet, found where its checksum starts: `hdr_len` may be as
-    much as the kernel had in one piece, virtio_net_hdr_from_skb() in linux/virtio_net.h.
+def header_bytes(header: VnetHeader, frame: Bytes) -> int:
+    """The size in bytes of a super-packet's headers, worked out from where its checksum starts.
+
+    The kernel's `hdr_len` may be larger: virtio_net_hdr_from_skb() in linux/virtio_net.h.
     """
-    if not told.needs_checksum or told.csum_start >= len(frame):
-        return told.hdr_len
-    if told.gso == Gso.UDP_L4:
-        return told.csum_start + UDP_HEADER_BYTES
-    if told.gso in (Gso.TCPV4, Gso.TCPV6) and told.csum_start + TCP_DATA_OFFSET < len(frame):
-        return told.csum_start + (frame[told.csum_start + TCP_DATA_OFFSET] >> 4) * 4
-    return told.hdr_len
+    if not header.needs_checksum or header.csum_start >= len(frame):
+        return header.hdr_len
+    if header.gso == Gso.UDP_L4:
+        return header.csum_start + UDP_HEADER_BYTES
+    if header.gso in (Gso.TCPV4, Gso.TCPV6) and header.csum_start + TCP_DATA_OFFSET < len(frame):
+        return header.csum_start + (frame[header.csum_start + TCP_DATA_OFFSET] >> 4) * 4
+    return header.hdr_len
 
 
 def mac(address: bytes | None) -> str:
-    """A link address as people write it, or a dash for none."""
+    """A link address with colons, or a dash for none."""
     return address.hex(":") if address else "-"
 
 
@@ -154,7 +155,7 @@ def describe(packet: Described) -> str:
 
 
 def tagged(packet: Described) -> bytes:
-    """The frame with the VLAN tag that the kernel took out put back behind the addresses (IEEE 802.1Q), where it has these."""
+    """The frame, with the VLAN tag that the kernel took out behind its addresses again (IEEE 802.1Q)."""
     frame, tag = packet.tobytes(), packet.vlan
     if tag is None or packet.local is None:
         return frame
@@ -162,6 +163,6 @@ def tagged(packet: Described) -> bytes:
 
 
 def vnet_of(raw: bytes, big_endian: int, frame: Bytes) -> VnetHeader:
-    """The ten bytes of struct virtio_net_hdr that stood in front of a frame."""
-    told = VnetHeader(*struct.unpack(">BBHHHH" if big_endian else "<BBHHHH", raw))
-    return told._replace(hdr_len=header_bytes(told, frame)) if told.super_packet else told
+    """The header of a frame from its ten bytes, struct virtio_net_hdr."""
+    header = VnetHeader(*struct.unpack(">BBHHHH" if big_endian else "<BBHHHH", raw))
+    return header._replace(hdr_len=header_bytes(header, frame)) if header.super_packet else header
