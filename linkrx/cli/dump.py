@@ -42,12 +42,15 @@ def run(wanted: Wanted) -> bool:
             raise
         raise UsageError(str(error)) from error
     with rx:
-        with _signals(rx) as came:
-            if wanted.interface is not None:
+        live = wanted.interface is not None
+        with ending_on_signals(rx, live=live) as came:
+            if live:
                 _announce(rx, wanted)
-            captured = _record(rx, wanted) if wanted.write is not None else _print(rx, wanted)
-        if wanted.interface is not None or came:
-            _summary(rx, captured)
+            captured = _record(rx, wanted) if wanted.write is not None else _print(rx, wanted, came)
+            if live:
+                _count_the_rest(rx)
+            if live or came:
+                _summary(rx, captured)
         _tell_left_out(rx)
         if rx.end is linkrx.End.LINK_GONE:
             tell(f"{wanted.interface} was deleted")
@@ -55,7 +58,8 @@ def run(wanted: Wanted) -> bool:
     return True
 
 
-def _print(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
+def _print(rx: linkrx.Dispatcher, wanted: Wanted, came: list[int]) -> int:
+    """Until the end, or the batch at hand where a signal comes: a terminal that is slow must not make Ctrl-C wait."""
     printer = Printer(
         rx,
         every=wanted.interface == EVERY,
@@ -66,13 +70,14 @@ def _print(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
         characters=wanted.characters,
         verbose=wanted.verbose,
     )
-    return _receive(rx, wanted, printer)
+    return _receive(rx, wanted, printer, came)
 
 
 def _record(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
+    """Until the end. What came before a signal is recorded."""
     assert wanted.write is not None
     with Recorder(rx, wanted.write, show=sys.stderr.isatty()) as recorder:
-        return _receive(rx, wanted, recorder)
+        return _receive(rx, wanted, recorder, [])
 
 
 def _list_interfaces() -> None:
@@ -145,15 +150,15 @@ def tell(sentence: str) -> None:
 
 
 @contextmanager
-def _signals(rx: linkrx.Dispatcher) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end reception behind the batch at hand; a second one ends this at once. Gives those that came."""
+def ending_on_signals(rx: linkrx.Dispatcher, *, live: bool) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end reception, of an interface behind what came before; a second one ends this at once. Gives those that came."""
     came: list[int] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        rx.stop()
+        rx.stop(flush=live)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -163,8 +168,8 @@ def _signals(rx: linkrx.Dispatcher) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder) -> int:
-    """Give `out` each batch, or what is wanted of it, until the end. How many packets that were."""
+def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder, ended: list[int]) -> int:
+    """Give `out` each batch, or what is wanted of it, until the end or something is in `ended`. How many packets that were."""
     captured = 0
     until = None if wanted.duration is None else time.monotonic() + wanted.duration
     outgoing = {"in": False, "out": True}.get(wanted.direction or "")
@@ -178,11 +183,18 @@ def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder) -> 
                 packets = list(packets)[: wanted.count - captured]
             captured += len(packets)
             out.take(packets)
-            if captured == wanted.count:
+            if captured == wanted.count or ended:
                 return captured
         out.tick()
         if rx.end is not None or (until is not None and time.monotonic() >= until):
             return captured
+
+
+def _count_the_rest(rx: linkrx.Dispatcher) -> None:
+    """What waits in the kernel has been received by the filter too. As much as its queue holds, at most."""
+    rx.stop(flush=True)
+    for _ in rx.batches():
+        pass
 
 
 def _summary(rx: linkrx.Dispatcher, captured: int) -> None:

@@ -33,7 +33,7 @@ exit codes:
   1    it did not, and the output says why
   2    wrong usage
   3    demo cannot run here: stderr says what is missing and what to type
-  130  interrupted with Ctrl-C (demo, doctor)
+  130  interrupted with Ctrl-C (dump: a second time)
   141  whoever read the output went away (demo, doctor)
 
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -147,10 +148,19 @@ def _clean(name: str) -> str:
 
 
 def write(text: str) -> None:
-    """A line or several, and a line feed: all of it out at once."""
-    out = sys.stdout.buffer
-    out.write(text.encode("utf-8", "replace") + b"\n")
-    out.flush()
+    """A line or several, and a line feed: all of it out at once.
+
+    By the descriptor: with PYTHONUNBUFFERED the file under sys.stdout writes a part where a signal comes in between, and a terminal
+    or pipe that others have made non-blocking is waited for.
+    """
+    descriptor, data = sys.stdout.fileno(), memoryview(text.encode("utf-8", "replace") + b"\n")
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            room = select.poll()
+            room.register(descriptor, select.POLLOUT)
+            room.poll()
 
 
 def _longest(rx: linkrx.Dispatcher) -> dict[int, int]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_from_standard_input(every_protocol: str) -> None:
         )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"\n") == len(GOOD)
+
+
+def test_ctrl_c_while_a_pipe_has_no_more(every_protocol: str) -> None:
+    """Ctrl-C ends the wait for more of a pipe, with a summary and exit code 0."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "linkrx", "dump", "-r", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(Path(every_protocol).read_bytes())
+        for _ in GOOD:
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read().decode()
+        assert process.wait(PATIENCE) == 0
+    assert errors.startswith(f"{len(GOOD)} packets captured\n")
 
 
 def test_count_and_expression(every_protocol: str) -> None:

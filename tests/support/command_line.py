@@ -67,7 +67,7 @@ def in_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 class Capture:
-    """`linkrx dump` while it captures: made once it listens. `terminal`: its standard error is one."""
+    """`linkrx dump` while it captures: made once it listens."""
 
     def __init__(
         self, *arguments: str, program: tuple[str, ...] = ("-m", "linkrx"), **environment: str
@@ -78,11 +78,12 @@ class Capture:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # what is read of a line more than that would be missing in end()
             env={**inherited, **environment},
         )
         self.told: list[str] = []
         assert self.process.stderr is not None
-        for line in self.process.stderr:
+        while line := self.process.stderr.readline():
             self.told.append(line.decode())
             if "listening on" in self.told[-1]:
                 return
