@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -29,14 +30,14 @@ _STYLES = {
     "udp": "blue",
 }
 
+READER_PATIENCE = 0.5
+
 # Beyond the MTU: link header and two VLAN tags.
 _BESIDE_MTU = 14 + 8
 
 
 class Printer:
     """Writes each batch at once: who waits at the other end of a pipe need not ask for that."""
-
-    patience: float | None = None  # seconds until tick() is due when nothing comes
 
     def __init__(
         self,
@@ -51,6 +52,8 @@ class Printer:
         verbose: bool,
     ) -> None:
         self._rx = rx
+        # Seconds until tick() is due when nothing comes.
+        self.patience = READER_PATIENCE if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) else None
         self._live = rx.capabilities.kind != "capture_file"
         self._several = every
         self._json, self._link, self._verbose = as_json, link, verbose
@@ -60,6 +63,7 @@ class Printer:
         self._depth = CHECKED if verbose else ALL if link or as_json else LINE
         self._paint = _painter() if sys.stdout.isatty() and not as_json else None
         self._longest = _longest(rx)
+        self._least_longest = min(self._longest.values(), default=2**32)
         self._names: dict[int, str] = {}
 
     def take(self, packets: Iterable[Packet]) -> None:
@@ -72,7 +76,12 @@ class Printer:
             write(text)
 
     def tick(self) -> None:
-        """Nothing is held back."""
+        """Raise BrokenPipeError where the reader of the pipe has gone: a write would tell, and there may be none for long."""
+        if self.patience is not None:
+            ended = select.poll()
+            ended.register(sys.stdout.fileno(), 0)
+            if any(events & select.POLLERR for _, events in ended.poll(0)):
+                raise BrokenPipeError
 
     def _fields(self, packet: Packet, wire_length: int) -> Fields:
         frame = packet.tobytes()
@@ -88,7 +97,9 @@ class Printer:
             )
         else:
             fields = dissect(frame, wire_length, ethernet=True, tag=packet.vlan, depth=self._depth)
-        if self._longest and wire_length > self._longest.get(packet.interface, wire_length):
+        if wire_length > self._least_longest and wire_length > self._longest.get(
+            packet.interface, wire_length
+        ):
             fields["super_packet"] = True
         if self._verbose and packet.checksum_unfinished:
             _excuse(fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,3 +263,27 @@ def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
         assert times.iso(extreme)
     monkeypatch.undo()
     time.tzset()
+
+
+def test_every_name_is_documented() -> None:
+    """docs/dump.md has each name of an object of JSON, and what it says of a protocol each name within."""
+    text = (Path(__file__).parents[2] / "docs" / "dump.md").read_text().partition("## JSON")[2]
+    rows = {row.split("|")[1]: row for row in text.splitlines() if row.startswith("| `")}
+    behind = text.partition("With `-v`")[2]
+    with_header: dict[str, Any] = {"ethernet": True, "tag": (0x8100, 5)}
+    without: dict[str, Any] = {"ethernet": False, "protocol": 0x0800, "sender": b"abcdef"}
+    for frame in every_frame():
+        for known in (with_header, without):
+            for title, value in dissect(frame, len(frame), depth=CHECKED, **known).items():
+                row = next(row for names, row in rows.items() if f"`{title}`" in names)
+                for inner in names_within(value):
+                    assert f"`{inner}`" in row or f"`{inner}`" in behind, (title, inner)
+
+
+def names_within(value: Any) -> set[str]:
+    """The names of the objects in it, however deep."""
+    if isinstance(value, list):
+        return set().union(*map(names_within, value))
+    if not isinstance(value, dict):
+        return set()
+    return set(value) | set().union(*map(names_within, value.values()))

@@ -17,12 +17,11 @@ _IPV6 = struct.Struct("!IHBB16s16s")
 _FRAGMENT = struct.Struct("!BxHI")  # next header, offset and flags, identification
 
 TCP, UDP = 6, 17
-_TRANSPORTS: dict[int, Callable[[Fields, bytes, int, int, int, bytes | None], None]] = {
-    1: icmp,
-    TCP: tcp,
-    UDP: udp,
-    58: icmpv6,
-}
+Transport = Callable[[Fields, bytes, int, int, int, bytes | None], None]
+_OVER_IPV4: dict[int, Transport] = {1: icmp, TCP: tcp, UDP: udp}
+_OVER_IPV6: dict[int, Transport] = {58: icmpv6, TCP: tcp, UDP: udp}
+
+USUAL = 0x45  # version 4, and a header of 20 bytes
 
 # IPv6: headers that name the next one. The authentication header counts its length otherwise.
 _HOP_BY_HOP, _ROUTING, _FRAGMENT_HEADER, _AUTHENTICATION, _DESTINATION = 0, 43, 44, 51, 60
@@ -48,7 +47,6 @@ def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
         _IPV4.unpack_from(frame, at)
     )
     header = (first & 0xF) * 4
-    offset = (fragment & 0x1FFF) * 8
     found: Fields = {
         "source": ipv4_address(source),
         "destination": ipv4_address(destination),
@@ -63,12 +61,13 @@ def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
             "id": identifier,
             "dont_fragment": fragment & 0x4000 != 0,
         }
-    if first >> 4 != 4:
-        fields["malformed"] = f"IP version {first >> 4}"
-        return
-    if header < 20:
-        fields["malformed"] = f"an IPv4 header of {header} bytes"
-        return
+    if first != USUAL:
+        if first >> 4 != 4:
+            fields["malformed"] = f"IP version {first >> 4}"
+            return
+        if header < 20:
+            fields["malformed"] = f"an IPv4 header of {header} bytes"
+            return
     if not total:
         total = length  # a super-packet of more than 65,535 bytes, or one whose length a device was to write
     elif total < header:
@@ -76,26 +75,27 @@ def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
         return
     elif total > length:
         found["missing"] = total - length
-    end = min(end, at + total)
+    if end > at + total:
+        end = at + total  # what is behind that is padding
     if header > 20:
         found["options"] = frame[at + 20 : min(end, at + header)].hex()
-    if end < at + header:
-        fields["cut"] = "ipv4"
-        return
+        if end < at + header:
+            fields["cut"] = "ipv4"
+            return
     if depth == CHECKED:
         found["checksum"] = stored
         found["checksum_state"] = "wrong" if checksum(frame[at : at + header]) else "ok"
     at += header
     rest = total - header
     if fragment & 0x3FFF:
-        found["fragment_offset"] = offset
+        offset = found["fragment_offset"] = (fragment & 0x1FFF) * 8
         found["more_fragments"] = fragment & 0x2000 != 0
         depth = ALL
         if offset:
             fields["payload"] = {"protocol": protocol, "length": rest}
             return
-    transport = _TRANSPORTS.get(protocol)
-    if transport is None or protocol == 58:
+    transport = _OVER_IPV4.get(protocol)
+    if transport is None:
         fields["payload"] = {"protocol": protocol, "length": rest}
         return
     pseudo = source + destination + struct.pack("!xBH", protocol, rest & 0xFFFF) if depth == CHECKED else None
@@ -130,7 +130,8 @@ def ipv6(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
         rest = max(length - 40, 0)  # a jumbogram (RFC 2675), or nothing
     elif payload > length - 40:
         found["missing"] = payload - (length - 40)
-    end = min(end, at + rest)
+    if end > at + rest:
+        end = at + rest
     if following in _EXTENSIONS:
         passed: list[str] = []
         found["extensions"] = passed
@@ -163,8 +164,8 @@ def ipv6(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
                 fields["cut"] = passed[-1]
                 return
         found["protocol"] = following
-    transport = _TRANSPORTS.get(following)
-    if transport is None or following == 1:
+    transport = _OVER_IPV6.get(following)
+    if transport is None:
         fields["payload"] = {"protocol": following, "length": rest}
         return
     pseudo = source + destination + struct.pack("!I3xB", rest, following) if depth == CHECKED else None

@@ -134,7 +134,8 @@ def udp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: by
         # Over so much as its own length says, which the pseudo-header has too.
         found["checksum_state"] = "none" if not stored else checksum_state(frame, at, end, told, pseudo)
     at += 8
-    end = min(end, at + told - 8)
+    if end > at + told - 8:
+        end = at + told - 8
     if source in DNS_PORTS or destination in DNS_PORTS:
         dns(fields, frame, at, end, told - 8)
     elif source in DHCP_PORTS or destination in DHCP_PORTS:

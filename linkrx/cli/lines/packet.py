@@ -14,6 +14,8 @@ _SHORT = {"ipv4": "ip", "ipv6": "ip6", "icmpv6": "icmp6", "dns": "domain", "ethe
 # Of a packet of which nothing else is there.
 _KINDS = {"ipv4": "IP", "ipv6": "IP6", "arp": "ARP", "llc": "LLC"}
 
+_SEQUENCED = frozenset("SFR")  # flags with which an empty segment has a sequence number
+
 
 def line(fields: Fields, length: int, *, link: bool = False, verbose: bool = False) -> str:
     """Of a packet of `length` bytes on the wire. `link`: with the link header; `verbose`: with header fields and checksums."""
@@ -86,11 +88,12 @@ def _bytes(digits: str, length: int) -> str:
 
 def _internet(fields: Fields, header: Fields, kind: str, details: str, verbose: bool) -> str:
     source, destination = header["source"], header["destination"]
-    missing = header.get("missing")
-    if missing:
-        details = f"truncated-ip - {missing} bytes missing! {details}"
-    passed = header.get("extensions")
-    extensions = "".join(f"{name} " for name in passed) if passed else ""
+    extensions = ""
+    if len(header) > 2:  # more than the addresses
+        if "missing" in header:
+            details = f"truncated-ip - {header['missing']} bytes missing! {details}"
+        if "extensions" in header:
+            extensions = "".join(f"{name} " for name in header["extensions"])
     found = fields.get("tcp")
     if found is not None:
         return (
@@ -159,7 +162,7 @@ def _tcp(fields: Fields, found: Fields, verbose: bool) -> str:
     sequence = found["sequence"]
     if length:
         text += f", seq {sequence}:{sequence + length & 0xFFFFFFFF}"
-    elif "S" in flags or "F" in flags or "R" in flags:
+    elif not _SEQUENCED.isdisjoint(flags):
         text += f", seq {sequence}"
     if "." in flags:
         text += f", ack {found['acknowledgement']}"
