@@ -69,6 +69,7 @@ def _print(rx: linkrx.Dispatcher, wanted: Wanted, came: list[int]) -> int:
         digits=wanted.digits,
         characters=wanted.characters,
         verbose=wanted.verbose,
+        absolute=wanted.absolute,
     )
     return _receive(rx, wanted, printer, came)
 

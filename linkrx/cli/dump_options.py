@@ -33,6 +33,7 @@ class Wanted:
     digits: int
     characters: int
     verbose: bool
+    absolute: bool
     json: bool
     backend: str
     duration: float | None
@@ -119,6 +120,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         default=0,
         help="with more of the headers, and whether checksums are right",
     )
+    add("-S", dest="absolute", action="store_true", help="TCP's sequence numbers as they are in the packets")
     add("-n", dest="numeric", action="count", help="accepted: addresses and ports are always numbers")
     add("-l", dest="lines", action="store_true", help="accepted: output never waits in a buffer")
     add(

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import linkrx
 from linkrx.cli.dissection import ALL, CHECKED, LINE, dissect
 from linkrx.cli.dissection.fields import Fields
-from linkrx.cli.lines import hexadecimal, line, times
+from linkrx.cli.lines import Sequences, hexadecimal, line, times
 from linkrx.packets import Packet
 
 # The first of these that a packet has gives its line the style.
@@ -50,6 +50,7 @@ class Printer:
         digits: int,
         characters: int,
         verbose: bool,
+        absolute: bool,
     ) -> None:
         self._rx = rx
         # Seconds until tick() is due when nothing comes.
@@ -62,6 +63,7 @@ class Printer:
         self._readable = bool(characters)
         self._depth = CHECKED if verbose else ALL if link or as_json else LINE
         self._paint = _painter() if sys.stdout.isatty() and not as_json else None
+        self._sequences = None if absolute else Sequences()
         self._longest = _longest(rx)
         self._least_longest = min(self._longest.values(), default=2**32)
         self._names: dict[int, str] = {}
@@ -108,6 +110,8 @@ class Printer:
     def _line(self, packet: Packet) -> str:
         wire_length = packet.wire_length
         fields = self._fields(packet, wire_length)
+        if self._sequences is not None and "tcp" in fields:
+            self._sequences.count(fields)
         text = line(fields, wire_length, link=self._link, verbose=self._verbose)
         if self._several:
             direction = ("Out " if packet.outgoing else "In  ") if self._live or packet.outgoing else ""

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from support import captures
 from support.captures import Recorded
 from support.command_line import PATIENCE, linkrx_command
 from support.frames import any_frame
-from support.protocols import BAD, GOOD
+from support.protocols import BAD, GOOD, tcp
 
 from linkrx import _core
 
@@ -44,11 +45,11 @@ def facts(line: str) -> Facts:
     return addresses, flags, [one or other for one, other in lengths]
 
 
-def lines_of_tcpdump(path: Path) -> list[str]:
-    """A line for each packet, with absolute sequence numbers."""
+def lines_of_tcpdump(path: Path, *options: str) -> list[str]:
+    """A line for each packet."""
     # A sanitizer's runtime is for this process: preloaded into others, it may stop them for ever.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = ["tcpdump", "-n", "-S", "-tt", "-r", str(path)]
+    command = ["tcpdump", "-n", "-tt", "-r", str(path), *options]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -62,9 +63,9 @@ def lines_of_tcpdump(path: Path) -> list[str]:
     return without_times(done.stdout)
 
 
-def lines_of_linkrx(path: Path) -> list[str]:
+def lines_of_linkrx(path: Path, *options: str) -> list[str]:
     """The same."""
-    done = linkrx_command("dump", "-tt", "-r", str(path))
+    done = linkrx_command("dump", "-tt", "-r", str(path), *options)
     assert (done.returncode, done.stderr) == (0, "")
     return without_times(done.stdout)
 
@@ -155,3 +156,30 @@ def test_any_frames(tmp_path: Path, seed: int) -> None:
         assert facts(ours)[0][:1] == addresses[:1], (frame, ours, theirs)
         assert not flags or facts(ours)[1] == flags, (frame, ours, theirs)
     assert seen > 1000
+
+
+@pytest.mark.parametrize("options", [(), ("-S",)])
+def test_connections(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Of segments of several connections, in any order and with any numbers, the lines are tcpdump's, with and without -S."""
+    chosen = random.Random(5)
+    edges = (0, 1, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF, 1000, 70_000)
+    frames = []
+    for _ in range(600):
+        ports = chosen.choice([(40_000, 40_001), (40_001, 40_000), (40_000, 40_002), (40_002, 40_000)])
+        blocks = struct.pack("!II", chosen.choice(edges), chosen.choice(edges)) * chosen.choice(
+            (0, 0, 0, 1, 3)
+        )
+        options_of_tcp = b"\1\1\5" + bytes([2 + len(blocks)]) + blocks if blocks else b""
+        frames.append(
+            tcp(
+                chosen.choice((0x10, 0x10, 0x18, 0x18, 0x18, 0x02, 0x12, 0x11, 0x04, 0x14)),
+                bytes(chosen.choice((0, 0, 5, 700))),
+                ports=ports,
+                numbers=(chosen.choice(edges), chosen.choice(edges)),
+                options=options_of_tcp,
+                six=chosen.random() < 0.2,
+            )
+        )
+    path = tmp_path / "connections.pcap"
+    path.write_bytes(captures.pcap(recorded(frames)))
+    assert lines_of_linkrx(path, *options) == lines_of_tcpdump(path, *options)

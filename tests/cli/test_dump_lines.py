@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.protocols import BAD, GOOD, dns, ethernet, icmp, ipv4, name, tcp, udp, vlan
 
 from linkrx.cli.dissection import ALL, CHECKED, LINE, dissect
-from linkrx.cli.lines import hexadecimal, line, times
+from linkrx.cli.lines import Sequences, hexadecimal, line, sequences, times
 
 DEPTHS = (LINE, ALL, CHECKED)
 PROTOCOLS = (0, 0x0800, 0x0806, 0x86DD, 0x8100, 0x88B5)
@@ -222,6 +222,22 @@ def test_an_error_that_quotes_an_error() -> None:
             break
     check(ethernet(0x0800, body), len(body) + 14, ethernet=True)
     assert "ICMP host 10.0.0.2 unreachable" in shown(icmp(3, 1, bytes(4) + body[:1000]))
+
+
+def test_no_more_connections_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the most that are remembered the first ones are forgotten, and what is remembered of others stays."""
+    monkeypatch.setattr(sequences, "CONNECTIONS_MOST", 4)
+    numbers = Sequences()
+
+    def sequence(port: int) -> int:
+        frame = tcp(0x10, b"x", ports=(port, 9), numbers=(500, 100))
+        fields = dissect(frame, len(frame), ethernet=True)
+        numbers.count(fields)
+        return int(fields["tcp"]["sequence"])
+
+    assert [sequence(port) for port in range(10)] == [500] * 10
+    assert [sequence(port) for port in (6, 7, 8, 9)] == [0] * 4
+    assert [sequence(port) for port in (5, 4)] == [500] * 2
 
 
 def test_rows_of_bytes() -> None:

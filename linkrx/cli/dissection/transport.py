@@ -12,7 +12,7 @@ _PORTS = struct.Struct("!HH")
 # Ports, sequence and acknowledgement number, data offset and flags, window, checksum, urgent pointer.
 _TCP = struct.Struct("!HHIIHHHH")
 _UDP = struct.Struct("!HHHH")
-_TIMESTAMPS = struct.Struct("!II")
+_PAIR = struct.Struct("!II")
 
 # As tcpdump writes them, in the order of the bits.
 FLAGS = tuple(
@@ -55,10 +55,10 @@ def tcp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: by
     if header > 20:
         # Most segments have timestamps, and nothing else.
         if header == 32 and end >= at + 32 and frame[at + 20 : at + 24] == b"\1\1\x08\x0a":
-            value, echoed = _TIMESTAMPS.unpack_from(frame, at + 24)
+            value, echoed = _PAIR.unpack_from(frame, at + 24)
             found["options"] = ["nop", "nop", f"TS val {value} ecr {echoed}"]
         else:
-            found["options"] = _options(frame[at + 20 : min(end, at + header)], fields)
+            found["options"] = _options(frame[at + 20 : min(end, at + header)], fields, found)
             if end < at + header:
                 fields["cut"] = "tcp"
                 return
@@ -70,8 +70,8 @@ def tcp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: by
         dns(fields, frame, at + 2, end, int.from_bytes(frame[at : at + 2], "big"))
 
 
-def _options(data: bytes, fields: Fields) -> list[str]:
-    """As tcpdump writes them."""
+def _options(data: bytes, fields: Fields, segment: Fields) -> list[str]:
+    """As tcpdump writes them; of "sack" the blocks are told apart."""
     found: list[str] = []
     at = 0
     while at < len(data):
@@ -88,22 +88,23 @@ def _options(data: bytes, fields: Fields) -> list[str]:
             found.append(f"[bad opt {kind}]")
             fields.setdefault("malformed", f"TCP option {kind} of {size} bytes")
             break
-        found.append(_option(kind, data[at + 2 : at + size]))
+        if kind == _SACK and size % 8 == 2:
+            found.append("sack")
+            segment["sack"] = [list(block) for block in _PAIR.iter_unpack(data[at + 2 : at + size])]
+        else:
+            found.append(_option(kind, data[at + 2 : at + size]))
         at += size
     return found
 
 
 def _option(kind: int, value: bytes) -> str:
     if kind == _TIMES:
-        sent, echoed = _TIMESTAMPS.unpack(value)
+        sent, echoed = _PAIR.unpack(value)
         return f"TS val {sent} ecr {echoed}"
     if kind in (_MSS, _SCALE):
         return f"{'mss' if kind == _MSS else 'wscale'} {int.from_bytes(value, 'big')}"
     if kind == _SACK_OK:
         return "sackOK"
-    if kind == _SACK and len(value) % 8 == 0:
-        edges = _TIMESTAMPS.iter_unpack(value)
-        return f"sack {len(value) // 8} " + "".join(f"{{{left}:{right}}}" for left, right in edges)
     if kind == _MD5:
         return f"md5 {value.hex()}"
     if kind == _FAST_OPEN:

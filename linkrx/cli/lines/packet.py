@@ -171,12 +171,18 @@ def _tcp(fields: Fields, found: Fields, verbose: bool) -> str:
         text += f", urg {found['urgent']}"
     options = found.get("options")
     if options is not None:
+        if "sack" in found:
+            options = [_sack(found["sack"]) if option == "sack" else option for option in options]
         text += f", options [{','.join(options)}]"
     if length is not None:
         text += f", length {length}"
     if "dns" in fields:
         text += f" {dns(fields['dns'])}"
     return text
+
+
+def _sack(blocks: list[list[int]]) -> str:
+    return f"sack {len(blocks)} " + "".join(f"{{{left}:{right}}}" for left, right in blocks)
 
 
 def _udp(fields: Fields, found: Fields, verbose: bool) -> str:

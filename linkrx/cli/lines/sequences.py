@@ -1,0 +1,47 @@
+"""Sequence numbers of TCP counted from where a connection begins, as tcpdump counts them."""
+
+from __future__ import annotations
+
+from linkrx.cli.dissection.fields import Fields
+
+CONNECTIONS_MOST = 65_536  # that are remembered: the one that began first is forgotten
+
+_Ends = tuple[str, int, str, int]
+
+
+class Sequences:
+    """The first numbers of each connection, of either direction."""
+
+    def __init__(self) -> None:
+        self._first: dict[_Ends, tuple[int, int]] = {}
+
+    def count(self, fields: Fields) -> None:
+        """Make the numbers of a segment those that a line shows.
+
+        The first segment with an acknowledgement that is seen of a connection, and each with SYN, keep theirs; what follows counts from
+        the one before the first byte that it acknowledges.
+        """
+        segment = fields["tcp"]
+        if "." not in segment.get("flags", ""):
+            return
+        header = fields.get("ipv4") or fields["ipv6"]
+        ours = header["source"], segment["source_port"], header["destination"], segment["destination_port"]
+        theirs = ours[2], ours[3], ours[0], ours[1]
+        sent, received = segment["sequence"], segment["acknowledgement"]
+        found = self._first.get(ours)
+        if found is None or "S" in segment["flags"]:
+            found = sent, received - 1 & 0xFFFFFFFF
+            self._remember(ours, found)
+            self._remember(theirs, (found[1], found[0]))
+        else:
+            segment["sequence"] = sent - found[0] & 0xFFFFFFFF
+            segment["acknowledgement"] = received - found[1] & 0xFFFFFFFF
+        if "sack" in segment:
+            first = found[1]
+            segment["sack"] = [[edge - first & 0xFFFFFFFF for edge in block] for block in segment["sack"]]
+
+    def _remember(self, ends: _Ends, first: tuple[int, int]) -> None:
+        known = self._first
+        if len(known) >= 2 * CONNECTIONS_MOST and ends not in known:
+            del known[next(iter(known))]
+        known[ends] = first
