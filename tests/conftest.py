@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
 
 # A project of its own, which tests run in processes of their own.
 collect_ignore = ["downstream"]
+
+# Ports to other programs (docs/ports.md) are tested where these are installed: `pip install linkrx[ports]`.
+for _program in ("aiodhcpwatcher", "asyncssh", "ptf", "pytcp"):
+    if find_spec(_program) is None:
+        collect_ignore.append(f"adapters/test_port_{_program}.py")
 
 # Examples are not timed: a machine under load takes as long as it takes.
 hypothesis.settings.register_profile(

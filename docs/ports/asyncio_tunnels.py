@@ -1,0 +1,127 @@
+"""The asyncio TUN and TAP loops of asyncssh and pymobiledevice3, on linkrx.
+
+asyncssh, before its first tunnel:
+
+    asyncssh.tuntap.SSHLinuxTunTapTransport = TunTapTransport
+
+pymobiledevice3, before its first tunnel on a kernel TUN device:
+
+    RemotePairingTunnel._tun_read_loop_via_reader = read_loop
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Protocol, cast
+
+import linkrx
+
+POINT_TO_POINT = 1  # asyncssh.tuntap.SSH_TUN_MODE_POINTTOPOINT: a TUN; the other mode is a TAP
+
+
+class TunTapTransport(asyncio.Transport):
+    """A new TUN or TAP device: each packet of it is one `data_received`, each `write` one packet to it.
+
+    `connection_lost` is called once, when the device is deleted. Writes are lost where the device is down.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, mode: int, unit: int | None) -> None:
+        kind = "tun" if mode == POINT_TO_POINT else "tap"
+        self._queue = linkrx.TunTap("" if unit is None else f"{kind}{unit}", kind)
+        super().__init__({"interface": self._queue.name})
+        self._loop = loop
+        self._reading = False
+        self._protocol: asyncio.Protocol | None = None
+        self._rx = linkrx.open(self._queue, self._deliver)
+        self._fd = self._rx.fileno()
+
+    def _deliver(
+        self, remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet
+    ) -> None:
+        if self._protocol is not None:
+            self._protocol.data_received(packet.tobytes())
+
+    def _read_ready(self) -> None:
+        self._rx.drain()  # one batch, so that other tasks have their turn
+        if self._rx.end is not None:
+            self.pause_reading()
+            if self._protocol is not None:
+                self._protocol.connection_lost(None)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Whom it delivers to."""
+        assert self._protocol is not None
+        return self._protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Deliver to this one."""
+        self._protocol = cast("asyncio.Protocol", protocol)
+
+    def is_reading(self) -> bool:
+        """Whether it delivers now."""
+        return self._reading
+
+    def resume_reading(self) -> None:
+        """Deliver."""
+        self._reading = True
+        self._loop.add_reader(self._fd, self._read_ready)
+
+    def pause_reading(self) -> None:
+        """Leave packets in the device's queue."""
+        self._reading = False
+        self._loop.remove_reader(self._fd)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send one packet."""
+        with suppress(OSError):  # the device is down, or its queue is full: as on any network
+            self._rx.send(data)
+
+    def get_write_buffer_size(self) -> int:
+        """Nothing is buffered."""
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing is buffered."""
+
+    def can_write_eof(self) -> bool:
+        """Packets have no end of stream."""
+        return False
+
+    def write_eof(self) -> None:
+        """Does nothing."""
+
+    def is_closing(self) -> bool:
+        """Whether it was closed."""
+        return self._queue.fileno() < 0
+
+    def abort(self) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Delete the device, unless others have it."""
+        if not self.is_closing():
+            self.pause_reading()
+            self._rx.close()
+            self._queue.close()
+
+
+class Tunnel(Protocol):
+    """What `read_loop` needs of pymobiledevice3's RemotePairingTunnel."""
+
+    tun: Any
+    send_packet_to_device: Callable[[bytes], Awaitable[None]]
+
+
+LOOPBACK_HEADER = (
+    b"\x00\x00\x86\xdd"  # pymobiledevice3's: in front of packets where the device has packet information
+)
+
+
+async def read_loop(tunnel: Tunnel, read_size: int) -> None:
+    """Send each packet of the tunnel's TUN device to the telephone, until the device is gone or the task is cancelled."""
+    with linkrx.open(tunnel.tun) as rx:  # borrowed: tun.write and tun.close go on as they are
+        async for packet in rx:
+            await tunnel.send_packet_to_device(packet.tobytes().removeprefix(LOOPBACK_HEADER))
