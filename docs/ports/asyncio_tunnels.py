@@ -44,8 +44,8 @@ class TunTapTransport(asyncio.Transport):
             self._protocol.data_received(packet.tobytes())
 
     def _read_ready(self) -> None:
-        self._rx.drain()  # one batch, so that other tasks have their turn
-        if self._rx.end is not None:
+        # One batch, so that other tasks have their turn.
+        if not self._rx.drain() and self._rx.end is not None:
             self.pause_reading()
             if self._protocol is not None:
                 self._protocol.connection_lost(None)

@@ -61,7 +61,7 @@ print("up", flush=True)
 sys.stdin.readline()
 stats = ring.rx.stats()
 stack.stop()
-print(stats.packets, stats.sent, stats.kernel_drops, flush=True)
+print(stats.packets, stats.sent, flush=True)
 """
 
 
@@ -129,10 +129,9 @@ def test_a_host() -> None:
         device.set_up()
         ping(2)
         output, _ = process.communicate("\n", PATIENCE)
-        packets, answers_sent, drops = map(int, output.split())
+        packets, answers_sent = map(int, output.split())
         assert packets > 20
         assert answers_sent > 20
-        assert drops == 0
         assert process.returncode == 0
 
 
