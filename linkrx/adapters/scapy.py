@@ -45,7 +45,8 @@ class L2Socket(SuperSocket):
     is for interfaces only. Every other keyword is an option of `linkrx.open`, so `sniff(iface="eth0", receive_buffer=2**28)`
     works. `rx` is the dispatcher: `rx.stats()`, `rx.choice.explain()`, `rx.set_filter("arp")`.
 
-    Raises Scapy_Exception for a filter that is wrong, and what `linkrx.open` raises.
+    Raises Scapy_Exception for a filter that is wrong, and what `linkrx.open` raises: a ValueError for an interface that is not
+    there, as scapy's own sockets do.
     """
 
     desc = "send and receive at layer 2 through linkrx"

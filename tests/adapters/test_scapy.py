@@ -115,6 +115,13 @@ def test_a_wrong_filter() -> None:
             sniff(iface=rig.source, monitor=True, timeout=1)
 
 
+def test_no_such_interface() -> None:
+    """An interface that is not there is a ValueError that names it, as of scapy's own sockets."""
+    for socket in (L2Socket, L2ListenSocket, OwnListenSocket):
+        with pytest.raises(ValueError, match="nope0"):
+            socket(iface="nope0")
+
+
 def test_lfilter_and_stop_filter() -> None:
     """lfilter leaves packets out, and the packet for which stop_filter is true is the last."""
     with rigs.interface() as rig:
