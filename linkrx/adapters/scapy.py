@@ -78,8 +78,11 @@ class L2Socket(SuperSocket):
         else:
             source = iface
             self.iface = getattr(iface, "name", None) or repr(iface)
+            # What a source of the caller's own cannot have, linkrx refuses.
             if promisc:
                 options["promiscuous"] = True
+            if type != ETH_P_ALL:
+                options["protocol"] = type
         self.promisc = options.get("promiscuous", False)
         wanted = None if nofilter else _except_filtered(filter)
         self._polled = False

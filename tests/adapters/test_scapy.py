@@ -122,6 +122,13 @@ def test_no_such_interface() -> None:
             socket(iface="nope0")
 
 
+@pytest.mark.parametrize("wanted", [{"promisc": True}, {"type": 0x0800}])
+def test_what_a_borrowed_source_cannot_have(wanted: dict[str, Any]) -> None:
+    """promisc and type are refused of what is no interface by name, not ignored."""
+    with rigs.tap() as rig, pytest.raises(linkrx.UnsupportedOption, match=r"promiscuous|protocol"):
+        L2Socket(rig.source, **wanted)
+
+
 def test_lfilter_and_stop_filter() -> None:
     """lfilter leaves packets out, and the packet for which stop_filter is true is the last."""
     with rigs.interface() as rig:
