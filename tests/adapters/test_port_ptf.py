@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.places import ROOT
+from support.paths import ROOT
 from support.ports import port
 
 from linkrx.testing import rigs

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 from pyroute2 import IPRoute
-from support.places import ROOT
+from support.paths import ROOT
 
 from linkrx.cli.responder import ECHO_REQUEST, Echo
 from linkrx.testing.devices import Device

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.dhcp import frame, request
-from support.places import ROOT
+from support.paths import ROOT
 from support.ports import port
 
 import linkrx

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from typing import Any
 
-from support.places import ROOT
+from support.paths import ROOT
 
 
 def port(name: str) -> Any:
