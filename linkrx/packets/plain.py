@@ -44,7 +44,7 @@ _FORMATS = {
 
 
 class Packet(bytes):
-    """One received frame with what is known about it. It never changes, however long it is kept."""
+    """One received frame and its metadata. It never changes, however long it is kept."""
 
     _restored_by: ClassVar[Callable[..., Any]]  # restore_packet() of linkrx.packets, which stores it here
 
@@ -77,7 +77,7 @@ class Packet(bytes):
 
     @property
     def data(self) -> memoryview:
-        """What follows the link header."""
+        """The bytes behind the link header."""
         return memoryview(self)[self._link_header :]
 
     @property
@@ -215,10 +215,10 @@ def restore(
     link_header: int,
     vnet: int,
     vnet_header: bytes,
-    file_type: int = 0,
+    file_type: int,
     /,
 ) -> Packet:
-    """A packet from what its pickle has behind the version."""
+    """A packet from the values that its pickle has behind the version."""
     if (
         type(frame) is not bytes
         or len(frame) < link_header
@@ -297,7 +297,7 @@ class Batch:
         return batch
 
     def __getattr__(self, name: str) -> memoryview:
-        """A new view each time: whoever has it may release it."""
+        """A new view each time, because the caller may release it."""
         if name == "_columns" or name not in self._columns:
             raise AttributeError(f"'linkrx.Batch' object has no attribute {name!r}", name=name, obj=self)
         return memoryview(self._columns[name])
@@ -344,5 +344,5 @@ class Owner:
         self.view = memoryview(bytearray(size))
 
     def take_back(self) -> bool:
-        """Nobody reads here: packets have their own bytes."""
+        """Always: packets have their own bytes."""
         return True

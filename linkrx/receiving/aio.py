@@ -1,4 +1,4 @@
-"""Waiting for a dispatcher under asyncio, and event loops with its interface, such as uvloop."""
+"""Waiting for a dispatcher under asyncio and event loops with the same interface, such as uvloop."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ ASK_AGAIN = 0.01
 class Reader:
     """One event loop's reader of a dispatcher, for one task at a time.
 
-    It stays registered while somebody waits, so packets that come one by one cost no epoll_ctl(2). When it is called it
-    receives at once: were that left to the task, the loop would find the descriptor readable once more before. Called while
-    nobody waits, it takes itself out, for packets that nobody fetches would call it in every turn of the loop.
+    The reader stays registered while a task waits, so single packets cost no epoll_ctl(2). The loop's call receives at once; if
+    the task did that, the loop would find the descriptor readable a second time. A call without a waiting task removes the
+    reader, because the loop would otherwise call it in every turn.
 
-    It has a descriptor of its own: a loop has one reader for each number, and fileno() is the user's.
+    The reader has a duplicate of the descriptor: a loop has one reader per descriptor, and fileno() belongs to the user.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        """Made in the running loop."""
+        """For the running loop."""
         self._dispatcher = dispatcher
         self.loop = asyncio.get_running_loop()
         self._fd = os.dup(dispatcher._wakeup.fileno())
         self._latency = dispatcher._coalescing
-        self._registered: Waiter | None = None  # for whom
+        self._registered: Waiter | None = None  # the waiter that the loop's reader belongs to
         self._waiter: Waiter | None = None
         self._asking: asyncio.TimerHandle | None = None  # where the event loop may not watch it
         self._said = False  # that it may not
@@ -58,14 +58,14 @@ class Reader:
         self._release()
 
     def begin(self, waiter: Waiter) -> None:
-        """`waiter` is settled when packets wait in the dispatcher, or it is over. Raises Busy where another one waits."""
+        """Settle `waiter` when packets wait in the dispatcher or reception is over. Raises Busy while another task waits."""
         before = self._waiter
         if before is not None and not before.done():
             raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
         if before is not None:
             before.armed = False
         self._waiter = waiter
-        # Back to the event loop before every batch, even under a flood: other tasks want to run.
+        # Go back to the event loop before every batch, also under a flood, so that other tasks run.
         if self._dispatcher._has_something:
             self.loop.call_soon(self.ready)
         else:
@@ -73,7 +73,7 @@ class Reader:
             waiter.armed = self._registered is waiter
 
     async def wait(self, timeout: float | None) -> bool:
-        """Until packets wait in the dispatcher, or it is over. False after `timeout` seconds without."""
+        """Wait for packets in the dispatcher or the end of reception. False after `timeout` seconds."""
         waiter = Waiter(self._dispatcher, self.loop)
         self.begin(waiter)
         timer = None if timeout is None else self.loop.call_later(timeout, self._settle, False)
@@ -89,7 +89,7 @@ class Reader:
             self._dispatcher._looped = True
             self._dispatcher._resume_source()
             try:
-                # In C, where the waiter is: no function in Python is called for a packet. No epoll_ctl(2) where another one was.
+                # The C waiter has `ready` in C, so no Python function runs per packet. Replacing a reader costs no epoll_ctl(2).
                 self.loop.add_reader(self._fd, getattr(waiter, "ready", self.ready))
             except OSError as error:
                 if error.errno not in REFUSED:
@@ -119,11 +119,11 @@ class Reader:
             self._waiter.settle(found)
 
     def ready(self) -> None:
-        """For the loop to call when the dispatcher is readable."""
+        """The loop calls this when the dispatcher is readable."""
         waiter = self._waiter
         if waiter is None or waiter.done():
             self.unregister()
-        elif self._latency:  # until then more may have come, and the loop need not be told again
+        elif self._latency:  # more packets may come until then, and the loop need not call meanwhile
             self.unregister()
             self.loop.call_later(self._latency, self._receive)
         else:
@@ -143,7 +143,7 @@ class Reader:
         waiter.settle_at_once(found)
 
     def unregister(self) -> None:
-        """The event loop need not look any more."""
+        """Remove the reader from the event loop."""
         if self._waiter is not None:
             self._waiter.armed = False
         if self._registered is not None:
@@ -152,7 +152,7 @@ class Reader:
                 self.loop.remove_reader(self._fd)
 
     def close(self) -> None:
-        """Take it out, and let its task go on: it finds the dispatcher closed. Raises Busy in another thread."""
+        """Remove the reader, and wake its task, which finds the dispatcher closed. Raises Busy in another thread."""
         if not self.loop.is_closed() and self.loop.is_running() and not self.is_here():
             if self._waiter is not None:
                 raise Busy(
@@ -164,7 +164,7 @@ class Reader:
         self._settle(found=False)
 
     def end_seen(self) -> None:
-        """The descriptor is quiet from now on: a task that waits must go on, and sees the end. From any thread."""
+        """Wake the waiting task, which then sees the end: the descriptor is quiet from now on. From any thread."""
         if self._waiter is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._settle, False)
 
@@ -173,7 +173,7 @@ class Reader:
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the descriptor alone: for a forked child, whose event loop is the parent's."""
+        """Close only the descriptor. For a forked child, which shares its parent's event loop."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -184,9 +184,9 @@ class Reader:
 
 
 class AsyncPackets(receiver.AsyncPackets):
-    """What `async for` over a dispatcher goes through."""
+    """The iterator of `async for` over a dispatcher."""
 
     __slots__ = ()
 
     async def aclose(self) -> None:
-        """Nothing to do; for those who close what they iterate over, as contextlib.aclosing() does."""
+        """Does nothing. contextlib.aclosing() calls it."""

@@ -6,8 +6,9 @@ import time
 
 
 def deadline_after(timeout: float | None, name: str = "timeout") -> float | None:
-    """When a timeout, or a limit of another name, ends on the monotonic clock; None for never. Raises TypeError and
-    ValueError for what is no time.
+    """The moment on the monotonic clock at which a timeout ends; None for never. `name` is that of the argument.
+
+    Raises TypeError and ValueError for a value that is no time.
     """
     if timeout is None:
         return None
@@ -19,12 +20,12 @@ def deadline_after(timeout: float | None, name: str = "timeout") -> float | None
 
 
 def earlier(one: float | None, other: float | None) -> float | None:
-    """The earlier of two deadlines, either of which may be never."""
+    """The earlier of two deadlines. None is never."""
     if one is None or other is None:
         return other if one is None else one
     return min(one, other)
 
 
 def seconds_left(deadline: float | None) -> float | None:
-    """The time until a deadline, 0 behind it; None for ever."""
+    """The seconds until a deadline, 0 after it; None for never."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())

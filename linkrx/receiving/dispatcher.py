@@ -1,4 +1,4 @@
-"""One open source, as its user sees it."""
+"""The public dispatcher."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 class Dispatcher(Reception):
     """One open source on one backend. Made by `linkrx.open`.
 
-    Belongs to one thread at a time; `stop()`, `close()`, `stats()` and `send()` are for all. After `close()` every method but `stop`
-    and `close` raises Closed. A method that receives raises Busy while another thread, or the caller's own `deliver`, is
-    inside, and OSError for what the kernel says and linkrx cannot mend.
+    One thread at a time may receive. Any thread may call `stop()`, `close()`, `stats()`, `set_filter()`, `send()` and `send_batch()`.
+    After `close()` every method but `stop` and `close` raises Closed. A method that receives raises Busy while another thread
+    receives, or inside `deliver`. It raises OSError for kernel errors that linkrx cannot handle.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Dispatcher(Reception):
         backends: Mapping[str, type[Backend]],
         deliver: Deliver | None = None,
     ) -> None:
-        """Takes the source over once this succeeds."""
-        self._opened = False  # until all is open there is nothing for __del__ to close
+        """The dispatcher owns the source if this succeeds."""
+        self._opened = False  # __del__ closes only what was opened
         self._reader: aio.Reader | None = None
         self._waiting: list[
             threading.Event
-        ] = []  # of threads in close(), set when the thread that is inside has left
-        _alive.add(self)  # first: behind the rest nothing may fail
+        ] = []  # for threads in close(): set when the receiving thread has left
+        _alive.add(self)  # first, because nothing may fail after the rest
         super().__init__(source, settings, choice, backends, deliver)
         self._opened = True
 
-    # What is known about it: readable after close as well, for that is when one asks why it ended.
+    # These can be read after close() too.
 
     @property
     def backend(self) -> str:
@@ -77,32 +77,32 @@ class Dispatcher(Reception):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What probing the source found."""
+        """The result of probing the source."""
         return self.source.capabilities
 
     @property
     def fanout(self) -> int | None:
-        """The number of the fanout group, for others to join; None without `fanout=`."""
+        """The number of the fanout group, which others can join; None without `fanout=`."""
         return self.source.fanout
 
     @property
     def end(self) -> End | None:
-        """Why it is over, or None while it is not."""
+        """Why reception ended, or None."""
         return self._end or (End.STOPPED if self._stopping else None)
 
     def interface_name(self, index: int) -> str | None:
-        """The name of the interface that packets with this `interface` come through; None where nobody knows it.
+        """The name of the interface with this index, as in `packet.interface`; None if it is not known.
 
-        Of a packet socket as it is now, in the socket's network namespace; of a capture file as the file says.
+        For a packet socket it is the present name in the socket's network namespace, for a capture file the name in the file.
         """
         self._check_open()
         return self._mechanism.interface_name(index) or self.source.interface_name(index)
 
     def fileno(self) -> int:
-        """What to poll for readability, in an event loop of any kind: then call `drain()` and look at `end`.
+        """A descriptor for any event loop: when it is readable, call `drain()` and look at `end`.
 
-        Not the source's own descriptor. Stays readable while packets wait inside linkrx, and once it is over until that was
-        seen: a call returned False, raised Ended, or has set `end`. Then it is quiet.
+        It is not the source's descriptor. It is readable while packets wait inside linkrx. After the end of reception it stays
+        readable until a call returned False, raised Ended or left `end` set.
         """
         self._check_open()
         self._polled = True
@@ -119,13 +119,13 @@ class Dispatcher(Reception):
         state = "closed" if self._closed else self.end.name if self.end else "open"
         return f"<Dispatcher {self.backend} on {self.capabilities.title}, {state}>"
 
-    # Ways to receive, beside those of the receiver: dispatch, run, drain, recv, and iteration.
+    # Receiving. The receiver has dispatch, run, drain, recv and iteration.
 
     def batches(self, timeout: float | None = None, *, duration: float | None = None) -> Batches:
         """Iterate over batches, with `for` or `async for`, until the end or `timeout` seconds without a packet.
 
-        `duration` limits the whole: so many seconds after this call no further batch comes, under load as well. What waits
-        then is the next call's.
+        `duration` limits the whole iteration to so many seconds from this call, also under load. The next call gives the packets
+        that wait then.
         """
         self._check_open()
         return Batches(self, timeout, duration)
@@ -135,7 +135,7 @@ class Dispatcher(Reception):
         return aio.AsyncPackets(self)
 
     def _reader_here(self) -> aio.Reader:
-        """What waits in the event loop that runs in this thread."""
+        """The reader for the event loop that runs in this thread."""
         self._check_open()
         reader = self._reader
         if reader is None or not reader.is_here():
@@ -145,7 +145,7 @@ class Dispatcher(Reception):
         return reader
 
     def _begin_waiting(self, waiter: Waiter | None) -> Waiter:
-        """`waiter`, or a new one where it is of another event loop, waits for packets from now on."""
+        """Let `waiter` wait for packets, or a new one if `waiter` belongs to another event loop."""
         reader = self._reader_here()
         if waiter is None or waiter.get_loop() is not reader.loop:
             waiter = Waiter(self, reader.loop)
@@ -153,31 +153,31 @@ class Dispatcher(Reception):
         return waiter
 
     def _ready(self) -> None:
-        """The event loop finds it readable."""
+        """The event loop found the descriptor readable."""
         if self._reader is not None:
             self._reader.ready()
 
     def _stop_waiting(self) -> None:
-        """The task that waited was cancelled."""
+        """The waiting task was cancelled."""
         if self._reader is not None:
             self._reader.unregister()
 
     def set_filter(self, filter: FilterLike | None) -> None:
-        """Take other packets from now on: an expression, or instructions, as for `open`; None takes all.
+        """Replace the filter by an expression or instructions, as for `open`. None removes it.
 
-        After it returns no packet comes that the new filter rejects, be it queued, received, or waiting in a batch; from inside
-        `deliver` that holds for what follows. From any thread; where another one receives, it waits for that one's `deliver`. On
-        a borrowed socket the filter of its owner is put back by None, and by `close()`.
+        After this returns, no packet comes that the new filter rejects, whether it was queued, received, or waiting in a batch.
+        Inside `deliver` this holds for the packets that follow. Any thread may call it; while another thread receives, it waits
+        until that thread's `deliver` has returned. On a borrowed socket, None and `close()` restore the owner's filter.
 
-        Raises ValueError for a wrong filter, UnsupportedOption for one that the source cannot have or the kernel refuses, and
-        Busy while another thread is setting one; the filter before is then still in force.
+        Raises ValueError for a wrong filter, UnsupportedOption for a filter that the source cannot have or the kernel refuses, and
+        Busy while another thread sets a filter. The old filter then stays in force.
         """
         self._check_open()
         chosen = self._backends[self.choice.backend]
         self._source_filter.change(self._run_filter, filter, chosen, self._mechanism.readable_within)
         self._tell_filter()
 
-    # Ways to end.
+    # Ending.
 
     def _disarm(self) -> None:
         super()._disarm()
@@ -185,13 +185,13 @@ class Dispatcher(Reception):
             self._reader.end_seen()
 
     def stop(self, flush: bool = False) -> None:
-        """End reception, from any thread, signal handler or `deliver`; any number of times, at any time.
+        """End reception. Any thread, signal handler or `deliver` may call it, any number of times.
 
-        After it returns no further `deliver` starts, except that one already running in another thread finishes.
+        After it returns no further `deliver` starts; one that is running in another thread finishes.
 
-        `flush`: what came before this call is handed over first, by whatever receives. Reception ends when the source was
-        empty once, or has given as many packets as its queue holds; so some that came later may be among them. A ring is
-        waited for, two retire periods at most. A stop without `flush` ends this at once.
+        With `flush` the receiving call first hands over the packets that came before. Reception ends when the source was empty
+        once, or has given as many packets as its queue holds, so later packets may be among them. A ring is waited for, two
+        retire periods at most. A stop without `flush` ends this at once.
         """
         if not self._forked:
             if flush:
@@ -205,11 +205,11 @@ class Dispatcher(Reception):
                     event.clear()
 
     def close(self) -> None:
-        """Release all that linkrx opened and restore what it changed on a borrowed descriptor. Idempotent.
+        """Release everything that linkrx opened, and restore the settings of a borrowed descriptor. Idempotent.
 
-        Packets and batches stay valid. From inside `deliver`, or a signal handler of the thread that receives, it takes
-        effect when the call that receives returns. From another thread it stops that call and waits for it; raises Busy
-        where a task of another thread's event loop waits.
+        Packets and batches stay valid. Inside `deliver`, or in a signal handler of the receiving thread, it takes effect when the
+        receiving call returns. From another thread it stops that call and waits for it. Raises Busy while a task of another
+        thread's event loop waits.
         """
         if self._released:
             return
@@ -237,9 +237,9 @@ class Dispatcher(Reception):
         _alive.discard(self)
 
     def _wait_until_left(self) -> None:
-        """Stop the thread that is inside, and wait for it; a second at most, for an exception may have kept it from telling."""
+        """Stop the receiving thread, and wait a second for it: an exception could keep it from setting the event."""
         gone = threading.Event()
-        self._waiting.append(gone)  # first: whoever leaves now tells it
+        self._waiting.append(gone)  # first, so that a thread that leaves now sets it
         try:
             self._closed = self._leaving = True
             self.stop()
@@ -253,7 +253,7 @@ class Dispatcher(Reception):
             gone.set()
 
     def _last_left(self) -> None:
-        """Nobody is inside any more, and close() was called meanwhile."""
+        """The last call has returned, and close() was called meanwhile."""
         self._leaving = False
         try:
             if self._closed and not self._released:
@@ -279,7 +279,7 @@ class Dispatcher(Reception):
 
 
 class Batches:
-    """What `Dispatcher.batches` returns: an iterator of Batch, also an asynchronous one."""
+    """The iterator of `Dispatcher.batches`, also for `async for`."""
 
     def __init__(self, dispatcher: Dispatcher, timeout: float | None, duration: float | None) -> None:
         self._dispatcher = dispatcher
@@ -287,7 +287,7 @@ class Batches:
         self._until = deadline_after(duration, "duration")
 
     def __iter__(self) -> Iterator[Batch]:
-        # In C: on a way through Python the exception of a signal handler would cost the batch that is on its way out.
+        # In C, because in Python the exception of a signal handler could lose the batch that is being returned.
         return iter(partial(self._dispatcher._next_batch, self._timeout, self._until), None)
 
     def __next__(self) -> Batch:

@@ -1,4 +1,4 @@
-"""Says that packets are being lost, while they are: nobody looks at a counter that nobody knows of."""
+"""Warnings in the log while the kernel drops packets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from linkrx.sources.capabilities import Capabilities
 
 logger = logging.getLogger("linkrx")
 
-INTERVAL = 10.0  # seconds from one look to the next: asking costs a system call or more
+INTERVAL = 10.0  # seconds between two looks at the counter, which cost a system call or more
 
 
 class DropWatch:
@@ -24,12 +24,12 @@ class DropWatch:
             else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
         )
         self._known = 0
-        self.due = time.monotonic() + INTERVAL  # when to look
+        self.due = time.monotonic() + INTERVAL  # the time of the next look
 
     def look(self, count: Callable[[], int | None]) -> None:
-        """Ask for the count of drops.
+        """Compare the count of drops with the last one.
 
-        Not kept: a dispatcher that refers to itself would stay, with its arenas, until it is collected.
+        `count` is not stored: a dispatcher that refers to itself would keep its arenas until it is collected.
         """
         self.due = time.monotonic() + INTERVAL
         drops = count() or 0

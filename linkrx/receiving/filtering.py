@@ -1,4 +1,4 @@
-"""What a reception is filtered by, who runs it, and how another takes its place."""
+"""The filter of a reception: whether the kernel or linkrx runs it, and how it is replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STAYS = -1.0
 
 
 def plan_at_open(settings: Settings, backend: type[Backend]) -> Plan | None:
-    """Who is to filter; None without a filter. Raises UnsupportedOption for a filter that the source cannot have."""
+    """Whether the kernel or linkrx filters; None without a filter. Raises UnsupportedOption for one that the source cannot have."""
     if settings.filter is None:
         return None
     options, found = settings.options, settings.capabilities
@@ -33,25 +33,23 @@ def plan_at_open(settings: Settings, backend: type[Backend]) -> Plan | None:
 
 
 def _tells(backend: type[Backend], options: Options) -> bool:
-    """Whether it is known what the kernel tells beside a packet of a packet socket. Where one is bound to an EtherType, tags are
-    forgotten before: __netif_receive_skb_core().
-    """
+    """Whether the metadata of packets is complete. Sockets bound to an EtherType do not get VLAN tags: __netif_receive_skb_core()."""
     return backend.tells_metadata and options.protocol in (None, ETH_P_ALL)
 
 
 class SourceFilter:
-    """The filter of one source. Whatever fails leaves the one before in force."""
+    """The filter of one source. If a change fails, the old filter stays in force."""
 
     def __init__(self, source: Source, settings: Settings) -> None:
         self._source = source
         self._settings = settings
         self._options = settings.options
         self._plan: Plan | None = None
-        self._changing = threading.RLock()  # a signal handler may come in again
+        self._changing = threading.RLock()  # a signal handler may call change() inside change()
 
     @property
     def explanation(self) -> str | None:
-        """Who filters, and why it; None without a filter."""
+        """Whether the kernel or linkrx filters, and why; None without a filter."""
         return self._plan.explanation if self._plan else None
 
     @property
@@ -60,7 +58,7 @@ class SourceFilter:
         return self._plan is not None and self._plan.own and not self._plan.until_empty
 
     def open(self, run: Run, backend: type[Backend], readable_within: float) -> None:
-        """Filter as the options say: an own socket is not bound yet."""
+        """Set the filter of the options. A socket of linkrx's own is not bound yet."""
         plan = plan_at_open(self._settings, backend)
         if plan is not None:
             self._put(run, plan, readable_within)
@@ -68,7 +66,7 @@ class SourceFilter:
     def change(
         self, run: Run, given: FilterLike | None, backend: type[Backend], readable_within: float
     ) -> None:
-        """Filter by another from now on; None: by none."""
+        """Replace the filter; None removes it."""
         plan = None
         if given is not None:
             filters.checked(given)
@@ -84,8 +82,9 @@ class SourceFilter:
             self._changing.release()
 
     def backend_changed(self, run: Run, backend: type[Backend], readable_within: float) -> None:
-        """Let linkrx cut where the kernel did, and the backend that took over would not learn of it. Raises UnsupportedOption where
-        that cannot be.
+        """Let linkrx cut packets in place of the kernel if the new backend does not read their true length.
+
+        Raises UnsupportedOption if linkrx cannot run the filter.
         """
         plan = self._plan
         if (
@@ -106,7 +105,7 @@ class SourceFilter:
         )
 
     def _put(self, run: Run, plan: Plan | None, readable_within: float) -> None:
-        """In an order that lets nothing pass that neither filter takes: the kernel's is taken off behind linkrx's own."""
+        """Change both filters so that no packet passes that neither takes: linkrx's own is set before the kernel's is removed."""
         if plan is None:
             self._source.set_filter(None)
             self._run_own(run, None)

@@ -1,4 +1,4 @@
-"""Waiting under asyncio in plain Python: what `_core/types/waiter.c` and `async_packets.c` do."""
+"""Waiting under asyncio in plain Python. In C: `_core/types/waiter.c` and `async_packets.c`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Waiter:
-    """What one task waits for: as much of asyncio.Future as asyncio.Task uses.
+    """The future that one task awaits: the part of asyncio.Future that asyncio.Task uses.
 
-    A Future has its loop call the task in the loop's next turn, and a turn costs as much as the packet: one more
-    epoll_wait(2). The event loop calls `Reader.ready` while no task runs, so there the task may go on at once.
+    A Future wakes its task in the loop's next turn, which costs one more epoll_wait(2), as much as a packet. The event loop
+    calls `Reader.ready` while no task runs, so the task can be woken at once there.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_call", "_context", "_dispatcher", "_loop", "_result", "armed")
@@ -40,7 +40,7 @@ class Waiter:
         return self._loop
 
     def add_done_callback(self, call: Callable[[Waiter], object], *, context: Context | None = None) -> None:
-        """The task says how it is woken."""
+        """The task registers the function that wakes it."""
         self._call, self._context = call, context
 
     def done(self) -> bool:
@@ -48,7 +48,7 @@ class Waiter:
         return self._result is not None
 
     def result(self) -> bool:
-        """What the task gets."""
+        """The task's result."""
         if isinstance(self._result, BaseException):
             raise self._result
         return bool(self._result)
@@ -68,14 +68,14 @@ class Waiter:
             self._loop.call_soon(self._call, self, context=self._context)
 
     def settle_at_once(self, result: bool | BaseException) -> None:
-        """Wake the task now. Only for what the loop calls: no other task may be running."""
+        """Wake the task now. Only in a call from the loop, when no other task runs."""
         self._result = result
         if self._call is not None and self._context is not None:
             self._context.run(self._call, self)
 
 
 class AsyncPackets:
-    """What `async for` over a dispatcher goes through."""
+    """The iterator of `async for` over a dispatcher."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher

@@ -1,4 +1,4 @@
-"""A filter of linkrx's own, for the receiver in plain Python, and how one takes the place of another: `_core/types/filter.c`."""
+"""linkrx's own filter and its replacement, for the receiver in plain Python. In C: `_core/types/filter.c`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linkrx.stages.classify import Filter
 
 
 class OwnFilter:
-    """What classification runs, and what it is to run before anything more is handed over."""
+    """The filter that classification runs, and the one that is to replace it before more packets are handed over."""
 
     def __init__(self) -> None:
         self.rule = Filter()
@@ -27,7 +27,7 @@ class OwnFilter:
         self._wanted: tuple[Filter, float | None] | None = None
 
     def want(self, program: bytes, tags: bool, seconds: float) -> None:
-        """Note what is to take the place of the filter. With `seconds` above or at 0 it ends so long from now, once nothing was there."""
+        """Store the next filter. With `seconds` of 0 or more it ends after so many seconds, once the queue was empty."""
         instructions = tuple(struct.iter_unpack("=HBBI", program))
         found = bpf.wrong(instructions) if instructions else None
         if found is not None:
@@ -37,11 +37,11 @@ class OwnFilter:
 
     @property
     def exchanging(self) -> bool:
-        """Whether one is to take its place."""
+        """Whether a next filter is stored."""
         return self._wanted is not None
 
     def exchange(self, packets: Iterable[Packet], counters: array[int]) -> list[Packet]:
-        """Take the wanted one; returns what it leaves of what waits."""
+        """Take the next filter. Returns the waiting packets that it accepts."""
         if self._wanted is None:
             return list(packets)
         (wanted, until), rule = self._wanted, self.rule
@@ -52,11 +52,11 @@ class OwnFilter:
         return left
 
     def is_due(self) -> bool:
-        """Whether it ends when nothing is there now."""
+        """Whether it ends if the queue is empty now."""
         return self._until is not None and time.monotonic() >= self._until
 
     def end(self) -> None:
-        """Everything passes."""
+        """Remove the filter."""
         self.rule.program, self._until = (), None
 
     def _judged(self, packet: Packet, counters: array[int]) -> Packet | None:
@@ -88,7 +88,7 @@ class OwnFilter:
 
 
 class Filtering(Callbacks):
-    """The part of a receiver that exchanges filters. Only who is inside does, or who finds nobody there."""
+    """The part of a receiver that replaces its filter. It needs the claim of the dispatcher."""
 
     _filter: OwnFilter
     _pending: list[Packet]
@@ -109,7 +109,7 @@ class Filtering(Callbacks):
         raise NotImplementedError
 
     def _fill_filtered(self) -> int:
-        """Fill; a filter for what was queued before ends once nothing was there."""
+        """Fill. A filter for packets that were queued before ends once the queue was empty."""
         due, report = self._filter.is_due(), self._report
         count = self._fill(self._arena)
         if due and not any((count, report.classified, report.error, report.held)):

@@ -1,8 +1,8 @@
-"""The receiver in plain Python: what `_core/types/receive.c`, `deliver.c` and `receiver.c` do, simple rather than fast.
+"""The receiver in plain Python, simple rather than fast. In C: `_core/types/receive.c`, `deliver.c` and `receiver.c`.
 
 It calls the same methods of its subclass, `linkrx.receiving.reception`, which receive.c lists. One promise is weaker than
-in C: the exception of a signal handler may cost the rest of the batch at hand, which is then counted as undelivered. An
-exception of `deliver` costs nothing.
+in C: an exception of a signal handler may lose the rest of the current batch, which is then counted as undelivered. An
+exception of `deliver` loses nothing.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Result = TypeVar("Result")
 
 
 class Receiver(Filtering, Sending, Callbacks):
-    """One open source as far as it is touched once per packet or once per wake-up."""
+    """The part of a dispatcher that runs once per packet or once per wake-up."""
 
-    _claims: dict[str, list[int]]  # by thread: one, of who is inside
-    _pending: list[Packet]  # of which the first `_next` are handed over
-    _incoming: list[Packet]  # what is being taken in
+    _claims: dict[str, list[int]]  # "thread": the identifier of the thread that has the claim
+    _pending: list[Packet]  # the first `_next` of them were handed over
+    _incoming: list[Packet]  # the batch that is being made
     _next = 0
     _deliver: Callable[..., object] | None
     _stopping = _flushing = _delivering = _closed = _leaving = False
@@ -53,7 +53,7 @@ class Receiver(Filtering, Sending, Callbacks):
     _polled = _looped = _readable = False
     _batches = _receives = _waits = _undelivered = _undelivered_bytes = _spurious = 0
     _drops_due = 0.0
-    _flush_until: tuple[int, float] | None = None  # how many may have been received by then, and when
+    _flush_until: tuple[int, float] | None = None  # the limits of a flush: a number of packets, and a time
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Nothing is received before _prepare()."""
@@ -104,7 +104,7 @@ class Receiver(Filtering, Sending, Callbacks):
     # Receiving.
 
     def _receive(self) -> bool:
-        """Once, without waiting. True: something was received, be it no packet."""
+        """Receive once, without waiting. True: frames were received, even if none is a packet."""
         report = self._report
         for _ in range(ERRORS_IN_A_ROW):
             count = report.count
@@ -135,10 +135,11 @@ class Receiver(Filtering, Sending, Callbacks):
         table = Table(memory[end : end + rows * ROW_BYTES], rows)
         size = framing.vnet_header_size
         vnet = (1 if framing.vnet_little_endian else 2) if size else 0
-        # Where the exception of a signal handler came in between, this goes on with the rows that are missing.
+        # After an exception of a signal handler this goes on with the rows that are missing.
         packets = self._incoming
         for row in range(len(packets), count):
             start = table.starts[row]
+            header = bytes(memory[start - size :][:VNET_BYTES]) if vnet else b""
             packets.append(
                 restore(
                     bytes(memory[start : start + table.lengths[row]]),
@@ -150,8 +151,7 @@ class Receiver(Filtering, Sending, Callbacks):
                     table.vlan_tcis[row],
                     table.vlan_tpids[row],
                     *self._link_of(table, row),
-                    vnet,
-                    bytes(memory[start - size :][:VNET_BYTES]) if vnet else b"",
+                    *(vnet, header, 0),  # no packet of a capture file
                 )
             )
         self._pending, self._next, self._incoming = packets, 0, []
@@ -169,9 +169,9 @@ class Receiver(Filtering, Sending, Callbacks):
         return table.link_types[row], address, link_header
 
     def _await(self, timeout: float | None) -> str:
-        """See that packets wait, for `timeout` seconds at most: "ready", "nothing" or "over".
+        """Wait up to `timeout` seconds until packets are pending: "ready", "nothing" or "over".
 
-        Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows.
+        With a timeout of 0 it receives again where all frames were skipped, up to as many frames as a batch has rows.
         """
         deadline = deadline_after(timeout)
         before, idle = received(self._counters), 0
@@ -197,7 +197,7 @@ class Receiver(Filtering, Sending, Callbacks):
                 if self._left:
                     return "ready"
                 if timeout == 0 and received(self._counters) - before < len(self._lengths):
-                    continue  # behind what was skipped there may be a packet
+                    continue  # there may be a packet behind the skipped frames
                 return "nothing"
             if known_down:
                 self._look_at_link()
@@ -213,7 +213,7 @@ class Receiver(Filtering, Sending, Callbacks):
             left = seconds_left(deadline)
             if left == 0:
                 return "nothing"
-            if self._flushing:  # nobody waits for the event, which is set, but for the source
+            if self._flushing:  # the event is set, so only the source is polled
                 select.select([self._wakeup.source], [], [], min(PAUSE, flushed - looked))
                 continue
             idle += self._wait(SLICE if left is None else min(left, SLICE), idle < IDLE_WAKES, deadline)
@@ -238,17 +238,17 @@ class Receiver(Filtering, Sending, Callbacks):
         return readable
 
     def _coalesce(self, deadline: float | None) -> None:
-        """For the latency, so that several packets come together; not beyond the deadline, and not after a stop."""
+        """Sleep for the latency, so that several packets come together. The deadline and a stop end it."""
         until = time.monotonic() + self._latency
         if deadline is not None:
             until = min(until, deadline)
         while not self._stopping and (left := until - time.monotonic()) > 0:
             self._wakeup.sleep(min(left, SLICE))
 
-    # Who may come in.
+    # The claim.
 
     def _inside(self, step: Callable[[], Result]) -> Result:
-        """The step, with the dispatcher claimed: made in one atomic step, for threads with and without a GIL."""
+        """Run a step with the dispatcher claimed. The claim is one atomic operation, with and without the GIL."""
         claim = [threading.get_ident()]
         try:
             if self._closed or self._claims.setdefault("thread", claim) is not claim:
@@ -256,7 +256,7 @@ class Receiver(Filtering, Sending, Callbacks):
             self._exchange()
             return step()
         finally:
-            # No call comes before the claim is looked at, for there an exception of a signal handler could come.
+            # Nothing is called before the claim is compared, because a signal handler could raise in a call.
             if "thread" in self._claims and self._claims["thread"] is claim:
                 try:
                     if self._polled and self._ended:
@@ -275,7 +275,7 @@ class Receiver(Filtering, Sending, Callbacks):
         return None if claim is None else claim[0]
 
     def _close_alone(self) -> bool:
-        """Release everything if nobody is inside, and let nobody in any more. False: somebody is."""
+        """Release everything unless a call is inside. False: one is."""
         claim = [threading.get_ident()]
         try:
             if self._claims.setdefault("thread", claim) is not claim:
@@ -300,7 +300,7 @@ class Receiver(Filtering, Sending, Callbacks):
             or any((report.count, report.classified, report.error, report.held))
         )
 
-    # Ways to receive.
+    # Receiving.
 
     def dispatch(self, timeout: float | None = None) -> bool:
         """Wait for packets, receive one batch and deliver it in order. False: it is over."""
@@ -312,7 +312,7 @@ class Receiver(Filtering, Sending, Callbacks):
         return not self._inside(step) and not self._closed
 
     def _is_over(self) -> bool:
-        """While nobody else can come in: it may drop what waits."""
+        """Whether reception is over. Needs the claim, because it may drop pending packets."""
         return self._ended or (
             (self._stopping or self._end_follows) and not self._closed and bool(self._over())
         )
@@ -332,7 +332,7 @@ class Receiver(Filtering, Sending, Callbacks):
             delivered = self._deliver_what_comes(seconds_left(deadline), count, deadline)
             return delivered, self._is_over()
 
-        over = self._inside(lambda: False)  # where the time is up at once nobody else looks
+        over = self._inside(lambda: False)  # raises Closed and Busy also with a duration of 0
         while not over and count != 0 and seconds_left(deadline) != 0 and not self._closed:
             delivered, over = self._inside(step)
             if count is not None:

@@ -1,7 +1,7 @@
-"""What is rare about receiving: building and replacing mechanisms, what an errno means, ends, links, polling, counters.
+"""The rare parts of receiving: building and replacing mechanisms, the meaning of an errno, ends, links, polling, counters.
 
-The receiver under it (`_core/types/receive.c`, or `linkrx.packets.plain`) fills, classifies, waits and hands over, and calls the
-methods here that receive.c lists.
+Its base class, the receiver (`_core/types/receive.c` or `linkrx.receiving.plain_receiver`), fills, classifies, waits and hands
+over. It calls the methods here that receive.c lists.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ logger = logging.getLogger("linkrx")
 
 # Seconds for which a source that is readable, but has nothing to read, is taken out of the poll set.
 _PAUSE = 0.01
-# For how long to sleep between two looks whether the thread that receives has taken a filter.
+# Seconds between two looks whether the receiving thread has taken the filter.
 _LOOK_AGAIN = 0.001
 
-# How many packets a queue may hold whose length the kernel does not tell; and frames that a packet of a queue may stand for,
-# which is a super-packet of 64 KiB with 512 bytes of payload in each. Where a queue's length is in bytes, super-packets take
-# theirs: with 64 bytes of payload in each frame there are eight times as many as of the shortest packets.
+# The packets of a queue whose length the kernel does not report. And the frames that one queued packet may stand for: a
+# super-packet of 64 KiB with 512 bytes of payload in each frame. A queue whose length is in bytes holds fewer super-packets:
+# with 64 bytes of payload in each frame, eight times as many frames as shortest packets.
 FLUSH_MOST = 1 << 17
 FLUSH_FRAMES, FLUSH_FRAMES_BY_BYTES = 128, 8
 
-# What recv() raises behind each end: the errno that a socket would give.
+# The errno of Ended for each end, as a socket would give it.
 _ENDED = {End.STOPPED: errno.ESHUTDOWN, End.EOF: errno.ESHUTDOWN, End.LINK_GONE: errno.ENODEV}
 
 
@@ -80,7 +80,7 @@ class Reception(Receiver):
         self._end: End | None = None
         self._end_behind: End | None = None  # the end that follows what was received
         self._tally = Tally()
-        self._rungs = len(choice.ladder)  # of which each demotion takes one
+        self._rungs = len(choice.ladder)  # each demotion takes one of them
         self._forked = self._released = False
         self._source_filter = SourceFilter(source, settings)
         self._process = os.getpid()
@@ -125,27 +125,27 @@ class Reception(Receiver):
                 self._watch_link(down=True)
             undo.pop_all()
 
-    # A mechanism that is written in Python.
+    # Mechanisms in Python.
 
     def _fill(self, arena: Owner) -> int:
-        """Ask the mechanism. What the kernel says goes into the report, to be handled behind what was received."""
+        """Let the mechanism fill. Its errno goes into the report, and is handled after the packets in front of it."""
         report, mechanism = self._report, self._mechanism
-        report.held = 1  # until it is known: an exception may come at any point, and then somebody must look
+        report.held = 1  # until it is known, because an exception may come at any point
         try:
             count = mechanism.fill(arena, self._room)
         except OSError as error:
-            if report.count or report.classified:  # nothing is called before the errno is in the header
-                raise  # a signal handler's: the kernel's comes without packets
+            if report.count or report.classified:  # nothing is called between the packets and the errno
+                raise  # of a signal handler: errors of the kernel come without packets
             report.error = error.errno or errno.EIO
             count = 0
         report.held = mechanism.held or mechanism.goes_on
         return report.count or count
 
     def _without_hangup(self, count: int) -> int:
-        """Take from the end of a receive the zero lengths that say the peer has hung up.
+        """Remove the zero lengths at the end of a receive if the peer has hung up. Returns how many packets are left.
 
-        A record may be empty, so a zero is the end only if the peer is gone and nothing is queued behind it. At the
-        end every read returns zero, for ever.
+        A record may be empty, so a zero length is the end only if the peer is gone and nothing is queued. At the end every read
+        returns zero.
         """
         columns = self._descriptors.columns
 
@@ -160,12 +160,12 @@ class Reception(Receiver):
             self._end_follows = True
         return count
 
-    # What the kernel says instead of packets.
+    # Errors of the kernel.
 
     def _handle_error(self) -> None:
-        """Decide what an errno means: an end, a link down, a refused mechanism, nothing, or a failure to raise.
+        """Handle the errno in the report: an end, a link down, a refused mechanism, nothing, or an exception.
 
-        It stays in the report until that is done, however often an exception comes in between.
+        The errno stays in the report until it is handled, whatever exceptions come in between.
         """
         report, kind = self._report, self.source.capabilities.kind
         code = report.error
@@ -173,7 +173,7 @@ class Reception(Receiver):
         failure = self._mechanism.explain(code)
         if failure is not None:
             if isinstance(failure, DamagedCapture):
-                self._end_behind = End.EOF  # nothing behind that is read
+                self._end_behind = End.EOF  # records behind the damage are not read
                 self._end_follows = True
             report.error = 0
             raise failure
@@ -189,7 +189,7 @@ class Reception(Receiver):
         elif code in REFUSED:
             self._demote(OSError(code, os.strerror(code)))
         elif code == errno.EINVAL and self._framing.vnet_header_size:
-            # A virtio-net header has no word for it: super-packets of SCTP and of tunnels. The kernel let go of it.
+            # A virtio-net header cannot describe super-packets of SCTP and of tunnels. The kernel dropped it.
             self._tally.indescribable += 1
         elif code == errno.EOWNERDEAD:
             report.error = 0
@@ -207,7 +207,7 @@ class Reception(Receiver):
         return OSError(code, f"receiving from the {which}: {os.strerror(code)}")
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
-        """The chosen backend, or the first behind it on the ladder that the kernel does not refuse."""
+        """The chosen backend, or the next one that the kernel does not refuse."""
         while True:
             chosen = self._backends[choice.backend]
             try:
@@ -232,12 +232,12 @@ class Reception(Receiver):
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. A refused call has taken no packet; what comes while a ring is taken off is lost."""
         refused = self._mechanism
-        self._copy_held()  # where there is no memory for that, all is as it was
+        self._copy_held()  # may raise MemoryError, which changes nothing
         mechanism, choice = self._build(following(self.choice, error, self.source.capabilities.title))
         native = mechanism.native
-        self._descriptors.clear()  # the errno too; and backends rely on columns that they never write
+        self._descriptors.clear()  # the errno too, and columns that the next backend does not write
         self._tally.ring_drops += refused.drops()
-        # All at once, and no call in between: an exception there would leave the receiver with a mechanism that is gone.
+        # Nothing may raise between these assignments: the receiver would keep a closed mechanism.
         self._mechanism, self.choice = mechanism, choice
         self._use(native)
         refused.close()
@@ -247,7 +247,7 @@ class Reception(Receiver):
 
     def _run_filter(self, program: bytes | FilePrograms, tags: bool, seconds: float) -> None:
         done = self._set_filter(program, tags, seconds)
-        while not done:  # another thread is inside, which is woken
+        while not done:  # another thread is receiving, and was woken
             time.sleep(_LOOK_AGAIN)
             done = self._exchange_filter()
 
@@ -259,7 +259,7 @@ class Reception(Receiver):
         self._link_down = down
 
     def _look_at_link(self) -> None:
-        """While a link is down: the kernel announces its end on a packet socket like any other down."""
+        """Look at a link that is down: the kernel reports a deletion on a packet socket like any link that goes down."""
         self._wakeup.clear_timer()
         state = self.source.link_state()
         if state is LinkState.GONE:
@@ -268,7 +268,7 @@ class Reception(Receiver):
             self._watch_link(down=False)
 
     def _look_at_owner(self) -> None:
-        """While nothing comes: whoever has closed a descriptor under linkrx is told."""
+        """Raise OSError if the owner of a borrowed descriptor has closed it. Called while nothing comes."""
         if self.source.is_closed_by_owner():
             raise self._failed(errno.EBADF)
 
@@ -281,7 +281,7 @@ class Reception(Receiver):
     # Ends.
 
     def _over(self) -> bool:
-        """Whether nothing more will be handed over. A stop wins over packets that wait, any other end follows them."""
+        """Whether reception is over. A stop drops pending packets; any other end comes after them."""
         if self._end is None:
             if self._stopping:
                 self._finish(End.STOPPED)
@@ -294,9 +294,7 @@ class Reception(Receiver):
         return self._report.count > 0 or self._report.classified > 0
 
     def _flush_limits(self) -> tuple[int, float]:
-        """What may have come before a stop(flush=True): how many packets the queue holds, and after how many seconds the
-        last of them can be read.
-        """
+        """The limits of a flush: the packets that the queue may hold, and the seconds until the last of them can be read."""
         mechanism = self._mechanism
         queue = mechanism.queue_limit or self.source.queue_limit() or FLUSH_MOST
         if self._config.options.segment:
@@ -304,11 +302,11 @@ class Reception(Receiver):
         return queue + self._descriptors.rows, mechanism.readable_within
 
     def _finish(self, end: End) -> None:
-        # What the backend received and nobody classified: packets or not, they were not delivered.
+        # Frames that the backend received and that were not classified count as undelivered.
         undelivered = self._mechanism.held + self._report.count
         event = self._wakeup.event
         if event is not None:
-            event.set()  # whoever polls must come and see
+            event.set()  # wakes pollers
         self._drop()
         self._tally.undelivered = undelivered
         self._end = end
@@ -342,7 +340,7 @@ class Reception(Receiver):
         raise refusal(code, length, self.source.capabilities) from None
 
     def _notice_fork(self) -> None:
-        """A fork that Python was told nothing of, as C code makes it."""
+        """Notice a fork that os.register_at_fork() missed, because C code called fork()."""
         if not self._forked and os.getpid() != self._process:
             self._disown()
 
@@ -356,19 +354,19 @@ class Reception(Receiver):
             raise Closed("this dispatcher was closed: linkrx.open makes a new one")
 
     def _disown(self) -> None:
-        """In a forked child: everything that is open is shared with the parent, so touch nothing of it."""
+        """In a forked child: let go of everything that is shared with the parent."""
         self._forked = self._closed = self._stopping = True
         self._wakeup.event = None
         self._mechanism.leave_to_parent()
         self.source.leave_to_parent()
 
     def _release_all(self) -> None:
-        """Release everything. In a forked child nothing is restored: the parent still uses it.
+        """Release everything. In a forked child nothing is restored, because the parent still uses it.
 
-        Where an exception cuts it short, the next call goes on.
+        If an exception interrupts it, the next call goes on.
         """
         if not self._forked:
-            self._over()  # a stop that nobody has looked at yet is counted while the backend is there to ask
+            self._over()  # finishes a pending stop, which counts the packets of the backend
         all_copied = self._release()
         try:
             if self._forked:
@@ -382,9 +380,9 @@ class Reception(Receiver):
                 self.source.abandon()
             else:
                 self.source.close()
-        self._released = True  # last: where an exception cut it short, close() can be called again
+        self._released = True  # last, so that close() can be called again after an exception
 
-    # For those who poll.
+    # Polling.
 
     def _resume_source(self) -> None:
         if not self._quiet:
@@ -403,11 +401,11 @@ class Reception(Receiver):
 
     def _disarm(self) -> None:
         """The caller that polls has seen the end: make the descriptor unreadable for good."""
-        self._quiet = True  # first: stop() looks at it behind setting the event
+        self._quiet = True  # first: stop() reads it after it sets the event
         self._wakeup.disarm()
 
     def _set_readable(self) -> None:
-        """Make the polled descriptor readable while there is something that does not need the source."""
+        """Make fileno() readable while packets wait inside linkrx."""
         event = self._wakeup.event
         if event is None:
             return
@@ -423,7 +421,7 @@ class Reception(Receiver):
         return None if drops is None else drops + self._mechanism.drops() + self._tally.ring_drops
 
     def stats(self) -> Stats:
-        """Counters since `open`. For any thread."""
+        """The counters since `open`. From any thread."""
         self._check_open()
         counters, tally = self._counters, self._tally
         return Stats(

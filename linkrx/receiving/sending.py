@@ -1,4 +1,4 @@
-"""What can be sent out of a source, and what to say where it cannot. `_core/types/send.c` sends."""
+"""Whether frames can be sent through a source, and the errors where they cannot. `_core/types/send.c` sends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE
 from linkrx.kernel.uapi import ETH_HEADER_BYTES
 from linkrx.sources.capabilities import Capabilities
 
-# How frames are given to the kernel: enum lrx_sends in _core/types/types.h.
+# The system call that sends: enum lrx_sends in _core/types/types.h.
 NOTHING, WRITES, MESSAGES, POLLED = range(4)
 
-# Why a frame is not given to it: enum unsendable in _core/types/send.c.
+# Why a frame cannot be sent: enum unsendable in _core/types/send.c.
 UNFINISHED, SUPER_PACKET, NO_PROTOCOL = -1, -2, -3
 
-# There is no room now. ENOBUFS: the queue of the device was full, and has dropped the frame.
+# The queue is full. ENOBUFS: the device's queue was full, and the frame was dropped.
 FULL = frozenset({errno.EAGAIN, errno.ENOBUFS})
 
 # A datagram socket without a peer, or one whose peer has closed.
@@ -25,7 +25,7 @@ _NO_PEER = frozenset({errno.ENOTCONN, errno.EDESTADDRREQ})
 
 
 def why_not(capabilities: Capabilities) -> str | None:
-    """Why nothing can be sent out of a source, behind its title; None where frames can."""
+    """Why nothing can be sent through a source, as the end of a sentence; None if frames can be sent."""
     kind = capabilities.kind
     if kind == "packet_cooked":
         return "takes frames without a link header, and linkrx knows no address to send them to: give it a SOCK_RAW socket"
@@ -39,14 +39,14 @@ def why_not(capabilities: Capabilities) -> str | None:
 
 
 def way_to_send(fd: int, capabilities: Capabilities) -> int:
-    """NOTHING, WRITES or MESSAGES."""
+    """The system call for a source: NOTHING, WRITES or MESSAGES."""
     if why_not(capabilities) is not None or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
         return NOTHING
     return MESSAGES if capabilities.socket else WRITES
 
 
 def refusal(code: int, length: int, capabilities: Capabilities) -> Exception:
-    """What to raise for a frame of `length` bytes that was not sent.
+    """The exception for a frame of `length` bytes that was not sent.
 
     `code`: an errno, one of the numbers above, or 0 for a source that sends nothing.
     """

@@ -1,4 +1,4 @@
-"""What a dispatcher counted, and why it ended."""
+"""The counters of a dispatcher, and the reasons why it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tally:
 
 
 class End(Enum):
-    """Why a dispatcher is over."""
+    """Why reception ended."""
 
     STOPPED = "stop() was called"
     EOF = "the peer closed"
@@ -33,15 +33,16 @@ class End(Enum):
 class Stats:
     """Counters since `open`. None where the source cannot tell.
 
-    `packets` and `bytes` (frames, link headers included) were delivered, or wait their turn in the current batch;
-    `undelivered` were received and then left behind by `stop()`. `runts`, `empty` and `unknown_protocol` were
-    received and are not packets, and `malformed` are super-packets that cannot be split and frames whose checksum cannot
-    be finished, for what their virtio-net header says of them is not so; `truncated` counts among all of these.
-    `kernel_drops` never reached linkrx, and `ring_freezes` is how often the kernel found a ring full. `receives` are
-    system calls that received, or blocks taken from a ring; `waits` are calls that slept. `sent` are frames that the
-    kernel took of `send` and `send_batch`. `filtered` are packets that linkrx rejected by the filter, and with
-    `outgoing=True` on every interface those of `lo` as they leave; None where linkrx rejects nothing: what the
-    kernel rejects for a socket it counts nowhere.
+    `packets` were delivered, or wait in the current batch; `bytes` are those of their frames, link headers included.
+    `undelivered` were received, and dropped by `stop()`. `runts`, `empty` and `unknown_protocol` are received frames that are no
+    packets. `malformed` are super-packets that cannot be split, and frames whose checksum cannot be finished, because their
+    virtio-net header is wrong. `truncated` counts among all of these. `filtered` are packets that linkrx rejected by the filter,
+    and with `outgoing=True` on every interface also those of `lo` that come in again. It is None where linkrx rejects nothing:
+    the kernel does not count what its filter rejects.
+
+    `kernel_drops` never reached linkrx. `ring_freezes` is how often the kernel found a ring full. `receives` are system calls
+    that received, or blocks of a ring. `waits` are calls that slept. `sent` are frames that the kernel accepted from `send` and
+    `send_batch`.
     """
 
     packets: int

@@ -1,4 +1,4 @@
-"""What a wait waits on: the source, a stop or a wake from this process, and a timer while a link is down."""
+"""The descriptors that end a wait: the source, an eventfd that this process sets, and a timer while a link is down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linkrx.kernel.errnos import REFUSED
 
 logger = logging.getLogger("linkrx")
 
-# How soon a deleted interface is noticed: the kernel says "down" first and then, on AF_PACKET, nothing more.
+# Seconds until the deletion of an interface is noticed: on AF_PACKET the kernel reports "down", and then nothing more.
 RECHECK_SECONDS = 0.02
 
 # epoll_wait(2) takes milliseconds in an int; a longer wait is made of several.
@@ -25,10 +25,10 @@ _LONGEST_LOOK = 0.04
 
 
 class EventFd:
-    """An eventfd that is closed when nobody can write to it any more, never earlier.
+    """An eventfd that is closed with the last reference to it.
 
-    `stop()` may run in any thread while another closes the dispatcher. Were the descriptor closed under it, the
-    write could land in a file that got the same number.
+    `stop()` may write to it in one thread while another closes the dispatcher. If that closed the descriptor, the write could
+    go to another file that got the same number.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class EventFd:
 
     def clear(self, stopping: Callable[[], bool] = bool) -> None:
         """Make it unreadable, unless a stop, which sets it, comes meanwhile."""
-        with suppress(BlockingIOError):  # it was clear already
+        with suppress(BlockingIOError):  # it is clear already
             os.eventfd_read(self.fd)
         if stopping():
             self.set()
@@ -91,7 +91,7 @@ def _epoll() -> select.epoll:
 
 
 class Wakeup:
-    """One epoll instance over all that may end a wait. Its descriptor can itself be polled."""
+    """One epoll instance with these descriptors. It can itself be polled."""
 
     def __init__(self, source: int) -> None:
         self.event: EventFd | None = EventFd()
@@ -115,7 +115,7 @@ class Wakeup:
         return self._epoll.fileno()
 
     def wait(self, timeout: float | None) -> bool:
-        """Sleep until something happens or the time is up. True if the source says it is readable."""
+        """Sleep until a descriptor is readable, or `timeout` seconds. True if the source is readable."""
         longest = _LONGEST_LOOK if self._link_down else _LONGEST_SLEEP
         bounded = longest if timeout is None else min(timeout, longest)
         try:
@@ -214,7 +214,7 @@ class Wakeup:
             )
 
     def watch_link(self, down: bool) -> None:
-        """While a link is down, wake up regularly to see whether it still exists."""
+        """While a link is down, end waits every RECHECK_SECONDS, so that its deletion is noticed."""
         self._link_down = down
         self._set_timer(RECHECK_SECONDS if down else None)
 
@@ -231,7 +231,7 @@ class Wakeup:
         self._timer.clear()
 
     def close(self) -> None:
-        """Idempotent. Takes nothing out of the epoll instance: after a fork the parent still uses it."""
+        """Idempotent. Unregisters nothing: after a fork the parent uses the same epoll instance."""
         self._timer.close()
         self._epoll.close()
         self.event = None

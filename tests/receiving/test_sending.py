@@ -54,7 +54,7 @@ def packet(body: bytes, **fields: Any) -> linkrx.Packet:
     link_header = fields.get("link_header", 14)
     return restore_packet(
         *(1, body, 0, len(body), 0, fields.get("protocol", 0x0800), flags),
-        *(tag[1], tag[0], 1 if link_header else 0xFFFE, b"", link_header, order, vnet),
+        *(tag[1], tag[0], 1 if link_header else 0xFFFE, b"", link_header, order, vnet, 0),
     )
 
 
