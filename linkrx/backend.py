@@ -1,8 +1,7 @@
 """What a backend is: one kernel mechanism that fills an arena with packets.
 
-A backend never waits, parses, counts, logs or delivers. It is asked to `fill`, and answers with a count, with 0
-when there is nothing now, or with the OSError that the kernel gave; the dispatcher decides what that means. What an
-author of a backend needs is imported from here.
+A backend never waits, parses, counts, logs or delivers. Its `fill` returns the number of packets, 0 if there are none now, or
+raises the OSError of the kernel. The dispatcher decides what an error means. Authors of backends import everything from here.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ReceiveConfig:
-    """What a backend needs to know to receive from one source."""
+    """How a backend is to receive from one source."""
 
     fd: int
     capabilities: Capabilities
@@ -52,49 +51,49 @@ class ReceiveConfig:
 
 
 class Mechanism(ABC):
-    """What fills an arena: a backend, or a stage behind one."""
+    """Fills an arena: a backend, or a stage behind one."""
 
     def start(self) -> None:
-        """The source is live: bound, and in its fanout group. Called once, before the first `fill`."""
+        """Called once when the source is bound and in its fanout group, before the first `fill`."""
         return
 
     def joining(self) -> None:
-        """The source joins a fanout group now, between `__init__` and `start`."""
+        """Called right before the source joins a fanout group, between `__init__` and `start`."""
         return
 
     @abstractmethod
     def fill(self, arena: Owner, room: int) -> int:
-        """Receive what is there now, without waiting, into `room` bytes behind `arena.cursor`.
+        """Receive, without waiting, into `room` bytes of the arena behind `arena.cursor`. Returns the number of packets.
 
-        `room` is enough for a packet of any size that the layout keeps, and one byte more. Reports in the
-        descriptors it was made with, and returns how many packets they describe. The kernel's errno goes into
-        `report.error`, also when it came behind packets; without packets it may be raised as OSError instead.
-        While an errno is there, `fill` is called for what is `held` only. ENODATA: the source is over, as a file is at its end.
+        `room` has space for the largest packet of the layout, and one byte more. `fill` describes the packets in the descriptors
+        that `__init__` got. It puts an errno of the kernel into `report.error`, also behind packets; without packets it may
+        raise OSError instead. While an errno is there, `fill` is called for packets that are `held` only. ENODATA is the end of
+        the source, as of a file.
         """
 
     def interface_name(self, index: int) -> str | None:
-        """The name of the interface of that number, where the mechanism knows it."""
+        """The name of the interface with that index, if the mechanism knows it."""
         return None
 
     def explain(self, code: int) -> Exception | None:
-        """What to raise for an errno that `fill` has told, where that is more than its name says."""
+        """An exception that says more than the errno that `fill` reported, or None."""
         return None
 
     @property
     def native(self) -> int:
-        """The address of a struct lrx_mechanism (_core/mechanism.h), which the receiver calls in place of `fill`; 0: none."""
+        """The address of a struct lrx_mechanism (_core/mechanism.h). The receiver calls that instead of `fill`. 0: none."""
         return 0
 
     # The mechanism itself holds packets back for Options.latency, so that several come together.
     coalesces = False
 
-    # A packet can be read so many seconds after it has come, at the latest.
+    # Seconds after its arrival at which a packet can be read, at the latest.
     readable_within = 0.0
 
-    # How many packets can wait in memory of the mechanism, for one that `has_queue`; 0: the source has the queue.
+    # The packets that fit into the memory of a mechanism that `has_queue`. 0: the source has the queue.
     queue_limit = 0
 
-    # Somebody still reads in memory of the mechanism, which could not be copied: close() must leave it.
+    # Packets in memory of the mechanism are still in use and could not be copied: close() must not free it.
     held_by_others = False
 
     # The next `fill` needs no readable source, although nothing is `held`: packets wait that nobody has counted.
@@ -102,39 +101,39 @@ class Mechanism(ABC):
 
     @property
     def held(self) -> int:
-        """Packets that were received and wait for the next `fill`, which needs no readable source for them."""
+        """Received packets that the next `fill` returns, without a readable source."""
         return 0
 
     def drops(self) -> int:
-        """Packets that the kernel dropped since this was made, and that the source's own counter leaves out."""
+        """Packets that the kernel dropped, and that the source's counter does not include."""
         return 0
 
     def freezes(self) -> int | None:
-        """How often a ring was found full; None without a ring."""
+        """How often the kernel found the ring full; None without a ring."""
         return None
 
     def close(self) -> None:
-        """Release what `__init__` took. Called again where an exception came in between: do nothing then."""
+        """Release the resources of `__init__`. It may be called again, after an exception."""
         return
 
     def leave_to_parent(self) -> None:
-        """In a forked child, at once: close copies of descriptors, and nothing else. `abandon` may follow."""
+        """In a forked child, right after the fork: close copies of descriptors only. `abandon` may follow."""
         return
 
     def abandon(self) -> None:
-        """In a forked child, in place of `close`: release what is the child's own, change nothing that is shared."""
+        """In a forked child, in place of `close`: release the memory of the child, change nothing that is shared."""
         self.close()
 
 
 class Backend(Mechanism):
     """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
 
-    `rank` orders backends that accept a source: the highest is chosen. `honours` names the options beyond the
-    common ones that it can fulfil: `buffer_sizes`, `outgoing`, `timestamps`, `fanout`.
+    The backend with the highest `rank` that accepts a source is chosen. `honours` names the options that it can fulfil, of those
+    that not every backend can: `buffer_sizes`, `snaplen`, `outgoing`, `timestamps`, `fanout`.
 
-    `batch_size` is how many packets a receive takes at most when the caller leaves it open. `has_queue`: packets wait
-    in memory of the backend's own, so the buffer of a socket need not be large. `tells_metadata`: of packet sockets it reports
-    what the kernel tells beside a packet (PACKET_AUXDATA): the VLAN tag, and the true length of what a filter cut.
+    `batch_size` is the default of that option. `has_queue`: packets wait in memory of the backend, so the socket buffer need not
+    be large. `tells_metadata`: for packet sockets it reports PACKET_AUXDATA, which has the VLAN tag and the true length of packets
+    that a filter cut.
     """
 
     name: ClassVar[str]
@@ -161,18 +160,20 @@ class Backend(Mechanism):
 
     @classmethod
     def room(cls, layout: Layout) -> int:
-        """Bytes of an arena that `fill` makes use of, enough for a packet of any size. Only what is written takes memory."""
+        """The bytes of an arena that `fill` uses, enough for the largest packet. Only written pages take memory."""
         return ARENA_BYTES + align(layout.capacity + 1)
 
     @abstractmethod
     def __init__(self, receive: ReceiveConfig, descriptors: Descriptors) -> None:
-        """Prepare to receive. Whatever fails here must leave nothing behind. The descriptors outlive the backend."""
+        """Prepare to receive. If this raises, it must release everything. The descriptors outlive the backend."""
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend on this host. `reason` is the sentence that says why it is not supported, else None. `honours` names
-    the options that not every backend has, `backend` is its class: for authors of backends, see `linkrx.backend`.
+    """One backend on this host. `reason` says why it is not supported, or is None.
+
+    `honours` names the options that it can fulfil, of those that not every backend can. `backend` is its class, for authors of
+    backends: see `linkrx.backend`.
     """
 
     name: str
@@ -186,7 +187,7 @@ class BackendInfo:
 class CoreBackend(Backend):
     """A backend whose fill is a function of the C core, of the type of lrx_readv_fill(), and has a state.
 
-    `__init__` begins with `_use` and ends with `_state`, behind which nothing may fail.
+    `__init__` calls `_use` first, and sets `_state` last. Nothing may fail after that.
     """
 
     _state: Any
@@ -207,7 +208,7 @@ class CoreBackend(Backend):
         return _core.pointer(self._mechanism)
 
     def fill(self, arena: Owner, room: int) -> int:
-        """One crossing: until nothing is there, the descriptors are full, or the next packet might not fit."""
+        """Receive in one call of C, until the queue is empty, the descriptors are full, or the next packet might not fit."""
         count: int = self._mechanism.fill(
             self._state, self._descriptors, self._rows, arena.address + arena.cursor, room
         )

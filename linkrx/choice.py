@@ -1,4 +1,4 @@
-"""Which backend was chosen for a source, and why each other was not."""
+"""The choice of a backend for a source, with a reason for each backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from linkrx.sources.options import Options
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided about one backend: `outcome` is `chosen`, `accepted` or `refused`, `reason` a sentence."""
+    """The decision about one backend: `outcome` is `chosen`, `accepted` or `refused`, `reason` a sentence."""
 
     backend: str
     outcome: str
@@ -22,9 +22,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision, best backend first. `ladder` names what "auto" goes through: the chosen one, then what it falls
-    back to when the kernel refuses that at run time. A named backend has a ladder of one. `filter` says who filters, and why
-    it; None without a filter.
+    """The decision, best backend first.
+
+    `ladder` names the chosen backend, and behind it those that replace it if the kernel refuses it at run time. A named backend
+    is not replaced. `filter` says whether the kernel or linkrx filters, and why; None without a filter.
     """
 
     source: str
@@ -38,7 +39,7 @@ class Choice:
         return self.ladder[0]
 
     def explain(self) -> str:
-        """One line per backend: chosen, accepted but not best, or refused, and why; and one that says who filters."""
+        """One line per backend: chosen, accepted or refused, and why. With a filter, one more line says who filters."""
         width = max(len(verdict.backend) for verdict in self.verdicts)
         lines = [f"{v.backend:<{width}}  {v.outcome:<8}  {v.reason}" for v in self.verdicts]
         if self.filter:
@@ -66,11 +67,11 @@ def decide(
     backend: str = "auto",
     avoid: Collection[str] = (),
 ) -> Choice:
-    """Decide, from what is known alone: the same arguments give the same answer.
+    """Choose a backend. A pure function: the same arguments give the same choice.
 
-    "auto" takes the highest-ranking backend that this host supports, that accepts the source and honours the options.
-    A named backend is that one or an error: BackendUnavailable when it does not exist or this host lacks it,
-    UnsupportedSource when it does not accept the source, UnsupportedOption when it cannot honour an option.
+    "auto" takes the highest-ranking backend that this host supports, that accepts the source and honours the options. A named
+    backend is taken, or this raises BackendUnavailable if this host does not have it, UnsupportedSource if it does not accept
+    the source, UnsupportedOption if it cannot honour an option.
     """
     known = [info.name for info in infos]
     if backend != "auto":

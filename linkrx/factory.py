@@ -1,4 +1,4 @@
-"""From a source to a dispatcher: `open`, and `choose`, which only looks."""
+"""`open` makes a dispatcher of a source. `choose` decides the same, and opens nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("linkrx")
 
 
 def from_environment(backend: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """The backend asked for and those to avoid, as `decide` takes them: LINKRX_BACKEND replaces "auto" only."""
+    """The arguments of `decide` for the backend, and for those to avoid. LINKRX_BACKEND replaces "auto" only."""
     if backend == "auto":
         backend = os.environ.get("LINKRX_BACKEND") or "auto"
     return backend, tuple(filter(None, map(str.strip, os.environ.get("LINKRX_AVOID", "").split(","))))
@@ -49,15 +49,15 @@ def decided(found: Capabilities, options: Options, backend: str = "auto") -> tup
 
 @cache
 def _warn_without_core(reason: str) -> None:
-    """Once in a process."""
+    """Warn once per process."""
     logger.warning("without its C core linkrx receives many times slower: %s", reason)
 
 
 def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOptions]) -> Choice:
-    """Which backend `open` would take with the same arguments, and why. Opens nothing and changes nothing.
+    """The backend that `open` would take with the same arguments, and why. Opens nothing and changes nothing.
 
-    The environment has its say as in `open`. Raises what `open` would raise for such a source and such options, as far
-    as probing can tell: not what the kernel answers when a mechanism is set up, and no MissingPrivilege for an interface.
+    Reads the same environment variables as `open`. Raises the same errors, except those of the kernel when a mechanism is set
+    up, and MissingPrivilege for an interface.
     """
     wanted = _checked("choose", options)
     _, choice = decided(probe(source), wanted, backend)
@@ -65,7 +65,7 @@ def choose(source: AnySource, *, backend: str = "auto", **options: Unpack[OpenOp
 
 
 def _checked(function: str, options: OpenOptions) -> Options:
-    """Raises TypeError for an option that there is not, and what Options does."""
+    """The options. Raises TypeError for an unknown one, and the errors of Options."""
     known = Options.__dataclass_fields__
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -84,29 +84,35 @@ def open(  # noqa: A001
 ) -> Dispatcher:
     """Receive packets from `source`. Receiving is live when this returns.
 
-    `source`: a file descriptor or an object with `fileno()`, which is borrowed and never closed; an interface
-    name, for which linkrx opens, configures and owns an AF_PACKET socket; "any", which is every interface, also those that
-    come later; or a `CaptureFile`, for which any `os.PathLike` is short. `deliver(remote, local, protocol, packet)`
-    is called for every packet by `dispatch`, `drain` and `run`; iteration needs none.
+    `source` is one of these:
 
-    `backend`: "auto" takes the best that accepts the source, as `choice.explain()` of the result tells; a name is
-    that backend or an error. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b takes
-    names from it. The options are those of `OpenOptions`:
+    * a file descriptor or an object with `fileno()`: it is borrowed, and never closed;
+    * the name of an interface: linkrx opens, configures and owns an AF_PACKET socket;
+    * "any": every interface, also those that come later;
+    * a `CaptureFile`, or an `os.PathLike` for one.
 
-    `batch_size` packets per receive at most, by default what suits the backend; `ethernet`, `vnet_header`,
-    `packet_info` say what the probe cannot know; `buffer_sizes`, an iovec ladder that may cut packets; `snaplen`, how many bytes
-    of each frame are kept; `promiscuous`,
-    `filter`, an expression in tcpdump's language ("udp port 53") or a sequence of BPF instructions (`parse_ddd`);
-    `outgoing` (own transmissions too), `timestamps` for packet sockets; `receive_buffer`, bytes of socket buffer or
-    ring; `fanout`, the number of a group of dispatchers that share an interface, or "auto" for a new one, or a pair of
-    that and "hash", "lb", "cpu", "rollover" or "qm"; `latency`, seconds that a ring may hold a packet back; `segment`,
-    to have super-packets split into the frames that they stand for, with complete checksums: for sources with a virtio-net
-    header, which packet sockets are given for it.
+    `dispatch`, `drain` and `run` call `deliver(remote, local, protocol, packet)` for every packet. Iteration needs no `deliver`.
 
-    `protocol`, an EtherType: of an interface by name only its packets, chosen by the kernel.
+    `backend`: "auto" takes the best backend that accepts the source; `choice.explain()` of the result says why. A name takes that
+    backend or raises. The environment variable LINKRX_BACKEND replaces "auto", and LINKRX_AVOID=a,b removes names from it.
 
-    Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, ValueError for values that
-    cannot be, and OSError for what the kernel says.
+    The options are those of `OpenOptions`:
+
+    * `batch_size`: packets per receive at most. The default depends on the backend.
+    * `ethernet`, `vnet_header`, `packet_info`: the framing, where the probe cannot know it.
+    * `buffer_sizes`: sizes of the iovec buffers for a packet. `snaplen`: bytes that are kept of each frame. Both can cut packets.
+    * `segment`: split super-packets into the frames that they stand for, with complete checksums. For sources with a virtio-net
+      header; packet sockets are given one.
+    * `filter`: an expression in tcpdump's language ("udp port 53"), or a sequence of BPF instructions (`parse_ddd`).
+    * `promiscuous`, `outgoing` (frames of this host too), `timestamps`: for packet sockets.
+    * `fanout`: share an interface with other dispatchers. The number of a group, "auto" for a new one, or a pair of that and
+      "hash", "lb", "cpu", "rollover" or "qm".
+    * `protocol`: an EtherType. The kernel then receives only its packets from an interface by name.
+    * `receive_buffer`: bytes of the socket buffer or ring.
+    * `latency`: seconds that a packet may wait for others to come with it.
+
+    Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, TypeError or ValueError for invalid
+    arguments, and OSError for kernel errors that linkrx cannot handle.
     """
     if deliver is not None and not callable(deliver):
         raise TypeError(f"deliver={deliver!r}: give a callable deliver(remote, local, protocol, packet)")

@@ -1,4 +1,4 @@
-"""Which backends there are on this host."""
+"""The backends on this host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("linkrx")
 
 ENTRY_POINTS = "linkrx.backends"
 
-# Not `import linkrx.backends`: the package's name is also that of the public function below.
+# Not `import linkrx.backends`, because that name is the public function below.
 _FOLDER: list[str] = list(import_module("linkrx.backends").__path__)
 
 
@@ -31,7 +31,7 @@ def classes() -> tuple[type[Backend], ...]:
             ):
                 found[value.name] = value
     for entry in entry_points(group=ENTRY_POINTS):
-        # A plug-in of somebody else must not take reception down with it, and must not vanish either.
+        # A plug-in that cannot be loaded must not break linkrx, and must not vanish silently.
         try:
             value = entry.load()
         except Exception:

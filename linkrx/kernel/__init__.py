@@ -1,1 +1,1 @@
-"""What the kernel says and is told: its numbers, errnos, netlink, ioctls and namespaces."""
+"""The interface of the kernel: numbers, errnos, netlink, ioctls and namespaces."""

@@ -1,6 +1,6 @@
-"""Classic BPF, the language of socket filters: what the kernel refuses, and what a program does.
+"""Classic BPF, the language of socket filters: the checks of the kernel, and an interpreter.
 
-`_core/bpf.c` is the same in C; tests hold the two, and the kernel, to each other. Instructions are as `tcpdump -ddd` writes them:
+`_core/bpf.c` is the same in C. Tests compare both with the kernel. Instructions are as `tcpdump -ddd` writes them:
 code, jump if true, jump if false, operand.
 """
 
@@ -119,7 +119,7 @@ def _illegal(instruction: Instruction, left: int) -> str | None:
 
 
 def _unwritten(program: Sequence[Instruction]) -> tuple[int, str] | None:
-    """check_load_and_stores(): which scratch words are written on every way to an instruction."""
+    """check_load_and_stores(): the scratch words that are written on every path to an instruction."""
     every = (1 << SCRATCH_WORDS) - 1
     written, now = [every] * len(program), 0
     for index, (code, jt, jf, k) in enumerate(program):
@@ -137,7 +137,7 @@ def _unwritten(program: Sequence[Instruction]) -> tuple[int, str] | None:
 
 @dataclass(frozen=True)
 class Filtered:
-    """One frame, and what a program may ask about it. `interface` 0: not known."""
+    """One frame and the metadata that a program can read. `interface` 0: not known."""
 
     frame: bytes | memoryview
     wire_length: int
@@ -146,7 +146,7 @@ class Filtered:
     link_type: int = 0
     outgoing: bool = False
     vlan: tuple[int, int] | None = None  # TPID and TCI of the tag that the kernel took out
-    protocol: int = 0  # that the kernel told; 0: as the frame says
+    protocol: int = 0  # as the kernel reports it; 0: as in the frame
 
 
 class _Rejected(Exception):
@@ -245,7 +245,7 @@ def _computed(operation: int, a: int, operand: int) -> int:
 
 
 class _Loads:
-    """What a program reads of one packet."""
+    """The loads of a program from one packet."""
 
     def __init__(self, frame: bytes | memoryview, packet: Filtered) -> None:
         self._frame = frame
@@ -264,7 +264,7 @@ class _Loads:
         return int.from_bytes(self._frame[k : k + size], "big")
 
     def ancillary(self, k: int, a: int, x: int) -> int:
-        """What SKF_AD_* stands for. Mark, queue and receive hash are the kernel's: outside of it no packet has any."""
+        """The value of an SKF_AD_* operand. Mark, queue and receive hash are known to the kernel only."""
         packet = self._packet
         tpid, tci = packet.vlan or (0, 0)
         if k in (AD_NLATTR, AD_NLATTR_NEST):
@@ -287,7 +287,7 @@ class _Loads:
         }.get(k, 0)
 
     def _protocol(self) -> int:
-        """eth_type_trans(): the EtherType, or what stands for a length there."""
+        """eth_type_trans(): the EtherType, or ETH_P_802_3 or ETH_P_802_2 for a length."""
         frame = self._packet.frame
         if self._packet.protocol:
             return self._packet.protocol
@@ -357,7 +357,7 @@ class _Loads:
         return 12 if protocol in (33, 132) else 8 if protocol in (1, 2, 17, 58, 136) else 0
 
     def _attribute(self, at: int, wanted: int, *, nested: bool) -> int:
-        """bpf_skb_get_nlattr(): where the attribute begins, of those from `at` on; nested: inside the one there."""
+        """bpf_skb_get_nlattr(): the offset of the attribute among those from `at` on; nested: inside the one at `at`."""
         frame = self._packet.frame
         end = len(frame)
         if end < 4 or at > end - 4:

@@ -1,4 +1,4 @@
-"""What an errno means that came in place of packets."""
+"""The meaning of an errno in place of packets."""
 
 from __future__ import annotations
 

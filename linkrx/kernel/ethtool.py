@@ -1,4 +1,4 @@
-"""What ethtool(8) tells of a device, as far as linkrx asks."""
+"""Settings of a device, as ethtool(8) shows them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from linkrx.kernel.uapi import (
 def takes_super_packets(interface: str) -> bool:
     """Whether the kernel leaves the segmentation of TCP to a device of this namespace: `ethtool -k`.
 
-    A TAP or TUN device hands such super-packets on to who reads it. False where this process may not ask, or the kernel does not answer.
+    A TAP or TUN device passes such super-packets to its reader. False if this process may not ask.
     """
     try:
         return bool(_ask(interface, ETHTOOL_GTSO))
@@ -32,10 +32,10 @@ def takes_super_packets(interface: str) -> bool:
 
 
 def has_carrier(interface: str, control: socket.socket) -> bool:
-    """Whether an interface, of the namespace of a socket of any kind, is up and has a carrier, or knows of none.
+    """Whether an interface is up and has a carrier. It is looked up in the namespace of a socket of any kind.
 
-    To ask makes the kernel do at once what it does about a change of carrier: linkwatch_sync_dev() of net/core/link_watch.c.
-    So what is sent after True leaves the interface. Raises OSError (ENODEV) where there is no such interface.
+    The call makes the kernel handle a change of carrier at once: linkwatch_sync_dev() of net/core/link_watch.c. So frames that
+    are sent after True leave the interface. Raises OSError (ENODEV) if there is no such interface.
     """
     try:
         return bool(_ask(interface, ETHTOOL_GLINK, control=control))
@@ -46,11 +46,11 @@ def has_carrier(interface: str, control: socket.socket) -> bool:
 
 
 def set_offloads(interface: str, on: bool) -> None:
-    """Whether checksums and segmentation are left to a device of this namespace, and packets merged that it receives.
+    """Turn the checksum, segmentation and merging offloads of a device of this namespace on or off.
 
-    Off, frames come as they would on a wire. Raises OSError where the device does not know of them.
+    With offloads off, frames come as on a wire. Raises OSError if the device does not have them.
     """
-    # Without checksums there is no segmentation in a device: netdev_fix_features() of net/core/dev.c. With them it is as asked.
+    # Without checksum offload a device does not segment: netdev_fix_features() of net/core/dev.c.
     for command in (ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGRO):
         _ask(interface, command, int(on))
 

@@ -1,4 +1,4 @@
-"""System calls that `os` has in later Pythons only, through the C library.
+"""System calls through the C library that `os` has in later versions of Python only.
 
 `os` has `unshare` and `setns` from Python 3.12 and `timerfd_create` from 3.13.
 """
@@ -47,9 +47,9 @@ def setns(fd: int, kind: int) -> None:
 
 
 def keep_capabilities(kept: Iterable[int]) -> None:
-    """Give up all other capabilities, and hand these on to programs that this process starts. See man 7 capabilities.
+    """Drop all other capabilities, and pass these on to programs that this process starts. See man 7 capabilities.
 
-    A program that is not root's keeps nothing else than ambient capabilities.
+    A program that does not run as root keeps ambient capabilities only.
     """
     kept = tuple(kept)
     mask = sum(1 << capability for capability in kept)
@@ -61,24 +61,23 @@ def keep_capabilities(kept: Iterable[int]) -> None:
 
 
 class SocketOptions:
-    """getsockopt(2) and setsockopt(2) on a descriptor that is somebody else's.
+    """getsockopt(2) and setsockopt(2) on a borrowed descriptor.
 
-    A `socket.socket` closes its descriptor with itself; and of a duplicate, an exception that a signal handler raises
-    in the wrong moment would leave one open.
+    A `socket.socket` would close it. A duplicate could stay open after an exception of a signal handler.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def get(self, level: int, name: int, size: int = 4) -> bytes:
-        """At most `size` bytes."""
+        """The value of an option, at most `size` bytes."""
         value = ctypes.create_string_buffer(size)
         length = ctypes.c_uint32(size)
         _checked(_libc.getsockopt(self._fd, level, name, value, ctypes.byref(length)), "getsockopt")
         return value.raw[: length.value]
 
     def get_items(self, level: int, name: int, size: int) -> bytes:
-        """All items of `size` bytes, of an option whose length counts items: SO_GET_FILTER."""
+        """All items, of `size` bytes each, of an option whose length counts items: SO_GET_FILTER."""
         count = ctypes.c_uint32(0)
         _checked(_libc.getsockopt(self._fd, level, name, None, ctypes.byref(count)), "getsockopt")
         value = ctypes.create_string_buffer(max(1, size * count.value))
@@ -91,7 +90,7 @@ class SocketOptions:
         return int.from_bytes(self.get(level, name), sys.byteorder, signed=True)
 
     def name(self) -> bytes:
-        """getsockname(2): the address that it is bound to."""
+        """getsockname(2): the address that the socket is bound to."""
         value = ctypes.create_string_buffer(128)
         length = ctypes.c_uint32(128)
         _checked(_libc.getsockname(self._fd, value, ctypes.byref(length)), "getsockname")
@@ -104,23 +103,23 @@ class SocketOptions:
 
 
 def send(fd: int, data: bytes, flags: int) -> None:
-    """One message. See man 2 send."""
+    """Send one message. See man 2 send."""
     _checked(_libc.send(fd, data, len(data), flags), "send")
 
 
 def bind_to_interface(fd: int, protocol: int, index: int) -> None:
-    """Of a packet socket, to every interface with 0: `socket.bind` takes names only. See man 7 packet, struct sockaddr_ll."""
+    """Bind a packet socket to an interface by its index; 0 is every interface. See man 7 packet, struct sockaddr_ll."""
     address = struct.pack("=HHi12x", socket.AF_PACKET, socket.htons(protocol), index)
     _checked(_libc.bind(fd, address, len(address)), "bind")
 
 
 def timerfd() -> int:
-    """A timer that does not run, as a descriptor: timerfd_create(2)."""
+    """A descriptor of a stopped timer: timerfd_create(2)."""
     return _checked(_libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS), "timerfd_create")
 
 
 def set_timerfd(fd: int, interval: float) -> None:
-    """Make it readable every `interval` seconds, or never with 0: timerfd_settime(2)."""
+    """Make a timer readable every `interval` seconds; 0 stops it: timerfd_settime(2)."""
     seconds, rest = divmod(int(interval * 1e9), 10**9)
     period = _Timespec(seconds, rest)
     _checked(_libc.timerfd_settime(fd, 0, ctypes.byref(_Itimerspec(period, period)), None), "timerfd_settime")

@@ -1,4 +1,4 @@
-"""Network namespaces: a private one for the demo, tests and benches, and work inside others."""
+"""Network namespaces: a private one for the demo, tests and benchmarks, and calls inside others."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ Result = TypeVar("Result")
 # linux/sockios.h
 IFREQ = struct.Struct("16sH22x")  # struct ifreq, of which this is the name and the flags
 
-# What the caller has in a user namespace of their own. They do not become root, who may read and write every file of
-# theirs, and whom some programs refuse.
+# The capabilities in a user namespace. The caller does not become root there, because some programs refuse root.
 KEPT = (uapi.CAP_NET_BIND_SERVICE, uapi.CAP_NET_ADMIN, uapi.CAP_NET_RAW, uapi.CAP_SYS_ADMIN)
 
 
 def enter_private_network() -> None:
-    """Move this process (one thread, nothing open on the network) into a new network namespace, in which `lo` is up.
+    """Move this process into a new network namespace, in which `lo` is up. It must have one thread and no open sockets.
 
-    Without CAP_SYS_ADMIN a user namespace comes with it, in which the caller stays who they are, and has, as all programs
-    that they start, the capabilities for networks: `KEPT`. IPv6 is off on interfaces made from now on, so that the kernel
-    sends nothing of its own. Threads that run already stay where they are. Raises
-    MissingPrivilege where neither is allowed, and says which threads there are where they are what forbids it.
+    Without CAP_SYS_ADMIN this makes a user namespace too. There the caller keeps its user, and it and its programs have the
+    capabilities for networks, `KEPT`. IPv6 is off on new interfaces, so that the kernel sends nothing by itself. Other threads
+    stay in the old namespace. Raises MissingPrivilege if neither namespace is allowed, and names the threads if they forbid it.
     """
     _enter(_unshare)
 
 
 def enter_new_network() -> None:
-    """The same for this thread alone, and for what has CAP_SYS_ADMIN: threads may run, and it can `go_to` where it was."""
+    """Move this thread alone. Needs CAP_SYS_ADMIN. Other threads may run, and `go_to` leads back."""
     _enter(lambda: libc.unshare(uapi.CLONE_NEWNET))
 
 
@@ -72,7 +70,7 @@ def bring_up(interface: str, control: socket.socket) -> None:
 
 
 def _threads() -> list[str]:
-    """What the threads of this process are called: by Python, or by the kernel if another library started them."""
+    """The names of the threads of this process: those of Python, or of the kernel for threads of other libraries."""
     known = {thread.native_id: thread.name for thread in threading.enumerate()}
     tasks = sorted(Path("/proc/self/task").iterdir(), key=lambda task: int(task.name))
     return [known.get(int(task.name)) or (task / "comm").read_text().strip() for task in tasks]
@@ -98,17 +96,17 @@ def _unshare() -> None:
 
 
 def open_here() -> int:
-    """A descriptor that refers to the network namespace of this thread."""
+    """A descriptor of the network namespace of this thread."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def go_to(namespace: int) -> None:
-    """Move this thread, with nothing else, into the network namespace that a descriptor refers to. Needs CAP_SYS_ADMIN."""
+    """Move only this thread into the network namespace of a descriptor. Needs CAP_SYS_ADMIN."""
     libc.setns(namespace, uapi.CLONE_NEWNET)
 
 
 def new_network() -> int:
-    """A descriptor that refers to a new network namespace without IPv6, which lives until it is closed.
+    """A descriptor of a new network namespace without IPv6. The namespace is deleted when the descriptor is closed.
 
     Needs CAP_SYS_ADMIN.
     """
@@ -122,7 +120,7 @@ def new_network() -> int:
 
 
 def inside(namespace: int, work: Callable[[], Result]) -> Result:
-    """What `work` returns in a thread inside the network namespace that a descriptor refers to."""
+    """Call `work` in a thread inside the network namespace of a descriptor, and return its result."""
 
     def enter() -> Result:
         go_to(namespace)
@@ -132,7 +130,7 @@ def inside(namespace: int, work: Callable[[], Result]) -> Result:
 
 
 def _in_thread(work: Callable[[], Result]) -> Result:
-    """A namespace is a thread's: one that changes it must end, not go on with other work."""
+    """Run in a new thread, which ends then: a thread that has changed its namespace must not do other work."""
     results: list[Result] = []
     failures: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Which ends of a pipe this process has open."""
+"""The ends of a pipe that this process has open."""
 
 from __future__ import annotations
 

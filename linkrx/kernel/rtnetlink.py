@@ -1,7 +1,7 @@
-"""Facts about a network device, from rtnetlink(7).
+"""The attributes of network devices, from rtnetlink(7).
 
-pyroute2 would do this too, but enters another network namespace by forking. Here a socket is made once in the
-device's namespace, by a thread that enters it and ends, and keeps answering from there.
+pyroute2 forks to enter another network namespace. Here a thread enters the namespace, makes a socket there, and ends. The socket
+stays in that namespace.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ _INTERFACE = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 # linux/if.h: IF_OPER_*, as `ip link` names them.
 _STATES = dict(enumerate(("unknown", "notpresent", "down", "lowerlayerdown", "testing", "dormant", "up")))
-_ANSWER_MOST = 65_536  # more than the kernel puts into one message
-_TIMEOUT = 2.0  # the kernel answers at once; this bounds a lost answer
+_ANSWER_MOST = 65_536  # larger than any message of the kernel
+_TIMEOUT = 2.0  # the kernel answers at once; this limits the wait for a lost answer
 
 
 @dataclass(frozen=True)
 class Link:
-    """A device as the kernel describes it. `packet_info` and `queues` (open ones) are known of TUN and TAP only.
+    """A network device. `packet_info` and `queues`, the number of open ones, are known of TUN and TAP only.
 
-    `super_packet` is the most that a packet has before it is split, or behind merging; `queue_length` is its txqueuelen.
-    `peer` is the index of the device at the other end, or under this one, and `peer_namespace` the number of the namespace that
-    it is in, where that is another. `up` is IFF_UP, and `state` the operational state, RFC 2863. `forwards` is whether the
-    bridge that it is a port of takes frames from it.
+    `super_packet` is the largest size in bytes of a packet before it is split, or after merging. `queue_length` is the
+    txqueuelen. `peer` is the index of the other end, or of the device below, and `peer_namespace` the number of its namespace if
+    that is another one. `up` is IFF_UP, and `state` the operational state (RFC 2863). `forwards` is whether the bridge of this
+    port forwards its frames.
     """
 
     index: int
@@ -93,7 +93,7 @@ class RouteSocket:
     """A netlink socket in one network namespace."""
 
     def __init__(self, namespace: int | None = None) -> None:
-        """In this thread's namespace, or the one that the descriptor `namespace` refers to (needs CAP_SYS_ADMIN)."""
+        """In this thread's namespace, or in the one of the descriptor `namespace`, which needs CAP_SYS_ADMIN."""
         self._sequence = 0
         self._socket = _socket_here() if namespace is None else inside(namespace, _socket_here)
         try:
@@ -124,7 +124,7 @@ class RouteSocket:
         self._socket.send(head + body)
 
     def _answers(self) -> Iterator[tuple[int, int, bytes]]:
-        """Type, flags and body of each message that answers the latest request; the caller knows the last."""
+        """Type, flags and body of each message in answer to the latest request. The caller recognises the last one."""
         while True:
             answer = self._socket.recv(_ANSWER_MOST)
             offset = 0
@@ -132,14 +132,14 @@ class RouteSocket:
                 length, kind, flags, sequence, _ = _MESSAGE.unpack_from(answer, offset)
                 if length < _MESSAGE.size:
                     break
-                if sequence == self._sequence:  # or a late answer to a request that timed out
+                if sequence == self._sequence:  # a late answer to a request that timed out
                     yield kind, flags, answer[offset + _MESSAGE.size : offset + length]
                 offset += (length + 3) & ~3
 
     def link(self, *, name: str | None = None, index: int = 0, namespace: int | None = None) -> Link | None:
-        """The device of that name or index, or None if there is none, or it cannot be asked for.
+        """The device of that name or index. None if there is none, or the kernel does not answer for it.
 
-        `namespace` is a number that this namespace has for another one, as in `Link.peer_namespace`.
+        `namespace` is the number of another namespace in this one, as in `Link.peer_namespace`.
         """
         body = _INTERFACE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         if name is not None:
@@ -182,7 +182,7 @@ def _parse(message: bytes) -> Link:
     info = dict(_attributes(found.get(IFLA_LINKINFO, b"")))
     kind = info[IFLA_INFO_KIND].rstrip(b"\0").decode() if IFLA_INFO_KIND in info else None
     data = dict(_attributes(info.get(IFLA_INFO_DATA, b""))) if kind == "tun" else {}
-    # The kernel hands out !(flags & IFF_NO_PI): 1 means that packet information is on.
+    # The kernel reports !(flags & IFF_NO_PI): 1 means that packet information is on.
     packet_info = bool(data[IFLA_TUN_PI][0]) if IFLA_TUN_PI in data else None
     stats = found.get(IFLA_STATS64, b"")
     port = dict(_attributes(info.get(IFLA_INFO_SLAVE_DATA, b"")))
@@ -194,7 +194,7 @@ def _parse(message: bytes) -> Link:
         address=found.get(IFLA_ADDRESS, b""),
         kind=kind,
         packet_info=packet_info,
-        # Told of multi-queue devices only; any other has one.
+        # Reported of multi-queue devices only. Others have one.
         queues=struct.unpack("=I", data[IFLA_TUN_NUM_QUEUES])[0] if IFLA_TUN_NUM_QUEUES in data else 1,
         tx_dropped=(
             struct.unpack_from("=Q", stats, 8 * TX_DROPPED)[0] if len(stats) >= 8 * (TX_DROPPED + 1) else None
@@ -219,7 +219,7 @@ def _parse(message: bytes) -> Link:
 
 
 def same_namespace(namespace: int) -> bool:
-    """Whether the descriptor refers to this thread's own network namespace."""
+    """Whether a descriptor is of this thread's network namespace."""
     here = Path("/proc/thread-self/ns/net").stat()
     there = os.fstat(namespace)
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

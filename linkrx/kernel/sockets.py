@@ -1,4 +1,4 @@
-"""What the kernel tells of sockets and of the interfaces that they are bound to."""
+"""Questions to the kernel about sockets and the interfaces that they are bound to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from linkrx.kernel.uapi import (
 def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
     """Index, hardware type and MTU of an interface in the namespace of the socket `request`: netdevice(7).
 
-    Or in this thread's, by an alternative name that is longer than netdevice(7) has room for.
+    An alternative name that is too long for netdevice(7) is looked up in this thread's namespace.
     """
     if IFNAMSIZ <= len(os.fsencode(name)) < ALTIFNAMSIZ:
         with closing(RouteSocket()) as route:
@@ -50,7 +50,7 @@ def interface_of(request: socket.socket, name: str) -> tuple[int, int, int]:
 
 
 def interface_name(name: str) -> bytes:
-    """The name as the kernel takes it, or ValueError for what cannot be one: dev_valid_name() in net/core/dev.c."""
+    """The name as bytes. Raises ValueError for a name that no interface can have: dev_valid_name() in net/core/dev.c."""
     encoded = os.fsencode(name)
     if not encoded or len(encoded) >= IFNAMSIZ or name in (".", "..") or set(name) & set("/:\0 \t\n\v\f\r"):
         raise ValueError(
@@ -60,7 +60,7 @@ def interface_name(name: str) -> bytes:
 
 
 def refuse_gro(fd: int) -> None:
-    """Datagrams that the kernel has glued together are no packets."""
+    """Raise UnsupportedSource for a UDP socket with UDP_GRO, on which the kernel merges datagrams."""
     try:
         glues = SocketOptions(fd).get_int(socket.IPPROTO_UDP, UDP_GRO)
     except OSError:
@@ -73,20 +73,19 @@ def refuse_gro(fd: int) -> None:
 
 
 def bound_index(fd: int) -> int:
-    """The index of the interface that an AF_PACKET socket is bound to: 0 for none, and when it cannot be asked; GONE for one
-    that is deleted.
+    """The index of the interface that an AF_PACKET socket is bound to.
+
+    0 for none, or if getsockname(2) is forbidden; GONE for a deleted interface.
     """
     try:
         index: int = struct.unpack_from("i", SocketOptions(fd).name(), 4)[0]  # sll_ifindex
     except PermissionError:
-        return 0  # a seccomp filter forbids getsockname(2): do without
+        return 0  # a seccomp filter forbids getsockname(2)
     return index
 
 
 def has_ring(fd: int) -> bool:
-    """Whether the kernel puts what a packet socket receives, or what it sends, into a ring: PACKET_VERSION cannot be set then,
-    even to what it is.
-    """
+    """Whether a packet socket has a ring, for receiving or sending. PACKET_VERSION cannot be set then, even to its own value."""
     options = SocketOptions(fd)
     try:
         options.set(SOL_PACKET, PACKET_VERSION, options.get_int(SOL_PACKET, PACKET_VERSION))
@@ -96,7 +95,7 @@ def has_ring(fd: int) -> bool:
 
 
 def interface_at(request: socket.socket | int, index: int) -> str:
-    """The name of the interface with that index in the namespace of the socket `request`; empty for none."""
+    """The name of the interface with that index in the namespace of the socket `request`; empty if there is none."""
     try:
         answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))
     except OSError:

@@ -1,1 +1,1 @@
-"""What happens to received frames before they are packets: classification and segmentation."""
+"""The steps from received frames to packets: segmentation and classification."""

@@ -1,4 +1,4 @@
-"""Which of the received frames are packets, and what is known about each: _core/classify.c in Python, for where there is no core.
+"""Classification: which received frames are packets, and their metadata. In C: `_core/classify.c`.
 
 Both write the same table; a property test holds them to each other.
 """
@@ -41,7 +41,7 @@ Classify = Callable[["Owner", int], None]
 
 @dataclass
 class Filter:
-    """What linkrx itself runs on each frame: struct lrx_filter. Without a program everything passes."""
+    """The filter that linkrx itself runs on each frame: struct lrx_filter. Without a program every frame passes."""
 
     program: Sequence[bpf.Instruction] = ()
     tags: bool = False
@@ -69,8 +69,10 @@ def classifier(
     interface: int = 0,
     filter: Filter | None = None,
 ) -> Classify:
-    """`interface` is the index of that of every packet, where the backend does not tell it. `filter` may change between two
-    receives.
+    """A function that classifies a receive.
+
+    `interface` is the index of the interface for packets of which the backend does not report it. `filter` may change between
+    two receives.
     """
     rule = filter or Filter()
     reported, report = descriptors.columns, descriptors.report
@@ -98,7 +100,7 @@ def classifier(
             link_type = (reported.link_types[index] if per_packet else 0) or framing.link_type
             bare = per_packet and reported.link_headers[index] == NO_LINK_HEADER
             link_header = 0 if bare else framing.link_header_of(link_type)
-            # A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has.
+            # A socket on all interfaces gets a packet that is sent on lo twice: outgoing and incoming. A capture file may have one.
             if (
                 per_packet
                 and flags & OUTGOING
@@ -163,7 +165,7 @@ def classifier(
                 table.link_headers[row] = link_header
             total += length
             row += 1
-        # Nothing is called from here on: an interrupted pass is repeated whole, and counted once.
+        # Nothing is called from here on, so an interrupted pass is repeated as a whole and counted once.
         counters[PACKETS] += row
         counters[BYTES] += total
         counters[RUNTS] += runts

@@ -1,7 +1,7 @@
-"""Super-packets into frames, and unfinished checksums finished: in C, or in Python without the core.
+"""Splits super-packets into frames, and finishes checksums: in C, or in Python without the core.
 
-Both write the same bytes, which are those that software segmentation in the kernel writes: tcp_gso_segment,
-__udp_gso_segment, inet_gso_segment, ipv6_gso_segment and skb_checksum_help. Tests hold them to the kernel and to each other.
+Both write the same bytes as software segmentation in the kernel: tcp_gso_segment, __udp_gso_segment, inet_gso_segment,
+ipv6_gso_segment and skb_checksum_help. Tests compare them with the kernel and with each other.
 """
 
 from __future__ import annotations
@@ -40,39 +40,40 @@ _UDP, _UDP_HEADER, _UDP_LENGTH_AT, _UDP_CHECKSUM_AT = 17, 8, 4, 6
 
 
 class Segmenter(Protocol):
-    """Writes what a backend took as frames, and describes them, one arena after another."""
+    """Writes the packets that a backend received as frames into an arena, and describes them."""
 
     def segment(self, staging: Owner, arena: Owner, room: int) -> int:
-        """Fill up to `room` bytes of `arena`, from its cursor on, with what was taken into `staging` at its cursor.
+        """Write frames into up to `room` bytes of `arena`, from its cursor on. The packets are in `staging`, from its cursor on.
 
-        Returns how many rows were given. The next call goes on where this one ended, also within a super-packet.
+        Returns the number of frames. The next call goes on where this one ended, also within a super-packet.
         """
         ...
 
     @property
     def waiting(self) -> int:
-        """Rows of what was taken that are not used up."""
+        """The number of received packets that are not split completely."""
         ...
 
     def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
-        """Whether `segment` from now on takes more by itself, by a backend's `native`: into `staged` bytes, so many at once,
-        and again while there is room for `spare` bytes of frames.
+        """Let `segment` receive by itself, through a backend's `native`. False if it cannot.
+
+        It receives up to `at_once` packets into `staged` bytes, and again while `spare` bytes of the arena are free.
         """
         ...
 
 
 def segmenter(taken: Descriptors, given: Descriptors, framing: Framing) -> Segmenter:
-    """The best way on this host. `framing` has a virtio-net header."""
+    """The segmenter in C where the core was built. `framing` must have a virtio-net header."""
     make = CSegmenter if _core.lib else PythonSegmenter
     return make(taken, given, framing)
 
 
 class CSegmenter:
-    """About 30 ns per full-sized segment more than copying it."""
+    """In C: 30 ns per full-sized segment more than a copy of it."""
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
         self._report = taken.report
-        self._memory = (taken.memory, given.memory)  # C has their addresses
+        self._memory = (taken.memory, given.memory)  # keeps them alive: C has their addresses
         self._state = _core.new(
             "struct lrx_segmenter *",
             taken=taken.address(),
@@ -107,12 +108,12 @@ class CSegmenter:
 
 
 class PythonSegmenter:
-    """The same, tens of microseconds per segment."""
+    """In Python: tens of microseconds per segment."""
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
         self._taken, self._given, self._framing = taken, given, framing
-        # The row of what was taken that comes next, the frames of it that are out already, and of what is given the rows and
-        # the bytes. One object, stored at once: what interrupts a pass has the next one go on there.
+        # The next received row, the number of its frames that are written, and the rows and bytes that are written. One object
+        # and one store, so that the next pass goes on there after an interruption.
         self._at = (0, 0, 0, 0)
 
     def receive_by(self, native: int, at_once: int, staged: int, spare: int) -> bool:
@@ -152,7 +153,7 @@ class PythonSegmenter:
             else:
                 row, done = row + 1, 0
                 self._at = (row, done, rows, cursor)
-        # Nothing is called from here on.
+        # Nothing is called from here on, so no signal handler runs.
         given.count = rows
         given.end = cursor
         given.receives = taken.receives
@@ -162,7 +163,7 @@ class PythonSegmenter:
             return rows
         self._at = (0, 0, 0, 0)
         taken.count = 0
-        # The errno came behind the last of the packets.
+        # The errno follows the last packet.
         if taken.error:
             given.error = taken.error
         taken.error = 0
@@ -218,7 +219,7 @@ class _Outcome:
 
 
 class _MalformedError(Exception):
-    """What a virtio-net header says of its frame is not so."""
+    """The virtio-net header does not fit its frame."""
 
 
 def _require(truth: bool) -> None:
@@ -227,7 +228,7 @@ def _require(truth: bool) -> None:
 
 
 def _sum_of(data: bytes | bytearray) -> int:
-    """A number that is, modulo 65,535, the sum of the 16-bit words of `data`; zero only if all of them are."""
+    """The sum of the 16-bit words of `data`, modulo 65,535. It is zero only if all words are."""
     return int.from_bytes(data, "big") << 8 * (len(data) % 2)
 
 
@@ -237,7 +238,7 @@ def _checksum(total: int) -> int:
 
 
 def _finished(frame: bytes, vnet: VnetHeader) -> bytes:
-    """skb_checksum_help: of whatever protocol, a sum of zero is written as 0xffff."""
+    """skb_checksum_help(): for every protocol, a sum of zero is written as 0xffff."""
     at = vnet.csum_start + vnet.csum_offset
     _require(at + 2 <= len(frame))
     checksum = _checksum(_sum_of(frame[vnet.csum_start :])) or 0xFFFF
@@ -246,7 +247,7 @@ def _finished(frame: bytes, vnet: VnetHeader) -> bytes:
 
 @dataclass(frozen=True)
 class _SuperPacket:
-    """Where the headers of a super-packet are, counted from its first byte, and what its segments have in common."""
+    """The offsets of a super-packet's headers from its first byte, and the values that all its segments share."""
 
     frame: bytes
     network: int
@@ -256,7 +257,7 @@ class _SuperPacket:
     version: int
     protocol: int
     jumbo: bool  # segments do not have the jumbo option
-    pseudo_header: int  # its sum, without the length
+    pseudo_header: int  # the sum of its words, without the length
 
     @property
     def segments(self) -> int:
@@ -298,7 +299,7 @@ class _SuperPacket:
 
 
 def _split(frame: bytes, vnet: VnetHeader, link_header: int, truncated: bool) -> _SuperPacket | None:
-    """The super-packet that a frame is, all of its headers in place; None for any other. Raises _MalformedError."""
+    """The super-packet in a frame, or None. Raises _MalformedError if its headers are not complete."""
     if vnet.gso_type == Gso.NONE:
         return None
     _require(not truncated and vnet.gso_size > 0)
@@ -318,7 +319,7 @@ def _split(frame: bytes, vnet: VnetHeader, link_header: int, truncated: bool) ->
     if vnet.needs_checksum:
         _require((vnet.csum_start, vnet.csum_offset) == (transport, checksum_at))
     if len(frame) - payload <= vnet.gso_size:
-        return None  # nothing to split: for the kernel a packet like any other
+        return None  # the kernel does not split it either
     _require(payload - network + vnet.gso_size <= _IP_LENGTH_MOST)
     if vnet.needs_checksum:
         # The sender left the sum of the pseudo-header in the field, with the length of the whole in it. Like the
@@ -334,12 +335,12 @@ def _split(frame: bytes, vnet: VnetHeader, link_header: int, truncated: bool) ->
 
 
 def _minus(number: int) -> int:
-    """What added to a sum of 16-bit words takes `number` away from it."""
+    """The number to add to a sum of 16-bit words to subtract `number`."""
     return 0xFFFF - number % 0xFFFF
 
 
 def _network(frame: bytes, link_header: int) -> tuple[int, int]:
-    """Where the IP header starts, and its version, as the link header tells it."""
+    """The offset of the IP header, and the version that the link header gives."""
     _require(len(frame) > link_header)
     if not link_header:
         return 0, frame[0] >> 4
@@ -351,7 +352,7 @@ def _network(frame: bytes, link_header: int) -> tuple[int, int]:
 
 
 def _transport(frame: bytes, network: int, version: int) -> tuple[int, int, bool]:
-    """Where the IP header ends, the protocol behind it, and whether it has a jumbo option that segments do without."""
+    """The offset at which the IP header ends, the protocol behind it, and whether it has a jumbo option."""
     ip = frame[network:]
     if version == 4:
         _require(len(ip) >= _IPV4_HEADER and ip[0] >> 4 == 4)

@@ -1,4 +1,4 @@
-"""Super-packets on their way from a backend into a batch."""
+"""The stage that splits super-packets, between a backend and classification."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from linkrx.memory.framing import Framing
 from linkrx.packets import ARENA_BYTES, Owner
 from linkrx.stages.segmentation import segmenter
 
-# What headers, one for every frame, make of a super-packet on a link with an MTU of 1500 is at most a sixteenth more.
+# With a header in front of each frame, a super-packet on a link with an MTU of 1500 grows by a sixteenth at most.
 HEADERS_SHARE = 16
 
-# What a backend in Python receives at once: four of the largest super-packets. They and the frames made of them are in a
-# core's second-level cache together; with eight, what is written first is out of it again before anybody reads it.
+# A backend in Python receives four of the largest super-packets at once. They and their frames fit into a core's second-level
+# cache together. With eight, the first frames have left the cache before they are read.
 STAGED_BYTES = ARENA_BYTES // 2
 
-# What C receives at once, and splits before it receives the next: what the kernel has written is in the cache still.
+# C receives so much at once, and splits it while it is still in the cache.
 AT_ONCE = 2
 
-# As many frames as an arena holds of 1514 bytes, and more of small ones: with one super-packet per batch, what a batch
-# costs would be paid for every 45 frames.
+# An arena holds so many frames of 1514 bytes, and more small ones. With one super-packet per batch, every 45 frames would pay
+# for a batch.
 SEGMENT_ROWS = 1024
 
 
 class Segmenting(Mechanism):
-    """A stage behind any backend, which receives into memory that is used again for every batch: from there frames of
-    the network's size, with complete checksums, go into the arena. What finds no room waits for the next `fill`.
+    """Splits the super-packets of any backend. The backend receives into memory that is used again for every batch.
+
+    Frames of the network's size, with complete checksums, go from there into the arena. Packets without room there wait for the
+    next `fill`.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Segmenting(Mechanism):
         self._taken = Descriptors(receive.options.batch_size or backend.batch_size)
         self._given = descriptors.report
         self._segmenter = segmenter(self._taken, descriptors, framing)
-        # A backend wants room for one packet of any size behind all others, and one byte more.
+        # A backend needs room for one packet of any size, and one byte more.
         self._largest = align(receive.layout.capacity + 1)
         self._staging = Owner(backend.room(receive.layout))
         capacity, at_once = receive.layout.capacity, min(AT_ONCE, self._taken.rows)
@@ -62,15 +64,15 @@ class Segmenting(Mechanism):
         self._backend.leave_to_parent()
 
     def fill(self, arena: Owner, room: int) -> int:
-        """Frames of what was received before, or of what is there now."""
+        """Frames of packets that were received before, or of new ones."""
         if self._receives:
             return self._segmenter.segment(self._staging, arena, room)  # and receives as well
         try:
-            # An errno that was told already comes before what is still to be received.
+            # An errno in the report comes before packets that are not received yet.
             if not self._segmenter.waiting and (not self._taken.report.error or self._backend.held):
-                # No more than has room as frames: a few that were left over would be a batch of their own.
+                # Receive no more than fits as frames: the rest would make a small batch of its own.
                 wanted = min(room - room // HEADERS_SHARE, STAGED_BYTES)
-                # A backend keeps as much free as the largest takes: where that is more, there must be some for others.
+                # A backend keeps room for the largest packet free. There must be some more for others.
                 if self._largest > STAGED_BYTES:
                     wanted += self._largest
                 self._backend.fill(self._staging, max(wanted, self._largest))
@@ -81,14 +83,14 @@ class Segmenting(Mechanism):
             self._given.error = error.errno or EIO
             return 0
         except BaseException:
-            # What was received or told goes where it is looked for, unless it is there.
+            # Packets and an errno go to the report that the receiver reads, unless they are there already.
             if not self._given.count and not self._given.classified:
                 self._segmenter.segment(self._staging, arena, room)
             raise
 
     @property
     def held(self) -> int:
-        """What the backend holds, and what was received and is not all split yet: super-packets count as one."""
+        """The packets that the backend holds or that are not split completely. A super-packet counts as one."""
         return self._backend.held + self._segmenter.waiting
 
     @property
