@@ -28,7 +28,7 @@ def plan_at_open(settings: Settings, backend: type[Backend]) -> Plan | None:
         return None
     options, found = settings.options, settings.capabilities
     return filters.planned(
-        settings.filter, found, fresh=found.owned, segment=options.segment, told=_tells(backend, options)
+        settings.filter, found, fresh=found.owned, segment=options.segment, metadata=_tells(backend, options)
     )
 
 
@@ -101,7 +101,7 @@ class SourceFilter:
             self._source.capabilities,
             fresh=False,
             segment=self._options.segment,
-            told=_tells(backend, self._options),
+            metadata=_tells(backend, self._options),
         )
 
     def _put(self, run: Run, plan: Plan | None, readable_within: float) -> None:

@@ -79,9 +79,9 @@ class Program:
             [(code, jt, jf, _ACCEPT if code == bpf.RET and k else k) for code, jt, jf, k in self.instructions]
         )
 
-    def kernels_own(self, *, told: bool) -> str | None:
-        """What it asks for that only the kernel can answer, and only when the packet comes. `told`: tags are told afterwards."""
-        own = _KERNELS_OWN if told else _KERNELS_OWN | _TAGS
+    def kernels_own(self, *, metadata: bool) -> str | None:
+        """What it asks for that only the kernel can answer, and only when the packet comes. `metadata`: tags are reported beside the packet."""
+        own = _KERNELS_OWN if metadata else _KERNELS_OWN | _TAGS
         asked = (k for code, _, _, k in self.instructions if bpf.is_absolute(code))
         return next((own[k] for k in asked if k in own), None)
 
@@ -235,9 +235,9 @@ def _relocated(one: Instruction, expression: str, found: Capabilities) -> Instru
     )
 
 
-def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool, told: bool) -> Plan:
+def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool, metadata: bool) -> Plan:
     """Who runs it. `fresh`: nothing is queued, for the socket is linkrx's own and not bound yet. `segment`: super-packets will be
-    split, which must be whole. `told`: the backend reads what the kernel tells beside a packet: its tag, and that it was cut.
+    split, which must be whole. `metadata`: the backend reads PACKET_AUXDATA: the VLAN tag, and the true length of a cut packet.
     Raises UnsupportedOption.
     """
     if found.kind not in ("packet", "packet_cooked"):
@@ -245,14 +245,14 @@ def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool
         return Plan(program, None, True, False, f"linkrx: {why}")
     kernel: bytes | None = program.code
     if program.tags:
-        if not told:
+        if not metadata:
             raise UnsupportedOption(
                 f"filter={program.text} on the {found.title}: the kernel takes VLAN tags out of frames, and they are not told "
                 "here: with protocol= it forgets them, and not every backend reads them. Leave out protocol=, or name another backend"
             )
         why = "it speaks of VLAN tags, and the kernel takes them out of frames before it filters"
         return Plan(program, None, True, False, f"linkrx: {why}")
-    if program.cuts and (segment or not told or not fresh):
+    if program.cuts and (segment or not metadata or not fresh):
         kernel = program.uncut()
         who = "the kernel rejects; linkrx cuts, and rejects what was queued before" if kernel else "linkrx"
         plan = Plan(program, kernel, True, False, who)
@@ -261,7 +261,7 @@ def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool
     else:
         who = "the kernel; linkrx filters what was queued before it was attached"
         plan = Plan(program, kernel, True, True, who)
-    asked = program.kernels_own(told=told)
+    asked = program.kernels_own(metadata=metadata)
     if asked is not None:
         raise UnsupportedOption(
             f"filter of {program.text} on the {found.title}: it asks for {asked}, which linkrx cannot tell of packets that are "
