@@ -28,6 +28,7 @@ FILES = (
     "test_peers.py",
     "test_super_packets.py",
     "test_sending.py",
+    "test_capture_files.py",
 )
 LEFT_OUT = ("--deselect", str(HERE / "test_peers.py::test_unix"))  # nothing is aimed at there
 RING_WORK = {  # times as fast as pcapy-ng's dispatch
@@ -255,7 +256,7 @@ def elsewhere(results: Results) -> Iterator[Target]:
     yield Target("the README's test command, minutes", 3, why="run it")
 
 
-GROUPS = (lone, paced, work, full_queues, super_packets, kept, sending, elsewhere)
+GROUPS = (lone, paced, work, full_queues, super_packets, kept, sending, capture_files, elsewhere)
 
 
 def targets_table(results: Results) -> Lines:
