@@ -110,7 +110,7 @@ class Printer:
     def _line(self, packet: Packet) -> str:
         wire_length = packet.wire_length
         fields = self._fields(packet, wire_length)
-        if self._sequences is not None and "tcp" in fields:
+        if "tcp" in fields and self._sequences is not None:
             self._sequences.count(fields)
         text = line(fields, wire_length, link=self._link, verbose=self._verbose)
         if self._several:
@@ -118,11 +118,11 @@ class Printer:
             text = f"{self._name(packet.interface)} {direction}{text}"
         if self._paint is not None:
             text = self._paint(text, fields)
-        stamp = self._stamp(self._time(packet))
         if self._bytes:
             shown = packet.tobytes() if self._bytes > 1 else bytes(packet.data)
             text += hexadecimal.rows(shown, readable=self._readable)
-        return stamp + text
+        moment = packet.timestamp_ns
+        return self._stamp(self._time(packet) if moment is None else moment) + text
 
     def _object(self, packet: Packet) -> str:
         """One line of JSON: docs/dump.md has the names."""

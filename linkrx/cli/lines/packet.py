@@ -20,13 +20,14 @@ _SEQUENCED = frozenset("SFR")  # flags with which an empty segment has a sequenc
 def line(fields: Fields, length: int, *, link: bool = False, verbose: bool = False) -> str:
     """Of a packet of `length` bytes on the wire. `link`: with the link header; `verbose`: with header fields and checksums."""
     front = _link(fields, length) if link else ""
-    tags = fields.get("vlan")
-    if tags is not None:
-        front += _tags(tags)
+    tagged = "vlan" in fields
+    if tagged:
+        front += _tags(fields["vlan"])
     # A link header names the protocol, unless a tag stands in front of it.
-    named = link and tags is None and "ethernet" in fields
-    body, marks = _network(fields, named=named, verbose=verbose), _marks(fields)
-    return f"{front}{body.rstrip()}{marks}".lstrip() if marks else front + body
+    text = front + _network(fields, link and not tagged and "ethernet" in fields, verbose)
+    if "cut" in fields or "malformed" in fields or "super_packet" in fields:
+        text = (text.rstrip() + _marks(fields)).lstrip()
+    return text
 
 
 def _link(fields: Fields, length: int) -> str:
@@ -48,12 +49,11 @@ def _tags(tags: list[Fields]) -> str:
     return "".join(f"vlan {tag['id']}, p {tag['priority']}, {'DEI, ' if tag['dei'] else ''}" for tag in tags)
 
 
-def _network(fields: Fields, *, named: bool, verbose: bool) -> str:
-    header = fields.get("ipv4")
-    if header is not None:
-        return _internet(
-            fields, header, "" if named else "IP ", _ipv4_details(header) if verbose else "", verbose
-        )
+def _network(fields: Fields, named: bool, verbose: bool) -> str:
+    if "ipv4" in fields:
+        header = fields["ipv4"]
+        details = _ipv4_details(header) if verbose else ""
+        return _internet(fields, header, "" if named else "IP ", details, verbose)
     header = fields.get("ipv6")
     if header is not None:
         return _internet(
@@ -94,14 +94,14 @@ def _internet(fields: Fields, header: Fields, kind: str, details: str, verbose: 
             details = f"truncated-ip - {header['missing']} bytes missing! {details}"
         if "extensions" in header:
             extensions = "".join(f"{name} " for name in header["extensions"])
-    found = fields.get("tcp")
-    if found is not None:
+    if "tcp" in fields:
+        found = fields["tcp"]
         return (
             f"{kind}{details}{source}.{found['source_port']} > {destination}.{found['destination_port']}: "
             f"{extensions}{_tcp(fields, found, verbose)}"
         )
-    found = fields.get("udp")
-    if found is not None:
+    if "udp" in fields:
+        found = fields["udp"]
         return (
             f"{kind}{details}{source}.{found['source_port']} > {destination}.{found['destination_port']}: "
             f"{extensions}{_udp(fields, found, verbose)}"

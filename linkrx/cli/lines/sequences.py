@@ -22,20 +22,19 @@ class Sequences:
         the one before the first byte that it acknowledges.
         """
         segment = fields["tcp"]
-        if "." not in segment.get("flags", ""):
+        flags = segment.get("flags", "")
+        if "." not in flags:
             return
-        header = fields.get("ipv4") or fields["ipv6"]
+        header = fields["ipv4"] if "ipv4" in fields else fields["ipv6"]
         ours = header["source"], segment["source_port"], header["destination"], segment["destination_port"]
-        theirs = ours[2], ours[3], ours[0], ours[1]
-        sent, received = segment["sequence"], segment["acknowledgement"]
         found = self._first.get(ours)
-        if found is None or "S" in segment["flags"]:
-            found = sent, received - 1 & 0xFFFFFFFF
+        if found is None or "S" in flags:
+            found = segment["sequence"], segment["acknowledgement"] - 1 & 0xFFFFFFFF
             self._remember(ours, found)
-            self._remember(theirs, (found[1], found[0]))
+            self._remember((*ours[2:], *ours[:2]), (found[1], found[0]))
         else:
-            segment["sequence"] = sent - found[0] & 0xFFFFFFFF
-            segment["acknowledgement"] = received - found[1] & 0xFFFFFFFF
+            segment["sequence"] = segment["sequence"] - found[0] & 0xFFFFFFFF
+            segment["acknowledgement"] = segment["acknowledgement"] - found[1] & 0xFFFFFFFF
         if "sack" in segment:
             first = found[1]
             segment["sack"] = [[edge - first & 0xFFFFFFFF for edge in block] for block in segment["sack"]]
