@@ -35,6 +35,7 @@ BLOCK_MOST = 1024 * 1024
 # Devices that hand on what comes in through others, each with limits of its own; and those that are one end of a pair.
 MASTERS = frozenset({"bridge", "bond", "team", "openvswitch"})
 PAIRS = frozenset({"veth", "netkit", "vxcan"})
+STACKED_MOST = 8  # devices above one another: net/core/dev.c, MAX_NEST_DEV
 HEADROOM = 4096  # far more than the kernel puts in front of a frame
 BLOCKS_MOST = 4096  # more are not made smaller for
 BLOCKS_LEAST = 2  # one to read while the other is filled
@@ -171,18 +172,23 @@ def _largest(receive: ReceiveConfig) -> int:
         names = (link.name, *link.alternative_names) if link else ()
         if link is None or (not found.owned and found.interface not in names):
             return 0  # the same index in another namespace
-        if link.hardware_type == ARPHRD_LOOPBACK or link.kind in MASTERS:
-            return LARGEST_MESSAGE
-        peer = link if link.peer in (None, 0) else _peer(route, link)
-    # A veth sends what its peer's limit lets through, and that of a peer that cannot be asked may be any.
-    largest = peer.super_packet if peer else LARGEST_MESSAGE
-    return max(link.super_packet, link.mtu or 0, largest)
+        return _largest_through(route, link)
 
 
-def _peer(route: RouteSocket, link: Link) -> Link | None:
-    if link.kind in PAIRS or link.peer_namespace is None:
-        return route.link(index=link.peer or 0, namespace=link.peer_namespace)
-    return link
+def _largest_through(route: RouteSocket, link: Link | None, above: int = 0) -> int:
+    """Of a device, and of what it receives through: a veth sends what its peer's limit lets through, and what comes to a device
+    above another has come to that one. What cannot be asked may have any limit.
+    """
+    if link is None or link.hardware_type == ARPHRD_LOOPBACK or link.kind in MASTERS or above == STACKED_MOST:
+        return LARGEST_MESSAGE
+    own = max(link.super_packet, link.mtu or 0)
+    if link.peer in (None, 0):
+        return own
+    peer = route.link(index=link.peer or 0, namespace=link.peer_namespace)
+    if link.kind in PAIRS or (link.peer_namespace is not None and peer and peer.peer in (None, 0)):
+        return max(own, peer.super_packet if peer else LARGEST_MESSAGE)
+    # The number of another device in another namespace means nothing here.
+    return max(own, _largest_through(route, peer if link.peer_namespace is None else None, above + 1))
 
 
 def _ring(receive: ReceiveConfig) -> tuple[Any, int]:

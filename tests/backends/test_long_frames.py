@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -139,3 +140,20 @@ def test_the_drops_of_a_ring_that_is_given_up_stay_counted() -> None:
         rx.recv(PATIENCE)
         assert rx.stats().packets == 3000 - drops + 2
         assert rx.stats().kernel_drops == drops
+
+
+@pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
+def test_devices_above_a_pair(kind: str) -> None:
+    """A ring on a device above one end of a pair has blocks for what the other end is set up for: nothing is cut."""
+    with pair() as (near, far, sender):
+        far.set(gso_max_size=300_000)
+        name = near + "m"  # which goes with the device below
+        add = ["ip", "link", "add", name, "link", near, "type", kind, "mode", "passthru"]
+        subprocess.run(add, check=True)
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        with linkrx.open(name) as rx:
+            sender.send(HEADER + super_packet(LONG))
+            packet = rx.recv(PATIENCE)
+            assert (packet.truncated, packet.wire_length) == (False, LONG + HEADERS)
+            assert bytes(packet) == super_packet(LONG)
+            assert rx.backend == "packet_mmap"
