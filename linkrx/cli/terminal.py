@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
@@ -85,7 +86,9 @@ class RichTerminal(Terminal):
 
 
 def on_stdout() -> Terminal:
-    """The terminal that suits what stdout is."""
+    """The terminal that suits what stdout is. Names of interfaces are bytes, and come out as they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     return RichTerminal() if sys.stdout.isatty() and find_spec("rich") else Terminal()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -257,6 +258,24 @@ def test_doctor_on_an_interface() -> None:
     assert explained in done.stdout
     for name in ("kind", "interface", "ifindex", "mtu", "ethernet"):
         assert re.search(rf"^{name} +{getattr(found, name)}$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("devices")
+def test_doctor_on_an_interface_whose_name_is_no_text() -> None:
+    """Its name comes out as the bytes that it is, whatever the locale says of output."""
+    name = b"l\xff\xe9x7"
+    subprocess.run([b"ip", b"link", b"add", b"name", name, b"type", b"bridge"], check=True)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "linkrx", "doctor", name],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "LINKRX_BACKEND": "", "PYTHONIOENCODING": "utf-8:strict"},
+        )
+    finally:
+        subprocess.run([b"ip", b"link", b"del", name], check=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"on " + name in done.stdout
 
 
 @pytest.mark.usefixtures("devices")
