@@ -130,6 +130,12 @@ static const uint8_t *frame_of(const struct lrx_ring *s, const uint8_t *block, u
     return block + s->offset + mac;
 }
 
+/* Whether the kernel had no more room for the frame in a block that has no other. */
+static bool is_cut(const struct lrx_ring *s, const struct tpacket3_hdr *header, uint32_t snaplen)
+{
+    return snaplen < header->tp_len && (uint64_t)header->tp_mac + snaplen + BLOCK_HEADER >= s->block_size;
+}
+
 static void copy(const struct lrx_ring *s, uint8_t *to, const uint8_t *frame, uint32_t length)
 {
     if (s->vnet) {
@@ -220,10 +226,10 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             s->error = EIO;
             break;
         }
-        if (s->block_size - (header->tp_mac + snaplen) <= BLOCK_HEADER && snaplen < header->tp_len && !s->error)
-            s->error = EFBIG;
         next = ONCE(header->tp_next_offset);
         length = s->vnet + snaplen < s->capacity ? s->vnet + snaplen : s->capacity;
+        if (is_cut(s, header, snaplen) && length < s->capacity && !s->error)
+            s->error = EFBIG;
         if (s->in_place) {
             /* Of a frame that stays where it is the beginning is enough. */
             lrx_prefetch_uncached((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);

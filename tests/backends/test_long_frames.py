@@ -107,6 +107,21 @@ def test_no_other_backend_may_take_over(caplog: pytest.LogCaptureFixture, option
             assert bytes(rx.recv(PATIENCE)) == super_packet(LONG)
 
 
+@pytest.mark.parametrize(
+    "options", [{"snaplen": 200}, {"buffer_sizes": (100, 100)}], ids=["snaplen", "ladder"]
+)
+def test_who_wants_no_more_keeps_the_ring(options: dict[str, Any]) -> None:
+    """Where no more is kept than a block holds nothing is missing that was asked for, and no other backend takes over."""
+    with pair() as (near, far, sender), linkrx.open(near, **options) as rx:
+        far.set(gso_max_size=300_000)
+        for sequence in range(3):
+            sender.send(HEADER + super_packet(LONG, sequence))
+            packet = rx.recv(PATIENCE)
+            assert (len(packet), packet.truncated, packet.wire_length) == (200, True, LONG + HEADERS)
+            assert list(rx.batches(0.01)) == []
+        assert (rx.backend, rx.stats().demotions) == ("packet_mmap", 0)
+
+
 def test_super_packets_that_are_to_be_split() -> None:
     """With segment=True what was cut is counted as malformed or comes short, and what comes later is split as a whole."""
     with pair() as (near, far, sender), linkrx.open(near, segment=True) as rx:
