@@ -7,6 +7,7 @@
 #include "report.h"
 #include "columns.inc"
 #include "classify.h"
+#include "forbidden.inc"
 #include "uncached.inc"
 #include "ring.inc"
 #include "sender.inc"
@@ -106,7 +107,7 @@ static int pending_error(struct lrx_ring *s, bool behind)
         s->error = errno;
     if (!s->error || is_unreleased(s) || ONCE(block_header(s)->num_pkts))
         return 0;
-    if (behind && (s->error == EPERM || s->error == ENOSYS || s->error == EFBIG))
+    if (behind && (is_forbidden(s->error) || s->error == EFBIG))
         return 0;
     error = s->error;
     s->error = 0;

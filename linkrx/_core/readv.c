@@ -11,6 +11,7 @@
 
 #include "report.h"
 #include "columns.inc"
+#include "forbidden.inc"
 #include "classify.h"
 #include "metadata.inc"
 #include "readv.h"
@@ -124,7 +125,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
             if (errno == EINTR)
                 continue;
             /* A driver that knows no RWF_NOWAIT, an old kernel, or a seccomp filter that knows no preadv2(). */
-            if ((errno == EOPNOTSUPP || errno == ENOSYS || errno == EPERM) && r->method == LRX_READ && !plain) {
+            if ((errno == EOPNOTSUPP || is_forbidden(errno)) && r->method == LRX_READ && !plain) {
                 r->method = LRX_POLL;
                 continue;
             }

@@ -18,6 +18,7 @@ from typing import Any
 
 from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveConfig, align
 from linkrx.kernel import messages
+from linkrx.kernel.errnos import FORBIDDEN, NOWAIT_UNKNOWN
 from linkrx.kernel.uapi import (
     ETH_P_8021Q,
     PACKET_AUXDATA,
@@ -31,11 +32,6 @@ from linkrx.packets.headers import CHECKSUM_UNFINISHED, OUTGOING, TRUNCATED, VLA
 # A Python that was built with musl may lack it.
 RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
-# What preadv2 answers where a driver or the kernel does not have RWF_NOWAIT.
-_NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
-
-# What a seccomp filter that does not know recvmsg(2) answers in its place.
-_REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
 _NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC
 
@@ -119,7 +115,7 @@ class OsReadv(Backend):
         except OSError as error:
             if self._taken:
                 self._descriptors.report.error = error.errno or 0  # behind what was read
-            elif error.errno in _NOWAIT_UNKNOWN and self._arguments:
+            elif error.errno in NOWAIT_UNKNOWN and self._arguments:
                 self._ask_first()  # the driver knows no RWF_NOWAIT
                 self._receive(arena, room)
             else:
@@ -132,7 +128,7 @@ class OsReadv(Backend):
     def _end(self, arena: Owner, room: int) -> None:
         """What the kernel says in place of a message: behind those that came before."""
         taken, code = self._taken, self._taken[-1][1]
-        if code in _REFUSED and not self._packets and len(taken) == 1:
+        if code in FORBIDDEN and not self._packets and len(taken) == 1:
             taken.clear()
             self._use_reads()
             self._receive(arena, room)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 
+# What seccomp filters answer: those of containers the first, for system calls that they do not know, or that the kernel lacks,
+# the second, and systemd's whatever their unit says.
+FORBIDDEN = frozenset({errno.EPERM, errno.ENOSYS, errno.EACCES})
 # The kernel, or a seccomp filter, refuses the mechanism itself.
-REFUSED = frozenset({errno.ENOSYS, errno.EPERM, errno.ENOTSOCK, errno.EOPNOTSUPP})
+REFUSED = FORBIDDEN | {errno.ENOTSOCK, errno.EOPNOTSUPP}
+# What preadv2(2) answers where a driver, the kernel, or a seccomp filter does not have RWF_NOWAIT.
+NOWAIT_UNKNOWN = FORBIDDEN | {errno.EOPNOTSUPP}
 # Also while it is set up: no memory for it, or a kernel that does not have it.
 UNAVAILABLE = REFUSED | {errno.ENOMEM, errno.EINVAL, errno.ENOPROTOOPT}
 # A TAP or TUN queue whose device was deleted: EFAULT from a read that was waiting, EBADFD from then on.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from linkrx.kernel import libc
+from linkrx.kernel.errnos import NOWAIT_UNKNOWN
 from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_ECN
 from linkrx.memory.framing import Framing
 from linkrx.packets.headers import CHECKSUM_UNFINISHED, NEEDS_CSUM
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
-_NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 
@@ -127,7 +127,7 @@ class Sending:
             try:
                 return os.pwritev(fd, [wire], -1, _RWF_NOWAIT)
             except OSError as error:
-                if error.errno not in _NOWAIT_UNKNOWN:
+                if error.errno not in NOWAIT_UNKNOWN:
                     raise
         self._sends = POLLED
         poll = select.poll()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import select
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from linkrx.errors import UnsupportedSource
+from linkrx.kernel.errnos import NOWAIT_UNKNOWN
 from linkrx.memory.framing import FILE_LINK_TYPE, FILE_SWAPPED, OF_FILE
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.file_filter import FileFilters
@@ -37,8 +37,6 @@ _INTERFACE, _PACKETS = 1, (2, 3, 6)  # blocks of pcapng
 
 # A Python that was built with musl may lack it.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
-# What preadv2 answers where a driver or the kernel does not have it, or a seccomp filter does not let it through.
-_NOWAIT_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 
 # What was read: how many bytes are in the memory that was given, or the bytes themselves. In a list that the call into C
 # which has read extends: what a signal handler raises can come before or behind that, and nothing is lost.
@@ -258,7 +256,7 @@ def _patient_read(fd: int) -> Read:
             try:
                 got.extend(map(os.preadv, (fd,), ([memory],), (-1,), (nowait,)))
             except OSError as error:
-                if error.errno not in _NOWAIT_UNKNOWN:
+                if error.errno not in NOWAIT_UNKNOWN:
                     raise
                 nowait = None
             else:

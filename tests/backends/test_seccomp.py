@@ -39,6 +39,7 @@ REFUSED = {
     "epoll_ctl": ("epoll_ctl",),
     "timerfd": TIMERS,
     "epoll": ("epoll_ctl", "epoll_wait"),
+    "preadv2": ("preadv2",),
     # Of what linkrx or its tests could use, what Docker's own filter refuses a container without further capabilities.
     "docker": ("unshare", "setns", "mount", "bpf", "perf_event_open"),
 }
@@ -54,6 +55,9 @@ KINDS = {
     "interface": "packet",
     "packet_segment": "packet",
 }
+
+# Without preadv2(2) the backend in Python asks before it reads.
+READS = [("preadv2", code, "os_readv") for code in (errno.EPERM, errno.EACCES)]
 
 Ask = Callable[[str], None]
 
@@ -170,8 +174,8 @@ def cells(makes: tuple[rigs.MakeRig, ...]) -> Sequence[object]:
     for make in makes:
         for backend in that_take(KINDS.get(make.__name__, make.__name__)):
             for what in REFUSED:
-                for code in (errno.EPERM, errno.ENOSYS):
-                    first = (what, code) == ("all", errno.EPERM)
+                for code in (errno.EPERM, errno.ENOSYS, errno.EACCES):
+                    first = (what, code) == ("all", errno.EPERM) or (what, code, backend) in READS
                     name = f"{backend}-{make.__name__}-{what}-{errno.errorcode[code]}"
                     marks = [] if first else [pytest.mark.repeats]
                     found.append(pytest.param(backend, make, what, code, id=name, marks=marks))

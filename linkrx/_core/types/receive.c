@@ -28,6 +28,7 @@
  * one gets it back after 5 ms; a fill of many gives it up for the rest. */
 #define _GNU_SOURCE
 #include "types.h"
+#include "../forbidden.inc"
 
 #include <errno.h>
 #include <math.h>
@@ -256,7 +257,7 @@ static int wait(Receiver *r, double seconds)
     Py_END_ALLOW_THREADS
     if (PyErr_CheckSignals() < 0)
         return -1;
-    if (count < 0 && (error == EPERM || error == ENOSYS)) { /* of a seccomp filter that came later */
+    if (count < 0 && is_forbidden(error)) { /* of a seccomp filter that came later */
         struct pollfd fds[] = {{.fd = r->source, .events = POLLIN}, {.fd = r->event, .events = POLLIN}};
 
         count = sleep_on(fds, 2, seconds < most ? seconds : most);

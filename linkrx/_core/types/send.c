@@ -9,6 +9,7 @@
  * dispatcher that is closed or a source that sends nothing, or one of `enum unsendable`. */
 #define _GNU_SOURCE
 #include "send.h"
+#include "../forbidden.inc"
 
 #include <errno.h>
 #include <poll.h>
@@ -42,7 +43,7 @@ static int put(Receiver *r, const Message *m)
             return done < 0 ? errno : 0;
         case LRX_SENDS_WRITES: /* O_NONBLOCK belongs to all who have the open file: see readv.c */
             done = pwritev2(r->source, m->pieces, (int)m->count, -1, RWF_NOWAIT);
-            if (done >= 0 || (errno != EOPNOTSUPP && errno != ENOSYS && errno != EPERM))
+            if (done >= 0 || (errno != EOPNOTSUPP && !is_forbidden(errno)))
                 break;
             r->sends = LRX_SENDS_POLLED;
             continue;
@@ -81,7 +82,7 @@ static unsigned put_all(Receiver *r, const Message *messages, unsigned count, in
             return (unsigned)taken;
         }
         *error = errno;
-        if (*error != ENOSYS && *error != EPERM && *error != EINTR)
+        if (!is_forbidden(*error) && *error != EINTR)
             return 0;
         r->sends_singly = *error != EINTR; /* a seccomp filter that knows no sendmmsg() */
     }
