@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 from linkrx.errors import Busy, UnsupportedOption
+from linkrx.kernel.errnos import FORBIDDEN
 from linkrx.kernel.libc import SocketOptions
 from linkrx.kernel.uapi import (
     ARPHRD_LOOPBACK,
@@ -203,9 +204,13 @@ def set_receive_buffer(sock: SocketOptions, size: int, *, asked: bool) -> None:
         sock.set(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
     except PermissionError:
         sock.set(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-        got = (
-            sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        )  # the kernel doubles it for its own needs
+        try:
+            # The kernel doubles it for its own needs.
+            got = sock.get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        except OSError as error:
+            if error.errno not in FORBIDDEN:
+                raise
+            return  # a seccomp filter keeps it from being known
         if got < size:
             logger.log(
                 logging.WARNING if asked else logging.INFO,
