@@ -133,6 +133,53 @@ def original(tmp_path: Path) -> Path:
     return path
 
 
+def kinds() -> dict[str, bytes]:
+    """A file of each kind."""
+    packets = some_packets()[:40]
+    found = {}
+    for name, magic in (("us", captures.MICROSECONDS), ("ns", NANOSECONDS), ("modified", KUZNETZOV)):
+        for order in "<>":
+            exact = some_packets(1)[:40] if magic == NANOSECONDS else packets
+            found[f"pcap {name} {order}"] = captures.pcap(exact, magic=magic, order=order)
+    for snaplen in (0, 16, 65_535, 2**31 - 1):
+        found[f"pcap, snaplen {snaplen}"] = captures.pcap(packets, snaplen=snaplen)
+    for order in "<>":
+        for resolution in (None, 3, 9, 10, 0x80 | 20):
+            interface = Interface(name="a", resolution=resolution, offset=1_700_000_000)
+            made = captures.section(order, captures.option(order, 4, b"a program")) + interface.block(order)
+            made += captures.block(order, 4, bytes(4))  # names
+            for number, one in enumerate(packets):
+                units = number * 997
+                if number % 2:
+                    made += captures.enhanced(order, 0, units, one.data, one.wire_length)
+                else:
+                    made += captures.obsolete(order, 0, units, one.data, one.wire_length)
+                if number % 7 == 0:
+                    made += captures.block(order, 0x0BAD1, b"not known at all") + captures.block(
+                        order, 5, bytes(12)
+                    )
+            found[f"pcapng {order} {resolution}"] = made
+    found["pcapng of two sections"] = found["pcapng > 9"] + found["pcapng < 9"]
+    return found
+
+
+KINDS = kinds()
+
+
+@pytest.mark.repeats
+@needs("tshark")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    """Of each magic number, byte order, snaplen that lies, resolution of times and kind of block, linkrx reads what tshark reads."""
+    path = tmp_path / "some"
+    path.write_bytes(KINDS[kind])
+    expected, found = of_tshark(path), of_linkrx(path)
+    assert [each[:3] for each in found] == [each[:3] for each in expected]
+    assert len(found) == (80 if "two" in kind else 40)
+    if kind.startswith("pcapng"):
+        assert [each[3:] for each in found] == [each[3:] for each in expected]
+
+
 @needs("tshark")
 def test_what_is_made_by_hand(original: Path) -> None:
     """Bytes, times, lengths, interface names and directions of a file made by hand are those that tshark reads."""

@@ -178,6 +178,27 @@ def test_vlan_tags_names_and_drops(tmp_path: Path) -> None:
     assert [struct.unpack_from("=I8xHHQ", body) for body in statistics] == [(0, blocks.ISB_IFDROP, 8, 0)]
 
 
+@needs_core
+@pytest.mark.usefixtures("devices")
+def test_drops_are_recorded(tmp_path: Path) -> None:
+    """What the kernel dropped until close() stands in the statistics of the file, to the packet."""
+    path = tmp_path / "out"
+    with (
+        rigs.packet() as rig,
+        linkrx.open(rig.source, receive_buffer=2304, backend="recvmmsg") as rx,
+        linkrx.PcapWriter(path, source=rx) as out,
+    ):
+        for number in range(100):
+            rig.send(frame(1000, number))
+        for batch in rx.batches(0):
+            out.write(batch)
+        drops = rx.stats().kernel_drops
+        assert drops
+        assert out.packets + drops == 100
+    (body,) = [body for kind, body in blocks_of(path.read_bytes()) if kind == blocks.STATISTICS]
+    assert struct.unpack_from("=I8xHHQ", body) == (0, blocks.ISB_IFDROP, 8, drops)
+
+
 def blocks_of(saved: bytes) -> list[tuple[int, bytes]]:
     """The blocks of a pcapng file: type and body."""
     found, at = [], 0
@@ -260,6 +281,19 @@ def test_a_full_file_system_leaves_whole_records(tmp_path: Path, form: Format) -
     assert caught.value.torn == 0
     assert [one.data for one in read(path)] == [one.data for one in packets][: caught.value.packets]
     assert caught.value.packets > 100
+
+
+@needs_core
+@every_format
+def test_a_device_that_is_full(form: Format) -> None:
+    """The kernel's own full device refuses the first byte: no packet is whole there, and closing says no more."""
+    batch = one_batch(recorded_file())
+    with (
+        pytest.raises(linkrx.RecordingFailed, match="No space left on device; 0 packets are whole") as caught,
+        linkrx.PcapWriter("/dev/full", format=form) as out,
+    ):
+        out.write(batch)
+    assert (caught.value.errno, caught.value.packets, caught.value.torn) == (28, 0, 0)
 
 
 @needs_core

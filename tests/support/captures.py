@@ -86,10 +86,11 @@ def pcap(
     link_type: int = ETHERNET,
     version: tuple[int, int] = (2, 4),
     swap_lengths: bool = False,
+    snaplen: int = 262_144,
 ) -> bytes:
     """A pcap file."""
     unit = 1 if magic == NANOSECONDS else 1000
-    made = bytearray(struct.pack(order + "IHHiIII", magic, *version, 0, 0, 262_144, link_type))
+    made = bytearray(struct.pack(order + "IHHiIII", magic, *version, 0, 0, snaplen, link_type))
     for one in packets:
         assert one.timestamp_ns is not None
         seconds, rest = divmod(one.timestamp_ns, 10**9)
