@@ -187,7 +187,7 @@ bool lrx_load_ancillary(const struct view *v, uint32_t k, uint32_t x, uint32_t *
         return true;
     case AD(SKF_AD_IFINDEX):
     case AD(SKF_AD_HATYPE):
-        if (!p->interface)
+        if (!p->interface && !p->file_type) /* a file without interfaces is no reason to reject */
             return false;
         *a = k == AD(SKF_AD_IFINDEX) ? p->interface : p->link_type;
         return true;

@@ -287,6 +287,13 @@ def test_direction_and_interface(form: str) -> None:
     assert taken("not ifindex 2") == [0, 1]
 
 
+def test_a_file_without_interfaces() -> None:
+    """A pcap file does not tell the interface of a packet: it is none that an expression names, and `not` takes it."""
+    data = captures.pcap([Recorded(udp(53), 60, 0)])
+    assert len(captures.read(io.BytesIO(data), filter="not ifindex 2")) == 1
+    assert captures.read(io.BytesIO(data), filter="ifindex 2") == []
+
+
 def mixed() -> bytes:
     """A file with Ethernet, then raw IP, then Ethernet."""
     made = captures.section() + Interface(1, resolution=9).block() + Interface(101, resolution=9).block()
