@@ -90,7 +90,7 @@ static void of_file(const struct lrx_instruction *program, const uint8_t *record
         const uint32_t head = lrx_file_head(link_types[k]);
         const struct lrx_file_programs files = {1, {LRX_OF_FILE | link_types[k]}, {program}};
         const struct lrx_filter whole = {.program = program}, filter = {.files = &files};
-        struct lrx_filtered packet = {.frame = record, .length = length, .wire_length = length, .link_header = head, .protocol = 0x0800};
+        struct lrx_filtered packet = {.frame = record, .length = length, .wire_length = length, .link_header = head, .protocol = 0x0800, .interface = 1};
         uint32_t kept;
 
         if (length <= head)

@@ -75,7 +75,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         put(in_table, rows, k, LINK_TYPE, some_link_type(&in));
         put(in_table, rows, k, ADDRESS, (uint64_t)take(&in, 0xFFFF) << 40 | k);
         put(in_table, rows, k, ADDRESS_LENGTH, take(&in, 8));
-        put(in_table, rows, k, LINK_HEADER, take(&in, 255)); /* nobody reads what a backend writes there */
+        put(in_table, rows, k, LINK_HEADER, take(&in, 255)); /* of what a backend writes there only LRX_NO_LINK_HEADER is read */
     }
     for (uint32_t i = 0; i < bytes; i++)
         region[i] = in.left ? (uint8_t)take(&in, 0xFF) : content(0, i);
@@ -104,7 +104,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         const uint32_t whole = length;
         const uint32_t own_type = (uint32_t)get(in_table, rows, k, LINK_TYPE) ? (uint32_t)get(in_table, rows, k, LINK_TYPE) : link_type;
 
-        if (per_packet && !interface && flags & LRX_OUTGOING && own_type == 772) { /* of lo: it comes in as well */
+        const int bare = per_packet && get(in_table, rows, k, LINK_HEADER) == LRX_NO_LINK_HEADER;
+
+        if (per_packet && !interface && !bare && flags & LRX_OUTGOING && own_type == 772) { /* of lo: it comes in as well */
             expected_counters[LRX_FILTERED]++;
             continue;
         }
@@ -123,7 +125,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             type = (uint32_t)get(in_table, rows, k, LINK_TYPE);
             if (!type)
                 type = link_type;
-            header = per_packet == LRX_PER_PACKET_NO_HEADER || is_bare(type) ? 0 : is_ethernet(type) ? 14 : link_header;
+            header = bare || per_packet == LRX_PER_PACKET_NO_HEADER || is_bare(type) ? 0 : is_ethernet(type) ? 14 : link_header;
             protocol = packet_info ? region[start + 2] * 256u + region[start + 3]
                                    : (uint32_t)get(in_table, rows, k, PROTOCOL);
             guess = is_bare(type) || is_ethernet(type);
