@@ -596,7 +596,7 @@ static void run(struct lrx_ring *s)
         report->count = report->end = report->receives = report->error = 0; /* as who takes it does */
         if (take(kernel.in, 7) == 1) {
             MUST(lrx_ring_drops(s) == kernel.drops);
-            MUST(lrx_ring_freezes(s) == kernel.freezes);
+            MUST((uint64_t)lrx_ring_freezes(s) == kernel.freezes);
         }
         if (!kernel.in->left && !due.count && !told && read == kernel.read)
             break;
