@@ -146,7 +146,7 @@ class Printer:
         name = self._names.get(index)
         if name is None:
             found = self._rx.interface_name(index)
-            name = self._names[index] = f"#{index}" if found is None else _clean(found)
+            name = self._names[index] = f"#{index}" if found is None else one_line(found)
         return name
 
 
@@ -157,8 +157,8 @@ def _excuse(fields: Fields) -> None:
             fields[name]["checksum_state"] = "unfinished"
 
 
-def _clean(name: str) -> str:
-    """A name that a file gives, without control characters."""
+def one_line(name: str) -> str:
+    """The name of an interface, which may be any bytes, without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 

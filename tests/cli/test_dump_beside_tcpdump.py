@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import captures
-from support.captures import Recorded
+from support.captures import KUZNETZOV, NANOSECONDS, Interface, Recorded
 from support.command_line import PATIENCE, linkrx_command
 from support.frames import any_frame
 from support.protocols import BAD, GOOD, tcp
@@ -183,3 +183,48 @@ def test_connections(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = tmp_path / "connections.pcap"
     path.write_bytes(captures.pcap(recorded(frames)))
     assert lines_of_linkrx(path, *options) == lines_of_tcpdump(path, *options)
+
+
+def in_every_form(frames: list[bytes]) -> dict[str, bytes]:
+    """Capture files of every form that tcpdump reads."""
+    packets = recorded(frames)
+    only_ip = [frame[14:] for frame in frames if frame[12:14] in (b"\x08\x00", b"\x86\xdd")]
+    cooked = [struct.pack("!HHH8sH", 0, 1, 6, frame[6:12] + bytes(2), 0x0800) for frame in frames]
+    forms = {
+        "microseconds": captures.pcap(packets),
+        "nanoseconds": captures.pcap(packets, magic=NANOSECONDS),
+        "kuznetzov": captures.pcap(packets, magic=KUZNETZOV),
+        "big-endian": captures.pcap(packets, order=">"),
+        "raw": captures.pcap(recorded(only_ip), link_type=captures.RAW),
+        "cooked": captures.pcap(
+            [
+                Recorded(head[:14] + frame[12:], len(frame) + 2, 10**18)
+                for head, frame in zip(cooked, frames, strict=True)
+            ],
+            link_type=113,
+        ),
+    }
+    for order in "<>":
+        forms["pcapng " + order] = (
+            captures.section(order)
+            + Interface(name="eth7").block(order)
+            + b"".join(
+                captures.enhanced(order, 0, 1_700_000_000_000_000 + n, frame, len(frame))
+                for n, frame in enumerate(frames)
+            )
+        )
+    return forms
+
+
+@pytest.mark.parametrize("form", sorted(in_every_form([])))
+def test_every_form_of_file(tmp_path: Path, form: str) -> None:
+    """Addresses, ports, flags and lengths are tcpdump's in files of every form and link type."""
+    # tcpdump goes into no outer tag of IEEE 802.1ad behind a cooked header.
+    left_out = OTHERWISE | LENGTH_OTHERWISE | ({"two vlans"} if form == "cooked" else set())
+    frames = [frame for name, frame in GOOD.items() if name not in left_out]
+    path = tmp_path / "file"
+    path.write_bytes(in_every_form(frames)[form])
+    lines = list(zip(lines_of_linkrx(path), lines_of_tcpdump(path), strict=True))
+    assert len(lines) > 30
+    for ours, theirs in lines:
+        assert facts(ours) == facts(theirs), (ours, theirs)

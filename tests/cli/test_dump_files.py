@@ -154,6 +154,13 @@ def test_count_and_expression(every_protocol: str) -> None:
     ]
 
 
+def test_expressions_that_look_at_the_link_header(dump: Run, every_protocol: str) -> None:
+    """On a file of Ethernet frames an expression may speak of link addresses and VLANs, as on an interface."""
+    done = dump("-r", every_protocol, "-t", "ether src 02:00:00:00:00:02 and vlan 5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "vlan 5, p 1, IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5\n"
+
+
 @pytest.mark.parametrize(
     ("option", "lines"),
     [
