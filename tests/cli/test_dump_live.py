@@ -198,6 +198,22 @@ def test_duration() -> None:
     assert summary(done.stderr) == (0, 0, 0)
 
 
+@needs_core
+def test_what_waits_behind_the_last_packet_is_counted() -> None:
+    """-c ends behind so many packets; those that had come as well were received by the filter, and not captured: more than a batch of them."""
+    with (
+        pair() as (near, incoming, _),
+        Capture("-i", near, "-t", "-c", "1", "--backend", "recvmmsg", "udp") as capture,
+    ):
+        capture.process.send_signal(signal.SIGSTOP)
+        for _ in range(200):
+            incoming.send(GOOD["udp"])
+        capture.process.send_signal(signal.SIGCONT)
+        code, output, errors = capture.end()
+    assert (code, output) == (0, UDP_LINE + "\n")
+    assert summary(errors) == (1, 200, 0)
+
+
 def test_not_promiscuous() -> None:
     """-p leaves the interface as it is; without it, it is promiscuous while the packets come."""
 
