@@ -1,4 +1,4 @@
-/* `async for packet in rx`: the asynchronous iterator, which is at once what it gives to await. */
+/* `async for packet in rx`: the asynchronous iterator. It is its own awaitable. */
 #include "types.h"
 
 typedef struct {
@@ -71,7 +71,7 @@ static PyObject *packets_self(PyObject *self)
     return self;
 }
 
-/* The waiter, which the reader settles when packets wait, or it is over. */
+/* The waiter. The reader settles it when packets are pending, or reception is over. */
 static Waiter *begin_waiting(AsyncPackets *a)
 {
     PyObject *loop = PyObject_CallObject(a->running_loop, NULL), *began;
@@ -83,7 +83,7 @@ static Waiter *begin_waiting(AsyncPackets *a)
     as_before = w && w->loop == loop && w->armed && w->done && !lrx_has_something(a->receiver);
     Py_DECREF(loop);
     if (!as_before) {
-        /* Raises Busy where a task waits already. */
+        /* Raises Busy if a task waits already. */
         began = PyObject_CallMethod((PyObject *)a->receiver, "_begin_waiting", "O", w ? (PyObject *)w : Py_None);
         if (!began)
             return NULL;
@@ -102,7 +102,7 @@ static Waiter *begin_waiting(AsyncPackets *a)
     return a->waiter;
 }
 
-/* A packet that waits here, StopAsyncIteration, or what the task waits for. */
+/* A pending packet, StopAsyncIteration, or the waiter. */
 static PySendResult packets_send(PyObject *self, PyObject *unused, PyObject **result)
 {
     AsyncPackets *a = (AsyncPackets *)self;
@@ -150,7 +150,7 @@ static PyObject *packets_next(PyObject *self)
     }
 }
 
-/* A coroutine that waits here is thrown out: nobody waits any more. */
+/* An exception is thrown into the coroutine that waits here: end its wait. */
 
 static PyObject *packets_close(PyObject *self, PyObject *unused)
 {

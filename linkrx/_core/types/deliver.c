@@ -1,4 +1,4 @@
-/* Handing over what was received. */
+/* Handing over packets. */
 #include "types.h"
 
 #include <string.h>
@@ -13,7 +13,7 @@ void lrx_forget_pending(Receiver *r)
         lrx_batch_give_up(b, &r->spare);
 }
 
-/* A packet that only this receiver has shows nothing from here on. One that somebody else has too is theirs. */
+/* Reset a packet that only the receiver refers to. Give up the reference to any other. */
 static void reset_packet(Packet **slot)
 {
     if (!*slot)
@@ -37,7 +37,7 @@ static void step(Receiver *r)
         lrx_forget_pending(r);
 }
 
-/* The objects for a packet that was set. */
+/* The arguments of `deliver` for a packet. */
 static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
 {
     const uint32_t kind = p->protocol | (uint32_t)p->link_header << 16 | (uint32_t)p->address_length << 24;
@@ -90,7 +90,7 @@ static PyObject *call(const Receiver *r, const Neighbour *n, Packet *p)
     return result;
 }
 
-/* The position moves on before each call, so what `deliver` raises costs no packet, and repeats none. */
+/* The position moves on before each call, so an exception of `deliver` neither loses nor repeats a packet. */
 Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
 {
     Batch *b = r->pending;
@@ -109,8 +109,8 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
         Py_INCREF((PyObject *)p);
         result = call(r, n, p);
         delivered++;
-        /* Whoever still has the packet has a copy from here on. Without memory for that it reads in place until the memory is
-         * taken back, and so it does when `deliver` has raised: its frame is part of the traceback. */
+        /* A packet that is still referenced gets its copy now. If there is no memory for it, or `deliver` has raised and its
+         * frame is part of the traceback, the packet reads in place until the memory is taken back. */
         if (result && Py_REFCNT((PyObject *)p) > 2 && lrx_packet_own(p) < 0)
             PyErr_Clear();
         Py_DECREF((PyObject *)p);
@@ -145,7 +145,7 @@ Batch *lrx_take_batch(Receiver *r)
     Batch *b = r->pending;
 
     if (r->next) {
-        /* `memory` will show zeroes where packets were that are handed over already. */
+        /* `memory` shows zeroes in place of the packets that were handed over already. */
         lrx_reset_packets(r);
         if (b->owner && b->owner->mapped && lrx_owner_copy_packets(b->owner) < 0)
             return NULL;
@@ -156,7 +156,7 @@ Batch *lrx_take_batch(Receiver *r)
     return b;
 }
 
-/* What is classified, and was not taken in. */
+/* Frames that are classified, and not in a batch yet. */
 static void drop_classified(Receiver *r)
 {
     struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
@@ -176,7 +176,7 @@ static void drop_classified(Receiver *r)
     report->classified = 0;
 }
 
-/* Give up what waits, and count it. Nothing in here can fail. */
+/* Drop the pending packets, and count them. Nothing in here can fail. */
 void lrx_drop(Receiver *r)
 {
     const Batch *b = r->pending;

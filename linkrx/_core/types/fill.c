@@ -1,8 +1,8 @@
-/* Filling an arena, and making a batch of what is in it. */
+/* Filling an arena, and making a batch of its frames. */
 #include "types.h"
 
-/* The arena to fill next. One arena is enough, and stays in the cache, for those who hold nothing. Who holds the last batch,
- * as a loop variable does, has two take turns. */
+/* The arena to fill next. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
+ * a loop variable, two arenas take turns. */
 static Owner *arena_of(Receiver *r)
 {
     Owner *o = r->arenas[r->current];
@@ -49,10 +49,10 @@ int lrx_copy_slots(Receiver *r)
     return 0;
 }
 
-/* How many packets to ask for is learned where packets are wanted one by one, for the read that finds nothing costs as much as one that finds something. A fill
- * that was given as many as it asked for may ask for twice as many the next time. One that was given fewer asks for so many;
- * and each time that this was in vain it is twice as long before more is asked for. So packets that come one by one cost a read
- * each, and a queue that has filled up is found within 31 of them. */
+/* Packets that are wanted one by one: learn how many to ask for, because a read that finds nothing costs as much as one that
+ * finds a packet. After a fill that got as many as it asked for, the next may ask for twice as many. After one that got fewer,
+ * the next asks for so many. Each attempt in vain doubles the number of fills until the next attempt. So a packet that comes
+ * alone costs one read, and a queue that fills up is noticed within 31 packets. */
 static void learn(Receiver *r, uint32_t asked, uint32_t got)
 {
     if (got < asked) {
@@ -95,9 +95,9 @@ static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
     return count < 0 ? 0 : count; /* the report has the errno */
 }
 
-/* In place, at most two batches are in the mechanism's memory; before a fill the older is taken back. If nothing is there,
- * somebody is about to wait: poll(2) on a packet socket looks at the newest closed block of a ring alone, and says that it is
- * readable for as long as that block is not released. So all are taken back then. */
+/* At most two batches are in the mechanism's memory. A fill takes the older one back first. If it then finds nothing, the caller
+ * is about to wait, and both are taken back: poll(2) on a packet socket looks at the newest closed block of a ring only, and
+ * reports it as readable until that block is released. */
 static int fill_in_place(Receiver *r, const Owner *arena)
 {
     const struct lrx_slots *slots = r->mechanism->slots;
@@ -134,8 +134,8 @@ int lrx_fill(Receiver *r, bool all)
     uint32_t asked;
     int count;
 
-    /* What the mechanism keeps costs no system call; and at the end of a stream every record is empty, which is seen where all
-     * of them are there. */
+    /* Packets that the mechanism holds cost no system call. And the empty records at the end of a stream are recognised only when
+     * all of them are there. */
     all = all || report_of(r)->held;
     asked = all ? r->rows : r->most;
 
@@ -149,7 +149,7 @@ int lrx_fill(Receiver *r, bool all)
     return count;
 }
 
-/* Make a batch of what is classified. */
+/* Make a batch of the classified frames. */
 enum outcome lrx_take_in(Receiver *r)
 {
     struct lrx_report *report = report_of(r);

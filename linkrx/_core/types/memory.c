@@ -1,20 +1,20 @@
 /* The rule of memory.
  *
- * A packet that somebody holds stays true for ever. Frames are read in place, in the arena or in the ring's block. Before
- * that memory is used again, whatever still refers to it gets a copy:
+ * A packet never changes while it is referenced. Frames are read in place, in the arena or in a ring's block. Before that memory
+ * is used again, every packet and batch that still refers to it gets a copy:
  *
  * - Each packet that reads in place is in its owner's list. lrx_owner_take_back() walks the list, and copies.
- * - A batch that somebody holds is copied whole, unless somebody looks at the arena through `memory`. Then the arena becomes
- *   that batch's, and the receiver makes another.
- * - `bytes`, `data`, `frame` and every other view of a packet are of the packet's own copy. So nothing but a batch's `memory`
- *   ever points into an arena, and nothing at all into a ring.
+ * - A batch that is referenced is copied as a whole, unless there is a view of the arena through its `memory`. Then the batch
+ *   keeps the arena, and the receiver makes another.
+ * - `bytes`, `data`, `frame` and every other view of a packet refer to the packet's own copy. So only a batch's `memory` points
+ *   into an arena, and nothing points into a ring.
  *
- * Reference counts are looked at here, in C, of objects of these types only. All of it happens while the interpreter's lock
- * is held, and no step between looking and acting can run Python code: the allocations here are of `bytes`, which the
- * collector does not know, and what is released refers to no Python object.
+ * C reads reference counts here, and only those of objects of these types. It holds the GIL meanwhile. Between the reading of a
+ * count and the action no Python code can run: the allocations are of `bytes`, which do not start the garbage collector, and the
+ * released objects refer to no Python object.
  *
- * The types take no part in garbage collection, for they refer to leaves only: a packet that is part of somebody's cycle
- * dies with the rest of it, and its memory is released by count like any other.
+ * The types take no part in garbage collection, because they refer to leaves only. A packet in a reference cycle dies with the
+ * rest of the cycle, and its memory is released by its reference count.
  */
 #define _GNU_SOURCE
 #include "types.h"
@@ -26,8 +26,8 @@
 #endif
 #define PAGE_LEAST 4096
 
-/* What is touched at once. The first touch of a page costs 1.5 us, that of a populated one 14 ns. Behind it is room for one
- * large frame. */
+/* The part that is populated at once. The first touch of a page costs 1.5 us, of a populated one 14 ns. Behind it there is room
+ * for one large frame. */
 #define POPULATED (512 * 1024)
 
 static void populate(uint8_t *memory, size_t size)
@@ -39,8 +39,8 @@ static void populate(uint8_t *memory, size_t size)
             *(volatile uint8_t *)(memory + at) = 0;
 }
 
-/* Frames start ARENA_START bytes behind the start of the mapping. What the kernel copies to the start of a page, or less than
- * 32 bytes behind it, can take four times as long: 22 us for 65,535 bytes in place of 6, seen on an AMD EPYC. */
+/* Frames start ARENA_START bytes behind the start of the mapping. A copy of the kernel to the first 32 bytes of a page can take
+ * four times as long: on an AMD EPYC 22 us for 65,535 bytes in place of 6. */
 Owner *lrx_owner_new(State *state, size_t size)
 {
     Owner *o = PyObject_New(Owner, state->owner_type);
@@ -72,7 +72,7 @@ static void owner_dealloc(PyObject *self)
 {
     Owner *o = (Owner *)self;
 
-    /* No packet and no batch is left: each holds a reference. */
+    /* No packet and no batch refers to it: each would hold a reference. */
     if (o->mapped)
         munmap(o->memory, o->mapped);
     lrx_free(self);
@@ -111,7 +111,7 @@ enum taken lrx_owner_take_back(Owner *o)
     return lrx_batch_own(b) < 0 ? TAKEN_NOT : TAKEN_BACK;
 }
 
-/* For mechanisms that fill an arena from Python. Such a view is not counted: it is never shown to a user. */
+/* For mechanisms in Python that fill an arena. Such a view is not counted, because users never get one. */
 static int owner_getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     Owner *o = (Owner *)self;

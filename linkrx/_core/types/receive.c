@@ -1,10 +1,10 @@
-/* Receiving: fill, classify, take in, and wait.
+/* Receiving: fill, classify, make a batch, and wait.
  *
- * How far a receive came is told by the header of the descriptors, whatever interrupts it: COUNT packets are filled and not
- * classified, or CLASSIFIED is set and they are not taken in, or an errno waits in ERROR. Each step begins where the last one
- * ended, and nothing is received while something waits.
+ * The report, in front of the descriptors, says how far a receive has come, whatever interrupts it: `count` frames are not
+ * classified yet, or `classified` is set and they are not in a batch yet, or `error` has an errno. Each step goes on where the
+ * last one ended. Nothing is received before all of this is handled.
  *
- * What is rare is Python. The receiver calls these methods of its subclass, linkrx/receiving/reception.py:
+ * Rare work is in Python. The receiver calls these methods of its subclass, linkrx/receiving/reception.py:
  *   _fill(arena)         fill with a mechanism that is written in Python; returns the number of packets
  *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are packets
  *   _handle_error()      an errno waits in the header
@@ -24,8 +24,8 @@
  *   _without_deliver()   there is no `deliver`: raises
  *   _raise_ended()       recv() after the end: raises
  *
- * A read never waits. A fill keeps the interpreter's lock for the first few packets, for a thread that gives it up beside a busy
- * one gets it back after 5 ms; a fill of many gives it up for the rest. */
+ * A read never blocks. A fill holds the GIL for the first few packets, because a thread that releases it beside a busy thread
+ * gets it back after 5 ms. A fill of many packets releases the GIL for the rest. */
 #define _GNU_SOURCE
 #include "types.h"
 #include "../forbidden.inc"
@@ -37,17 +37,17 @@
 #include <sys/epoll.h>
 #include <time.h>
 
-/* A source that gives nothing but errors must not keep the caller from looking at the clock. */
+/* Errors in a row after which the caller looks at the clock again. */
 #define ERRORS_IN_A_ROW 8
 /* Wakes in a row after which reads found nothing. From then on the source is read every PAUSE seconds only. */
 #define IDLE_WAKES 8
 #define PAUSE 0.01
-/* A signal that comes between the last look and the wait is seen this much later. */
+/* Seconds until a signal is seen that came between the last check and the wait. */
 #define SLICE 1.0
 /* The longest wait while a link is down: its end must be noticed where the kernel refuses to set the timer, too. */
 #define LOOK 0.04
 #define SECOND 1000000000LL
-/* As long as CPython lets a thread run, in nanoseconds: sys.getswitchinterval(). */
+/* CPython's switch interval in nanoseconds: sys.getswitchinterval(). */
 #define TURN 5000000
 
 double lrx_now(void)
@@ -99,7 +99,7 @@ static int without_hangup(Receiver *r, int count)
     return count;
 }
 
-/* What is not classified yet, a mechanism in Python may have reported: it is looked at before anything there is read. */
+/* Check the report of a mechanism in Python before the frames are read. */
 static int check_reported(const Receiver *r, uint32_t count)
 {
     const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
@@ -121,7 +121,7 @@ static int check_reported(const Receiver *r, uint32_t count)
     return 0;
 }
 
-/* Once, without waiting. READY: something was received, be it no packet. */
+/* Receive once, without waiting. READY: frames were received, even if none is a packet. */
 static enum outcome receive(Receiver *r, bool all)
 {
     struct lrx_report *report = report_of(r);
@@ -200,7 +200,7 @@ static void raise_refused(const char *call, int error)
     Py_XDECREF(arguments);
 }
 
-/* Until one of the descriptors is ready, or the time is up. Returns how many are, or -1 with what a signal handler raised. */
+/* Wait until a descriptor is ready, for `seconds` at most. Returns how many are, or -1 with an exception of a signal handler. */
 static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
 {
     struct timespec t = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
@@ -242,8 +242,7 @@ static int coalesce(const Receiver *r, double deadline)
     return 0;
 }
 
-/* Until something happens, or `seconds` are up. 0: nothing has happened; 1: the source says that it is readable; 2: something
- * else. */
+/* Wait for `seconds` at most. 0: nothing has happened; 1: the source is readable; 2: another descriptor is. */
 static int wait(Receiver *r, double seconds)
 {
     struct epoll_event events[4];
@@ -273,7 +272,7 @@ static int wait(Receiver *r, double seconds)
     return readable ? 1 : count > 0 ? 2 : 0;
 }
 
-/* Whether to read before waiting is learned as well: where that was in vain, it is left out ever longer. */
+/* Learn whether to read before waiting: after reads in vain, more and more calls wait at once. */
 static bool read_first(Receiver *r, double timeout)
 {
     const struct lrx_report *report = report_of(r);
@@ -293,7 +292,7 @@ static void learn_to_wait(Receiver *r, bool in_vain)
     r->eager_wait = r->eager_hold;
 }
 
-/* What was received so far, packets or not. */
+/* The number of frames received so far, packets or not. */
 static uint64_t received(const Receiver *r)
 {
     const uint64_t *counters = r->counters.buf;
@@ -338,7 +337,7 @@ static int wait_for_source(Receiver *r, double seconds)
     return sleep_on(&source, 1, seconds < PAUSE ? seconds : PAUSE);
 }
 
-/* Without waiting it goes on behind what is skipped, until it has received as many as a batch has rows. */
+/* With a timeout of 0 it receives again where all frames were skipped, up to as many frames as a batch has rows. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;

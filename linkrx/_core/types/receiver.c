@@ -1,11 +1,11 @@
-/* The receiver as Python sees it: who may come in, and the ways to receive. */
+/* The methods of the receiver: the claim, and the calls that receive. */
 #include "types.h"
 
 #include <math.h>
 #include <string.h>
 #include <unistd.h>
 
-/* Who may come in: one call at a time. The claim is a flag, set and taken back while the interpreter's lock is held. */
+/* The claim: one call at a time is inside. It is a flag that is set and cleared while the GIL is held. */
 
 static bool enter(Receiver *r)
 {
@@ -29,7 +29,7 @@ static bool enter(Receiver *r)
     return false;
 }
 
-/* Whether there is something to hand over, or to tell, that does not need the source. */
+/* Whether packets, an error or the end wait here, so that the source need not be readable. */
 bool lrx_has_something(const Receiver *r)
 {
     const struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
@@ -40,7 +40,7 @@ bool lrx_has_something(const Receiver *r)
            report->classified || report->error || report->held;
 }
 
-/* In C: an exception of a signal handler here would cost the packet that is on its way out. A stop() sets the event as well. */
+/* In C, because an exception of a signal handler here would lose the packet that is being returned. stop() sets the event too. */
 void lrx_set_readable(Receiver *r)
 {
     uint64_t count = 1;
@@ -53,7 +53,7 @@ void lrx_set_readable(Receiver *r)
     (void)done; /* it does not wait, and says no more than that it was readable, or was not */
 }
 
-/* An exception that is on its way goes on. An exception of these calls goes to sys.unraisablehook. */
+/* Keeps a pending exception. An exception of this call goes to sys.unraisablehook then. */
 static void tell(Receiver *r, const char *word)
 {
     PyObject *type, *value, *trace, *answer;
@@ -67,7 +67,7 @@ static void tell(Receiver *r, const char *word)
         PyErr_Restore(type, value, trace);
 }
 
-/* `result` unless what is done on leaving raises. */
+/* Give up the claim. Returns `result`, unless this raises. */
 PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
     if (r->polled && r->ended) {
@@ -84,7 +84,7 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
     return result;
 }
 
-/* Seconds; less than 0 for None, which waits for ever. NAN and an exception for what is no time. */
+/* Seconds; less than 0 for None, which is no limit. NAN with an exception for a value that is no time. */
 static double seconds_of(const char *name, PyObject *timeout)
 {
     double seconds;
@@ -121,9 +121,9 @@ static double timeout_of(PyObject *const *args, Py_ssize_t count, PyObject *name
     return seconds_of("timeout", count + named ? args[0] : NULL);
 }
 
-/* Ways to receive. */
+/* Receiving. */
 
-/* How far one call may go. */
+/* The limits of one call. */
 typedef struct {
     double timeout; /* as for lrx_await() */
     bool all;
@@ -131,7 +131,7 @@ typedef struct {
     int64_t deadline; /* of lrx_coarse_now(); 0: none */
 } Limits;
 
-/* Returns how many packets were delivered, or -1. `over`, where it is asked for: whether nothing more will come. */
+/* Returns the number of delivered packets, or -1. Sets `over`, unless NULL, to whether reception is over. */
 static Py_ssize_t deliver_what_comes(PyObject *self, const Limits *limits, bool *over)
 {
     Receiver *r = (Receiver *)self;
@@ -157,14 +157,14 @@ static Py_ssize_t deliver_what_comes(PyObject *self, const Limits *limits, bool 
     if (delivered >= 0 && over) {
         int ended = r->ended;
 
-        /* While nobody else can come in: it may drop what waits. */
+        /* Needs the claim, because it may drop pending packets. */
         if (!ended && (r->stopping || r->end_follows) && !r->closed)
             ended = lrx_ask(r, "_over");
         if (ended < 0)
             delivered = -1;
         *over = ended > 0;
     }
-    /* For what is done on leaving to raise. */
+    /* lrx_leave() may raise. */
     if (delivered >= 0) {
         result = Py_None;
         Py_INCREF(result);
@@ -184,7 +184,7 @@ PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(!over && !((Receiver *)self)->closed);
 }
 
-/* How many packets; PY_SSIZE_T_MAX for None, and -1 with an exception for what is no number of packets. */
+/* A number of packets; PY_SSIZE_T_MAX for None. -1 with an exception for a value that is none. */
 static Py_ssize_t packets_of(PyObject *count)
 {
     Py_ssize_t packets;
@@ -245,7 +245,7 @@ PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names)
 
 PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
 {
-    /* An event loop that polls fileno() calls again while more is there. */
+    /* fileno() stays readable while packets wait, so an event loop calls again. */
     const Limits limits = {.all = !((Receiver *)self)->polled, .most = PY_SSIZE_T_MAX};
     Py_ssize_t delivered;
 
@@ -254,7 +254,7 @@ PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
     return delivered < 0 ? NULL : PyLong_FromSsize_t(delivered);
 }
 
-/* Nothing came, or nothing but what is skipped: whether to go on, for `left` seconds. */
+/* No packet came: whether to go on, for `left` seconds. */
 static bool in_time(Receiver *r, double timeout, double deadline, double *left)
 {
     if (timeout > 0)
@@ -314,8 +314,8 @@ PyObject *lrx_receiver_next(PyObject *self)
     }
 }
 
-/* next_batch(timeout, until): the next batch, or the rest of the one at hand; None at the end or when the time is up. `until`
- * is a moment of time.monotonic() behind which even what waits is left for the next call, or None. */
+/* next_batch(timeout, until): the next batch, or the rest of the current one; None at the end or after the timeout. `until` is
+ * None or a moment of time.monotonic(), after which pending packets too are left to the next call. */
 PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
@@ -362,7 +362,7 @@ PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args)
     }
 }
 
-/* For event loops that read packet by packet: see that what is there now waits here. True: something does, or it is over. */
+/* For event loops that read packet by packet: receive what is in the queue. True: packets are pending, or reception is over. */
 PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
@@ -375,7 +375,7 @@ PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 
-/* A packet that waits, or None; receives nothing. */
+/* A pending packet, or None. Receives nothing. */
 PyObject *lrx_receiver_take(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;

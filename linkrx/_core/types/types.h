@@ -1,4 +1,4 @@
-/* What the types that Python touches once per packet share. One rule of memory: docs in memory.c. */
+/* Shared by the types that Python uses once per packet. memory.c describes the rule of memory. */
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -37,7 +37,7 @@ typedef struct Table Table;
 typedef struct Batch Batch;
 typedef struct Packet Packet;
 
-/* What the module holds: there are no globals. */
+/* The state of the module. There are no globals. */
 struct State {
     PyTypeObject *owner_type;
     PyTypeObject *table_type;
@@ -47,16 +47,15 @@ struct State {
     PyTypeObject *receiver_type;
     PyTypeObject *waiter_type;
     PyTypeObject *async_packets_type;
-    /* The module linkrx.packets.headers, once it was asked for: what is rare is written there, in Python. */
+    /* The module linkrx.packets.headers, once it is imported: methods that are rarely called are in Python. */
     PyObject *headers;
-    /* Which process this is, in a page that is wiped in a forked child: 0 there until something is opened. NULL where the
-     * kernel has no such pages, before Linux 4.14. */
+    /* A page that is wiped in a forked child (MADV_WIPEONFORK): 0 there until something is opened. NULL before Linux 4.14. */
     volatile int64_t *process;
-    /* PyObject_Vectorcall() is in CPython 3.11, but not in its limited API. NULL where it cannot be found. */
+    /* PyObject_Vectorcall() is not in the limited API of CPython 3.11. NULL if it cannot be found. */
     PyObject *(*vectorcall)(PyObject *, PyObject *const *, size_t, PyObject *);
 };
 
-/* Memory that frames lie in: an arena of a receiver, or a few blocks of a ring. */
+/* The owner of memory with frames: an arena of a receiver, or blocks of a ring. */
 struct Owner {
     PyObject_HEAD
     uint8_t *memory;
@@ -80,7 +79,7 @@ enum column {
     COLUMN_LINK_TYPES,
 };
 
-/* The columns of one batch. It refers to nothing, so a view of a column keeps the columns and no frame. */
+/* The columns of one batch. A table refers to nothing, so a view of a column keeps no frame alive. */
 struct Table {
     PyObject_VAR_HEAD
     Py_ssize_t count; /* of rows; the shape of every column */
@@ -104,8 +103,8 @@ struct Table {
     uint8_t *link_headers;
 };
 
-/* What stands in front of a packet's data on one source. Where `per_packet` is set the packets differ, and the table has the link
- * type, link header and link address of each. */
+/* The headers in front of a packet's data, for one source. If `per_packet` is set they differ from packet to packet, and the
+ * table has the link type, link header and link address of each. */
 typedef struct {
     uint8_t link_header; /* 14 or 0 */
     uint8_t per_packet;  /* LRX_PER_PACKET_* or 0 */
@@ -159,10 +158,10 @@ enum taken { TAKEN_NOT = -1, TAKEN_BACK, GIVEN_AWAY };
 extern PyType_Spec lrx_owner_spec;
 Owner *lrx_owner_new(State *state, size_t size);
 bool lrx_owner_is_free(const Owner *o);
-/* Packets that read in place here become their own. */
+/* Give each packet that reads in place its own copy. */
 int lrx_owner_copy_packets(Owner *o);
-/* Whatever still reads in place here is copied. GIVEN_AWAY: somebody looks at the arena itself, which is theirs from now
- * on. TAKEN_NOT and MemoryError: nothing is lost, and the memory must not be used again yet. */
+/* Copy packets and batches that read in place. GIVEN_AWAY: there is a view of the arena, which keeps it from now on. TAKEN_NOT
+ * with MemoryError: nothing is lost, and the memory must not be used again yet. */
 enum taken lrx_owner_take_back(Owner *o);
 
 /* packet_type.c */
@@ -172,28 +171,28 @@ extern PyType_Spec lrx_packet_spec;
 void lrx_packet_dealloc(PyObject *self);
 PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused);
 Packet *lrx_packet_new(State *state);
-/* Make it packet `index` of a batch. Nobody else may have it. */
+/* Make it packet `index` of a batch. Only the receiver may refer to it. */
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index);
-/* Or RuntimeError: in a child that was forked past Python's hooks a ring is not mapped. */
+/* False with RuntimeError in a child that was forked without Python's hooks, where the ring is not mapped. */
 bool lrx_packet_is_readable(const Packet *p);
-/* The frame becomes the packet's own. */
+/* Copy the frame into the packet. */
 int lrx_packet_own(Packet *p);
-/* Of a packet without link header: its sender's link address, or None. */
+/* The sender's link address of a packet without link header, or None. */
 PyObject *lrx_packet_link_address(const Packet *p);
-/* It shows nothing any more. Nobody else may have it. */
+/* Empty it. Only the receiver may refer to it. */
 void lrx_packet_reset(Packet *p);
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args);
-/* The one in `slot`, if nobody else has it, or a new one in its place. One that somebody has becomes its own. */
+/* The packet in `slot` if only the receiver refers to it, else a new one in its place. The old one gets its own copy. */
 Packet *lrx_packet_in(State *state, Packet **slot);
 
 /* table.c */
 extern PyType_Spec lrx_table_spec;
 Table *lrx_table_new(State *state, uint32_t count);
-/* As if it were made for `count` rows, of those that there is room for. */
+/* Lay it out for `count` rows, for which it must have room. */
 void lrx_table_lay_out(Table *t, uint32_t count);
-/* Leave the first `n` rows out. */
+/* Remove the first `n` rows. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* All but the offsets; what packets have that differ in their link type only if `per_packet`. */
+/* All columns but the offsets; the columns of the link layer only if `per_packet`. */
 void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet);
 
 /* batch_iterator.c */
@@ -202,19 +201,19 @@ PyObject *lrx_batch_iterate(PyObject *batch);
 
 /* batch.c */
 extern PyType_Spec lrx_batch_spec;
-/* The first `count` rows of `columns`, whose frames lie in the first `size` bytes at `base`, in memory of `owner`, where no
- * other batch is. ValueError for frames that do not. `spare` may have a batch to use again. */
+/* A batch of the first `count` rows of `columns`. The frames lie in `size` bytes at `base`, in memory of `owner`, without other
+ * batches; frames outside raise ValueError. `spare` may have a batch to use again. */
 Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
                      uint32_t count, Framing framing, Batch **spare);
-/* Give a batch up: into `spare`, where the next one finds it, if nobody else has it or a view of it. */
+/* Give up a batch. If nothing else refers to it or its columns, it goes into `spare` for the next one. */
 void lrx_batch_give_up(Batch *b, Batch **spare);
-/* Leave the first `n` packets out. Only for a batch that nobody has seen. */
+/* Remove the first `n` packets of a batch that was not handed over yet. */
 void lrx_batch_skip(Batch *b, uint32_t n);
 int lrx_batch_own(Batch *b);
-/* Or RuntimeError, as for packets. */
+/* As for packets. */
 bool lrx_batch_is_readable(const Batch *b);
 
-/* What a delivery needs beside the packet: made once per neighbour and protocol. */
+/* The arguments of `deliver` beside the packet, made once per neighbour and protocol. */
 typedef struct {
     uint64_t first, second; /* the link header: its first eight bytes and its last; or a told address */
     uint32_t kind;          /* the protocol, and the lengths of link header and told address */
@@ -225,8 +224,8 @@ typedef struct {
 
 #define NEIGHBOURS 16
 
-/* One open source as far as it is touched once per packet or once per wake-up. What is rare is written in Python, in methods
- * of a subclass: receive.c lists its methods. */
+/* The part of a dispatcher that runs once per packet or once per wake-up. Rare work is in Python, in methods of a subclass that
+ * receive.c lists. */
 typedef struct {
     PyObject_HEAD
     State *state;
@@ -235,7 +234,7 @@ typedef struct {
     int64_t process;   /* that has opened it: no other may come in */
     Framing framing;
 
-    /* Who is inside, and whether anybody may be: receiver.c. */
+    /* The claim: receiver.c. */
     bool claimed;
     bool delivering;
     bool closed;     /* close() was called: nobody comes in any more */
@@ -257,7 +256,7 @@ typedef struct {
     bool may_hang_up;                /* an empty packet may be the end */
     bool reads_memory;               /* a fill makes no system call, so it is always tried first */
 
-    /* What linkrx itself filters by: filter.c. */
+    /* linkrx's own filter: filter.c. */
     PyObject *filter;    /* whose memory classification runs a program in, or NULL */
     double filter_until; /* it ends once a fill that began after this found nothing; 0: it stays */
     bool exchanging;     /* for `next_filter`, before anything more is handed over */
@@ -279,7 +278,7 @@ typedef struct {
     int64_t others_ran;              /* when lrx_let_others_run() gave up the interpreter's lock, in nanoseconds */
     int64_t drops_due;               /* when to look at the kernel's counters, in nanoseconds */
 
-    /* What waits to be handed over, and why nothing more will come: deliver.c. */
+    /* Pending packets, and the end: deliver.c. */
     Batch *pending;
     Batch *spare;     /* nobody has it: for use again */
     uint32_t next;
@@ -306,10 +305,10 @@ typedef struct {
     uint64_t batches, receives, waits, undelivered, undelivered_bytes;
 } Receiver;
 
-/* How frames are given to the kernel. linkrx/receiving/sending.py has the same numbers. */
+/* The system call that sends. linkrx/receiving/sending.py has the same numbers. */
 enum lrx_sends { LRX_SENDS_NOTHING, LRX_SENDS_WRITES, LRX_SENDS_MESSAGES, LRX_SENDS_POLLED };
 
-/* What a step came to. */
+/* The result of a step. */
 enum outcome {
     FAILED = -1, /* with an exception */
     NOTHING,     /* nothing to hand over, or not in time */
@@ -322,33 +321,32 @@ static inline struct lrx_report *report_of(const Receiver *r)
     return lrx_report_at((uintptr_t)r->descriptors.buf);
 }
 
-/* In vain attempts are left out for so many turns at the most, and for twice as many each time. */
+/* After an attempt in vain the next ones are left out: twice as many each time, up to so many. */
 #define MOST_HOLD 31
 
 /* fill.c */
-/* Fill once, without waiting: how many packets are described, or -1 with an exception. `all`: whoever asks wants all that is
- * there, up to a batch. */
+/* Fill once, without waiting. Returns the number of frames, or -1 with an exception. `all`: receive up to a whole batch. */
 int lrx_fill(Receiver *r, bool all);
 enum outcome lrx_take_in(Receiver *r);
-/* Copy what is held of memory that is not this receiver's own. */
+/* Copy packets and batches out of the mechanism's memory. */
 int lrx_copy_slots(Receiver *r);
 
 /* receive.c */
-/* See that packets wait in `pending`, for `timeout` seconds at most: 0 not at all, less than 0 for ever. `all`: whoever asks
- * wants all that is there, up to a batch. */
+/* Wait until packets are pending, for `timeout` seconds at most; 0 does not wait, less than 0 is no limit. `all`: receive up to
+ * a whole batch. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all);
-/* Make the polled descriptor readable while something waits here that does not need the source. */
+/* Make fileno() readable while packets, an error or the end wait here. */
 void lrx_set_readable(Receiver *r);
 double lrx_now(void);
-/* As long ago as a timer's tick, and cheap. */
+/* CLOCK_MONOTONIC_COARSE: cheap, and up to a timer tick late. */
 int64_t lrx_coarse_now(void);
-/* Call a method without arguments, and say whether its answer is true; -1 and an exception. */
+/* Call a method without arguments. Returns whether its result is true, or -1 with an exception. */
 int lrx_ask(Receiver *r, const char *word);
-/* Between two receives where no Python code need run: nothing but what is skipped comes, or `deliver` is written in C. */
+/* Between two receives in which no Python code runs, because all frames are skipped or `deliver` is in C. */
 void lrx_let_others_run(Receiver *r);
 
 /* deliver.c */
-/* `most` packets at the most; and, with a deadline in nanoseconds of lrx_coarse_now(), none behind it. Returns how many, or -1. */
+/* Deliver up to `most` packets, until a deadline in nanoseconds of lrx_coarse_now(). Returns how many, or -1. */
 Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline);
 Packet *lrx_next_packet(Receiver *r);
 Batch *lrx_take_batch(Receiver *r);
@@ -388,7 +386,7 @@ PyObject *lrx_receiver_exchange_filter(PyObject *self, PyObject *unused);
 extern PyType_Spec lrx_receiver_spec;
 bool lrx_is_receiver(PyObject *o);
 
-/* What a task of an event loop waits for. */
+/* The future that a task of an event loop awaits. */
 typedef struct {
     PyObject_HEAD
     Receiver *receiver;

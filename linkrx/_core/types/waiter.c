@@ -1,15 +1,15 @@
-/* What a task of an event loop waits for until packets come.
+/* The future that a task of an event loop awaits until packets come.
  *
- * A task that awaits an asyncio.Future goes on in the event loop's next turn, and a turn costs as much as the packet: one more
- * epoll_wait(2). The loop calls the reader while no task runs, so there the task may go on at once. This type has as much of a
- * future as asyncio.Task uses, and no more: `_asyncio_future_blocking`, get_loop(), add_done_callback(), result(), cancel().
- * linkrx/receiving/aio.py has the reader, and the same in Python. */
+ * An asyncio.Future wakes its task in the event loop's next turn, which costs one more epoll_wait(2), as much as a packet. The
+ * loop calls the reader while no task runs, so the task can be woken at once there. This type has only the parts of a future
+ * that asyncio.Task uses: `_asyncio_future_blocking`, get_loop(), add_done_callback(), result(), cancel().
+ * linkrx/receiving/aio.py has the reader, and linkrx/receiving/plain_async.py the same type in Python. */
 #include "types.h"
 
 #include <stddef.h>
 #include <structmember.h>
 
-/* Takes the new reference. */
+/* Steals the reference to `value`. */
 static void replace(PyObject **slot, PyObject *value)
 {
     PyObject *before = *slot;
@@ -101,7 +101,7 @@ static PyObject *waiter_result(PyObject *self, PyObject *unused)
     return NULL;
 }
 
-/* `await waiter`: the waiter, and when the task goes on its result. */
+/* `await waiter`: yields the waiter, and returns its result when the task is woken. */
 static PySendResult waiter_send(PyObject *self, PyObject *unused, PyObject **result)
 {
     Waiter *w = (Waiter *)self;
@@ -132,7 +132,7 @@ static PyObject *waiter_next(PyObject *self)
     }
 }
 
-/* What asyncio.Task calls of a future. */
+/* The methods of a future that asyncio.Task calls. */
 
 static PyObject *waiter_get_loop(PyObject *self, PyObject *unused)
 {
@@ -166,7 +166,7 @@ static PyObject *waiter_done(PyObject *self, PyObject *unused)
     return PyBool_FromLong(((Waiter *)self)->done);
 }
 
-/* Wake the task: at once, or in the loop's next turn. `result` is a bool, or the exception that the task gets. */
+/* Wake the task, at once or in the loop's next turn. `result` is a bool, or an exception for the task. */
 static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
 {
     PyObject *call = w->call, *context = w->context, *answer = NULL, *self = (PyObject *)w;
@@ -215,7 +215,7 @@ static PyObject *waiter_settle_at_once(PyObject *self, PyObject *result)
     return settle((Waiter *)self, result, true);
 }
 
-/* What the loop calls when the dispatcher is readable: Reader.ready() without a function in Python. */
+/* The loop calls this when the dispatcher is readable: Reader.ready() in C. */
 static PyObject *waiter_ready(PyObject *self, PyObject *unused)
 {
     Waiter *w = (Waiter *)self;
