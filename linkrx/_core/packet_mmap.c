@@ -1,4 +1,21 @@
-/* Packets from a ring that the kernel fills: no system call while they flow. */
+/* The ring: TPACKET_V3, packet(7). No system call is made while packets flow.
+ *
+ * The kernel and this process share memory, which is cut into blocks. The kernel fills one open block with frames, one behind
+ * the other, each behind a struct tpacket3_hdr. It closes the block when the next frame does not fit, or when the retire time
+ * is over and the block has a frame, and opens the next block. A closed block has TP_STATUS_USER in its block_status and belongs
+ * to the reader, until the reader stores TP_STATUS_KERNEL there: the release.
+ *
+ * - Blocks are filled, read and released in order. The load of block_status acquires what the kernel wrote before. The store
+ *   that releases a block comes after all reads.
+ * - If the next block is not released, the kernel drops frames, and marks blocks with TP_STATUS_LOSING.
+ * - A large ring is read in place: frames are described where they lie, and their blocks are released with the slot of their
+ *   batch (mechanism.h). A batch ends with the ring, because starts count forward. The frames of a small ring are copied, and a
+ *   block is released at its end.
+ * - poll(2) looks at the newest closed block only, and reports the ring as readable until that block is released. So all blocks
+ *   are released before the receiver waits.
+ * - Everything in the memory is read once and checked before it is used, although no kernel writes an offset out of a block.
+ * - A forked child does not have the mapping. `guard` is 0 there, which every read in place checks first.
+ */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>

@@ -29,6 +29,21 @@ NO_LINK_HEADER = 255  # _core/report.h LRX_NO_LINK_HEADER
 OF_FILE, FILE_SWAPPED, FILE_LINK_TYPE = 0x10000, 0x20000, 0xFFFF
 
 
+# The headers of a TUN or TAP queue: tun_put_user() in drivers/net/tun.c. One read(2) gives, in this order:
+#
+#   packet information   struct tun_pi, 4 bytes: flags, and the EtherType in network byte order. Missing with IFF_NO_PI.
+#   virtio-net header    with IFF_VNET_HDR, TUNGETVNETHDRSZ bytes. The first 10 are struct virtio_net_hdr; its numbers have the byte
+#                        order of the host, unless TUNSETVNETLE or TUNSETVNETBE chose one.
+#   frame                with its Ethernet header on TAP; an IP packet on TUN.
+#
+# If the buffer is too short, the kernel cuts the frame. It says so only in the packet information, with TUN_PKT_STRIP. Without it
+# linkrx reads into one byte more than it keeps: a packet that fills that byte was cut.
+#
+# TUNGETIFF does not tell whether there is packet information, because IFF_NO_PI and IFF_NOFILTER are the same bit: a clear bit
+# proves that there is, a set bit proves nothing. Then rtnetlink's IFLA_TUN_PI tells (with its meaning reversed), and without
+# the right to ask for it the caller must say packet_info=.
+#
+# A packet socket with PACKET_VNET_HDR puts only the virtio-net header in front.
 @dataclass(frozen=True)
 class Framing:
     """What the kernel writes, in this order: packet information, virtio-net header, frame.

@@ -24,6 +24,15 @@
  *   _without_deliver()   there is no `deliver`: raises
  *   _raise_ended()       recv() after the end: raises
  *
+ * Signals. A Python signal handler can run in PyErr_CheckSignals(), in `deliver`, and in Python code that an allocation or
+ * Py_DECREF() starts; nowhere else. It can raise there, stop, close, or call the dispatcher again. So at each of these points:
+ *
+ * - The state is consistent. The result of a step is stored before its input is given up: the report before the batch, the
+ *   position before the call of `deliver`. An exception then neither loses nor repeats a packet in dispatch(), run(), drain() and
+ *   next(). recv() can lose the packet that CPython is returning.
+ * - The claim is held. A nested dispatch() raises Busy, and a nested close() takes effect when the receiving call returns.
+ * - A signal that comes between the last check and a wait does not interrupt the wait. So a wait is cut into slices of a second.
+ *
  * A read never blocks. A fill holds the GIL for the first few packets, because a thread that releases it beside a busy thread
  * gets it back after 5 ms. A fill of many packets releases the GIL for the rest. */
 #define _GNU_SOURCE
