@@ -303,7 +303,7 @@ class Receiver(Filtering, Sending, Callbacks):
     # Receiving.
 
     def dispatch(self, timeout: float | None = None) -> bool:
-        """Wait for packets, receive one batch and deliver it in order. False: it is over."""
+        """Wait for packets, receive one batch and deliver it in order. False: reception is over."""
 
         def step() -> bool:
             self._deliver_what_comes(timeout)
@@ -318,9 +318,9 @@ class Receiver(Filtering, Sending, Callbacks):
         )
 
     def run(self, *, count: int | None = None, duration: float | None = None) -> End | None:
-        """`dispatch()` until it is over, or `count` packets were delivered, or `duration` seconds have passed.
+        """`dispatch()` until the end, or `count` packets were delivered, or `duration` seconds have passed.
 
-        Returns why it is over, or None where a limit was reached.
+        Returns the End, or None if a limit was reached.
         """
         if count is not None and not isinstance(count, int):
             raise TypeError(f"count={count!r}: give a number of packets, or None for no limit")
@@ -341,7 +341,7 @@ class Receiver(Filtering, Sending, Callbacks):
         return end
 
     def drain(self) -> int:
-        """Deliver at most one batch of what is there now, without waiting. Returns how many packets that was."""
+        """Receive without waiting, and deliver at most one batch. Returns the number of packets."""
         return self._inside(lambda: self._deliver_what_comes(0))
 
     def _deliver_what_comes(
@@ -367,7 +367,7 @@ class Receiver(Filtering, Sending, Callbacks):
         return delivered
 
     def recv(self, timeout: float | None = None) -> Packet:
-        """The next packet. Raises TimeoutError after `timeout` seconds without one, and Ended when it is over."""
+        """The next packet. Raises TimeoutError after `timeout` seconds, and Ended after the end."""
         deadline = deadline_after(timeout)
 
         def step() -> Packet:

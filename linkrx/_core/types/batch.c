@@ -351,12 +351,12 @@ static PyObject *batch_repr(PyObject *self)
 static PyGetSetDef batch_attributes[] = {
     {"memory", batch_memory, NULL,
      "The frames, as a read-only memoryview: memory[starts[i] : starts[i] + lengths[i]] is frame i.", NULL},
-    COLUMN("starts", COLUMN_STARTS, "Where each frame starts in `memory` (uint32)."),
+    COLUMN("starts", COLUMN_STARTS, "The offset of each frame in `memory` (uint32)."),
     COLUMN("lengths", COLUMN_LENGTHS, "Bytes of each frame, link header included (uint32)."),
     COLUMN("wire_lengths", COLUMN_WIRE_LENGTHS,
-           "Bytes of each frame before anything cut it, where the kernel tells it (uint32)."),
+           "The length of each frame before it was cut, where the kernel reports it (uint32)."),
     COLUMN("interfaces", COLUMN_INTERFACES, "The index of the interface of each packet, on packet sockets; else 0 (uint32)."),
-    COLUMN("timestamps", COLUMN_TIMESTAMPS, "When the kernel received each frame: nanoseconds since 1970, or 0 (int64)."),
+    COLUMN("timestamps", COLUMN_TIMESTAMPS, "The time at which the kernel received each frame: nanoseconds since 1970, or 0 (int64)."),
     COLUMN("protocols", COLUMN_PROTOCOLS, "The EtherType of each packet (uint16)."),
     COLUMN("flags", COLUMN_FLAGS, "The `Flags` of each packet (uint16)."),
     COLUMN("vlan_tcis", COLUMN_VLAN_TCIS, "The tag that the kernel took out of each frame with Flags.VLAN (uint16)."),
@@ -375,7 +375,7 @@ static PyType_Slot batch_slots[] = {
     {Py_tp_doc,
      "Packets received together. Index and iteration give packets; the columns have one element for each.\n\n"
      "All columns, and `memory`, are read-only memoryviews in native formats. Nothing of a batch ever changes, however\n"
-     "long it is kept. What the kernel is still to read, as with MSG_ZEROCOPY, is given a copy()."},
+     "long it is kept. Give a copy() to a call that reads later, such as send() with MSG_ZEROCOPY."},
     {Py_tp_dealloc, batch_dealloc},
     {Py_tp_repr, batch_repr},
     {Py_tp_iter, lrx_batch_iterate},

@@ -1,4 +1,4 @@
-/* A packet as Python sees it: a read-only buffer of its frame, and what is known about it. */
+/* The type of packets: a read-only buffer of the frame, with its metadata. */
 #include "types.h"
 
 #include <string.h>
@@ -356,9 +356,9 @@ static PyGetSetDef packet_attributes[] = {
     {"frame", packet_view, NULL, "The bytes as received, link header included: a read-only memoryview.", (void *)WHOLE},
     {"link_header", packet_view, NULL,
      "The Ethernet header, 14 bytes, or nothing where there is none: a read-only memoryview.", (void *)LINK_HEADER},
-    {"data", packet_view, NULL, "What follows the link header: a read-only memoryview.", (void *)DATA},
+    {"data", packet_view, NULL, "The bytes behind the link header: a read-only memoryview.", (void *)DATA},
     {"protocol", packet_protocol, NULL,
-     "The EtherType that the kernel tells, or that is in the Ethernet header; without either, 0x0800 or 0x86DD from the IP\n"
+     "The EtherType that the kernel reports, or of the Ethernet header. Without either, 0x0800 or 0x86DD by the IP\n"
      "version, and 0 where frames are no IP.", NULL},
     {"remote", packet_remote, NULL,
      "The source MAC address, 6 bytes. Without Ethernet header the sender's link address as the kernel tells it, or None.", NULL},
@@ -368,17 +368,17 @@ static PyGetSetDef packet_attributes[] = {
     {"interface", packet_interface, NULL,
      "The index of the interface that the frame came through, on packet sockets; else 0.", NULL},
     {"link_type", packet_link_type, NULL,
-     "What kind of device the frame came through: the number ARPHRD_* of linux/if_arp.h. 1: Ethernet.", NULL},
-    {"truncated", packet_flag, NULL, "Whether the frame was longer than what was kept of it.", (void *)LRX_TRUNCATED},
+     "The type of the device that the frame came through: ARPHRD_* of linux/if_arp.h. 1: Ethernet.", NULL},
+    {"truncated", packet_flag, NULL, "Whether the frame was cut: `wire_length` is the true length, where the kernel reports it.", (void *)LRX_TRUNCATED},
     {"outgoing", packet_flag, NULL, "Whether this host sent the frame; only ever True with outgoing=True.",
      (void *)LRX_OUTGOING},
     {"checksum_unfinished", packet_flag, NULL,
-     "Whether a local sender left the transport checksum to a device that the frame has not passed.",
+     "Whether the transport checksum is unfinished, because the sender left it to a device that the frame has not passed.",
      (void *)LRX_CHECKSUM_UNFINISHED},
     {"timestamp_ns", packet_timestamp, NULL,
      "Nanoseconds since 1970 at which the kernel received the frame, or None without timestamps=True.", NULL},
     {"vlan", packet_vlan, NULL, "The VLAN tag that the kernel took out of the frame, as Vlan(tpid, tci), or None.", NULL},
-    {"vnet", packet_vnet, NULL, "The virtio-net header that stood in front of the frame, or None where the source has none.",
+    {"vnet", packet_vnet, NULL, "The virtio-net header in front of the frame, or None if the source has none.",
      NULL},
     {0},
 };
@@ -403,7 +403,7 @@ static PyMethodDef packet_methods[] = {
 };
 
 static PyType_Slot packet_slots[] = {
-    {Py_tp_doc, "One received frame with what is known about it. It never changes, however long it is kept.\n\n"
+    {Py_tp_doc, "One received frame and its metadata. It never changes, however long it is kept.\n\n"
                 "A packet is a read-only buffer of its frame: `packet[23]` is an int, `packet[12:14]` is bytes, and len(),\n"
                 "bytes(), struct.unpack_from() and socket.send() take it. It compares equal to any buffer of the same bytes.\n"
                 "A packet that is kept costs its own bytes."},

@@ -357,61 +357,61 @@ static PyMethodDef receiver_methods[] = {
     {"dispatch", FAST(lrx_receiver_dispatch), METH_FASTCALL | METH_KEYWORDS,
      "dispatch($self, /, timeout=None)\n--\n\n"
      "Wait for packets, receive one batch and deliver it in order.\n\n"
-     "Waits `timeout` seconds at most, for ever with None. True: call again, also when nothing came in time. False: it is\n"
-     "over, and `end` says why. What `deliver` raises comes out of here; the packets behind are delivered first by the next\n"
-     "call. Raises Busy while another call receives, Closed after close(), and OSError for what the kernel says and linkrx\n"
-     "cannot mend."},
+     "Waits for `timeout` seconds at most; None is no limit. Returns True, also if nothing came in time: call again. Returns\n"
+     "False after the end of reception: `end` says why. Raises what `deliver` raises; the next call then delivers the packets\n"
+     "behind first. Raises Busy while another call receives, Closed after close(), and OSError for kernel errors that linkrx\n"
+     "cannot handle."},
     {"run", FAST(lrx_receiver_run), METH_VARARGS | METH_KEYWORDS,
      "run($self, /, *, count=None, duration=None)\n--\n\n"
-     "`dispatch()` until it is over, or `count` packets were delivered, or `duration` seconds have passed.\n\n"
-     "Returns why it is over, an `End`, or None where a limit was reached: then the next call goes on with the packet behind,\n"
-     "also in the middle of a batch. A duration holds under load; it is looked at after each packet. Raises what `dispatch`\n"
-     "raises, TypeError and ValueError for no limit, such as count=0."},
+     "`dispatch()` until the end of reception, or `count` packets were delivered, or `duration` seconds have passed.\n\n"
+     "Returns the `End`, or None if a limit was reached. The next call then goes on with the next packet, also in the middle\n"
+     "of a batch. A duration holds under load: it is checked after each packet. Raises what `dispatch` raises, and TypeError\n"
+     "or ValueError for an invalid limit, such as count=0."},
     {"drain", lrx_receiver_drain, METH_NOARGS,
-     "drain($self, /)\n--\n\nDeliver at most one batch of what is there now, without waiting. Returns how many packets that was."},
+     "drain($self, /)\n--\n\nReceive without waiting, and deliver at most one batch. Returns the number of packets."},
     {"recv", FAST(lrx_receiver_recv), METH_FASTCALL | METH_KEYWORDS,
      "recv($self, /, timeout=None)\n--\n\n"
-     "The next packet.\n\nRaises TimeoutError after `timeout` seconds without one, and Ended when it is over."},
+     "The next packet.\n\nRaises TimeoutError after `timeout` seconds without a packet, and Ended after the end of reception."},
     {"send", lrx_receiver_send, METH_O,
      "send($self, frame, /)\n--\n\n"
-     "Send one frame out of the source, from any thread, also while another one receives.\n\n"
-     "`frame` is bytes, link header included, or any other buffer. A packet is sent as it was on the wire, `tagged()`, with its\n"
-     "virtio-net header where the source has one. Never waits: raises BlockingIOError where the queue is full. Raises\n"
-     "UnsupportedSource for a source that sends nothing (a pipe, a cooked, unbound or unconnected socket), ValueError for a\n"
-     "packet that needs a virtio-net header where the source has none (an unfinished checksum, a super-packet), Closed, and\n"
-     "OSError for what the kernel says, such as ENETDOWN, EMSGSIZE, and EINVAL for what is too short."},
+     "Send one frame through the source. Any thread may call it, also while another one receives.\n\n"
+     "`frame` is bytes or another buffer, link header included. A packet is sent as it was on the wire, `tagged()`, with its\n"
+     "virtio-net header if the source has one. Never waits: raises BlockingIOError if the queue is full. Raises\n"
+     "UnsupportedSource for a source that cannot send (a pipe, a cooked, unbound or unconnected socket), ValueError for a\n"
+     "packet that needs a virtio-net header on a source without one (an unfinished checksum, a super-packet), Closed, and\n"
+     "OSError for kernel errors, such as ENETDOWN, EMSGSIZE, and EINVAL for a frame that is too short."},
     {"send_batch", lrx_receiver_send_batch, METH_O,
      "send_batch($self, frames, /)\n--\n\n"
-     "Send many frames, in order, as `send` does: a batch, or an iterable. Returns how many were taken.\n\n"
-     "That is fewer than there are where the queue is full, 0 where it was full at once, and where a frame is refused: if that is\n"
-     "the first one it raises as `send` does, otherwise the error is left to the next call, which begins with that frame."},
-    {"_prepare_sending", receiver_prepare_sending, METH_O, "How frames are given to the kernel."},
+     "Send the frames of a batch or an iterable, in order, as `send` does. Returns how many the kernel accepted.\n\n"
+     "That is fewer if the queue becomes full, 0 if it is full at once, and fewer if a frame is refused. If the first frame is\n"
+     "refused, this raises as `send` does; otherwise the next call, which begins with that frame, raises."},
+    {"_prepare_sending", receiver_prepare_sending, METH_O, "Set the system call that sends."},
     {"_next_batch", lrx_receiver_next_batch, METH_VARARGS,
      "_next_batch($self, timeout, until, /)\n--\n\n"
-     "The next batch; None at the end, after `timeout` seconds without one, and behind the moment `until`."},
+     "The next batch. None at the end, after `timeout` seconds without a batch, and after the moment `until`."},
     {"_poll", lrx_receiver_poll, METH_NOARGS,
-     "_poll($self, /)\n--\n\nReceive what is there now, without waiting. Whether packets wait here, or it is over."},
-    {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA packet that waits here, or None."},
-    {"_prepare", receiver_prepare, METH_VARARGS, "What the source looks like."},
+     "_poll($self, /)\n--\n\nReceive without waiting. Whether packets are pending, or reception is over."},
+    {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA pending packet, or None."},
+    {"_prepare", receiver_prepare, METH_VARARGS, "Set up the receiver for a source."},
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
     {"_set_filter", lrx_receiver_set_filter, METH_VARARGS,
      "_set_filter($self, program, tags, seconds, /)\n--\n\n"
      "Run this program of struct sock_filter, or the programs of a capture file, on what is received, and on what waits; empty: none. With `seconds` above or at\n"
      "0 until nothing was there, so long from now at the least. False: another thread is inside; ask _exchange_filter()."},
     {"_exchange_filter", lrx_receiver_exchange_filter, METH_NOARGS,
-     "_exchange_filter($self, /)\n--\n\nWhether it is, or will be before anything is handed over. False: wake who is inside."},
-    {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nGive up what waits here, and count it."},
+     "_exchange_filter($self, /)\n--\n\nWhether the filter was exchanged, or will be before more is handed over. False: wake the receiving thread."},
+    {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nDrop the pending packets, and count them."},
     {"_release", receiver_release, METH_NOARGS,
-     "_release($self, /)\n--\n\nGive all memory up; what is held is copied. False: not all, for want of memory."},
+     "_release($self, /)\n--\n\nRelease all memory. Packets and batches that are held are copied. False: there was no memory for some."},
     {"_copy_held", receiver_copy_held, METH_NOARGS,
-     "_copy_held($self, /)\n--\n\nCopy what is read in place in memory that a child process will not have."},
+     "_copy_held($self, /)\n--\n\nCopy packets and batches out of memory that a child process will not have."},
     {"_close_alone", receiver_close_alone, METH_NOARGS,
-     "_close_alone($self, /)\n--\n\nCall _release_all() if nobody is inside, and let nobody in any more. False: somebody is."},
+     "_close_alone($self, /)\n--\n\nClose, and call _release_all(), unless a call is inside. False: one is."},
     {0},
 };
 
 static PyType_Slot receiver_slots[] = {
-    {Py_tp_doc, "One open source as far as it is touched once per packet or once per wake-up."},
+    {Py_tp_doc, "The part of a dispatcher that runs once per packet or once per wake-up."},
     {Py_tp_new, receiver_new},
     {Py_tp_dealloc, receiver_dealloc},
     {Py_tp_traverse, receiver_traverse},
