@@ -1,4 +1,4 @@
-/* One packet per system call, many per crossing. */
+/* One packet per system call, many per call from Python. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -47,9 +47,9 @@ struct metadata {
     _Alignas(struct cmsghdr) uint8_t control[CONTROL];
 };
 
-/* O_NONBLOCK is no help: it belongs to all who have the open file, and any of them may clear it at any time. So the first read of
- * a fill, which may find nothing, is told not to wait. On a TAP queue that costs 1.2 times a plain read(); where O_NONBLOCK is
- * set then, the others of the same fill are `plain`. */
+/* O_NONBLOCK is not enough: it belongs to the open file, and every process that has the file may clear it. So the first read of a
+ * fill has RWF_NOWAIT, because it may find nothing. On a TAP queue that costs 1.2 times a plain read(). If O_NONBLOCK is set
+ * then, the other reads of the fill are `plain`. */
 static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struct metadata *metadata)
 {
     struct iovec iov[LRX_SIZES_MAX + 1];
@@ -81,7 +81,7 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struc
     case LRX_POLL:
         ready.fd = r->fd;
         ready.events = POLLIN;
-        /* A signal interrupts poll() even when it is not to wait, and then it has not looked: read() could sleep. */
+        /* A signal interrupts poll() even with a timeout of 0. It has not looked then, so a read() could block. */
         switch (poll(&ready, 1, 0)) {
         case 0:
             errno = EAGAIN;
@@ -124,7 +124,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         if (got < 0) {
             if (errno == EINTR)
                 continue;
-            /* A driver that knows no RWF_NOWAIT, an old kernel, or a seccomp filter that knows no preadv2(). */
+            /* A driver without RWF_NOWAIT, an old kernel, or a seccomp filter without preadv2(). */
             if ((errno == EOPNOTSUPP || is_forbidden(errno)) && r->method == LRX_READ && !plain) {
                 r->method = LRX_POLL;
                 continue;
@@ -136,7 +136,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         uint32_t length = (size_t)got > r->capacity ? r->capacity : (uint32_t)got;
         out.starts[n] = cursor;
         out.lengths[n] = length;
-        /* Only a socket tells how long a cut packet was. */
+        /* Only a socket reports the true length of a cut packet. */
         uint32_t wire_length = r->method == LRX_RECV || r->method == LRX_RECVMSG ? (uint32_t)got : length;
         if (r->method == LRX_RECVMSG)
             lrx_read_metadata(&metadata.message, &out, n, &wire_length);

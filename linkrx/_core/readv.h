@@ -1,7 +1,7 @@
 #pragma once
 #include <stdint.h>
 
-/* How one packet is received without waiting, by what the file descriptor allows. */
+/* The call that receives one packet without waiting. */
 #define LRX_READ 0    /* preadv2(RWF_NOWAIT), and read() or readv() behind it while O_NONBLOCK is set */
 #define LRX_RECV 1    /* a socket: recvmsg(MSG_DONTWAIT | MSG_TRUNC), which tells the true length */
 #define LRX_RECVMSG 3 /* an AF_PACKET socket: the same, with all that the kernel tells about the packet */

@@ -1,4 +1,4 @@
-/* Many packets per system call, with what the kernel tells about each. */
+/* Many packets per system call, with their metadata. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/if_packet.h>
@@ -119,7 +119,7 @@ static int receive(struct lrx_recvmmsg *s, uint8_t *near, uint8_t *far, uint32_t
         }
     }
     do {
-        /* No timeout: the kernel looks at it only after a packet, so it can wait for ever. */
+        /* No timeout: the kernel checks it only after a packet, so the call could block for ever. */
         got = recvmmsg(s->fd, s->headers, wanted, MSG_DONTWAIT | MSG_TRUNC, NULL);
     } while (got < 0 && errno == EINTR);
     return got < 0 ? -errno : got;
@@ -164,7 +164,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
                 lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length);
             out.wire_lengths[n] = wire_length;
         }
-        /* Fewer than were asked for: the queue was empty then. */
+        /* Fewer packets than wanted: the queue is empty. */
     } while ((uint32_t)got == wanted && n < most);
     if (got < 0 && got != -EAGAIN) {
         lrx_report_at(descriptors)->error = (uint32_t)-got;

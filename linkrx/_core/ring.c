@@ -1,4 +1,4 @@
-/* A TPACKET_V3 ring: put on a socket, counted, and taken off. */
+/* A TPACKET_V3 ring: made, counted, and removed. packet_mmap.c describes it. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -25,7 +25,7 @@ static int set_ring(const struct lrx_ring *s, uint32_t retire_ms)
     return setsockopt(s->fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request);
 }
 
-/* PACKET_STATISTICS begins anew with each reading. */
+/* Reading PACKET_STATISTICS resets it. */
 bool lrx_ring_count(struct lrx_ring *s)
 {
     struct tpacket_stats_v3 since;
@@ -38,7 +38,7 @@ bool lrx_ring_count(struct lrx_ring *s)
     return true;
 }
 
-/* The owner of a borrowed socket may have closed it, and another file got its number. */
+/* The owner of a borrowed socket may have closed it, and another file may have its number. */
 static bool is_same_socket(const struct lrx_ring *s)
 {
     struct stat now;
@@ -57,8 +57,8 @@ static void take_off(struct lrx_ring *s)
     }
 }
 
-/* packet_mmap() in net/packet/af_packet.c maps every page at once, but where memory is virtualized the host still
- * takes a fault, 1.5 us, at the first access to each. Not for the first lap of packets: here. */
+/* packet_mmap() in net/packet/af_packet.c maps every page, but in a virtual machine the host takes a fault of 1.5 us at the first
+ * access to each. Take these faults here, and not for the first packets. */
 static void touch(const struct lrx_ring *s)
 {
     for (size_t at = 0; at < s->mapped; at += PAGE_LEAST)
@@ -116,7 +116,7 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
         errno = error;
         goto refused;
     }
-    /* A child that had the ring mapped as well would keep the kernel from removing it. */
+    /* The kernel could not remove a ring that a child process has mapped too. */
     madvise(s->memory, s->mapped, MADV_DONTFORK);
     touch(s);
     lrx_ring_count(s); /* what the socket dropped before is not the ring's */

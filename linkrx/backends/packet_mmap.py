@@ -19,41 +19,39 @@ from linkrx.sources.capabilities import LARGEST_MESSAGE
 
 logger = logging.getLogger("linkrx")
 
-# The kernel closes a block when it is full, and when the retire time is up and something is in it. So at the default
-# latency of 1 ms each block is 1 ms that the reader may be away, be there ever so few packets: many small blocks last
-# longer than a few large ones. 64 MiB are 512 of the least size, half a second. A million packets of 64 bytes per
-# second, which take 152 bytes each in the ring, fill 1.2 blocks per millisecond: 0.44 s. Memory is taken at once, and
-# kept.
+# The kernel closes a block when it is full, or when the retire time is over and it has a packet. So at the default latency of
+# 1 ms a block lasts 1 ms, however few packets come: many small blocks last longer than a few large ones. 64 MiB are 512 blocks of
+# the least size, which last half a second. A million packets of 64 bytes per second take 152 bytes each in the ring and fill
+# 1.2 blocks per millisecond, which lasts 0.44 s. The memory is taken at once, and kept.
 RING_BYTES = 64 * 1024 * 1024
 
-# Frames do not cross blocks, and what is longer than a block is cut. The least holds a super-packet of 64 KiB; that is
-# what a block has, unless the interface is set up for more (BIG TCP), or the ring is so large that the number of blocks
-# is not what limits it. The most holds any frame that Linux makes: capabilities.LARGEST_MESSAGE. The kernel takes what
-# is no power of two as the next that is.
+# A frame is in one block, and a longer frame is cut. A block of the least size holds a super-packet of 64 KiB. Blocks are larger
+# if the interface is configured for longer packets (BIG TCP), or if the ring would have too many blocks. A block of the largest
+# size holds any frame that Linux makes: capabilities.LARGEST_MESSAGE. The kernel rounds sizes up to a power of two.
 BLOCK_LEAST = 128 * 1024
 BLOCK_MOST = 1024 * 1024
-# Devices that hand on what comes in through others, each with limits of its own; and those that are one end of a pair.
+# Devices that pass on packets of other devices with limits of their own, and devices that are one end of a pair.
 MASTERS = frozenset({"bridge", "bond", "team", "openvswitch"})
 PAIRS = frozenset({"veth", "netkit", "vxcan"})
 STACKED_MOST = 8  # devices above one another: net/core/dev.c, MAX_NEST_DEV
-HEADROOM = 4096  # far more than the kernel puts in front of a frame
-BLOCKS_MOST = 4096  # more are not made smaller for
-BLOCKS_LEAST = 2  # one to read while the other is filled
+HEADROOM = 4096  # more than the kernel puts in front of a frame
+BLOCKS_MOST = 4096  # a ring with more blocks is not made smaller
+BLOCKS_LEAST = 2  # one is read while the other is filled
 
-# Blocks that one batch may read in place, and the share of the ring that this may be: two batches at most are in place, and
-# the kernel fills the rest meanwhile. Smaller rings are copied from.
+# The blocks of a batch that is read in place, and the largest share of the ring for them. At most two batches are in place, and
+# the kernel fills the other blocks meanwhile. The frames of smaller rings are copied.
 BLOCKS_IN_PLACE = 4
 SHARE_IN_PLACE = 8
 
-LATENCY_LEAST = 0.001  # tp_retire_blk_tov counts milliseconds, and 0 means: as the kernel likes
+LATENCY_LEAST = 0.001  # tp_retire_blk_tov is in milliseconds; with 0 the kernel chooses
 RETIRE_MOST = 2**31 - 1
 
-# The kernel looks at the open block once in a retire time, and closes it when nothing has closed it since the last look. Both
-# are counted in timer ticks, before Linux 6.18: rounded up, and one late.
+# The kernel checks the open block once per retire time, and closes it if it has been open since the last check. Before Linux 6.18
+# this counts timer ticks, rounded up and one late.
 RETIRE_LOOKS = 2
 _CLOCK_MONOTONIC_COARSE = 6  # linux/time.h; its resolution is a tick
 
-# What the shortest frame takes in a ring: struct tpacket3_hdr, struct sockaddr_ll and an Ethernet header, aligned.
+# Bytes of the shortest frame in a ring: struct tpacket3_hdr, struct sockaddr_ll and an Ethernet header, aligned.
 FRAME_LEAST = 96
 
 
@@ -64,20 +62,20 @@ class PacketMmap(CoreBackend):
     rank = 40
     honours = frozenset({"buffer_sizes", "snaplen", "outgoing", "timestamps", "fanout"})
     tells_metadata = True
-    batch_size = 1024  # more than a block of the least size holds: 862 frames of 64 bytes
+    batch_size = 1024  # more than the 862 frames of 64 bytes in a block of the least size
     has_queue = True
     coalesces = True
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """All but packet sockets: the kernel knows no ring for others."""
+        """Other sources than packet sockets: the kernel has no ring for them."""
         if capabilities.kind in ("packet", "packet_cooked"):
             return None
         return f"packet_mmap puts a ring on AF_PACKET sockets only, and the source is {capabilities.a_title}"
 
     @classmethod
     def discouraged(cls, capabilities: Capabilities) -> str | None:
-        """A socket that somebody else uses as well."""
+        """Borrowed sockets, whose queue a ring would replace."""
         if capabilities.owned:
             return None
         return "a ring takes the place of the socket's queue for all who use it, and what is in the queue is lost"
@@ -100,28 +98,28 @@ class PacketMmap(CoreBackend):
             raise
 
     def joining(self) -> None:
-        """What it drops up to here, another member receives; what it drops between here and `start` is lost."""
+        """Forget the drops up to here: other members of the group receive these packets. Later drops count."""
         _core.lib.lrx_ring_forget_drops(self._state)
 
     def start(self) -> None:
-        """From now on this member of a fanout group takes its share."""
+        """Give the kernel room in the ring, so that this member of a fanout group receives its share."""
         if self._joins:
             _core.lib.lrx_ring_start(self._state)
 
     @property
     def queue_limit(self) -> int:  # type: ignore[override]
-        """As many as the ring holds of the shortest."""
+        """The number of shortest packets that the ring holds."""
         size: int = _core.lib.lrx_ring_size(self._state)
         return size // FRAME_LEAST
 
     @property
     def held(self) -> int:
-        """Packets of a block that was begun. The kernel says nothing of them once a later block was given back."""
+        """Packets of a block that is partly read. poll(2) does not report them once a later block was released."""
         waiting: int = _core.lib.lrx_ring_held(self._state) if self._state is not None else 0
         return waiting
 
     def drops(self) -> int:
-        """Those that found no room in the ring: tp_drops, which SO_MEMINFO does not have."""
+        """tp_drops: packets for which the ring had no room. SO_MEMINFO does not include them."""
         dropped: int = _core.lib.lrx_ring_drops(self._state)
         return dropped
 
@@ -131,7 +129,7 @@ class PacketMmap(CoreBackend):
         return None if frozen < 0 else frozen
 
     def close(self) -> None:
-        """Take the ring off the socket."""
+        """Remove the ring from the socket."""
         state, self._state = self._state, None
         if state is None:
             return
@@ -143,7 +141,7 @@ class PacketMmap(CoreBackend):
         _core.lib.lrx_ring_close(state, not self.held_by_others)
 
     def abandon(self) -> None:
-        """The ring is the parent's: it is not mapped in the child."""
+        """Free the memory of the child. The ring belongs to the parent, and is not mapped here."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_ring_abandon(state)
@@ -158,9 +156,9 @@ def shape(size: int, largest: int = 0) -> tuple[int, int]:
 
 
 def _largest(receive: ReceiveConfig) -> int:
-    """The longest frame that can come: of what the interface and its peer are set up for, and of what both may be told later.
+    """The size of the longest frame that the limits of the interface and of its peer allow, now or after `ip link set`.
 
-    0 where that is not known, as of one in another namespace: then it is no more than usual.
+    0 if the limits are not known, as of an interface in another namespace.
     """
     found = receive.capabilities
     with closing(RouteSocket()) as route:
@@ -176,8 +174,9 @@ def _largest(receive: ReceiveConfig) -> int:
 
 
 def _largest_through(route: RouteSocket, link: Link | None, above: int = 0) -> int:
-    """Of a device, and of what it receives through: a veth sends what its peer's limit lets through, and what comes to a device
-    above another has come to that one. What cannot be asked may have any limit.
+    """The limit of a device, and of the devices that it receives through: the peer of a veth, or the device below.
+
+    A device that cannot be asked may have any limit.
     """
     if link is None or link.hardware_type == ARPHRD_LOOPBACK or link.kind in MASTERS or above == STACKED_MOST:
         return LARGEST_MESSAGE
@@ -187,12 +186,12 @@ def _largest_through(route: RouteSocket, link: Link | None, above: int = 0) -> i
     peer = route.link(index=link.peer or 0, namespace=link.peer_namespace)
     if link.kind in PAIRS or (link.peer_namespace is not None and peer and peer.peer in (None, 0)):
         return max(own, peer.super_packet if peer else LARGEST_MESSAGE)
-    # The number of another device in another namespace means nothing here.
+    # The index is of another namespace.
     return max(own, _largest_through(route, peer if link.peer_namespace is None else None, above + 1))
 
 
 def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
-    """A ring as large as was asked for, or as the kernel has memory for; and the number of its blocks."""
+    """A ring of the wanted size, or as large as the kernel has memory for; and the number of its blocks."""
     options, found = receive.options, receive.capabilities
     latency = LATENCY_LEAST if options.latency is None else options.latency
     if latency < LATENCY_LEAST:

@@ -1,4 +1,4 @@
-"""C: one packet per system call, a whole batch per crossing from Python."""
+"""C: one packet per system call, and a whole batch per call from Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Readv(CoreBackend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """Nothing where each read gives one packet."""
+        """Capture files, where a read does not give one packet."""
         if capabilities.kind != "capture_file":
             return None
         return "readv reads one packet per system call, and a capture file is a stream of bytes"

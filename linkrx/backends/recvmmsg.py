@@ -1,4 +1,4 @@
-"""C: many packets per system call, with true lengths and what the kernel tells about each."""
+"""C: many packets per system call, with their true lengths and metadata."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from linkrx import _core
 from linkrx.backend import Capabilities, CoreBackend, Descriptors, Layout, ReceiveConfig
 
-# That one system call receives: more of them gain nothing there, and who handles the packets finds them in the cache.
+# Packets per system call. More gain nothing, and so many are still in the cache when they are handled.
 MESSAGES = 64
 
 # Of address space, where packets may be larger than any kernel makes them.
@@ -25,7 +25,7 @@ class Recvmmsg(CoreBackend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """All that is not a socket: the kernel answers ENOTSOCK."""
+        """Sources that are no sockets: the kernel answers ENOTSOCK."""
         if capabilities.socket:
             return None
         return f"recvmmsg reads sockets only, and the source is {capabilities.a_title}"
@@ -51,7 +51,7 @@ class Recvmmsg(CoreBackend):
             raise OSError(code, f"memory for {messages} packets: {os.strerror(code)}")
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_recvmmsg_close(state)
