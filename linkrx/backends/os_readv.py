@@ -80,6 +80,8 @@ class OsReadv(Backend):
     def fill(self, arena: Owner, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
         taken = self._taken
+        if len(taken) == 1 and self._messages and self._is_over() and taken[0][1] in _NOTHING:
+            taken.clear()  # an exception came when the queue was empty, and that was then
         if not taken:
             self._receive(arena, room)
         if self._messages and self._is_over():

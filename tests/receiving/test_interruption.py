@@ -348,6 +348,26 @@ def test_a_link_that_goes_down_leaves_no_descriptor(backend: str) -> None:
         assert rx.recv(10)
 
 
+@pytest.mark.samples
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_queue_is_read_anew(backend: str) -> None:
+    """Wherever an interruption comes while nothing waits, the next packet is there for who does not wait."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
+        for point in points(2000):
+            interrupted = After(point)
+            try:
+                with interrupted:
+                    rx.drain()
+            except Interrupted:
+                pass
+            sender.send(HEADER + bytes([point % 256]))
+            assert rx.recv(0).data[0] == point % 256
+            if not interrupted.raised:
+                break
+        assert not interrupted.raised, "the call never ended"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_iteration_gives_each_packet_once(backend: str) -> None:
     """A handler that raises anywhere in `for packet in rx`, jumps back included, costs no packet."""
