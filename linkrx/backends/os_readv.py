@@ -61,7 +61,7 @@ class OsReadv(Backend):
         self._fd = receive.fd
         self._layout = receive.layout
         self._descriptors = descriptors
-        self._taken: list[Any] = []  # the length of each packet that was read, and of a message its errno
+        self._taken: list[int] = []  # the length of each packet that was read; -1 last: no message came
         # A socket's messages tell the true length of each packet, and of packet sockets all that the kernel knows about it.
         self._messages = receive.capabilities.socket
         self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
@@ -80,11 +80,11 @@ class OsReadv(Backend):
     def fill(self, arena: Owner, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
         taken = self._taken
-        if len(taken) == 1 and self._messages and self._is_over() and taken[0][1] in _NOTHING:
+        if taken == [-1] and messages.last_errno() in _NOTHING:
             taken.clear()  # an exception came when the queue was empty, and that was then
         if not taken:
             self._receive(arena, room)
-        if self._messages and self._is_over():
+        if self._is_over():
             self._end(arena, room)
         count = len(taken)
         if count > 1 or (count and (self._messages or taken[0] > self._layout.capacity)):
@@ -96,7 +96,7 @@ class OsReadv(Backend):
     @property
     def held(self) -> int:
         """Packets that were read when an exception came, and not reported yet."""
-        return len(self._taken) - (self._messages and self._is_over())
+        return len(self._taken) - self._is_over()
 
     def close(self) -> None:
         """Let go of the arenas."""
@@ -124,12 +124,12 @@ class OsReadv(Backend):
                 raise
 
     def _is_over(self) -> bool:
-        """Whether the last message is none, but an errno."""
-        return bool(self._taken) and self._taken[-1][0] < 0
+        """Whether the kernel had no message any more, but an errno."""
+        return bool(self._taken) and self._taken[-1] < 0
 
     def _end(self, arena: Owner, room: int) -> None:
         """What the kernel says in place of a message: behind those that came before."""
-        taken, code = self._taken, self._taken[-1][1]
+        taken, code = self._taken, messages.last_errno()
         if code in FORBIDDEN and not self._packets and len(taken) == 1:
             taken.clear()
             self._use_reads()
@@ -190,7 +190,7 @@ class OsReadv(Backend):
             place = places[number]
             place.prepare()
             yield place.pointer
-            if not 0 <= taken[-1][0] <= stride:
+            if not 0 <= taken[-1] <= stride:
                 return
 
     def _ladders(self, buffers: list[Any]) -> Iterator[Any]:
@@ -219,8 +219,7 @@ class OsReadv(Backend):
     def _report(self, count: int) -> None:
         descriptors, capacity, stride = self._descriptors, self._layout.capacity, self._stride
         columns, report = descriptors.columns, descriptors.report
-        wire_lengths: list[int] = [length for length, _ in self._taken] if self._messages else self._taken
-        kept, longest = wire_lengths, max(wire_lengths)
+        kept, longest = self._taken, max(self._taken)
         if self._flagged:
             columns.flags[:] = array("H", bytes(2 * descriptors.rows))
             self._flagged = False
@@ -229,7 +228,7 @@ class OsReadv(Backend):
             columns.flags[:count] = array("H", [TRUNCATED if length > capacity else 0 for length in kept])
             kept = [min(length, capacity) for length in kept]
         if self._messages:
-            columns.wire_lengths[:count] = array("I", wire_lengths)
+            columns.wire_lengths[:count] = array("I", self._taken)
             if self._packets:
                 self._flagged = True
                 self._describe()

@@ -83,11 +83,14 @@ class Place:
             at += -(-length // _WORD) * _WORD
 
 
-def receive(fd: int, places: Iterator[object], flags: int) -> Iterator[tuple[int, int]]:
-    """A message into each place in turn: its length and 0, or -1 and the errno.
+def receive(fd: int, places: Iterator[object], flags: int) -> Iterator[int]:
+    """A message into each place in turn: its length, or -1, and then last_errno() tells why.
 
-    All in C: no signal handler runs between a system call and the tuple that tells of it.
+    All in C: no signal handler and no audit hook runs between a system call and the number that tells of it.
     """
-    return zip(
-        map(_libc.recvmsg, repeat(fd), places, repeat(flags)), iter(ctypes.get_errno, None), strict=False
-    )
+    return map(_libc.recvmsg, repeat(fd), places, repeat(flags))
+
+
+def last_errno() -> int:
+    """Of the last call in this thread that failed."""
+    return ctypes.get_errno()

@@ -7,6 +7,8 @@ import inspect
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -366,6 +368,45 @@ def test_an_empty_queue_is_read_anew(backend: str) -> None:
             if not interrupted.raised:
                 break
         assert not interrupted.raised, "the call never ended"
+
+
+AUDITED = """
+import socket, sys
+import linkrx
+
+class Interrupted(Exception): pass
+
+left = -1
+def hook(event, arguments):
+    global left
+    left -= 1
+    if left == 0:
+        raise Interrupted
+
+sys.addaudithook(hook)
+for point in range(1, 30):
+    got = []
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender, linkrx.open(receiver, lambda r, l, p, packet: got.append(packet[14]), backend=sys.argv[1]) as rx:
+        sender.send(bytes(12) + b"\\x08\\x00" + bytes([point]))
+        left = point
+        try:
+            rx.drain()
+        except Interrupted:
+            pass
+        left = -1
+        rx.drain()
+        assert got == [point], (got, point)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_audit_hook_that_raises_costs_no_packet(backend: str) -> None:
+    """Audit hooks (sys.addaudithook) run in Python, and so signal handlers do, too: wherever one raises, the packet comes later."""
+    done = subprocess.run(
+        [sys.executable, "-c", AUDITED, backend], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
