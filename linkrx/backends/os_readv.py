@@ -80,11 +80,11 @@ class OsReadv(Backend):
     def fill(self, arena: Owner, room: int) -> int:
         """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
         taken = self._taken
-        if taken == [-1] and messages.last_errno() in _NOTHING:
+        if taken and taken[0] < 0 and messages.last_errno() in _NOTHING:
             taken.clear()  # an exception came when the queue was empty, and that was then
         if not taken:
             self._receive(arena, room)
-        if self._is_over():
+        if taken and taken[-1] < 0:
             self._end(arena, room)
         count = len(taken)
         if count > 1 or (count and (self._messages or taken[0] > self._layout.capacity)):
@@ -96,7 +96,8 @@ class OsReadv(Backend):
     @property
     def held(self) -> int:
         """Packets that were read when an exception came, and not reported yet."""
-        return len(self._taken) - self._is_over()
+        taken = self._taken
+        return len(taken) - (taken[-1] < 0) if taken else 0
 
     def close(self) -> None:
         """Let go of the arenas."""
@@ -122,10 +123,6 @@ class OsReadv(Backend):
                 self._receive(arena, room)
             else:
                 raise
-
-    def _is_over(self) -> bool:
-        """Whether the kernel had no message any more, but an errno."""
-        return bool(self._taken) and self._taken[-1] < 0
 
     def _end(self, arena: Owner, room: int) -> None:
         """What the kernel says in place of a message: behind those that came before."""
@@ -171,22 +168,22 @@ class OsReadv(Backend):
         key = (self._stride, len(starts))
         if key not in made and len(made) >= MADE_MOST:
             made.clear()
-        memory = arena.view[arena.cursor : arena.cursor + room]
-        sizes = self._layout.sizes or (self._layout.capacity,)
         if self._messages:
             self._used = made.setdefault(key, [])
-            return self._places(memory, starts, (*sizes, 1))
+            return self._places(arena, starts)
         if key not in made:
+            memory, sizes = arena.view[arena.cursor :], self._layout.sizes or (self._layout.capacity,)
             made[key] = [_ladder(memory[start:], sizes) for start in starts]
         return self._ladders(made[key])
 
-    def _places(self, memory: memoryview, starts: range, sizes: tuple[int, ...]) -> Iterator[Any]:
+    def _places(self, arena: Owner, starts: range) -> Iterator[Any]:
         """Those that are missing are made when they are needed: a packet that comes alone needs one."""
         taken, stride, places = self._taken, self._stride, self._used
-        end = self._layout.capacity + 1
         for number, start in enumerate(starts):
             if number == len(places):
-                places.append(messages.Place(memory[start : start + end], sizes, told=self._packets))
+                sizes = (*(self._layout.sizes or (self._layout.capacity,)), 1)
+                memory = arena.view[arena.cursor + start :][: sum(sizes)]
+                places.append(messages.Place(memory, sizes, told=self._packets))
             place = places[number]
             place.prepare()
             yield place.pointer
