@@ -37,14 +37,15 @@ def numbers(rx: linkrx.Dispatcher, timeout: float) -> list[int]:
     return [int.from_bytes(packet.data[28:32], "big") for batch in rx.batches(timeout) for packet in batch]
 
 
-def shares_of(members: list[linkrx.Dispatcher], total: int) -> list[list[int]]:
+def drops_of(members: list[linkrx.Dispatcher]) -> int:
+    """What all members together count as lost."""
+    return sum(member.stats().kernel_drops or 0 for member in members)
+
+
+def shares_of(members: list[linkrx.Dispatcher], total: int, lost_before: int = 0) -> list[list[int]]:
     """What each member gets of so many frames, and what comes beyond these."""
     shares: list[list[int]] = [[] for _ in members]
-
-    def lost() -> int:
-        return sum(member.stats().kernel_drops or 0 for member in members)
-
-    for _ in patiently(lambda: sum(map(len, shares)) + lost() >= total):
+    for _ in patiently(lambda: sum(map(len, shares)) + drops_of(members) - lost_before >= total):
         for member, share in zip(members, shares, strict=True):
             share += numbers(member, 0.01)
     for member, share in zip(members, shares, strict=True):
@@ -95,8 +96,12 @@ with injector_on(sys.argv[1]) as injector:
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_joining_under_load(wire: Wire, mode: str) -> None:
-    """While members join, none comes twice, and what one loses that has no room yet is counted."""
-    near, far, _ = wire
+    """While members join, none comes twice, and what one loses that has no room yet is counted. Then all come.
+
+    A member has no room for a moment while it joins. How many packets that costs is a matter of the scheduler: one that is
+    kept off its processor in between loses its share of 20 ms.
+    """
+    near, far, injector = wire
     # In a ring of 64 MiB each takes 152 bytes, and the first member may get them all.
     total = 100_000
     with (
@@ -122,12 +127,18 @@ def test_joining_under_load(wire: Wire, mode: str) -> None:
             members.append(stack.enter_context(linkrx.open(near, fanout=(group, mode), latency=LATENCY)))
         assert sender.wait(60) == 0
         shares = shares_of(members, total)
-        counted = [member.stats().kernel_drops for member in members]
+        counted = drops_of(members)
+        for number in range(total, total + 900):
+            injector.send(frame(number))
+        later = shares_of(members, 900, lost_before=counted)
     got = sorted(number for share in shares for number in share)
     assert len(got) == len(set(got)), "twice"
-    lost = total - len(got)
-    assert lost <= sum(drops or 0 for drops in counted) < total / 100
-    assert len([share for share in shares if share]) > 1
+    assert total - len(got) <= counted
+    assert sorted(number for share in later for number in share) == list(range(total, total + 900))
+    if mode == "lb":
+        assert max(map(len, later)) - min(map(len, later)) <= 1
+    else:
+        assert all(later)
 
 
 def test_a_group_that_does_not_agree(wire: Wire) -> None:
