@@ -65,7 +65,9 @@ class OsReadv(Backend):
         # A socket's messages tell the true length of each packet, and of packet sockets all that the kernel knows about it.
         self._messages = receive.capabilities.socket
         self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
-        self._used: list[messages.Place] = []  # what was read is in the first of these
+        self._used: list[Any] = []  # the buffers of the last fill; what was read is in the first of these
+        self._starts = range(0)  # of their memory
+        self._ready_for: tuple[Owner, int, int, int] | None = None  # what that fill was asked for
         # The call, and its arguments behind the descriptor and the buffers. O_NONBLOCK is no help: it belongs to all who have
         # the open file, and any of them may clear it at any time. With RWF_NOWAIT no read waits, whatever they do.
         self._read: Callable[..., int]
@@ -101,8 +103,11 @@ class OsReadv(Backend):
 
     def close(self) -> None:
         """Let go of the arenas."""
+        self._forget_buffers()
+
+    def _forget_buffers(self) -> None:
         self._made.clear()
-        self._used = []
+        self._used, self._ready_for = [], None
 
     def _receive(self, arena: Owner, room: int) -> None:
         # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
@@ -140,7 +145,7 @@ class OsReadv(Backend):
         self._read, self._arguments = partial(os.preadv, self._fd), (repeat(-1), repeat(RWF_NOWAIT or 0))
         if RWF_NOWAIT is None:
             self._ask_first()
-        self._made.clear()
+        self._forget_buffers()
         self._messages = False
 
     def _ask_first(self) -> None:
@@ -156,30 +161,33 @@ class OsReadv(Backend):
         """The buffers of each read: a stride apart, and each with room for the largest packet.
 
         They overlap, so a packet longer than the stride must be the last. One byte more than what is kept: a packet
-        that reaches it was cut. Making them costs more than what the read does, so they are kept for the next time, which is in
+        that reaches it was cut. Making them costs more than the read, so they are kept for the next fill, which is in
         the same place when nothing is held.
         """
-        last = room - self._layout.capacity - 1
-        most = self._descriptors.report.most or self._descriptors.rows
-        starts = range(0, last + 1, self._stride)[:most]
+        wanted = (arena, room, self._descriptors.report.most, self._stride)
+        if wanted != self._ready_for:
+            self._find_buffers(*wanted)
+            self._ready_for = wanted
+        return self._places(arena) if self._messages else self._ladders()
+
+    def _find_buffers(self, arena: Owner, room: int, most: int, stride: int) -> None:
+        """Those of the same arena, stride and number, made before or made now."""
+        starts = range(0, room - self._layout.capacity, stride)[: most or self._descriptors.rows]
         if arena not in self._made and len(self._made) == ARENAS:
             self._made.clear()
         made = self._made.setdefault(arena, {})
-        key = (self._stride, len(starts))
-        if key not in made and len(made) >= MADE_MOST:
-            made.clear()
-        if self._messages:
-            self._used = made.setdefault(key, [])
-            return self._places(arena, starts)
+        key = (stride, len(starts))
         if key not in made:
+            if len(made) >= MADE_MOST:
+                made.clear()
             memory, sizes = arena.view[arena.cursor :], self._layout.sizes or (self._layout.capacity,)
-            made[key] = [_ladder(memory[start:], sizes) for start in starts]
-        return self._ladders(made[key])
+            made[key] = [] if self._messages else [_ladder(memory[start:], sizes) for start in starts]
+        self._starts, self._used = starts, made[key]
 
-    def _places(self, arena: Owner, starts: range) -> Iterator[Any]:
+    def _places(self, arena: Owner) -> Iterator[Any]:
         """Those that are missing are made when they are needed: a packet that comes alone needs one."""
         taken, stride, places = self._taken, self._stride, self._used
-        for number, start in enumerate(starts):
+        for number, start in enumerate(self._starts):
             if number == len(places):
                 sizes = (*(self._layout.sizes or (self._layout.capacity,)), 1)
                 memory = arena.view[arena.cursor + start :][: sum(sizes)]
@@ -190,9 +198,9 @@ class OsReadv(Backend):
             if not 0 <= taken[-1] <= stride:
                 return
 
-    def _ladders(self, buffers: list[Any]) -> Iterator[Any]:
+    def _ladders(self) -> Iterator[Any]:
         taken, stride, ready = self._taken, self._stride, self._ready
-        for buffer in buffers:
+        for buffer in self._used:
             if ready is not None and not ready.poll(0):
                 return
             yield buffer
