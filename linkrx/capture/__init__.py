@@ -1,1 +1,1 @@
-"""Capture files out: what was received, recorded."""
+"""Writes capture files: pcapng and pcap."""

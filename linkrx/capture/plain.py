@@ -1,4 +1,4 @@
-"""_core/types/record.c in Python, for where there is no core."""
+"""The same as _core/types/record.c in Python, used without the core."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(
     clock: int,
     /,
 ) -> tuple[int, int, int]:
-    """Records for packets, from the first-th on: see lrx_record() in _core/types/types.h."""
+    """Write records of packets, beginning with number `first`. See lrx_record() in _core/types/types.h."""
     from linkrx.packets import Packet
 
     rows = [packets] if isinstance(packets, Packet) else packets
@@ -42,17 +42,17 @@ def record(
         if key not in keys:
             return index, at, key
         frame = _sll2(packet) if kind == LINUX_SLL2 else packet.tagged()
-        true = packet.wire_length + len(frame) - len(packet)
+        original_length = packet.wire_length + len(frame) - len(packet)
         when = clock if packet.timestamp_ns is None else packet.timestamp_ns
         if pcapng:
-            body = pack(
-                "=IIIII", keys.index(key), when >> 32 & 0xFFFFFFFF, when & 0xFFFFFFFF, len(frame), true
-            )
+            number, high, low = keys.index(key), when >> 32 & 0xFFFFFFFF, when & 0xFFFFFFFF
+            body = pack("=IIIII", number, high, low, len(frame), original_length)
             body += padded(frame) + (_OUTBOUND if packet.outgoing else b"")
             length = BLOCK_HEAD.size + len(body) + 4
             made = BLOCK_HEAD.pack(ENHANCED, length) + body + pack("=I", length)
         else:
-            made = RECORD_HEAD.pack(when // _SECOND & 0xFFFFFFFF, when % _SECOND, len(frame), true) + frame
+            head = RECORD_HEAD.pack(when // _SECOND & 0xFFFFFFFF, when % _SECOND, len(frame), original_length)
+            made = head + frame
         if at + len(made) > len(out):
             return index, at, 0
         out[at : at + len(made)] = made
@@ -76,7 +76,7 @@ def _link_type_of(packet: Packet) -> int:
 
 
 def _sll2(packet: Packet) -> bytes:
-    """LINKTYPE_LINUX_SLL2. A tag's type is the protocol, and its TCI and the protocol follow."""
+    """A frame of LINKTYPE_LINUX_SLL2. The protocol of a tagged packet is its TPID; the TCI and the EtherType follow the header."""
     protocol, tag, address = packet.protocol, b"", packet.remote or b""
     if packet.vlan is not None:
         protocol, tag = packet.vlan.tpid, pack("!HH", packet.vlan.tci, packet.protocol)

@@ -1,4 +1,4 @@
-"""Recording what was received, in pcapng and pcap."""
+"""Writes received packets to pcapng and pcap files."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ if _core.types is None:
 else:
     record = _core.types.record
 
-# What one write(2) takes: it stays in a core's second-level cache, and few batches of small frames need two.
+# Bytes per write(2). They fit into a processor's second-level cache, and few batches of small frames need two calls.
 BUFFER_BYTES = 256 * 1024
 
-ETHERNET, UNKNOWN = 1, 0xFFFFFFFF  # LINKTYPE_ETHERNET, and none: see _core/types/record.c
+ETHERNET, UNKNOWN = 1, 0xFFFFFFFF  # LINKTYPE_ETHERNET; no link type (_core/types/record.c)
 
 
 class WritableFile(Protocol):
-    """What packets are recorded to, beside a path: an object with `write`, as `open(path, "wb")` gives one."""
+    """A binary file to record to. It has `write`, as the result of `open(path, "wb")` has."""
 
     def write(self, data: memoryview, /) -> int | None: ...
 
 
 class PcapWriter:
-    """A capture file that packets are recorded to: pcapng, or pcap with nanoseconds.
+    """Writes packets to a capture file: pcapng, or pcap with nanoseconds.
 
-    `file`: a path, whose file is made anew, and closed by `close`; or a binary file, which is borrowed. When `write` returns, what it was
-    given is in the file, whole records only, so that others can read it while it grows; a file without a descriptor has been given it.
-    `source`, the dispatcher that the packets come from, tells the names of interfaces and how many packets the kernel
-    dropped; without it the interfaces of this network namespace have the names that they have there.
+    `file` is a path or a binary file. The file at a path is truncated, or created, and `close` closes it. A binary file is
+    borrowed and stays open. `write` returns after all its records are in the file, so that other programs can read the file
+    while it grows. A file without a descriptor has got them by its `write` method.
 
-    pcapng has an interface for each interface and link type of the packets, nanoseconds, the direction of what this host has sent,
-    and the drops at the end. pcap has one link type. Both have the true length of packets that were cut, and the VLAN tags that the
-    kernel took out. A packet without a timestamp gets the time of the `write`.
+    `source` is the dispatcher that the packets come from. It gives the names of interfaces and the number of packets that the
+    kernel dropped. Without it, names come from this network namespace, and no drops are written.
 
-    Belongs to one thread at a time. Raises OSError where the file cannot be opened.
+    A pcapng file has one interface description for each pair of interface and link type, the direction of packets that this
+    host sent, and the drops at the end. A pcap file has one link type. Both have the original length of cut packets, and the
+    VLAN tags that the kernel took out of frames. A packet without a timestamp gets the time of the call of `write`.
+
+    One thread may use it at a time. Raises OSError if the file cannot be opened.
     """
 
     def __init__(
@@ -68,12 +70,12 @@ class PcapWriter:
             raise ValueError(f"format={format!r}: give 'pcapng' or 'pcap'")
         self._pcapng = format == "pcapng"
         self._source = source
-        self._packets = 0  # whole in the file
-        self._pending = 0  # whole in the buffer
-        self._keys = array("Q")  # of the file's interfaces: link type and index
+        self._packets = 0  # whole packets in the file
+        self._pending = 0  # whole packets in the buffer
+        self._keys = array("Q")  # one for each interface of the file: link type and interface index
         self._buffer = bytearray(BUFFER_BYTES)
-        self._end = 0  # of what is to be written
-        self._done: list[int | None] = []  # how many bytes of that were written, call by call
+        self._end = 0  # bytes in the buffer
+        self._done: list[int | None] = []  # bytes of them that each call of write(2) took
         self._failure: RecordingFailed | None = None
         self._open(file)
         self._closed = False
@@ -86,7 +88,7 @@ class PcapWriter:
                 raise
 
     def _open(self, file: str | os.PathLike[str] | WritableFile) -> None:
-        self._fd = -1  # or by what it is written
+        self._fd = -1  # -1: written by its `write` method
         self._write: Callable[[memoryview], int | None]
         if isinstance(file, (str, os.PathLike)):
             self._name = repr(os.fspath(file))
@@ -96,17 +98,17 @@ class PcapWriter:
             raise TypeError(f"PcapWriter({file!r}): give a path, or a binary file such as open(path, 'wb')")
         else:
             self._name = str(getattr(file, "name", type(file).__name__))
-            self._file = file  # which must not be collected, and so closed
+            self._file = file  # a reference, because collecting the object would close the file
             raw = file.raw if isinstance(file, (io.BufferedWriter, io.BufferedRandom)) else file
             if isinstance(raw, (io.FileIO, socket.SocketIO)):
                 if raw is not file:
-                    file.flush()  # type: ignore[attr-defined] # a buffered one
+                    file.flush()  # type: ignore[attr-defined] # buffered, so it has flush()
                 self._fd = raw.fileno()
         self._write = file.write if self._fd < 0 else partial(os.write, self._fd)  # type: ignore[union-attr]
 
     @property
     def packets(self) -> int:
-        """How many packets are whole in the file."""
+        """The number of whole packets in the file."""
         return self._packets
 
     def __repr__(self) -> str:
@@ -114,14 +116,15 @@ class PcapWriter:
         return f"<PcapWriter of {self._packets} packets to {self._name}, {state}>"
 
     def write(self, packets: Packet | Batch) -> None:
-        """Record a packet, or all of a batch.
+        """Record a packet, or all packets of a batch.
 
-        Raises RecordingFailed, an OSError, where the file cannot take them: a full disk, a closed pipe. A regular file then ends behind
-        its last whole record. Raises ValueError for a packet whose link type a pcap file cannot have beside that of its
-        first, and Closed after close(). What a signal handler raises may cost packets of this call, and leaves no torn record.
+        Raises RecordingFailed, an OSError, if the file cannot take them, such as on a full disk or a closed pipe. A regular file
+        is then truncated to its last whole record. Raises ValueError for a packet that has no link type, or one that differs
+        from the link type of a pcap file. Raises Closed after close(). An exception of a signal handler may lose packets of this
+        call, but leaves no partial record.
         """
         self._check()
-        self._flush()  # what an exception of a signal handler has left
+        self._flush()  # the rest of a call that an exception of a signal handler ended
         count = len(packets) if isinstance(packets, Batch) else 1
         clock, following = time.time_ns(), 0
         while True:
@@ -137,7 +140,7 @@ class PcapWriter:
             elif self._end:
                 self._flush()
             else:
-                self._buffer = bytearray(2 * len(self._buffer))  # for a packet that is longer than all of it
+                self._buffer = bytearray(2 * len(self._buffer))  # the packet is longer than the buffer
         self._flush()
 
     def _add_interface(self, key: int) -> None:
@@ -145,8 +148,8 @@ class PcapWriter:
         if link_type == UNKNOWN:
             self._flush()
             raise ValueError(
-                f"frames of hardware type {index} (ARPHRD_*) have no link type that linkrx can record them with: see "
-                "docs/capture-files.md"
+                f"linkrx knows no link type (LINKTYPE_*) for frames of hardware type {index} (ARPHRD_*), so it cannot record "
+                "them: see docs/capture-files.md"
             )
         if self._pcapng:
             self._put(blocks.interface(link_type, self._name_of(index)))
@@ -156,8 +159,8 @@ class PcapWriter:
         elif self._keys[0] >> 32 != link_type:
             self._flush()
             raise ValueError(
-                f"a packet of link type {link_type} in a pcap file of link type {self._keys[0] >> 32}: a file of "
-                "format='pcapng' has room for both"
+                f"a packet of link type {link_type} cannot go into a pcap file of link type {self._keys[0] >> 32}: use "
+                "format='pcapng', which takes both"
             )
         self._keys.append(key)
 
@@ -167,17 +170,17 @@ class PcapWriter:
         try:
             return socket.if_indextoname(index) if index else None
         except OSError:
-            return None  # it is gone, or in another namespace
+            return None  # deleted, or in another network namespace
 
     def _put(self, block: bytes) -> None:
-        """A block behind what is to be written."""
+        """Append a block to the buffer."""
         if self._end + len(block) > len(self._buffer):
             self._flush()
         self._buffer[self._end : self._end + len(block)] = block
         self._end += len(block)
 
     def _flush(self) -> None:
-        """Write all. Each length goes into the list in the same C call that has written: what a signal handler raises costs none."""
+        """Write the buffer. The C call that writes also appends to `_done`, so that no exception of a signal handler comes between."""
         if self._failure is not None:
             raise self._failure
         memory = memoryview(self._buffer)
@@ -196,23 +199,21 @@ class PcapWriter:
             except OSError as error:
                 self._fail(error, written)
             else:
-                if self._done[-1] is None:  # a raw file that does not block
+                if self._done[-1] is None:  # a non-blocking RawIOBase has no room
                     self._fail(BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), written)
 
     def _wait(self) -> None:
-        """Until a pipe that does not block has room."""
+        """Wait until a non-blocking pipe has room."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         poll.poll()
 
     def _fail(self, error: OSError, written: int) -> None:
-        """Let the file end behind its last whole record, and say how many packets there are."""
+        """Truncate a regular file to its last whole record, and raise RecordingFailed."""
         packets, whole = blocks.whole_packets(self._buffer, written, pcapng=self._pcapng)
         torn = written - whole
         if torn and self._fd >= 0 and stat.S_ISREG(os.fstat(self._fd).st_mode):
-            with suppress(
-                OSError
-            ):  # one that is open for appending only, or gone: the error says what is torn
+            with suppress(OSError):  # the file cannot be truncated: the error has the number of torn bytes
                 os.ftruncate(self._fd, os.lseek(self._fd, -torn, os.SEEK_CUR))
                 torn = 0
         failure = RecordingFailed(self._name, error, self._packets + packets, torn)
@@ -222,10 +223,10 @@ class PcapWriter:
 
     def _check(self) -> None:
         if self._closed:
-            raise Closed("this PcapWriter was closed: make another one")
+            raise Closed("this PcapWriter is closed: make a new one")
 
     def close(self) -> None:
-        """Write the statistics, and close a file that was opened by its path. Idempotent. Raises as `write` does."""
+        """Write the drop statistics, and close the file if it was given as a path. Idempotent. Raises RecordingFailed."""
         if self._closed:
             return
         try:
@@ -237,7 +238,7 @@ class PcapWriter:
             self._release()
 
     def _put_end(self) -> None:
-        """What comes behind all packets; of a pcap file without any, its header."""
+        """Append the interface statistics. In a pcap file without packets, append the file header."""
         if not self._pcapng:
             if not self._keys:
                 self._put(blocks.pcap_header(ETHERNET))

@@ -252,7 +252,9 @@ def test_two_link_types_in_pcap(tmp_path: Path) -> None:
         linkrx.open(linkrx.CaptureFile(io.BytesIO(made))) as rx,
         linkrx.PcapWriter(path, format="pcap") as out,
     ):
-        with pytest.raises(ValueError, match=r"link type 101 in a pcap file of link type 1: .*pcapng"):
+        with pytest.raises(
+            ValueError, match=r"link type 101 cannot go into a pcap file of link type 1: .*pcapng"
+        ):
             for batch in rx.batches():
                 out.write(batch)
         assert out.packets == 1
