@@ -1,1 +1,1 @@
-"""What connects linkrx with other programs: pytest, scapy."""
+"""Adapters for pytest and scapy."""

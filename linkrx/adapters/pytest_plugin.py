@@ -1,6 +1,6 @@
-"""The pytest plugin: real network devices for tests, in a private network for each test, without root.
+"""The pytest plugin. It gives each test real network devices in a network namespace of its own, without root.
 
-pytest imports this in every run. It imports nothing else of linkrx until a test or an option asks for it.
+pytest imports this module in every run. The module imports the rest of linkrx only when a test or an option needs it.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ import pytest
 if TYPE_CHECKING:
     from linkrx.testing.network import Bridge, End, Network, Tap
 
-# Whether this process's parent entered a private network: nothing, or why it could not. For workers of pytest-xdist, which
-# have a thread besides and could enter no user namespace, and for pytest inside of a test.
+# Set once this process or its parent tried to enter a private network: empty, or the reason why that failed. Workers of
+# pytest-xdist inherit it. They have a second thread, and unshare(2) refuses a user namespace to a process with threads.
 PRIVATE = "LINKRX_PYTEST_PRIVATE"
 
-NAME_MOST = 200  # of a file, without what is added; linux/limits.h: NAME_MAX is 255 bytes
+NAME_MOST = 200  # bytes of a file name without checksum and suffix; linux/limits.h: NAME_MAX is 255
 
-_before: pytest.StashKey[int] = pytest.StashKey()
-_folder: pytest.StashKey[Path] = pytest.StashKey()  # for captures
-_capture: pytest.StashKey[bytes] = pytest.StashKey()  # of a test, once its network is over
+_before: pytest.StashKey[int] = pytest.StashKey()  # a descriptor of the namespace that pytest started in
+_folder: pytest.StashKey[Path] = pytest.StashKey()  # the folder for captures
+_capture: pytest.StashKey[bytes] = pytest.StashKey()  # the capture of a test, after its network is closed
 _failed: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options, and the same as lines of an ini file."""
+    """Add the options, and the same as settings of the ini file."""
     group = parser.getgroup("linkrx", "real network devices (linkrx)")
-    private = "enter a network namespace, and without root a user namespace, before anything else"
+    private = "enter a network namespace at the start (without root: and a user namespace)"
     group.addoption("--linkrx-private", action="store_true", default=None, help=private)
     parser.addini("linkrx_private", f"{private} (--linkrx-private)", type="bool", default=False)
-    require = "fail tests that cannot have a network or a device, instead of skipping them"
+    require = "fail tests that cannot get a network or a device, instead of skipping them"
     group.addoption("--linkrx-require", action="store_true", default=None, help=require)
     parser.addini("linkrx_require", f"{require} (--linkrx-require)", type="bool", default=False)
-    capture = (
-        "write what the ends of each test that fails have seen, in both directions, to a pcapng file in DIR"
-    )
+    capture = "write the packets of each failed test, in both directions, to a pcapng file in DIR"
     group.addoption("--linkrx-capture", metavar="DIR", help=capture)
 
 
@@ -52,7 +50,7 @@ def _asked(config: pytest.Config, name: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """With --linkrx-private: now, for a process of several threads may enter no user namespace."""
+    """With --linkrx-private, enter the private network. Now, because unshare(2) refuses a user namespace to a process with threads."""
     if PRIVATE in os.environ or not _asked(early_config, "linkrx_private"):
         return
     from linkrx.errors import LinkrxError
@@ -70,11 +68,11 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder for captures. Raises UsageError where that cannot be done."""
+    """Make the folder for captures. Raises UsageError if that fails."""
     wanted = config.getoption("linkrx_capture")
     if wanted is None:
         return
-    folder = config.invocation_params.dir / wanted  # tests may go to another one
+    folder = config.invocation_params.dir / wanted  # absolute, because tests may change the directory
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Go back, where there is a way: who entered a user namespace stays there, and ends with pytest."""
+    """Return to the namespace that pytest started in. A process that entered a user namespace cannot return."""
     before = config.stash.get(_before, None)
     if before is None:
         return
@@ -100,7 +98,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Where tests run, if that was asked for."""
+    """Say whether tests run in a private network, if that was requested."""
     if PRIVATE not in os.environ:
         return None
     reason = os.environ[PRIVATE]
@@ -109,7 +107,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.fixture
 def linkrx_network(request: pytest.FixtureRequest) -> Iterator[Network]:
-    """A private network for this test, in which the test runs; see linkrx.testing.network.Network."""
+    """A private network, in which this test runs. See linkrx.testing.network.Network."""
     from linkrx.errors import MissingPrivilege
     from linkrx.testing.network import Network
 
@@ -121,47 +119,47 @@ def linkrx_network(request: pytest.FixtureRequest) -> Iterator[Network]:
             if PRIVATE not in os.environ:
                 reason = (
                     f"this process may make no network namespace ({error.__cause__}): run pytest with --linkrx-private, "
-                    "or put `linkrx_private = true` into its ini file, which takes no root"
+                    "or put `linkrx_private = true` into its ini file; neither needs root"
                 )
         if _asked(request.config, "linkrx_require"):
-            pytest.fail(f"linkrx is required here, and cannot: {reason}", pytrace=False)
+            pytest.fail(f"linkrx is required here, but is unavailable: {reason}", pytrace=False)
         pytest.skip(reason)
 
     captures = _folder in request.config.stash
     with Network(records=captures, unable=unable) as network:
         yield network
         if captures:
-            kept = BytesIO()
-            network.write_capture(kept)
-            request.node.stash[_capture] = kept.getvalue()
+            capture = BytesIO()
+            network.write_capture(capture)
+            request.node.stash[_capture] = capture.getvalue()
 
 
 @pytest.fixture
 def linkrx_tap(linkrx_network: Network) -> Tap:
-    """A TAP device that is up. The program under test has its queue: `linkrx_tap.queue`, or opened by name."""
+    """A TAP device that is up. The program under test uses its queue, `linkrx_tap.queue`, or opens it by name."""
     return linkrx_network.tap()
 
 
 @pytest.fixture
 def linkrx_tun(linkrx_network: Network) -> Tap:
-    """The same with a TUN device, whose frames are IP packets."""
+    """A TUN device that is up. Its frames are IP packets."""
     return linkrx_network.tun()
 
 
 @pytest.fixture
 def linkrx_veth(linkrx_network: Network) -> tuple[End, End]:
-    """The two ends of a cable, both up: what is injected at one comes in at the other."""
+    """The two ends of a veth pair, both up. A packet injected at one end arrives at the other."""
     return linkrx_network.veth()
 
 
 @pytest.fixture
 def linkrx_bridge(linkrx_network: Network) -> Bridge:
-    """A bridge that is up, without ports: `linkrx_bridge.port()` plugs an end in."""
+    """A bridge that is up and has no ports. `linkrx_bridge.port()` adds one."""
     return linkrx_network.bridge()
 
 
 def _capture_of(item: pytest.Item) -> Path:
-    """The file for a test: as many folders as its node id has, with no character that artifact stores refuse."""
+    """The path of a test's capture: the folders of its node id, and a quoted name, because artifact stores refuse some characters."""
     path, _, names = item.nodeid.partition("::")
     folders = [part for part in PurePosixPath(path).parts if part not in ("..", "/")]
     name = quote(names.replace("::", "."), safe="[]=,+ ")
@@ -174,7 +172,7 @@ def _capture_of(item: pytest.Item) -> Path:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With --linkrx-capture: say in the report of a test that fails where its packets are, and write them behind it."""
+    """With --linkrx-capture, write the packets of a failed test after its teardown. Its report names the file."""
     report = yield
     if _folder not in item.config.stash or "linkrx_network" not in getattr(item, "fixturenames", ()):
         return report

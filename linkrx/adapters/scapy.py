@@ -1,6 +1,6 @@
-"""Sockets for scapy: `conf.L2listen = L2ListenSocket` and `conf.L2socket = L2Socket` have it receive and send through linkrx.
+"""Sockets for scapy. With `conf.L2listen = L2ListenSocket` and `conf.L2socket = L2Socket`, scapy receives and sends through linkrx.
 
-Needs scapy (`pip install scapy`). Nothing else of linkrx imports this.
+Needs scapy (`pip install scapy`). No other module of linkrx imports this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from linkrx.kernel.uapi import ARPHRD_ETHER, ETH_P_ALL
 from linkrx.sources.capabilities import AnySource
 
 try:
-    import scapy.layers.inet6  # noqa: F401  # it and what it imports teach scapy Ethernet, ARP, IPv4 and IPv6
+    import scapy.layers.inet6  # noqa: F401  # registers Ethernet, ARP, IPv4 and IPv6 with scapy
     from scapy.config import conf
     from scapy.data import MTU
     from scapy.error import Scapy_Exception
@@ -29,31 +29,32 @@ except ModuleNotFoundError as error:
         "linkrx.adapters.scapy needs scapy, which is not installed: pip install scapy", name="scapy"
     ) from error
 
-# scapy's Packet.direction, as pcapng has it in epb_flags.
+# Values of scapy's Packet.direction, the same as in epb_flags of pcapng.
 INBOUND, OUTBOUND = 1, 2
 
 VLAN_TAG_BYTES = 4
-SEND_AGAIN = 0.0005  # seconds until the kernel is asked again whether its queue has room
+SEND_AGAIN = 0.0005  # seconds between two attempts to send while the kernel's queue is full
 ANY = "any"
 
 
 class L2Socket(SuperSocket):
-    """Sends, and receives what others send, on an interface or another source of linkrx's.
+    """Sends packets, and receives packets that other hosts send, on an interface or on another source.
 
-    `iface`: what scapy takes, a name or a NetworkInterface, by default conf.iface; or "any"; or a source that is borrowed: a
-    `linkrx.TunTap`, a socket, a descriptor. `type`, `promisc`, `filter` and `nofilter` are as of scapy's own sockets; promisc
-    is for interfaces only. Every other keyword is an option of `linkrx.open`, so `sniff(iface="eth0", receive_buffer=2**28)`
-    works. `rx` is the dispatcher: `rx.stats()`, `rx.choice.explain()`, `rx.set_filter("arp")`.
+    `iface` is an interface as scapy takes it (a name or a NetworkInterface; the default is conf.iface), "any", or a borrowed
+    source: a `linkrx.TunTap`, a socket or a descriptor. `type`, `promisc`, `filter` and `nofilter` mean the same as for
+    scapy's own sockets. `promisc` is for interfaces only. Every other keyword is an option of `linkrx.open`, so
+    `sniff(iface="eth0", receive_buffer=2**28)` works. `rx` is the dispatcher: `rx.stats()`, `rx.choice.explain()`,
+    `rx.set_filter("arp")`.
 
-    Raises Scapy_Exception for a filter that is wrong, and what `linkrx.open` raises: a ValueError for an interface that is not
-    there, as scapy's own sockets do.
+    Raises Scapy_Exception for an invalid filter or option. Raises the LinkrxErrors of `linkrx.open`. For an unknown interface
+    that is a ValueError, as with scapy's own sockets.
     """
 
     desc = "send and receive at layer 2 through linkrx"
     sends = True
     rx: linkrx.Dispatcher
 
-    # sendp and srp1 open a socket for each call. A ring takes several times as long to open, and holds packets back.
+    # sendp and srp1 open a socket for each call. A ring takes several times as long to open, and delays packets.
     _backend = "recvmmsg"
 
     def __init__(
@@ -68,7 +69,7 @@ class L2Socket(SuperSocket):
     ) -> None:
         if monitor:
             raise Scapy_Exception(
-                "monitor=True: linkrx does not change the mode of a device. Type `iw dev wlan0 set type monitor` before"
+                "monitor=True: linkrx does not change the mode of a device. Run `iw dev wlan0 set type monitor` first"
             )
         iface = conf.iface if iface is None else iface
         if isinstance(iface, str | NetworkInterface):
@@ -78,7 +79,7 @@ class L2Socket(SuperSocket):
         else:
             source = iface
             self.iface = getattr(iface, "name", None) or repr(iface)
-            # What a source of the caller's own cannot have, linkrx refuses.
+            # linkrx refuses options that a borrowed source cannot honour.
             if promisc:
                 options["promiscuous"] = True
             if type != ETH_P_ALL:
@@ -96,33 +97,34 @@ class L2Socket(SuperSocket):
             raise Scapy_Exception(str(error)) from error
 
     def _of_interface(self, protocol: int, promisc: bool | None) -> dict[str, Any]:
-        """The options for an interface by name, unless the caller says otherwise."""
+        """The default options for an interface given by name."""
         everything = protocol == ETH_P_ALL
         return {
             "backend": self._backend,
             "timestamps": True,
-            "outgoing": everything and not self.sends,  # of one protocol the kernel shows only what comes in
+            "outgoing": everything
+            and not self.sends,  # bound to one protocol, a socket sees incoming packets only
             "protocol": None if everything else protocol,
             "promiscuous": self.iface != ANY and bool(conf.sniff_promisc if promisc is None else promisc),
         }
 
     def fileno(self) -> int:
-        """What to poll. Whoever has polled does not want to wait: the next `recv` returns None where nothing is there."""
+        """The descriptor to poll. The next `recv` does not wait: it returns None if no packet is queued."""
         self._polled = True
         return self.rx.fileno()
 
     def set_nonblock(self, set: bool = True) -> None:
-        """From now on `recv` never waits: it returns None where nothing is there."""
+        """From now on `recv` never waits: it returns None if no packet is queued."""
         self._nonblocking = set
 
     def recv_raw(self, x: int = MTU) -> tuple[type[Packet] | None, bytes | None, float | None]:
-        """The class of the next packet, its bytes with the VLAN tag, and its time, exact to the nanosecond (EDecimal) or None.
+        """The next packet: its class, its bytes with the VLAN tag, and its time in seconds (EDecimal, exact to the nanosecond) or None.
 
-        Waits for it, unless the descriptor was polled since the last call, or `set_nonblock`; (None, None, None) where nothing
-        is there. Cuts what is longer than `x` bytes, if less than MTU is asked for.
+        Waits for a packet, unless `set_nonblock` was called, or `fileno` since the last call. Then it returns
+        (None, None, None) if no packet is queued. Cuts the frame to `x` bytes if `x` is less than MTU.
 
-        Raises linkrx.Ended, an EOFError and OSError, when the device is gone: that ends scapy's loops. A link that goes
-        down is no end.
+        Raises linkrx.Ended, an EOFError and OSError, when the device is deleted. That ends scapy's loops. A link that goes
+        down raises nothing.
         """
         waits = not (self._polled or self._nonblocking)
         self._polled = False
@@ -139,16 +141,16 @@ class L2Socket(SuperSocket):
         return layer, frame if x >= MTU else frame[:x], when
 
     def recv(self, x: int = MTU, **kwargs: Any) -> Packet | None:
-        """The next packet, with `time`, `wirelen` and `direction`; None where `recv_raw` has nothing."""
+        """The next packet, with `time`, `wirelen` and `direction`. None if `recv_raw` returns none."""
         packet = super().recv(x, **kwargs)
         if packet is not None:
             packet.wirelen, packet.direction = self._seen
         return packet
 
     def send(self, x: Packet) -> int:
-        """Send one packet, and wait where the kernel's queue is full. Returns how many bytes it has.
+        """Send one packet. Returns the number of bytes sent. Waits while the kernel's queue is full.
 
-        A frame that the kernel finds too short is sent with zeroes behind it. Raises OSError as the kernel has it.
+        A frame that the kernel refuses as too short is padded with zeroes to conf.min_pkt_size. Raises the kernel's OSError.
         """
         frame = bytes(x)
         if isinstance(x, Packet):
@@ -166,14 +168,14 @@ class L2Socket(SuperSocket):
                 return len(frame)
 
     def close(self) -> None:
-        """Release what linkrx opened; a source that was borrowed stays open. Idempotent."""
+        """Close the dispatcher. A borrowed source stays open. Idempotent."""
         self.closed = True
         if hasattr(self, "rx"):
             self.rx.close()
 
 
 class L2ListenSocket(L2Socket):
-    """Receives, what this host sends included. Reads a ring in shared memory where the source is an interface."""
+    """Receives packets, including those that this host sends. On an interface it reads a ring in shared memory."""
 
     desc = "receive at layer 2 through linkrx, own transmissions too"
     sends = False
@@ -181,19 +183,19 @@ class L2ListenSocket(L2Socket):
 
     def send(self, x: Packet) -> NoReturn:
         """Raises Scapy_Exception."""
-        raise Scapy_Exception("L2ListenSocket cannot send: L2Socket can")
+        raise Scapy_Exception("an L2ListenSocket cannot send: use L2Socket")
 
 
 def _except_filtered(filter: str | None) -> str | None:
-    """The filter, and not what conf.except_filter keeps out of every one."""
-    kept_out = conf.except_filter
-    if not kept_out:
+    """The filter without the packets of conf.except_filter."""
+    excepted = conf.except_filter
+    if not excepted:
         return filter
-    return f"({filter}) and not ({kept_out})" if filter else f"not ({kept_out})"
+    return f"({filter}) and not ({excepted})" if filter else f"not ({excepted})"
 
 
 def _layer(link_type: int, protocol: int, *, ethernet: bool) -> type[Packet]:
-    """What scapy dissects a frame with: of Ethernet and of what has no EtherType by its link type (ARPHRD_*)."""
+    """scapy's class for a frame: by EtherType, or by ARPHRD_* for Ethernet frames and frames without an EtherType."""
     if ethernet:
         layer = conf.l2types.num2layer.get(link_type or ARPHRD_ETHER, conf.raw_layer)
     elif protocol:

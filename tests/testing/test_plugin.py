@@ -197,7 +197,10 @@ def test_without_the_option(suite: Suite) -> None:
     assert "run pytest with --linkrx-private, or put `linkrx_private = true` into its ini" in skipped.stdout
     failed = suite(EXCHANGE, "--linkrx-require", unprivileged=True)
     assert outcome(failed) == "1 error"
-    assert "linkrx is required here, and cannot: this process may make no network namespace" in failed.stdout
+    assert (
+        "linkrx is required here, but is unavailable: this process may make no network namespace"
+        in failed.stdout
+    )
 
 
 NO_DRIVER = 'mount -t tmpfs none /dev/net; exec "$@"'
