@@ -1,4 +1,4 @@
-"""Every backend of this host receives while the kernel pings: `linkrx demo`."""
+"""`linkrx demo`: the kernel pings, and each backend of this host receives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KERNEL = IPv4Address("10.77.0.1")
 RESPONDER = IPv4Address("10.77.0.2")
 PREFIX_LENGTH = 24
 RESPONDER_MAC = bytes.fromhex("020000000002")  # locally administered
-PATIENCE = 2.0  # seconds that a ping is waited for; the kernel asks by ARP again after one
+PATIENCE = 2.0  # seconds to wait for the answer to a ping; the kernel repeats an ARP request after one second
 
 _NAMES = {ETHERTYPE_ARP: "ARP", ETHERTYPE_IPV4: "IPv4"}
 _LINE = "{:>9}  {:<{}}  {:<8}  {:<17} > {:<17}  {:>6}"
@@ -40,7 +40,7 @@ _LINE = "{:>9}  {:<{}}  {:<8}  {:<17} > {:<17}  {:>6}"
 
 @dataclass
 class Trial:
-    """How one backend did."""
+    """The results of one backend."""
 
     backend: str
     status: str
@@ -49,24 +49,24 @@ class Trial:
     bytes: int = 0
     sent: int = 0
     answered: int = 0
-    sequence: int = 0  # of the last echo that came in
+    sequence: int = 0  # the sequence number of the last echo received
 
     def row(self) -> tuple[str, ...]:
-        """For the summary."""
+        """A row of the summary."""
         counted = (str(self.packets), str(self.bytes), f"{self.answered}/{self.sent}")
         return (self.backend, *(counted if self.sent else "---"), self.status)
 
 
 def run(terminal: Terminal, pings: int = 3) -> bool:
-    """Let every backend of this host take part. True when each that can saw all its pings answered.
+    """Try every backend of this host. True if all pings of each available backend were answered.
 
-    Moves this process into a network namespace of its own, for good. Raises LinkrxError or OSError where no
-    namespace, device or raw socket is to be had.
+    Moves this process into a new network namespace and does not return. Raises LinkrxError or OSError if the process cannot
+    make a namespace, a device or a raw socket.
     """
     enter_private_network()
     with TunTap() as tap, _raw_socket() as pinger:
         _configure(tap.name)
-        pinger.connect((str(RESPONDER), 0))  # what it receives is from there
+        pinger.connect((str(RESPONDER), 0))  # it receives from this address only
         terminal.heading(f"{tap.name}: the kernel, at {KERNEL}, pings {RESPONDER}, where only Python answers")
         demo = Demo(terminal, tap, pinger)
         trials = [demo.trial(info, pings) for info in backends() if demo.concerns(info)]
@@ -88,7 +88,7 @@ class Demo:
         self._pinger = pinger
         self._responder = Responder(RESPONDER_MAC, RESPONDER)
         self._queue_found, self._interface_found = linkrx.probe(tap), linkrx.probe(tap.name)
-        # Not "auto": the demo runs every backend by name, so the environment has no say.
+        # Not "auto", which the environment can change: the demo runs every backend by name.
         self._answering = decide(self._queue_found, backends(), Options()).backend
         self._sequences = count(1)
         self._start = time.monotonic()
@@ -98,11 +98,11 @@ class Demo:
         )
 
     def concerns(self, info: BackendInfo) -> bool:
-        """Whether a backend takes the queue or the interface: one for files takes neither."""
+        """Whether a backend takes the queue or the interface. A backend for files takes neither."""
         return None in map(info.backend.refuses, (self._queue_found, self._interface_found))
 
     def trial(self, info: BackendInfo, pings: int) -> Trial:
-        """Let the kernel ping while the backend receives: the pings from the TAP queue, else the answers by name."""
+        """Ping while the backend receives. It reads the pings from the TAP queue, or else the answers by interface name."""
         no_queue = info.backend.refuses(self._queue_found)
         missing = info.reason or (no_queue and info.backend.refuses(self._interface_found))
         if missing:
@@ -117,7 +117,7 @@ class Demo:
                 for _ in range(pings):
                     self._ping(trial, readers)
         except BrokenPipeError:
-            raise  # stdout's, not the backend's
+            raise  # from stdout, not from the backend
         except (LinkrxError, OSError) as error:
             trial.failed, trial.status = True, f"failed: {sentence(error)}"
         else:
@@ -127,7 +127,7 @@ class Demo:
         return trial
 
     def _open(self, trial: Trial, *, by_name: bool) -> Iterator[Dispatcher]:
-        """The dispatcher that is on trial, and where it only watches a second one that answers."""
+        """Open the dispatcher on trial. If it reads by interface name, also open a second one, which answers."""
 
         def show(remote: bytes | None, local: bytes | None, protocol: int, packet: Packet) -> None:
             self._show(trial, remote, local, protocol, packet)
@@ -150,14 +150,14 @@ class Demo:
         yield answering
 
     def _ping(self, trial: Trial, readers: list[Dispatcher]) -> None:
-        """One ping, answered when the backend delivered its packet and the kernel has the reply, payload unchanged."""
+        """Send one ping. It counts as answered if the backend delivered its packet and the kernel got the same payload back."""
         sequence = next(self._sequences) & 0xFFFF
         echo = Echo(KERNEL, RESPONDER, ECHO_REQUEST, os.getpid() & 0xFFFF, sequence, bytes(range(56)))
         deadline = time.monotonic() + PATIENCE
         trial.sent += 1
         self._pinger.send(echo.message())
         replied = False
-        # One thread, as in any event loop: a dispatcher can be polled, and drain() never waits.
+        # One thread is enough: a dispatcher can be polled, and drain() never waits.
         with DefaultSelector() as selector:
             for reader in readers:
                 selector.register(reader, EVENT_READ, reader)
@@ -196,7 +196,7 @@ class Demo:
 
 
 def _raw_socket() -> socket.socket:
-    """What the kernel pings from: raw(7)."""
+    """The raw(7) socket that pings are sent from."""
     try:
         return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
     except PermissionError as error:
@@ -209,7 +209,7 @@ def _raw_socket() -> socket.socket:
 
 
 def _configure(name: str) -> None:
-    from pyroute2 import IPRoute  # a tenth of a second to import, and of no use to `linkrx doctor`
+    from pyroute2 import IPRoute  # imported here: it takes 0.1 seconds, and `linkrx doctor` does not need it
 
     index = socket.if_nametoindex(name)
     with IPRoute() as route:
@@ -218,9 +218,9 @@ def _configure(name: str) -> None:
 
 
 def forget_neighbour(name: str) -> None:
-    """Make the kernel ask for the other address by ARP again."""
+    """Delete the neighbour entry of the other address, so that the kernel sends an ARP request again."""
     from pyroute2 import IPRoute, NetlinkError
 
-    # ENOENT: it has not asked yet.
+    # ENOENT: there is no entry yet.
     with IPRoute() as route, suppress(NetlinkError):
         route.neigh("del", dst=str(RESPONDER), ifindex=socket.if_nametoindex(name))

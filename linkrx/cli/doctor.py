@@ -1,4 +1,4 @@
-"""What can work on this host, and on one interface, and why: `linkrx doctor`."""
+"""`linkrx doctor`: which backends can work on this host and on one interface, and why."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from linkrx.sources.tuntap import DEVICE
 
 
 def run(terminal: Terminal, source: str | None = None, protocol: int | None = None) -> bool:
-    """Print the findings. True when a backend can work, with `source` on that interface, opened for `protocol`.
+    """Print the findings. True if a backend can work: on this host or, with `source`, on that interface with that `protocol`.
 
-    Raises UnsupportedSource, UnsupportedOption, BackendUnavailable or MissingPrivilege when `linkrx.open(source)`
-    would.
+    Raises UnsupportedSource, UnsupportedOption, BackendUnavailable or MissingPrivilege if `linkrx.open(source)` would.
     """
     infos = backends()
     terminal.heading("host")
@@ -87,8 +86,8 @@ def _user_namespace() -> str:
 
 
 def _device() -> str:
-    # Open it, and do no more: permissions alone do not tell what a container's device rules forbid. A descriptor
-    # without TUNSETIFF belongs to no device.
+    # Open it: the device rules of a container may forbid that whatever the permissions of the file are. Without TUNSETIFF the
+    # descriptor makes no device.
     try:
         os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

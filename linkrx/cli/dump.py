@@ -1,4 +1,4 @@
-"""Packets of an interface or a capture file, a line each: `linkrx dump`."""
+"""`linkrx dump`: prints or records the packets of an interface or a capture file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ EVERY = "any"
 
 
 def run(wanted: Wanted) -> bool:
-    """Print or record. False where the interface vanished, or where interfaces were listed though there was something to do.
+    """Print or record packets. False if the interface was deleted.
 
-    Raises UsageError and ValueError for what was typed wrongly, LinkrxError and OSError for what cannot be had.
+    Without an interface or file it lists the interfaces. Raises UsageError for invalid arguments, and LinkrxError or OSError if
+    the source or the file cannot be opened, read or written.
     """
     wanted.check()
     known = ["auto", *(info.name for info in backends())]
@@ -51,15 +52,15 @@ def run(wanted: Wanted) -> bool:
                 _count_the_rest(rx)
             if live or came:
                 _summary(rx, captured)
-        _tell_left_out(rx)
+        _report_left_out(rx)
         if rx.end is linkrx.End.LINK_GONE:
-            tell(f"{wanted.interface} was deleted")
+            report(f"{wanted.interface} was deleted")
             return False
     return True
 
 
 def _print(rx: linkrx.Dispatcher, wanted: Wanted, came: list[int]) -> int:
-    """Until the end, or the batch at hand where a signal comes: a terminal that is slow must not make Ctrl-C wait."""
+    """Print packets until the end. A signal ends it after the current batch, so that Ctrl-C does not wait for a slow terminal."""
     printer = Printer(
         rx,
         every=wanted.interface == EVERY,
@@ -75,14 +76,14 @@ def _print(rx: linkrx.Dispatcher, wanted: Wanted, came: list[int]) -> int:
 
 
 def _record(rx: linkrx.Dispatcher, wanted: Wanted) -> int:
-    """Until the end. What came before a signal is recorded."""
+    """Record packets until the end. All packets that arrive before a signal are recorded."""
     assert wanted.write is not None
     with Recorder(rx, wanted.write, show=sys.stderr.isatty()) as recorder:
         return _receive(rx, wanted, recorder, [])
 
 
 def _list_interfaces() -> None:
-    """What `-i` can be given."""
+    """Print the interfaces that `-i` takes."""
     terminal = on_stdout()
     terminal.table(
         ("interface", "state", "mtu", "address"),
@@ -99,7 +100,7 @@ def _list_interfaces() -> None:
     )
     terminal.line()
     terminal.line(
-        "linkrx dump -i INTERFACE    prints the packets of one of them, linkrx dump -i any those of all"
+        "linkrx dump -i INTERFACE    prints the packets of an interface; -i any: of every interface"
     )
     terminal.line("linkrx dump -r FILE         prints the packets of a capture file")
 
@@ -123,7 +124,7 @@ def _open(wanted: Wanted) -> linkrx.Dispatcher:
 
 
 def _abilities(backend: str) -> frozenset[str]:
-    """The options that the named backend honours, or any that this host can run."""
+    """The options that the named backend honours. For "auto": that any backend of this host honours."""
     name, avoid = from_environment(backend)
     return frozenset().union(
         *(
@@ -137,22 +138,25 @@ def _abilities(backend: str) -> frozenset[str]:
 def _announce(rx: linkrx.Dispatcher, wanted: Wanted) -> None:
     kept = "whole frames" if wanted.snaplen is None else f"{wanted.snaplen} bytes of each frame"
     where = "every interface" if wanted.interface == EVERY else wanted.interface
-    tell(f"listening on {where}, {kept}, backend {rx.backend}; Ctrl-C ends it")
+    report(f"listening on {where}, {kept}, backend {rx.backend}; Ctrl-C ends it")
     able = _abilities(wanted.backend)
     if "timestamps" not in able:
-        tell(f"{rx.backend} does not tell when packets came: the times are those at which they are handled")
+        report(f"{rx.backend} has no kernel timestamps: the times are those of printing or recording")
     if "outgoing" not in able and wanted.direction is None:
-        tell(f"{rx.backend} does not tell what this host sends: what comes in is shown, and no more")
+        report(f"{rx.backend} does not receive packets that this host sends: only incoming packets are shown")
 
 
-def tell(sentence: str) -> None:
-    """For the person at the keyboard, beside the packets."""
+def report(sentence: str) -> None:
+    """Print a sentence on standard error."""
     print(f"linkrx: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def ending_on_signals(rx: linkrx.Dispatcher, *, live: bool) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end reception, of an interface behind what came before; a second one ends this at once. Gives those that came."""
+    """Let SIGINT and SIGTERM end reception. `live`: queued packets are received first. A second signal raises KeyboardInterrupt.
+
+    Gives the list of signals that came.
+    """
     came: list[int] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -170,7 +174,7 @@ def ending_on_signals(rx: linkrx.Dispatcher, *, live: bool) -> Iterator[list[int
 
 
 def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder, ended: list[int]) -> int:
-    """Give `out` each batch, or what is wanted of it, until the end or something is in `ended`. How many packets that were."""
+    """Give `out` the wanted packets of each batch, until the end or until `ended` is not empty. Returns their number."""
     captured = 0
     until = None if wanted.duration is None else time.monotonic() + wanted.duration
     outgoing = {"in": False, "out": True}.get(wanted.direction or "")
@@ -192,14 +196,14 @@ def _receive(rx: linkrx.Dispatcher, wanted: Wanted, out: Printer | Recorder, end
 
 
 def _count_the_rest(rx: linkrx.Dispatcher) -> None:
-    """What waits in the kernel has been received by the filter too. As much as its queue holds, at most."""
+    """Receive and count the packets that are queued in the kernel: the filter has accepted them too."""
     rx.stop(flush=True)
     for _ in rx.batches():
         pass
 
 
 def _summary(rx: linkrx.Dispatcher, captured: int) -> None:
-    """As tcpdump's. What the filter took is what came, and what the kernel had to drop of it."""
+    """Print tcpdump's summary. Packets that the kernel dropped for lack of room count as received by the filter."""
     counted = rx.stats()
     dropped = counted.kernel_drops or 0
     print(
@@ -211,16 +215,16 @@ def _summary(rx: linkrx.Dispatcher, captured: int) -> None:
     )
 
 
-def _tell_left_out(rx: linkrx.Dispatcher) -> None:
-    """What was received and is no packet."""
+def _report_left_out(rx: linkrx.Dispatcher) -> None:
+    """Report received frames that are no packets."""
     counted = rx.stats()
     for count, what in (
         (counted.runts, "shorter than a link header"),
-        (counted.unknown_protocol, "of a protocol that nothing tells"),
-        (counted.empty, "without a byte"),
+        (counted.unknown_protocol, "of an unknown protocol"),
+        (counted.empty, "empty"),
     ):
         if count:
-            tell(f"{count} frames were {what}, and are left out")
+            report(f"{count} frames were {what}, and are left out")
 
 
 def _packets(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What can be typed behind `linkrx dump`."""
+"""The arguments of `linkrx dump`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TIMES_MOST = 4
 
 
 class UsageError(Exception):
-    """What was typed cannot be meant."""
+    """The arguments are invalid."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was typed."""
+    """The parsed arguments."""
 
     interface: str | None
     read: str | None
@@ -41,16 +41,16 @@ class Wanted:
     direction: str | None
 
     def check(self) -> None:
-        """Raise UsageError for what excludes each other."""
+        """Raise UsageError for arguments that exclude each other."""
         if self.times > TIMES_MOST:
-            raise UsageError(f"-t is given {self.times} times, and {TIMES_MOST} at most mean something")
+            raise UsageError(f"-t is given {self.times} times: give it {TIMES_MOST} times at most")
         if self.interface is not None and self.read is not None:
             raise UsageError("-i INTERFACE and -r FILE exclude each other: packets come from one of them")
         if self.read is not None:
             for given, name in ((self.snaplen, "-s"), (not self.promiscuous, "-p")):
                 if given:
                     raise UsageError(
-                        f"{name} is for capturing with -i: the packets of a file are as they were recorded"
+                        f"{name} is for capturing with -i: it cannot change the packets of a file"
                     )
         if self.write is not None and (self.json or self.digits or self.characters):
             raise UsageError("-w FILE records packets and prints none: leave out --json, -x and -X")
@@ -61,7 +61,7 @@ class Wanted:
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Those of tcpdump have its letters."""
+    """Add the arguments. They have tcpdump's letters where tcpdump has the same."""
     add = command.add_argument
     add(
         "expression",
@@ -73,60 +73,60 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "-i",
         "--interface",
         metavar="INTERFACE",
-        help="capture from an interface by name, or from any: all of them",
+        help="capture from this interface; any: from every interface",
     )
     add("-r", "--read", metavar="FILE", help="read a capture file, pcap or pcapng, or - for standard input")
-    add("-c", "--count", type=_number(1), metavar="COUNT", help="end after so many packets")
-    add("--duration", type=_seconds, metavar="SECONDS", help="end after so many seconds")
+    add("-c", "--count", type=_number(1), metavar="COUNT", help="end after this number of packets")
+    add("--duration", type=_seconds, metavar="SECONDS", help="end after this number of seconds")
     add(
         "-w",
         "--write",
         metavar="FILE",
-        help="record the packets instead: pcap where the name ends in .pcap or .cap, else pcapng; - for standard output",
+        help="record the packets instead: pcap if the name ends in .pcap or .cap, else pcapng; - for standard output",
     )
     add(
         "-s",
         "--snaplen",
         type=_snaplen,
         metavar="SNAPLEN",
-        help="keep so many bytes of each frame; 0 (default): all",
+        help="keep this number of bytes of each frame; 0 (default): all",
     )
     add(
         "-t",
         dest="times",
         action="count",
         default=0,
-        help="no time; -tt: seconds since 1970; -ttt: since the packet before; -tttt: with the date",
+        help="no time; -tt: seconds since 1970; -ttt: since the previous packet; -tttt: with the date",
     )
-    add("-e", dest="link", action="store_true", help="with the link header")
+    add("-e", dest="link", action="store_true", help="show the link header")
     add(
         "-x",
         dest="digits",
         action="count",
         default=0,
-        help="with the bytes behind the link header; -xx: with all",
+        help="show the bytes after the link header; -xx: all bytes",
     )
     add(
         "-X",
         dest="characters",
         action="count",
         default=0,
-        help="the same with the characters beside; -XX: all",
+        help="show the bytes as hexadecimal and as characters; -XX: all bytes",
     )
     add(
         "-v",
         dest="verbose",
         action="count",
         default=0,
-        help="with more of the headers, and whether checksums are right",
+        help="show more header fields, and whether checksums are right",
     )
-    add("-S", dest="absolute", action="store_true", help="TCP's sequence numbers as they are in the packets")
+    add("-S", dest="absolute", action="store_true", help="show absolute TCP sequence numbers")
     add("-n", dest="numeric", action="count", help="accepted: addresses and ports are always numbers")
-    add("-l", dest="lines", action="store_true", help="accepted: output never waits in a buffer")
+    add("-l", dest="lines", action="store_true", help="accepted: output is never buffered")
     add(
         "--json",
         action="store_true",
-        help="an object for each packet, one a line: docs/dump.md has the names",
+        help="print a JSON object per line for each packet: docs/dump.md describes the fields",
     )
     add(
         "--backend",
@@ -134,17 +134,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="as backend= of linkrx.open: linkrx doctor lists them",
     )
-    add("-p", dest="promiscuous", action="store_false", help="leave the interface as it is: not promiscuous")
+    add("-p", dest="promiscuous", action="store_false", help="do not make the interface promiscuous")
     add(
         "-Q",
         "--direction",
         choices=("in", "out", "inout"),
-        help="what comes in, what this host sends, or both (default)",
+        help="packets that come in, that this host sends, or both (default)",
     )
 
 
 def wanted(arguments: argparse.Namespace) -> Wanted:
-    """What was typed."""
+    """The arguments as a Wanted."""
     given = vars(arguments)
     values = {field.name: given[field.name] for field in fields(Wanted)}
     values["expression"] = " ".join(values["expression"])
@@ -155,7 +155,7 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
 def _number(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isascii() or not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
         return int(text)
 
     return number

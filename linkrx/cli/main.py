@@ -1,4 +1,4 @@
-"""The command line: what can be typed, and what its exit codes mean."""
+"""The command line: its arguments and exit codes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from linkrx.cli.terminal import on_stdout, sentence
 from linkrx.sources.options import ETHERTYPE_MOST
 
 OK, FAILED, USAGE, CANNOT_RUN = range(4)
-INTERRUPTED = 128 + 2  # what a shell says of a program that SIGINT ended
-BROKEN_PIPE = 128 + 13  # the same for SIGPIPE
+INTERRUPTED = 128 + 2  # a shell's exit code for a program that SIGINT ended
+BROKEN_PIPE = 128 + 13  # and for one that SIGPIPE ended
 
 COUNT_MAX = 1000
 
 _ENVIRONMENT = """\
 environment, for linkrx.open and doctor (demo runs every backend by name):
-  LINKRX_BACKEND=NAME   takes the place of backend="auto"
+  LINKRX_BACKEND=NAME   replaces backend="auto"
   LINKRX_AVOID=A,B      takes backends out of "auto"
 
 """
 
 _EXIT_CODES = """\
 exit codes:
-  0    it worked: every ping was answered (demo), a backend can work (doctor); dump also when Ctrl-C or the reader ended it
-  1    it did not, and the output says why
+  0    success: every ping was answered (demo), a backend can work (doctor), or Ctrl-C or the reader ended it (dump)
+  1    failure: the output says why
   2    wrong usage
   3    demo cannot run here: stderr says what is missing and what to type
   130  interrupted with Ctrl-C (dump: a second time)
-  141  whoever read the output went away (demo, doctor)
+  141  the reader of the output closed the pipe (demo, doctor)
 
 """
 
@@ -51,21 +51,21 @@ examples:
 """
 
 _DEMO = """\
-Enters a network namespace of its own (with a user namespace where not root), makes a TAP device there, and lets the
-kernel ping an address that does not exist: what answers ARP and ICMP echo for it is a Python function behind linkrx.
-Each backend of this host takes its turn. One that does not read TAP queues watches the device by name, and receives
-the answers. Nothing outside the namespace is touched, and nothing is left behind.
+Enters a new network namespace (without root: and a user namespace) and makes a TAP device there. The kernel pings an
+address on it. A Python function answers ARP and ICMP echo for that address, through linkrx. Each backend of this host
+takes its turn. A backend that does not read TAP queues watches the device by name, and receives the answers. The demo
+touches nothing outside the namespace, and leaves nothing behind.
 """
 
 _DOCTOR = """\
-Prints the kernel, the privileges and what lacking one costs, and each backend with the reason where it cannot run.
-With the name of an interface also what probing it finds, and what backend="auto" chooses there and why. Receives
-nothing and changes nothing.
+Prints the kernel, the privileges and the cost of a missing one, and each backend, with the reason if it cannot run.
+With the name of an interface it also prints what probing finds, and which backend "auto" chooses there and why. It
+receives nothing and changes nothing.
 """
 
 _DUMP = """\
-Prints a line for each packet in tcpdump's manner, or records packets. With neither -i nor -r it lists the interfaces. Ctrl-C ends it,
-and a summary says how many packets were captured, how many the filter took, and how many the kernel dropped.
+Prints a line for each packet as tcpdump does, or records packets. With neither -i nor -r it lists the interfaces. Ctrl-C ends it.
+A summary then counts the packets that were captured, that the filter accepted, and that the kernel dropped.
 """
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         code = OK if arguments.command == "dump" else BROKEN_PIPE
-        # The reader, `head` for one, has enough. What is still buffered must not fail again at exit.
+        # The reader, such as `head`, closed the pipe. The rest of the buffer must not fail again at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "doctor",
-        "tell what can work on this host, or on one interface, and why",
+        "show which backends can work on this host or on one interface, and why",
         _DOCTOR,
         _ENVIRONMENT + _EXIT_CODES + _EXAMPLES,
     )
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="the name of an interface, such as eth0, or any for all of them",
+        help="the name of an interface, such as eth0, or any for every interface",
     )
     command.add_argument(
         "-p",

@@ -1,4 +1,4 @@
-"""Packets as lines or JSON on standard output: plain in a pipe, coloured in a terminal."""
+"""Prints packets to standard output as lines or JSON. Lines are coloured in a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linkrx.cli.dissection.fields import Fields
 from linkrx.cli.lines import Sequences, hexadecimal, line, times
 from linkrx.packets import Packet
 
-# The first of these that a packet has gives its line the style.
+# Styles by field. The first field that a packet has gives the style of its line.
 _STYLES = {
     "cut": "red",
     "malformed": "red",
@@ -30,14 +30,14 @@ _STYLES = {
     "udp": "blue",
 }
 
-READER_PATIENCE = 0.5
+READER_PATIENCE = 0.5  # seconds between two checks whether the reader of a pipe is still there
 
-# Beyond the MTU: link header and two VLAN tags.
+# Bytes of a frame that the MTU does not count: link header and two VLAN tags.
 _BESIDE_MTU = 14 + 8
 
 
 class Printer:
-    """Writes each batch at once: who waits at the other end of a pipe need not ask for that."""
+    """Prints packets, and writes each batch out at once."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Printer:
         absolute: bool,
     ) -> None:
         self._rx = rx
-        # Seconds until tick() is due when nothing comes.
+        # The seconds after which tick() is to be called if no packet comes. None: never.
         self.patience = READER_PATIENCE if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) else None
         self._live = rx.capabilities.kind != "capture_file"
         self._several = every
@@ -69,16 +69,16 @@ class Printer:
         self._names: dict[int, str] = {}
 
     def take(self, packets: Iterable[Packet]) -> None:
-        """Print them."""
+        """Print packets."""
         if not self._several and not self._live and self._rx.interface_name(2) is not None:
-            self._several = True  # a file of packets of more than one
+            self._several = True  # the file describes more than one interface
         make = self._object if self._json else self._line
         text = "\n".join([make(packet) for packet in packets])
         if text:
             write(text)
 
     def tick(self) -> None:
-        """Raise BrokenPipeError where the reader of the pipe has gone: a write would tell, and there may be none for long."""
+        """Raise BrokenPipeError if the reader of the pipe is gone. Only a write would show it, and no packet may come for long."""
         if self.patience is not None:
             ended = select.poll()
             ended.register(sys.stdout.fileno(), 0)
@@ -104,7 +104,7 @@ class Printer:
         ):
             fields["super_packet"] = True
         if self._verbose and packet.checksum_unfinished:
-            _excuse(fields)
+            _mark_unfinished(fields)
         return fields
 
     def _line(self, packet: Packet) -> str:
@@ -125,18 +125,18 @@ class Printer:
         return self._stamp(self._time(packet) if moment is None else moment) + text
 
     def _object(self, packet: Packet) -> str:
-        """One line of JSON: docs/dump.md has the names."""
+        """One line of JSON. docs/dump.md describes the fields."""
         wire_length = packet.wire_length
-        told: Fields = {"time": times.iso(self._time(packet))}
+        shown: Fields = {"time": times.iso(self._time(packet))}
         if packet.interface:
-            told["interface"] = self._name(packet.interface)
+            shown["interface"] = self._name(packet.interface)
         if self._live or packet.outgoing:
-            told["direction"] = "out" if packet.outgoing else "in"
-        told["length"], told["captured"] = wire_length, len(packet)
-        told |= self._fields(packet, wire_length)
+            shown["direction"] = "out" if packet.outgoing else "in"
+        shown["length"], shown["captured"] = wire_length, len(packet)
+        shown |= self._fields(packet, wire_length)
         if self._bytes:
-            told["frame"] = packet.tobytes().hex()
-        return json.dumps(told)
+            shown["frame"] = packet.tobytes().hex()
+        return json.dumps(shown)
 
     def _time(self, packet: Packet) -> int | None:
         moment = packet.timestamp_ns
@@ -150,23 +150,23 @@ class Printer:
         return name
 
 
-def _excuse(fields: Fields) -> None:
-    """A checksum that a sender left to a device is not wrong."""
+def _mark_unfinished(fields: Fields) -> None:
+    """Mark a checksum that the sender left to a device as unfinished instead of wrong."""
     for name in ("tcp", "udp"):
         if fields.get(name, {}).get("checksum_state") == "wrong":
             fields[name]["checksum_state"] = "unfinished"
 
 
 def one_line(name: str) -> str:
-    """The name of an interface, which may be any bytes, without what a terminal would obey."""
+    """The name of an interface with each unprintable character as "?": names may hold control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def write(text: str) -> None:
-    """A line or several, and a line feed: all of it out at once.
+    """Write lines and a line feed to standard output, without a buffer.
 
-    By the descriptor: with PYTHONUNBUFFERED the file under sys.stdout writes a part where a signal comes in between, and a terminal
-    or pipe that others have made non-blocking is waited for.
+    Writes to the descriptor. With PYTHONUNBUFFERED, sys.stdout may write only a part when a signal comes. If another process has
+    made the terminal or pipe non-blocking, this waits until it has room.
     """
     descriptor, data = sys.stdout.fileno(), memoryview(text.encode("utf-8", "replace") + b"\n")
     while data:
@@ -179,14 +179,14 @@ def write(text: str) -> None:
 
 
 def _longest(rx: linkrx.Dispatcher) -> dict[int, int]:
-    """The longest frame that the network carries, of each interface: what is longer is a super-packet."""
+    """The longest frame of each interface, by its MTU. A longer frame is a super-packet."""
     if rx.capabilities.kind == "capture_file":
         return {}
     return {one.index: one.mtu + _BESIDE_MTU for one in linkrx.interfaces() if one.mtu}
 
 
 def _painter() -> Callable[[str, Fields], str] | None:
-    """Gives a line its colour, where rich is there and the terminal has colours. NO_COLOR (no-color.org) is heeded."""
+    """A function that colours a line. None without rich, in a terminal without colours, and if NO_COLOR (no-color.org) is set."""
     if os.environ.get("NO_COLOR") or find_spec("rich") is None:
         return None
     from rich.color import ColorSystem

@@ -1,4 +1,4 @@
-"""Packets into a capture file, and in a terminal a line that says how many."""
+"""Records packets to a capture file, and shows progress in a terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Self
 import linkrx
 from linkrx.packets import Batch, Packet
 
-_TICK = 0.25  # seconds between two looks at the counters
+_TICK = 0.25  # seconds between two updates of the progress line
 
 
 class Recorder:
-    """Writes batches to a file. `show`: keep a running line on standard error, which is a terminal."""
+    """Writes batches to a file. `show`: print progress on standard error, which is a terminal."""
 
     def __init__(self, rx: linkrx.Dispatcher, path: str, *, show: bool) -> None:
         self._rx = rx
@@ -36,11 +36,11 @@ class Recorder:
             self._writer.close()
         finally:
             if self._show:
-                self._tell()
+                self._print_progress()
                 print(file=sys.stderr, flush=True)
 
     def take(self, packets: Iterable[Packet]) -> None:
-        """Record them."""
+        """Record packets."""
         if isinstance(packets, Batch):
             self._writer.write(packets)
             self._bytes += sum(packets.lengths)
@@ -52,12 +52,12 @@ class Recorder:
             self.tick()
 
     def tick(self) -> None:
-        """Say how it goes."""
+        """Print progress."""
         if self._show:
-            self._tell()
+            self._print_progress()
             self._next = time.monotonic() + _TICK
 
-    def _tell(self) -> None:
+    def _print_progress(self) -> None:
         dropped = self._rx.stats().kernel_drops or 0
         text = f"{self._writer.packets} packets, {self._bytes} bytes, {dropped} dropped"
         print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A host that exists only in Python: what it answers to ARP, ICMP echo and UDP echo."""
+"""A host in Python, which answers ARP, ICMP echo and UDP echo."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ IPV4 = struct.Struct("!BBHHHBBH4s4s")
 # RFC 792: type, code, checksum, identifier, sequence number.
 ICMP = struct.Struct("!BBHHH")
 ECHO_REPLY, ECHO_REQUEST = 0, 8
-IPV4_PROTOCOL = 9  # where in the header it is
+IPV4_PROTOCOL = 9  # offset in the header
 # RFC 768: source and destination port, length, checksum.
 UDP = struct.Struct("!HHHH")
 ECHO_PORT = 7  # RFC 862
 
 
 def checksum(data: bytes) -> int:
-    """The internet checksum (RFC 1071); 0 over data that carries its own."""
+    """The internet checksum (RFC 1071). It is 0 for data that includes a correct checksum."""
     padded = data + bytes(len(data) % 2)
     total: int = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
     while total > 0xFFFF:
@@ -36,7 +36,7 @@ def checksum(data: bytes) -> int:
 
 
 class Echo(NamedTuple):
-    """An ICMP echo request or reply, and whom it is from and for."""
+    """An ICMP echo request or reply, with its source and destination address."""
 
     source: IPv4Address
     destination: IPv4Address
@@ -47,7 +47,7 @@ class Echo(NamedTuple):
 
     @classmethod
     def parse(cls, packet: bytes) -> Echo | None:
-        """From an IPv4 packet. None for anything else, and where a checksum is wrong."""
+        """Parse an IPv4 packet. None for any other packet, for a fragment, and if a checksum is wrong."""
         if len(packet) < IPV4.size:
             return None
         first, _, length, _, fragment, _, protocol, _, source, destination = IPV4.unpack_from(packet)
@@ -65,7 +65,7 @@ class Echo(NamedTuple):
         )
 
     def reply(self) -> Echo:
-        """What answers this request."""
+        """The reply to this request."""
         return self._replace(source=self.destination, destination=self.source, kind=ECHO_REPLY)
 
     def message(self) -> bytes:
@@ -99,7 +99,7 @@ class Responder:
         self._address = address
 
     def answer(self, remote: bytes | None, protocol: int, packet: Packet) -> bytes | None:
-        """The frame that answers a packet, for `Dispatcher.send`; None where there is nothing to say."""
+        """The frame that answers a packet, for `Dispatcher.send`. None for a packet that needs no answer."""
         answer = None
         if protocol == ETHERTYPE_ARP:
             answer = self._answer_arp(bytes(packet.data))
@@ -126,7 +126,7 @@ class Responder:
         return echo.reply().packet()
 
     def _answer_udp(self, data: bytes) -> bytes | None:
-        """Addresses and ports change places, so both checksums stay right."""
+        """Swap addresses and ports. Both checksums stay right, because a sum does not depend on the order."""
         start = (data[0] & 0xF) * 4
         _, _, length, _, fragment, *_ = IPV4.unpack_from(data)
         source, destination = data[12:16], data[16:20]

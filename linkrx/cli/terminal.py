@@ -1,4 +1,4 @@
-"""Output for people and for pipes: styled where rich is installed and stdout is a terminal, else plain aligned text."""
+"""Output to stdout: styled if it is a terminal and rich is installed, else plain aligned text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
-# How a line or a cell that starts with this word looks in a terminal.
+# Styles of lines and cells, by their first word.
 _STYLES = {
     "ok": "green",
     "yes": "green",
@@ -21,20 +21,20 @@ _STYLES = {
 
 
 class Terminal:
-    """Plain text: one record a line, in columns, without an escape code."""
+    """Plain text in columns, one record per line, without escape codes."""
 
     def heading(self, text: str) -> None:
-        """What the lines below are about."""
+        """Print a heading."""
         self.line(text)
 
     def line(self, text: str = "", style: str = "") -> None:
-        """One line, out at once: a reader at the other end of a pipe sees each packet when it comes."""
+        """Print a line and flush it, so that the reader of a pipe sees each packet at once."""
         print(text.rstrip(), flush=True)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
     ) -> None:
-        """Rows in columns as wide as their widest cell; `titles` may be empty. Columns in `numbers` align right."""
+        """Print rows in columns as wide as their widest cell. `titles` may be empty. Columns named in `numbers` align right."""
         lines = [titles, *rows] if titles else rows
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         right = [title in numbers for title in titles] or [False] * len(widths)
@@ -46,7 +46,7 @@ class Terminal:
 
 
 class RichTerminal(Terminal):
-    """The same content through rich: colours, and long sentences folded inside their column."""
+    """The same content through rich, with colours. Long sentences fold inside their column."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -54,20 +54,20 @@ class RichTerminal(Terminal):
         self._console = Console(highlight=False)
 
     def heading(self, text: str) -> None:
-        """In bold."""
+        """Print a heading in bold."""
         self.line(text, "bold")
 
     def line(self, text: str = "", style: str = "") -> None:
-        """In `style`, or in that of the line's first word."""
+        """Print a line in `style`, or in the style of its first word."""
         from rich.text import Text
 
-        # Text, not a string: rich would read the brackets in a sentence as markup.
+        # Text, because rich would read brackets in a string as markup.
         self._console.print(Text(text.rstrip(), style or _style(text)), soft_wrap=True)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
     ) -> None:
-        """Only the last column folds: the others are names and numbers that a reader compares."""
+        """Print a table. Only the last column folds, because the others hold names and numbers."""
         from rich.table import Table
         from rich.text import Text
 
@@ -86,14 +86,14 @@ class RichTerminal(Terminal):
 
 
 def on_stdout() -> Terminal:
-    """The terminal that suits what stdout is. Names of interfaces are bytes, and come out as they are."""
+    """The terminal for stdout. Names of interfaces may be any bytes, and are printed unchanged."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
     return RichTerminal() if sys.stdout.isatty() and find_spec("rich") else Terminal()
 
 
 def sentence(error: Exception) -> str:
-    """The error without Python's "[Errno 1]" in front."""
+    """The text of an error without Python's "[Errno 1]"."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -333,7 +333,7 @@ sys.exit(main(sys.argv[1:]))
         (("-r", "EVERY", "-w", "/dev/null", "--json"), 2, "-w FILE records packets and prints none"),
         (("-r", "EVERY", "-w", "/nowhere/x"), 1, "/nowhere/x: No such file or directory"),
         (("-r", "EVERY", "-w", "/dev/full"), 1, "No space left on device"),
-        (("-r", "EVERY", "-c", "0"), 2, "'0' is not a number from 1 on"),
+        (("-r", "EVERY", "-c", "0"), 2, "'0' is not a number of 1 or more"),
         (("-r", "EVERY", "--duration", "nan"), 2, "'nan' is not a number of seconds"),
         (("-r", "EVERY", "--backend", "carrier_pigeon"), 2, "there is no backend 'carrier_pigeon'"),
         (("-r", "EVERY", "--backend", "readv"), 1, "readv does not take this source"),

@@ -1,6 +1,6 @@
-"""What is in a packet, protocol by protocol: from bytes to fields with names, which `linkrx dump` prints as a line or as JSON.
+"""Dissects packets, one module per protocol. The result is a dictionary of fields, which `linkrx dump` prints as a line or as JSON.
 
-Pure functions. What a packet says of lengths is never believed: each function is given where the bytes that are there end.
+All functions are pure. They never trust a length in a packet: each gets the end of the captured bytes.
 """
 
 from linkrx.cli.dissection.fields import ALL, CHECKED, LINE

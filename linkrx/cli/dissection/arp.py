@@ -6,7 +6,7 @@ import struct
 
 from linkrx.cli.dissection.fields import Fields, ipv4_address, mac
 
-_FIXED = struct.Struct("!HHBBH")  # hardware and protocol type, lengths of their addresses, operation
+_FIXED = struct.Struct("!HHBBH")  # hardware and protocol type, their address lengths, operation
 _OPERATIONS = {
     1: "request",
     2: "reply",
@@ -18,7 +18,7 @@ _OPERATIONS = {
 
 
 def arp(fields: Fields, frame: bytes, at: int, end: int, length: int, _depth: int) -> None:
-    """The addresses as far as they are there."""
+    """The operation, and the addresses that were captured."""
     if end < at + 8:
         fields["cut"] = "arp"
         return

@@ -1,4 +1,4 @@
-"""DHCP (RFC 2131, 2132), and the kind of a DHCPv6 message (RFC 8415)."""
+"""DHCP (RFC 2131, 2132), and the type of a DHCPv6 message (RFC 8415)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import struct
 
 from linkrx.cli.dissection.fields import Fields, ipv4_address, mac, printable
 
-# Operation, hardware type and address length, hops; transaction; seconds and flags; the client's, your, the next server's and the
-# relay's address, the client's hardware address. Behind them server name and boot file.
+# op, htype, hlen, hops, xid, secs, flags, ciaddr, yiaddr, siaddr, giaddr, chaddr. sname and file follow.
 _BOOTP = struct.Struct("!BBBBIHH4s4s4s4s16s")
 _FIXED = 236
 _COOKIE = bytes.fromhex("63825363")
@@ -25,7 +24,7 @@ _NOWHERE = bytes(4)
 
 
 def dhcp(fields: Fields, frame: bytes, at: int, end: int, length: int) -> None:
-    """Who asks or is answered, for which address, by which kind of message."""
+    """Operation, transaction, client and addresses, and the options that a line shows."""
     if end < at + _BOOTP.size:
         fields["cut"] = "dhcp"
         return
@@ -81,7 +80,7 @@ def _options(fields: Fields, found: Fields, frame: bytes, at: int, end: int) -> 
 
 
 def dhcpv6(fields: Fields, frame: bytes, at: int, end: int, length: int) -> None:
-    """The kind of message and its transaction."""
+    """The type of the message and its transaction."""
     if end < at + 4:
         fields["cut"] = "dhcpv6"
         return

@@ -13,7 +13,7 @@ _SERVICE = struct.Struct("!HHH")
 
 NAME_MOST = 255  # bytes of a name (RFC 1035, 2.3.4)
 LABEL_MOST = 63
-RECORDS_MOST = 64  # that are looked at: more than any line should have
+RECORDS_MOST = 64  # questions and answers that are read of a message
 
 TYPES = {
     1: "A",
@@ -45,11 +45,11 @@ _NAMES = frozenset({2, 5, 12})  # types whose data is a name
 
 
 class _Cut(Exception):
-    """The message ends within what is read."""
+    """The message is truncated."""
 
 
 def dns(fields: Fields, frame: bytes, at: int, end: int, length: int) -> None:
-    """Header, questions and answers; of a message that is cut as many as are whole. `length`: as the transport says."""
+    """Header, questions and answers. Of a truncated message, those that are whole. `length`: as the transport header says."""
     if end < at + 12:
         fields["cut"] = "dns"
         return
@@ -129,7 +129,7 @@ def _record(message: bytes, place: int) -> tuple[Fields, int]:
 
 
 def _texts(data: bytes) -> str:
-    """Character strings, each with its length in front."""
+    """The character strings of a TXT record. Each follows a byte with its length."""
     found = []
     at = 0
     while at < len(data):
@@ -141,9 +141,9 @@ def _texts(data: bytes) -> str:
 
 
 def _name(message: bytes, place: int) -> tuple[str, int]:
-    """A domain name with a dot at its end, and where it ends. Compressed names point backwards, and only that is followed."""
+    """A domain name with a final dot, and the offset after it. Follows compression pointers backwards only, so it always ends."""
     labels: list[str] = []
-    following = -1  # where the name ends in the message, once a pointer was followed
+    following = -1  # the offset after the first pointer
     limit = place
     total = 0
     while True:

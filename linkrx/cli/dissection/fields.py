@@ -1,6 +1,6 @@
-"""What all protocols share: names and addresses as text, the internet checksum, and how a part that is missing is told.
+"""Functions for all protocols: addresses as text, and the internet checksum.
 
-`fields["cut"]` is the protocol in whose header the bytes end; `fields["malformed"]` says what in a header cannot be.
+`fields["cut"]` names the protocol whose header is truncated. `fields["malformed"]` says what is wrong in a header.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from typing import Any
 
 Fields = dict[str, Any]
 
-# How much is asked for: what a line shows, all fields, and whether checksums are right as well.
+# The depth of dissection: the fields of a line, all fields, all fields with checksums verified.
 LINE, ALL, CHECKED = range(3)
 
-# Addresses come again and again: looking one up costs a third of making it.
-_REMEMBERED = 16_384
+# The size of the caches of addresses. A look-up costs a third of formatting an address.
+_CACHED = 16_384
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_CACHED)
 def mac(address: bytes) -> str:
-    """A link address."""
+    """A link address as text."""
     return address.hex(":")
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_CACHED)
 def ipv4_address(address: bytes) -> str:
-    """An IPv4 address, of four bytes."""
+    """An IPv4 address (four bytes) as text."""
     return socket.inet_ntoa(address)
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_CACHED)
 def ipv6_address(address: bytes) -> str:
-    """An IPv6 address, of sixteen bytes (RFC 5952)."""
+    """An IPv6 address (sixteen bytes) as text (RFC 5952)."""
     return socket.inet_ntop(socket.AF_INET6, address)
 
 
 def printable(text: bytes) -> str:
-    """What a packet brings as text, of one line and without a control character: a terminal would obey these."""
+    """Text of a packet on one line. Control characters are escaped, because a terminal would obey them."""
     if text.isascii():
         found = text.decode("ascii")
         if found.isprintable() and "\\" not in found:
@@ -47,8 +47,8 @@ def printable(text: bytes) -> str:
 
 
 def checksum(data: bytes) -> int:
-    """The internet checksum (RFC 1071); 0 over data that carries its own."""
-    # One's complement sums do not depend on the byte order, as long as their result is swapped alike; and 0 is 0.
+    """The internet checksum (RFC 1071). It is 0 for data that includes a correct checksum."""
+    # In host byte order: a one's complement sum of swapped words is the swapped sum (RFC 1071, 2 (B)).
     words = array("H", data + bytes(len(data) % 2))
     total = sum(words)
     while total > 0xFFFF:
@@ -57,9 +57,9 @@ def checksum(data: bytes) -> int:
 
 
 def checksum_state(frame: bytes, at: int, end: int, length: int, pseudo: bytes | None) -> str | None:
-    """Whether a transport's checksum is right: "ok", "wrong", or None where it was not asked for, or not all is there.
+    """Verify a transport checksum: "ok" or "wrong". None if `pseudo` is None, or if the segment is truncated.
 
-    `pseudo`: the pseudo-header in front, or None not to look.
+    `pseudo` is the pseudo-header. None: do not verify.
     """
     if pseudo is None or end - at < length:
         return None

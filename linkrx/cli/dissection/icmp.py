@@ -53,7 +53,7 @@ _IPV4_LEAST, _IPV6_LEAST = 20, 40
 
 
 def icmp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: bytes | None) -> None:
-    """Type and code, and of an error the packet that it is about."""
+    """Type and code. An error also quotes the packet that caused it."""
     found = _begin(fields, "icmp", TYPES, frame, at, end, length)
     if found is None:
         return
@@ -74,7 +74,7 @@ def icmp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: b
 
 
 def icmpv6(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: bytes | None) -> None:
-    """Type and code; of an error the packet that it is about, of neighbor discovery the address."""
+    """Type and code. An error also quotes the packet that caused it; neighbor discovery has a target address."""
     found = _begin(fields, "icmpv6", TYPES6, frame, at, end, length)
     if found is None:
         return
@@ -124,7 +124,7 @@ def _echo(fields: Fields, found: Fields, name: str, frame: bytes, at: int, end: 
 
 
 def _quote(found: Fields, frame: bytes, at: int, end: int) -> None:
-    """Addresses, protocol and ports of the packet that an error is about, as far as they are there."""
+    """Addresses, protocol and ports of the packet that an error quotes, as far as they were captured."""
     version = frame[at] >> 4 if at < end else 0
     if version == 4 and end >= at + _IPV4_LEAST:
         quoted: Fields = {

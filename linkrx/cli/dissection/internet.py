@@ -1,4 +1,4 @@
-"""IPv4 (RFC 791) and IPv6 (RFC 8200), and what follows them."""
+"""IPv4 (RFC 791) and IPv6 (RFC 8200)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OVER_IPV6: dict[int, Transport] = {58: icmpv6, TCP: tcp, UDP: udp}
 
 USUAL = 0x45  # version 4, and a header of 20 bytes
 
-# IPv6: headers that name the next one. The authentication header counts its length otherwise.
+# IPv6 extension headers. The authentication header counts its length in 4 bytes, the others in 8.
 _HOP_BY_HOP, _ROUTING, _FRAGMENT_HEADER, _AUTHENTICATION, _DESTINATION = 0, 43, 44, 51, 60
 _EXTENSIONS = {
     _HOP_BY_HOP: "hop-by-hop",
@@ -39,7 +39,7 @@ NO_NEXT_HEADER = 59
 
 
 def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: int) -> None:
-    """Header, and what follows unless it is a later fragment."""
+    """The header, and the transport header unless this is a later fragment."""
     if end < at + 20:
         fields["cut"] = "ipv4"
         return
@@ -69,14 +69,14 @@ def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
             fields["malformed"] = f"an IPv4 header of {header} bytes"
             return
     if not total:
-        total = length  # a super-packet of more than 65,535 bytes, or one whose length a device was to write
+        total = length  # a super-packet of more than 65,535 bytes, or one whose length the device writes
     elif total < header:
         fields["malformed"] = f"an IPv4 packet of {total} bytes with a header of {header}"
         return
     elif total > length:
         found["missing"] = total - length
     if end > at + total:
-        end = at + total  # what is behind that is padding
+        end = at + total  # the rest of the frame is padding
     if header > 20:
         found["options"] = frame[at + 20 : min(end, at + header)].hex()
         if end < at + header:
@@ -103,7 +103,7 @@ def ipv4(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
 
 
 def ipv6(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: int) -> None:
-    """Header, extension headers, and what follows unless it is a later fragment."""
+    """The header and extension headers, and the transport header unless this is a later fragment."""
     if end < at + 40:
         fields["cut"] = "ipv6"
         return
@@ -127,7 +127,7 @@ def ipv6(fields: Fields, frame: bytes, at: int, end: int, length: int, depth: in
     at += 40
     rest = payload
     if not payload:
-        rest = max(length - 40, 0)  # a jumbogram (RFC 2675), or nothing
+        rest = max(length - 40, 0)  # a jumbogram (RFC 2675), or no payload
     elif payload > length - 40:
         found["missing"] = payload - (length - 40)
     if end > at + rest:

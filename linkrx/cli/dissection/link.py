@@ -1,4 +1,4 @@
-"""The link layer: Ethernet, VLAN tags, LLC; and what the kernel tells where a packet has no link header."""
+"""The link layer: Ethernet, VLAN tags, LLC, and packets without a link header."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from linkrx.cli.dissection.arp import arp
 from linkrx.cli.dissection.fields import ALL, Fields, mac
 from linkrx.cli.dissection.internet import ipv4, ipv6
 
-_TAG = struct.Struct("!HH")  # tag control information, and the EtherType behind it
+_TAG = struct.Struct("!HH")  # tag control information, and the next EtherType
 
-# IEEE 802.1Q, 802.1ad, and what was used before that was a standard.
+# IEEE 802.1Q, 802.1ad, and the numbers used before 802.1ad.
 TAGS = frozenset({0x8100, 0x88A8, 0x9100, 0x9200, 0x9300})
 LEAST_ETHERTYPE = 0x0600  # IEEE 802.3: a smaller number is a length, and LLC follows
 
-SHOWN_BYTES = 16  # of what no function here knows
+SHOWN_BYTES = 16  # bytes shown of an unknown protocol
 
 _NETWORK = {0x0800: ipv4, 0x86DD: ipv6, 0x0806: arp}
 
@@ -31,9 +31,9 @@ def dissect(
 ) -> Fields:
     """The fields of a packet, in the order of its headers. Never raises, whatever the bytes are.
 
-    `ethernet`: it begins with that header; `protocol`: the EtherType of one that does not, and `sender` the link address that the
-    kernel tells of it. `tag`: tag protocol identifier and control information of a VLAN tag that the kernel took out. `depth`: LINE,
-    ALL or CHECKED.
+    `ethernet`: the packet begins with an Ethernet header. Otherwise `protocol` is its EtherType, and `sender` the sender's link
+    address, both reported by the kernel. `tag` is a VLAN tag that the kernel took out: tag protocol identifier and tag control
+    information. `depth` is LINE, ALL or CHECKED.
     """
     fields: Fields = {}
     end = len(frame)
@@ -77,7 +77,7 @@ def dissect(
 
 
 def _tag(protocol: int, control: int) -> Fields:
-    """IEEE 802.1Q."""
+    """A VLAN tag (IEEE 802.1Q)."""
     return {
         "id": control & 0x0FFF,
         "priority": control >> 13,
@@ -87,7 +87,7 @@ def _tag(protocol: int, control: int) -> Fields:
 
 
 def _llc(fields: Fields, frame: bytes, at: int, end: int, length: int) -> None:
-    """IEEE 802.2: logical link control."""
+    """Logical link control (IEEE 802.2)."""
     if end < at + 3:
         fields["cut"] = "llc"
         return

@@ -14,7 +14,7 @@ _TCP = struct.Struct("!HHIIHHHH")
 _UDP = struct.Struct("!HHHH")
 _PAIR = struct.Struct("!II")
 
-# As tcpdump writes them, in the order of the bits.
+# tcpdump's text for each value of the nine flag bits.
 FLAGS = tuple(
     "".join(letter for bit, letter in enumerate("FSRP.UEWe") if flags >> bit & 1) or "none"
     for flags in range(512)
@@ -24,13 +24,13 @@ DNS_PORTS = frozenset({53, 5353, 5355})  # RFC 1035, 6762 (multicast), 4795 (lin
 DHCP_PORTS = frozenset({67, 68})
 DHCPV6_PORTS = frozenset({546, 547})
 
-# Options of TCP: kind, then its length, two included.
+# TCP options, and their lengths in bytes, which include kind and length.
 _END, _NOP, _MSS, _SCALE, _SACK_OK, _SACK, _TIMES, _MD5, _FAST_OPEN = 0, 1, 2, 3, 4, 5, 8, 19, 34
 _LENGTHS = {_MSS: 4, _SCALE: 3, _SACK_OK: 2, _TIMES: 10, _MD5: 18}
 
 
 def tcp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: bytes | None) -> None:
-    """Header, options, and DNS in it. `length`: with its payload, as the IP header says."""
+    """Header, options, and DNS in the payload. `length`: header and payload, as the IP header says."""
     if end < at + 20:
         _ports(fields, "tcp", frame, at, end)
         return
@@ -53,7 +53,7 @@ def tcp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: by
         found["length"] = None
         return
     if header > 20:
-        # Most segments have timestamps, and nothing else.
+        # Most segments have the timestamp option only.
         if header == 32 and end >= at + 32 and frame[at + 20 : at + 24] == b"\1\1\x08\x0a":
             value, echoed = _PAIR.unpack_from(frame, at + 24)
             found["options"] = ["nop", "nop", f"TS val {value} ecr {echoed}"]
@@ -71,7 +71,7 @@ def tcp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: by
 
 
 def _options(data: bytes, fields: Fields, segment: Fields) -> list[str]:
-    """As tcpdump writes them; of "sack" the blocks are told apart."""
+    """The options as tcpdump prints them. The blocks of "sack" go into `segment`."""
     found: list[str] = []
     at = 0
     while at < len(data):
@@ -113,40 +113,40 @@ def _option(kind: int, value: bytes) -> str:
 
 
 def udp(fields: Fields, frame: bytes, at: int, end: int, length: int, pseudo: bytes | None) -> None:
-    """Header, and DNS and DHCP in it."""
+    """Header, and DNS or DHCP in the payload. `length`: header and payload, as the IP header says."""
     if end < at + 8:
         _ports(fields, "udp", frame, at, end)
         return
-    source, destination, told, stored = _UDP.unpack_from(frame, at)
-    found: Fields = {"source_port": source, "destination_port": destination, "length": told - 8}
+    source, destination, udp_length, stored = _UDP.unpack_from(frame, at)
+    found: Fields = {"source_port": source, "destination_port": destination, "length": udp_length - 8}
     fields["udp"] = found
-    if told == 0:
-        told = length  # a jumbogram, or a super-packet of more than 65,535 bytes
+    if udp_length == 0:
+        udp_length = length  # a jumbogram (RFC 2675), or a super-packet of more than 65,535 bytes
         found["length"] = length - 8
-    if told < 8:
-        fields["malformed"] = f"a UDP length of {told}"
+    if udp_length < 8:
+        fields["malformed"] = f"a UDP length of {udp_length}"
         found["length"] = None
         return
-    if told > length:
+    if udp_length > length:
         if not (fields.get("ipv4") or fields["ipv6"]).get("more_fragments"):
-            fields["malformed"] = f"a UDP length of {told} in {length} bytes"
+            fields["malformed"] = f"a UDP length of {udp_length} in {length} bytes"
     elif pseudo is not None:
         found["checksum"] = stored
-        # Over so much as its own length says, which the pseudo-header has too.
-        found["checksum_state"] = "none" if not stored else checksum_state(frame, at, end, told, pseudo)
+        # Over the bytes that the UDP length counts.
+        found["checksum_state"] = "none" if not stored else checksum_state(frame, at, end, udp_length, pseudo)
     at += 8
-    if end > at + told - 8:
-        end = at + told - 8
+    if end > at + udp_length - 8:
+        end = at + udp_length - 8
     if source in DNS_PORTS or destination in DNS_PORTS:
-        dns(fields, frame, at, end, told - 8)
+        dns(fields, frame, at, end, udp_length - 8)
     elif source in DHCP_PORTS or destination in DHCP_PORTS:
-        dhcp(fields, frame, at, end, told - 8)
+        dhcp(fields, frame, at, end, udp_length - 8)
     elif source in DHCPV6_PORTS or destination in DHCPV6_PORTS:
-        dhcpv6(fields, frame, at, end, told - 8)
+        dhcpv6(fields, frame, at, end, udp_length - 8)
 
 
 def _ports(fields: Fields, name: str, frame: bytes, at: int, end: int) -> None:
-    """Of a header of which only the beginning is there."""
+    """The ports of a truncated header."""
     fields["cut"] = name
     if end >= at + 4:
         source, destination = _PORTS.unpack_from(frame, at)

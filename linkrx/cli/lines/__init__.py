@@ -1,4 +1,4 @@
-"""A packet's fields as a line in tcpdump's manner."""
+"""Formats a packet's fields as a line, as tcpdump does."""
 
 from linkrx.cli.lines.packet import line
 from linkrx.cli.lines.sequences import Sequences

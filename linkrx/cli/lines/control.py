@@ -1,4 +1,4 @@
-"""What ARP, ICMP and ICMPv6 say, as tcpdump says it."""
+"""Formats ARP, ICMP and ICMPv6 messages as tcpdump does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from linkrx.cli.lines.names import PROTOCOLS
 
 
 def arp(found: Fields) -> str:
-    """Who asks for whom, who is where."""
+    """An ARP message: the operation and its addresses."""
     unusual = f"hardware {found['hardware']}, " if "hardware" in found else ""
     if "protocol" in found:
         unusual += f"protocol 0x{found['protocol']:04x}, "
@@ -47,7 +47,7 @@ def _checksum(found: Fields, verbose: bool) -> str:
 
 
 def icmp(found: Fields, verbose: bool) -> str:
-    """The message, and of an error whom it is about."""
+    """An ICMP message. An error names the destination of the packet that caused it."""
     name, code = found.get("name", f"type-{found['type']}"), found["code"]
     quoted = found.get("quoted")
     if "id" in found:
@@ -87,7 +87,7 @@ _UNREACHABLE6 = {
 
 
 def icmpv6(found: Fields, verbose: bool) -> str:
-    """The message, of an error whom it is about, and the address that neighbor discovery is about."""
+    """An ICMPv6 message. An error names the destination of the packet that caused it; neighbor discovery its target."""
     name, code = found.get("name", f"type-#{found['type']}"), found["code"]
     quoted = found.get("quoted")
     about = quoted["destination"] if quoted else "?"

@@ -1,4 +1,4 @@
-"""Bytes of a packet in rows of sixteen, as `-x` and `-X` of tcpdump show them."""
+"""Formats bytes in rows of sixteen, as `-x` and `-X` of tcpdump do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _READABLE = bytes(byte if 0x20 < byte < 0x7F else 0x2E for byte in range(256))
 
 
 def rows(data: bytes, *, readable: bool) -> str:
-    """Each behind a line feed. `readable`: with the characters beside."""
+    """The rows, each after a line feed. `readable`: with the characters as well."""
     found = []
     for at in range(0, len(data), 16):
         digits = data[at : at + 16].hex()

@@ -1,4 +1,4 @@
-"""Numbers that have a name in a line: EtherTypes (IEEE) and IP protocols (IANA)."""
+"""Names of EtherTypes (IEEE) and IP protocols (IANA)."""
 
 ETHERTYPES = {
     0x0800: "IPv4",

@@ -1,4 +1,4 @@
-"""The line of a packet: link header where asked for, addresses, and what the last header says."""
+"""Formats a packet as a line: the link header if wanted, the addresses, and the innermost header."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from linkrx.cli.lines.control import arp, icmp, icmpv6
 from linkrx.cli.lines.names import ETHERTYPES, PROTOCOLS
 from linkrx.cli.lines.services import dhcp, dhcpv6, dns
 
-# What tcpdump calls the headers, where one is cut.
+# tcpdump's names of truncated headers.
 _SHORT = {"ipv4": "ip", "ipv6": "ip6", "icmpv6": "icmp6", "dns": "domain", "ethernet": "ether"}
 
-# Of a packet of which nothing else is there.
+# The whole text for a packet whose first header is truncated.
 _KINDS = {"ipv4": "IP", "ipv6": "IP6", "arp": "ARP", "llc": "LLC"}
 
-_SEQUENCED = frozenset("SFR")  # flags with which an empty segment has a sequence number
+_SEQUENCED = frozenset("SFR")  # flags whose sequence number is printed for empty segments too
 
 
 def line(fields: Fields, length: int, *, link: bool = False, verbose: bool = False) -> str:
-    """Of a packet of `length` bytes on the wire. `link`: with the link header; `verbose`: with header fields and checksums."""
+    """The line of a packet with `length` bytes on the wire. `link`: with the link header. `verbose`: with header fields and checksums."""
     front = _link(fields, length) if link else ""
     tagged = "vlan" in fields
     if tagged:
@@ -31,7 +31,7 @@ def line(fields: Fields, length: int, *, link: bool = False, verbose: bool = Fal
 
 
 def _link(fields: Fields, length: int) -> str:
-    """As `-e` of tcpdump."""
+    """The link header, as `-e` of tcpdump prints it."""
     header = fields.get("ethernet")
     if header is None:
         sender = fields.get("link", {}).get("sender")
@@ -79,7 +79,7 @@ def _network(fields: Fields, named: bool, verbose: bool) -> str:
 
 
 def _bytes(digits: str, length: int) -> str:
-    """The first bytes of what nobody here knows, as -x of tcpdump shows them."""
+    """The first bytes of an unknown protocol, in groups as `-x` of tcpdump prints them."""
     if not digits:
         return ""
     words = " ".join(digits[at : at + 4] for at in range(0, len(digits), 4))
@@ -154,7 +154,7 @@ _CHECKSUM = {"ok": "correct", "wrong": "incorrect", "unfinished": "unfinished: l
 
 def _tcp(fields: Fields, found: Fields, verbose: bool) -> str:
     if "flags" not in found:
-        return ""  # the ports are all that is there
+        return ""  # truncated after the ports
     flags, length = found["flags"], found["length"]
     text = f"Flags [{flags}]"
     if verbose and found.get("checksum_state"):
@@ -205,7 +205,7 @@ def _udp(fields: Fields, found: Fields, verbose: bool) -> str:
 
 
 def _marks(fields: Fields) -> str:
-    """What does not fit: a super-packet, a header that is not whole, one that cannot be."""
+    """Marks for a super-packet, a truncated header and a malformed header."""
     text = ""
     if "super_packet" in fields:
         text = " [super-packet]"

@@ -1,25 +1,25 @@
-"""Sequence numbers of TCP counted from where a connection begins, as tcpdump counts them."""
+"""Relative TCP sequence numbers, as tcpdump counts them."""
 
 from __future__ import annotations
 
 from linkrx.cli.dissection.fields import Fields
 
-CONNECTIONS_MOST = 65_536  # that are remembered: the one that began first is forgotten
+CONNECTIONS_MOST = 65_536  # connections kept; the oldest is dropped for a new one
 
 _Ends = tuple[str, int, str, int]
 
 
 class Sequences:
-    """The first numbers of each connection, of either direction."""
+    """The initial sequence numbers of each connection, for both directions."""
 
     def __init__(self) -> None:
         self._first: dict[_Ends, tuple[int, int]] = {}
 
     def count(self, fields: Fields) -> None:
-        """Make the numbers of a segment those that a line shows.
+        """Replace the sequence and acknowledgement numbers of a segment by relative ones.
 
-        The first segment with an acknowledgement that is seen of a connection, and each with SYN, keep theirs; what follows counts from
-        the one before the first byte that it acknowledges.
+        The first segment of a connection with an acknowledgement keeps its numbers, and so does each segment with SYN. Later
+        numbers are relative to its sequence number, and to one less than its acknowledgement number.
         """
         segment = fields["tcp"]
         flags = segment.get("flags", "")

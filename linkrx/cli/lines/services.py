@@ -1,4 +1,4 @@
-"""What DNS and DHCP say, in a word, as tcpdump does."""
+"""Formats DNS and DHCP messages as tcpdump does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RESULTS = {
 
 
 def dns(found: Fields) -> str:
-    """Identifier, flags, and the questions of a query or the answers of a response."""
+    """A DNS message: identifier, flags, and the questions of a query or the answers of a response."""
     flags, (asked, answered, authorities, additional) = found["flags"], found["counts"]
     operation = _OPERATIONS.get(found["opcode"], f" op{found['opcode']}")
     if found["response"]:
@@ -48,7 +48,7 @@ def dns(found: Fields) -> str:
 
 
 def dhcp(found: Fields) -> str:
-    """Who asks or is answered, and by which kind of message."""
+    """A DHCP message: the client, the type, the transaction and the addresses."""
     words = [f"BOOTP/DHCP, {'Request' if found['request'] else 'Reply'}"]
     if found["request"] and "client_mac" in found:
         words[0] += f" from {found['client_mac']}"
@@ -71,5 +71,5 @@ def dhcp(found: Fields) -> str:
 
 
 def dhcpv6(found: Fields) -> str:
-    """The kind of message."""
+    """A DHCPv6 message: its type and transaction."""
     return f"dhcp6 {found['message']}, xid 0x{found['xid']:x}, length {found['length']}"

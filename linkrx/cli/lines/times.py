@@ -1,4 +1,4 @@
-"""When a packet came, as `-t` asks."""
+"""Formats timestamps, as chosen by `-t`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
-Stamp = Callable[["int | None"], str]  # nanoseconds since 1970; the text ends with a space, or is empty
+Stamp = Callable[
+    ["int | None"], str
+]  # from nanoseconds since 1970 to a text that ends with a space or is empty
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -23,7 +25,7 @@ def _utc(second: int) -> str:
 
 
 def clock() -> Stamp:
-    """The time of day here."""
+    """Without `-t`: the local time of day."""
     last, shown = -1, ""
 
     def at(moment: int | None) -> str:
@@ -40,12 +42,12 @@ def clock() -> Stamp:
 
 
 def nothing(_moment: int | None) -> str:
-    """`-t`."""
+    """`-t`: no time."""
     return ""
 
 
 def since_1970(moment: int | None) -> str:
-    """`-tt`: seconds."""
+    """`-tt`: seconds since 1970."""
     if moment is None:
         return "-.------ "
     second, rest = divmod(moment, 1_000_000_000)
@@ -53,7 +55,7 @@ def since_1970(moment: int | None) -> str:
 
 
 def since_last() -> Stamp:
-    """`-ttt`: since the packet before."""
+    """`-ttt`: the time since the previous packet."""
     last: int | None = None
 
     def since(moment: int | None) -> str:
@@ -70,7 +72,7 @@ def since_last() -> Stamp:
 
 
 def date(moment: int | None) -> str:
-    """`-tttt`: with the date."""
+    """`-tttt`: date and time, local."""
     if moment is None:
         return "----------  --:--:--.------ "
     second, rest = divmod(moment, 1_000_000_000)
@@ -78,7 +80,7 @@ def date(moment: int | None) -> str:
 
 
 def iso(moment: int | None) -> str | None:
-    """UTC with nanoseconds, as ISO 8601."""
+    """UTC with nanoseconds in ISO 8601. None if there is no timestamp."""
     if moment is None:
         return None
     second, rest = divmod(moment, 1_000_000_000)
@@ -86,5 +88,5 @@ def iso(moment: int | None) -> str | None:
 
 
 def stamp(asked: int) -> Stamp:
-    """By how many times `-t` was given."""
+    """The format for the number of times that `-t` was given."""
     return (clock(), nothing, since_1970, since_last(), date)[asked]
