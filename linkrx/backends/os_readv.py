@@ -191,7 +191,7 @@ class OsReadv(Backend):
             if number == len(places):
                 sizes = (*(self._layout.sizes or (self._layout.capacity,)), 1)
                 memory = arena.view[arena.cursor + start :][: sum(sizes)]
-                places.append(messages.Place(memory, sizes, told=self._packets))
+                places.append(messages.Place(memory, sizes, metadata=self._packets))
             place = places[number]
             place.prepare()
             yield place.pointer

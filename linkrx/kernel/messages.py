@@ -1,7 +1,7 @@
-"""recvmsg(2) through the C library, with what the kernel tells of each message.
+"""recvmsg(2) through the C library, with the sender and the control messages of each packet.
 
-Python's own makes text of the name of the interface that a packet came through, after it has taken the packet: where the name is no
-UTF-8 it raises, and the packet is lost.
+Python's socket.recvmsg() decodes the name of a packet's interface after the call. If the name is not UTF-8 it raises, and the
+packet is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import repeat
 _libc = ctypes.CDLL(None, use_errno=True)
 
 ADDRESS_BYTES = 128  # sys/socket.h: struct sockaddr_storage
-CONTROL_BYTES = 512  # room for all that the owner of a borrowed socket may have switched on
+CONTROL_BYTES = 512  # for all control messages that the owner of a borrowed socket may have switched on
 
 _LINK_ADDRESS = struct.Struct("=HHiHBB8s")  # linux/if_packet.h: struct sockaddr_ll
 _CONTROL_HEADER = struct.Struct("@Nii")  # sys/socket.h: struct cmsghdr
@@ -38,11 +38,11 @@ class _Msghdr(ctypes.Structure):
 
 
 class Place:
-    """Where one message goes: memory for its bytes, and for what is told of it."""
+    """The memory for one message: its bytes, its sender and its control messages."""
 
-    def __init__(self, memory: memoryview, sizes: Sequence[int], *, told: bool) -> None:
-        """Its bytes go into `memory`, in pieces of these sizes. `told`: with its sender and control messages."""
-        # These keep the memory: the structures have addresses alone.
+    def __init__(self, memory: memoryview, sizes: Sequence[int], *, metadata: bool) -> None:
+        """The bytes go into `memory`, in pieces of these sizes. `metadata`: receive sender and control messages too."""
+        # References to the memory, because the structures hold addresses only.
         self._memory = (ctypes.c_char * len(memory)).from_buffer(memory)
         self._pieces = (_Iovec * len(sizes))()
         at = ctypes.addressof(self._memory)
@@ -50,20 +50,20 @@ class Place:
             piece.base, piece.length = at, size
             at += size
         self._header = _Msghdr(pieces=ctypes.addressof(self._pieces), pieces_count=len(sizes))
-        self._told = bytearray(ADDRESS_BYTES + CONTROL_BYTES if told else 0)
+        self._metadata = bytearray(ADDRESS_BYTES + CONTROL_BYTES if metadata else 0)
         self.pointer = ctypes.byref(self._header)
-        if told:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(self._told))
+        if metadata:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._metadata))
             self._header.name, self._header.control = address, address + ADDRESS_BYTES
 
     def prepare(self) -> None:
-        """Before each message: the kernel writes how much of the memory it has used."""
-        if self._told:
+        """Reset the sizes before each message, because the kernel writes the sizes that it has used."""
+        if self._metadata:
             self._header.name_length, self._header.control_length = ADDRESS_BYTES, CONTROL_BYTES
 
     def sender(self) -> tuple[int, int, int, int, bytes]:
-        """Of a packet socket: interface index, protocol, PACKET_*, ARPHRD_*, and link address."""
-        _, protocol, index, link_type, kind, length, address = _LINK_ADDRESS.unpack_from(self._told)
+        """The sender on a packet socket: interface index, protocol, PACKET_*, ARPHRD_*, and link address."""
+        _, protocol, index, link_type, kind, length, address = _LINK_ADDRESS.unpack_from(self._metadata)
         return (
             index,
             int.from_bytes(struct.pack("=H", protocol), "big"),
@@ -76,21 +76,21 @@ class Place:
         """Level, type and data of each control message."""
         at, end = ADDRESS_BYTES, ADDRESS_BYTES + min(self._header.control_length, CONTROL_BYTES)
         while at + _CONTROL_HEADER.size <= end:
-            length, level, kind = _CONTROL_HEADER.unpack_from(self._told, at)
+            length, level, kind = _CONTROL_HEADER.unpack_from(self._metadata, at)
             if length < _CONTROL_HEADER.size or at + length > end:
                 return
-            yield level, kind, bytes(self._told[at + _CONTROL_HEADER.size : at + length])
+            yield level, kind, bytes(self._metadata[at + _CONTROL_HEADER.size : at + length])
             at += -(-length // _WORD) * _WORD
 
 
 def receive(fd: int, places: Iterator[object], flags: int) -> Iterator[int]:
-    """A message into each place in turn: its length, or -1, and then last_errno() tells why.
+    """Receive a message into each place in turn. Gives its length, or -1; last_errno() then has the errno.
 
-    All in C: no signal handler and no audit hook runs between a system call and the number that tells of it.
+    All of it runs in C, so that no signal handler runs between a system call and its result.
     """
     return map(_libc.recvmsg, repeat(fd), places, repeat(flags))
 
 
 def last_errno() -> int:
-    """Of the last call in this thread that failed."""
+    """The errno of the last call of this thread that failed."""
     return ctypes.get_errno()

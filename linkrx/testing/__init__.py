@@ -1,4 +1,4 @@
-"""Conformance: what every backend must do on every source it accepts, for plug-in authors to call. No pytest inside.
+"""Conformance checks: what every backend must do on every source that it accepts. Authors of backends call them. Needs no pytest.
 
     from linkrx import testing
     from linkrx.kernel import namespace
@@ -7,11 +7,12 @@
     for cell in testing.cells("mine"):
         print(cell.name, cell.run())
 
-A cell is one check on one kind of source. It holds, or the backend refuses the source, or the source has nothing of
-what it is about; or it raises AssertionError. To be called in the main thread, for signals are among what is checked.
+A cell is one check of one backend on one kind of source. `run()` says whether the check held, the backend refused the source, or
+the check does not apply to it. It raises AssertionError if the check fails. Call it in the main thread, because some checks
+install signal handlers.
 
-Some kinds of source need network devices, and these CAP_NET_ADMIN, which `enter_private_network` gives, and an open
-/dev/net/tun. `cells("mine", linkrx.testing.rigs.PLAIN_RIGS)` are those that need none.
+Some kinds of source need network devices. Those need CAP_NET_ADMIN, which `enter_private_network` gives, and access to
+/dev/net/tun. `cells("mine", linkrx.testing.rigs.PLAIN_RIGS)` has the others only.
 """
 
 from __future__ import annotations
@@ -95,6 +96,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 def cells(backend: str, rigs: tuple[MakeRig, ...] = PLAIN_RIGS + DEVICE_RIGS + CAPTURE_RIGS) -> list[Cell]:
-    """All cells of one backend. Raises BackendUnavailable when there is none of that name."""
+    """All cells of a backend. Raises BackendUnavailable if there is no backend of that name."""
     named(backend)
     return [Cell(backend, make_rig, check) for make_rig in rigs for check in CHECKS]

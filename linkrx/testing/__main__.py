@@ -1,4 +1,4 @@
-"""The conformance checks of one backend: `python -m linkrx.testing NAME`, as root or where user namespaces are allowed."""
+"""Runs the conformance checks of a backend: `python -m linkrx.testing NAME`, as root or where user namespaces are allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linkrx.testing.rigs import PLAIN_RIGS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run every check on every kind of source, in a network namespace. Returns 1 where one does not hold."""
+    """Run every check on every kind of source, in a new network namespace. Returns 1 if a check failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m linkrx.testing", description=__doc__)
     parser.add_argument("backend", help="the name of a backend: `linkrx doctor` lists them")
     backend: str = parser.parse_args(arguments).backend

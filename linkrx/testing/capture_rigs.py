@@ -1,7 +1,7 @@
-"""Rigs of capture files: pcap and pcapng, on a pipe that somebody writes to still, and as files that are there whole.
+"""Rigs of capture files: pcap and pcapng, on a pipe and as regular files.
 
-What is put into a file comes before it is opened: it is over at its end. So a check that opens first and sends then has nothing
-to say of a file, and raises Inapplicable.
+A regular file gets all its packets before it is opened. A check that sends after it opened the source does not apply to files:
+`send` and `open` raise Inapplicable.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import io
 import os
 import struct
+import sys
 import tempfile
 import termios
 import threading
@@ -23,10 +24,10 @@ from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.sources.capture_file import CaptureFile
 from linkrx.testing.rigs import Inapplicable, MakeRig, Rig
 
-PIPE_BYTES = 1 << 20  # what any user may have: /proc/sys/fs/pipe-max-size
+PIPE_BYTES = 1 << 20  # the most without privilege: /proc/sys/fs/pipe-max-size
 PAGE = 4096
 
-# pcap-savefile(5) and draft-ietf-opsawg-pcapng, in this host's byte order: Ethernet, no limit of lengths, nanoseconds.
+# pcap-savefile(5) and draft-ietf-opsawg-pcapng, in host byte order: Ethernet, nanoseconds; pcapng with snaplen 0, no limit.
 _PCAP_BEGIN = struct.pack("=IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
 _PCAPNG_BEGIN = struct.pack("=IIIHHqI", 0x0A0D0D0A, 28, 0x1A2B3C4D, 1, 0, -1, 28)
 _PCAPNG_BEGIN += struct.pack("=IIHHIHHIII", 1, 32, 1, 0, 0, 9, 1, 9, 0, 32)
@@ -43,7 +44,7 @@ def _pcapng(frame: bytes) -> bytes:
 
 
 class _PipeRig(Rig):
-    """Each dispatcher finds the beginning of a file. What the one before has left is taken away: it may begin in a record."""
+    """A pipe. Each dispatcher reads a new file from its beginning. `open` first discards what the last dispatcher left unread."""
 
     begin: bytes
     sending: threading.Lock
@@ -51,7 +52,7 @@ class _PipeRig(Rig):
     writer: int
 
     def open(self, backend: str, deliver: Any = None, **options: Any) -> Dispatcher:
-        """A dispatcher on this source, which has read the beginning."""
+        """A dispatcher on this source. It has read the file header."""
         with self.sending:
             while waiting := _waiting(self.reader):
                 os.read(self.reader, waiting)
@@ -60,14 +61,14 @@ class _PipeRig(Rig):
             came = sum(map(len, rx.batches(0)))
         if came:
             rx.close()
-            raise AssertionError(f"{came} packets came out of a file without any")
+            raise AssertionError(f"{came} packets came out of a file without packets")
         return rx
 
 
 def _waiting(reader: int) -> int:
-    told = bytearray(4)
-    fcntl.ioctl(reader, termios.FIONREAD, told)
-    return int.from_bytes(told, "little" if struct.pack("=H", 1)[0] else "big")
+    """The number of bytes in the pipe."""
+    answer = fcntl.ioctl(reader, termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
 
 
 @contextmanager
@@ -78,11 +79,11 @@ def _on_a_pipe(begin: bytes, record: Any) -> Iterator[Rig]:
         out = stack.enter_context(io.FileIO(writer, "wb"))
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-        written: deque[int] = deque()  # the lengths of what may be unread, oldest first
+        written: deque[int] = deque()  # lengths of the writes that may be unread, oldest first
         sending = threading.Lock()
 
         def send(frame: bytes) -> None:
-            # All or nothing. A pipe has so many pages, and what is written begins a new one where it does not fit: pipe_write().
+            # Write whole records only. A write that does not fit into the last page of the pipe begins a new page: pipe_write().
             made = record(frame)
             if out.closed:
                 raise BrokenPipeError
@@ -106,12 +107,12 @@ def _on_a_pipe(begin: bytes, record: Any) -> Iterator[Rig]:
             keeps_unread=False,
         )
         rig.begin, rig.sending, rig.reader, rig.writer = begin, sending, reader, writer
-        os.write(writer, begin)  # for who opens the source itself
+        os.write(writer, begin)  # for a check that opens the source without `open`
         yield rig
 
 
 class _FileRig(Rig):
-    """A file that `send` adds to until it is opened."""
+    """A regular file. `send` appends to it until it is opened."""
 
     path: Path
     is_empty: bool
@@ -122,7 +123,7 @@ class _FileRig(Rig):
         rx = super().open(backend, deliver, **options)
         if self.is_empty:
             rx.close()
-            raise Inapplicable("a file is over at its end, and nothing comes later")
+            raise Inapplicable("nothing comes after the end of a file")
         self.opened = True
         return rx
 
@@ -136,7 +137,7 @@ def _as_a_file(begin: bytes, record: Any) -> Iterator[Rig]:
 
         def send(frame: bytes) -> None:
             if rig.opened or threading.get_ident() != maker:
-                raise Inapplicable("what is in a file was there before it was opened")
+                raise Inapplicable("a file has all its packets before it is opened")
             with path.open("ab") as out:
                 out.write(record(frame))
             rig.is_empty = False
@@ -148,14 +149,14 @@ def _as_a_file(begin: bytes, record: Any) -> Iterator[Rig]:
 
 @contextmanager
 def pcap_pipe() -> Iterator[Rig]:
-    """A pipe that pcap is written to."""
+    """pcap on a pipe."""
     with _on_a_pipe(_PCAP_BEGIN, _pcap) as rig:
         yield rig
 
 
 @contextmanager
 def pcapng_pipe() -> Iterator[Rig]:
-    """A pipe that pcapng is written to."""
+    """pcapng on a pipe."""
     with _on_a_pipe(_PCAPNG_BEGIN, _pcapng) as rig:
         yield rig
 

@@ -26,24 +26,24 @@ class Cell:
 
     @property
     def source(self) -> str:
-        """The kind of source, as its rig is called."""
+        """The kind of source: the name of its rig."""
         return getattr(self.make_rig, "__name__", "source")
 
     @property
     def row(self) -> str:
-        """What the check is about: its name, without prefix and variant."""
+        """The name of the check, without prefix and variant."""
         return row_of(self.check)
 
     @property
     def name(self) -> str:
-        """For reports: backend-source-check."""
+        """The name for reports: backend-source-check."""
         return f"{self.backend}-{self.source}-{self.check.__name__.removeprefix('check_')}"
 
     def run(self) -> str:
-        """Say "supported" after the check held, "refused" when the backend says why it does not take the source.
+        """Run the check. Returns "supported" if it held, "refused" if the backend refuses the source, and "inapplicable" if the
+        check does not apply to the source or the backend.
 
-        "inapplicable" when the source, or the backend's options, have nothing of what the check is about. A refusal
-        must name both backend and reason. Raises AssertionError where the check does not hold, BackendUnavailable when there
+        A refusal must name the backend and the reason. Raises AssertionError if the check fails, and BackendUnavailable if there
         is no such backend.
         """
         info = named(self.backend)
@@ -58,16 +58,16 @@ class Cell:
             try:
                 rig.open(self.backend).close()
             except UnsupportedSource as error:
-                told = str(error)
+                message = str(error)
             else:
                 raise AssertionError(f"{self.backend} refuses the source ({reason}), but opened it")
-            assert self.backend in told
-            assert reason in told
+            assert self.backend in message
+            assert reason in message
             return "refused"
 
 
 def named(backend: str) -> BackendInfo:
-    """What is known of the backend of that name. Raises BackendUnavailable when there is none."""
+    """The backend of that name. Raises BackendUnavailable if there is none."""
     known = {info.name: info for info in backends()}
     if backend not in known:
         raise BackendUnavailable(
@@ -78,5 +78,5 @@ def named(backend: str) -> BackendInfo:
 
 
 def row_of(check: Check) -> str:
-    """`check_this__that` is a variant of `this`."""
+    """The name of a check, without prefix and variant: `check_this__that` is a variant of `this`."""
     return check.__name__.removeprefix("check_").partition("__")[0]

@@ -1,6 +1,6 @@
-"""What can happen to the network device behind a rig: down and up, another name, another namespace, deletion.
+"""Changes of a network device: down and up, another name, another namespace, deletion.
 
-Needs CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_private_network`.
+Needs CAP_NET_ADMIN and a private network namespace: call `namespace.enter_private_network` first.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from linkrx.kernel.namespace import bring_up
 
-# The kernel looks at changes of carrier once a second: net/core/link_watch.c.
+# Seconds to wait for a carrier. The kernel handles changes of carrier once a second: net/core/link_watch.c.
 CARRIER_PATIENCE = 30.0
 
 
 def injector_on(name: str) -> socket.socket:
-    """A socket that sends on the interface, never blocks, and receives nothing (protocol 0)."""
+    """A non-blocking socket that sends on the interface. It receives nothing (protocol 0)."""
     injector = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     injector.bind((name, 0))
     return injector
 
 
 class Device:
-    """A network device, and the other end when it is one of a veth pair. To be used in one thread."""
+    """A network device. With `peer`, the other end of a veth pair. For use in one thread."""
 
     def __init__(self, name: str, peer: str | None = None) -> None:
         self.index = socket.if_nametoindex(name)
@@ -33,34 +33,34 @@ class Device:
 
     @property
     def name(self) -> str:
-        """What it is called now."""
+        """The current name."""
         return socket.if_indextoname(self.index)
 
     def set(self, **settings: Any) -> None:
-        """Change settings as `ip link set` names them."""
+        """Change settings, named as for `ip link set`."""
         with _route() as route:
             route.link("set", index=self.index, **settings)
 
     def set_mtu(self, mtu: int) -> None:
-        """Of both ends."""
+        """Set the MTU of the device and of its peer, in bytes."""
         with _route() as route:
             for index in filter(None, (self.index, self._peer)):
                 route.link("set", index=index, mtu=mtu)
 
     def set_down(self) -> None:
-        """Take it down; the other end stays up, and loses its carrier."""
+        """Set the device down. The peer stays up and loses its carrier."""
         self.set(state="down")
 
     def set_up(self) -> None:
-        """Bring it up, and wait until the kernel sends on it and on the other end."""
+        """Set the device up, and wait until the kernel sends on it and on its peer."""
         self.set(state="up")
         self.wait_for_carrier()
 
     def wait_for_carrier(self) -> None:
-        """Wait until the kernel sends on it and on the other end.
+        """Wait until the kernel sends on the device and on its peer.
 
-        The end of a pair that was up already gets its carrier with the one that comes up, and its queue from
-        link_watch: it may take a second. Until then the kernel drops what is sent on it, and says nothing.
+        A peer that was up gets its carrier when the device comes up, and its queueing discipline up to a second later from
+        link_watch. Until then the kernel silently drops frames that are sent on it.
         """
         deadline = time.monotonic() + CARRIER_PATIENCE
         with _route() as route:
@@ -70,23 +70,23 @@ class Device:
                     os.sched_yield()
 
     def rename(self, name: str) -> None:
-        """Give it another name. Only what is down can be renamed on older kernels."""
+        """Rename the device. Before Linux 6.2 it must be down for that."""
         self.set_down()
         self.set(ifname=name)
         self.set_up()
 
     def move(self, namespace: int) -> None:
-        """Into the network namespace that a descriptor refers to, where it is down."""
+        """Move the device to the network namespace of a descriptor. It is down there."""
         self.set(net_ns_fd=namespace)
 
     def delete(self) -> None:
-        """It and the other end."""
+        """Delete the device, and with it its peer."""
         with _route() as route:
             route.link("del", index=self.index)
 
 
 def delete_if_there(name: str) -> None:
-    """Delete a device, unless there is none of that name any more: with a namespace its devices go, a little later."""
+    """Delete a device if it still exists. The kernel may delete it at the same time, with its namespace."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     with _route() as route:
@@ -99,15 +99,15 @@ def delete_if_there(name: str) -> None:
 
 
 def raised_injector(name: str) -> socket.socket:
-    """Bring an interface up, and make a socket that sends on it; for work inside another namespace."""
+    """Set an interface up, and make a socket that sends on it. For use inside another namespace."""
     injector = injector_on(name)
     bring_up(name, injector)
-    # Binding to what was down has left an ENETDOWN behind.
+    # The socket was bound while the interface was down, which left ENETDOWN in SO_ERROR. Clear it.
     injector.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return injector
 
 
 def _route() -> Any:
-    from pyroute2 import IPRoute  # half a second to import, and of no use to those who only receive
+    from pyroute2 import IPRoute  # imported here: it takes half a second, and receiving does not need it
 
     return IPRoute()

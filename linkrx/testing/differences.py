@@ -1,4 +1,4 @@
-"""Packets as a failing test shows them: one line each, and the bytes in which one differs from what was expected."""
+"""Formats packets for the message of a failing test: one line each, and the bytes in which two differ."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _NAMES = {socket.IPPROTO_ICMP: "ICMP", socket.IPPROTO_ICMPV6: "ICMPv6"}
 
 
 def line_of(frame: bytes, ethernet: bool = True) -> str:
-    """What a frame is, in a line: addresses, protocol and length."""
+    """A frame in a line: addresses, protocol and length."""
     if not ethernet:
         return f"{_packet(_ip_protocol(frame), frame)}, {len(frame)} bytes"
     if len(frame) < ETH_HEADER_BYTES:
         return f"{len(frame)} bytes, too short for an Ethernet header: {frame.hex(' ')}"
     local, remote = frame[:ETH_ADDRESS_BYTES], frame[ETH_ADDRESS_BYTES : 2 * ETH_ADDRESS_BYTES]
     protocol = int.from_bytes(frame[12:14], "big")
-    told = _packet(protocol, frame[ETH_HEADER_BYTES:])
-    return f"{remote.hex(':')} > {local.hex(':')}, {told}, {len(frame)} bytes"
+    packet = _packet(protocol, frame[ETH_HEADER_BYTES:])
+    return f"{remote.hex(':')} > {local.hex(':')}, {packet}, {len(frame)} bytes"
 
 
 def _ip_protocol(packet: bytes) -> int:
@@ -40,7 +40,7 @@ def _ip_protocol(packet: bytes) -> int:
 
 
 def _packet(protocol: int, data: bytes) -> str:
-    """What follows a link header."""
+    """A packet without its link header: addresses and protocol."""
     if protocol == ETHERTYPE_ARP and len(data) >= 28 and int.from_bytes(data[:2], "big") == ARPHRD_ETHER:
         sender, target = socket.inet_ntoa(data[14:18]), socket.inet_ntoa(data[24:28])
         kind = {1: "request", 2: "reply"}.get(data[7], f"operation {data[7]}")
@@ -66,7 +66,7 @@ def _transport(protocol: int, data: bytes, source: str, destination: str) -> str
 
 
 def listed(frames: Sequence[bytes], ethernet: bool = True) -> Iterator[str]:
-    """A numbered line for each of the first frames, and how many more there were."""
+    """A numbered line for each of the first PACKETS_MOST frames, and the number of the others."""
     for number, frame in enumerate(frames[:PACKETS_MOST], 1):
         yield f"  {number}. {line_of(frame, ethernet)}"
     if len(frames) > PACKETS_MOST:
@@ -74,7 +74,7 @@ def listed(frames: Sequence[bytes], ethernet: bool = True) -> Iterator[str]:
 
 
 def most_similar(expected: bytes, frames: Sequence[bytes]) -> int:
-    """The index of the frame that differs from the expected one in the fewest bytes; of several the first."""
+    """The index of the first frame that differs from the expected one in the fewest bytes."""
 
     def distance(frame: bytes) -> int:
         differing = sum(one != other for one, other in zip(expected, frame, strict=False))
@@ -84,7 +84,7 @@ def most_similar(expected: bytes, frames: Sequence[bytes]) -> int:
 
 
 def difference(expected: bytes, came: bytes) -> Iterator[str]:
-    """A hex dump of the rows in which two frames differ: -, what was expected; +, what came; ^, where."""
+    """A hex dump of the rows in which two frames differ: - is expected, + came, ^ marks the differences."""
     rows = range(0, max(len(expected), len(came)), ROW)
     differing = [row for row in rows if expected[row : row + ROW] != came[row : row + ROW]]
     for row in differing[:ROWS_MOST]:

@@ -1,4 +1,4 @@
-"""The ends of a test's network: interfaces that a test sends frames out of, and that it says what must come in on."""
+"""The ends of a test's network: interfaces on which a test sends frames and expects packets."""
 
 from __future__ import annotations
 
@@ -30,31 +30,28 @@ if TYPE_CHECKING:
 
 Address: TypeAlias = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
-# Only a test that fails waits as long as this.
-PATIENCE = 5.0  # seconds
-QUIET = 0.1  # seconds
+PATIENCE = 5.0  # seconds to wait for an expected packet
+QUIET = 0.1  # seconds to wait for unexpected packets
 
-# A ring holds a packet back for a millisecond, which kernels before 6.18 round up to two ticks of their clock of 100 Hz or more:
-# prb_setup_retire_blk_timer() of net/packet/af_packet.c.
-HELD_BACK = 0.025  # seconds
+# Seconds that a ring may delay a packet. Its timeout is a millisecond, which kernels before 6.18 round up to two ticks of a clock
+# of 100 Hz or more: prb_setup_retire_blk_timer() of net/packet/af_packet.c.
+RING_DELAY = 0.025
 
-RING_BYTES = (
-    4 * 1024 * 1024
-)  # where what came waits for the test: 2,000 of the longest frames of an ordinary MTU
+RING_BYTES = 4 * 1024 * 1024  # for 2,000 frames of an MTU of 1500 that wait for the test
 
 
 class End:
     """An interface. `inject` sends a frame out of it, `expect` waits for a frame that comes in on it.
 
-    Made by `Network`, which also ends it. What comes in is kept from the start, whether a test waits or not. Every method
-    works in the network of the end, whichever thread calls it; those that wait are for one thread at a time.
+    `Network` makes and closes it. It keeps incoming packets from the start, also while no test waits. Any thread may call its
+    methods. Only one thread at a time may call those that wait.
     """
 
     def __init__(self, network: Network, name: str) -> None:
         self._network = network
         self._device: Device = network.inside(lambda: Device(name))
-        self._came: list[Packet] = []  # what nobody has expected yet
-        self.recorded: list[Packet] = []  # all there was, in both directions, where the network records
+        self._came: list[Packet] = []  # packets that were not expected yet
+        self.recorded: list[Packet] = []  # all packets in both directions, if the network records
         self._injector: socket.socket = network.inside(self._open_injector)
         try:
             backend, options = _receiving(network.records)
@@ -69,45 +66,45 @@ class End:
         injector = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         try:
             injector.bind((self.name, 0))
-            # Binding to what is down has left an ENETDOWN behind.
+            # Binding to an interface that is down leaves ENETDOWN in SO_ERROR. Clear it.
             injector.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except BaseException:
             injector.close()
             raise
         return injector
 
-    # What it is.
+    # Properties.
 
     @property
     def link(self) -> Link:
-        """What the kernel says of the interface now. Raises AssertionError when it is gone."""
+        """The current state of the interface. Raises AssertionError if it was deleted."""
         link = self._network.route.link(index=self._device.index)
         assert link is not None, f"the interface {self._device.index} is gone"
         return link
 
     @property
     def name(self) -> str:
-        """What the interface is called now."""
+        """The current name of the interface."""
         return str(self._network.inside(lambda: self._device.name))
 
     @property
     def index(self) -> int:
-        """The number of the interface, which stays when it is renamed."""
+        """The interface index. It does not change with the name."""
         return self._device.index
 
     @property
     def mac(self) -> bytes:
-        """The link address, 6 bytes; nothing on a TUN device."""
+        """The link address: 6 bytes, or none on a TUN device."""
         return self.link.address
 
     @property
     def mtu(self) -> int:
-        """The longest packet in bytes, link header excluded."""
+        """The MTU in bytes, without the link header."""
         return self.link.mtu or 0
 
     @property
     def addresses(self) -> list[Address]:
-        """The IP addresses, with their networks."""
+        """The IP addresses with their prefix lengths."""
 
         def ask(route: Any) -> list[Address]:
             found = route.get_addr(index=self.index)
@@ -122,22 +119,22 @@ class End:
         link = self._network.route.link(index=self.index) if self._network.is_open else None
         return f"<{type(self).__name__} {link.name if link else 'gone'}>"
 
-    # What can be done to it.
+    # Configuration.
 
     def up(self) -> None:
-        """Set it up. It gets a carrier when the other end is up, or somebody has the queue open: see `wait_for_carrier`."""
+        """Set the interface up. Its carrier may come later: see `wait_for_carrier`."""
         self._set(state="up")
 
     def down(self) -> None:
-        """Set it down."""
+        """Set the interface down."""
         self._set(state="down")
 
     def delete(self) -> None:
-        """Delete the interface; of a veth pair that deletes both ends."""
+        """Delete the interface. This deletes both ends of a veth pair."""
         self._network.configure(lambda route: route.link("del", index=self.index))
 
     def rename(self, name: str) -> None:
-        """Give it another name. Before Linux 6.2 it goes down and up for that."""
+        """Rename the interface. Before Linux 6.2 this sets it down and up again."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         try:
@@ -158,17 +155,18 @@ class End:
         self._set(address=mac.hex(":"))
 
     def set_offloads(self, on: bool) -> None:
-        """Whether packets come with unfinished checksums and as super-packets, as between a kernel and good hardware.
+        """Switch checksum and segmentation offloads on or off. With offloads on, the interface sends super-packets and packets with
+        unfinished checksums.
 
-        Off in every end that `Network` makes: frames are what they would be on a wire. A TAP or TUN device has the
-        offloads of its queue: `Network.tap(vnet_header=True, offload=True)`.
+        They are off in every end that `Network` makes, so that frames look as on a wire. The queue of a TAP or TUN device sets
+        its offloads: `Network.tap(vnet_header=True, offload=True)`.
         """
         self._network.inside(lambda: ethtool.set_offloads(self.name, on))
 
     def add_address(self, address: str) -> None:
-        """Give it an IP address, as "10.0.0.1/24", ready for use where the interface has a carrier.
+        """Add an IP address, such as "10.0.0.1/24". It is usable at once if the interface has a carrier.
 
-        The first IPv6 address turns IPv6 on: from then on the kernel sends reports of the groups that it joins.
+        The first IPv6 address switches IPv6 on. From then on the kernel sends multicast listener reports.
         """
         wanted = ipaddress.ip_interface(address)
         flags = 0
@@ -182,7 +180,7 @@ class End:
             ip, length = str(wanted.ip), wanted.network.prefixlen
             route.addr("add", index=self.index, address=ip, prefixlen=length, flags=flags)
             if flags and self._has_carrier():
-                # A worker of the kernel's makes it local, be there nobody to ask whether it is another's.
+                # A kernel worker adds the route of a local address later, even without duplicate address detection.
                 deadline = time.monotonic() + PATIENCE
                 while not list(route.get_routes(family=socket.AF_INET6, table=RT_TABLE_LOCAL, dst=ip)):
                     assert time.monotonic() < deadline, f"{address} never became local"
@@ -192,14 +190,13 @@ class End:
     def _set(self, **settings: Any) -> None:
         self._network.configure(lambda route: route.link("set", index=self.index, **settings))
 
-    # What goes out of it.
+    # Sending.
 
     def inject(self, frames: Frame | Iterable[Frame], timeout: float = PATIENCE) -> None:
-        """Send one frame, or several, out of this interface: to the other end, or to whoever has the queue open.
+        """Send one or several frames out of this interface: to the other end, or to the program that has the queue open.
 
-        Waits at most `timeout` seconds for a carrier, which is there when the other end is ready, and for room. Raises
-        AssertionError when the time is over or the interface is down, ValueError for a frame that is longer than the
-        MTU allows.
+        Waits at most `timeout` seconds for the carrier and for room in the queue. Raises AssertionError if that is not enough or
+        the interface is down, and ValueError for a frame that is too long for the MTU.
         """
         __tracebackhide__ = True
         deadline = time.monotonic() + timeout
@@ -210,7 +207,7 @@ class End:
                 self._injector.send(frame)
             except TimeoutError:
                 raise AssertionError(
-                    f"{self.name} took {number} frames in {timeout:g} s and has no room for more: nobody reads them"
+                    f"{self.name} took {number} frames in {timeout:g} s and has no room for more: no program reads them"
                 ) from None
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
@@ -222,9 +219,9 @@ class End:
                 raise
 
     def wait_for_carrier(self, timeout: float = PATIENCE) -> None:
-        """Wait until what is sent leaves the interface. Raises AssertionError when it is down, or gets no carrier in time.
+        """Wait until the interface has a carrier and sends frames. Raises AssertionError if it is down or gets no carrier in time.
 
-        `inject` does it by itself. Do it before others send, such as the kernel.
+        `inject` calls this. Call it before another program or the kernel sends.
         """
         __tracebackhide__ = True
         deadline = time.monotonic() + timeout
@@ -242,15 +239,14 @@ class End:
         """Why there is no carrier."""
         return "its other end is down"
 
-    # What comes in.
+    # Receiving.
 
     def expect(self, wanted: Wanted, timeout: float = PATIENCE) -> Packet:
-        """Return the first packet that is `wanted`, waiting for it at most `timeout` seconds.
+        """Return the first packet that is `wanted`. Wait for it at most `timeout` seconds.
 
-        `wanted` is a frame, link header and VLAN tag included, a predicate of a packet, or an expression of tcpdump's language,
-        as "udp port 53" (which takes libpcap). Looks first at what came
-        already and was not expected yet; that stays for the next `expect`. Raises AssertionError that tells what came
-        instead.
+        `wanted` is a frame with link header and VLAN tag, a predicate of a packet, or an expression in tcpdump's language such as
+        "udp port 53", which needs libpcap. Packets that came before count, unless an `expect` returned them. Other packets stay
+        for the next `expect`. Raises AssertionError, which shows the packets that came instead.
         """
         __tracebackhide__ = True
         is_wanted = self._matcher(wanted)
@@ -262,11 +258,11 @@ class End:
             if is_wanted(packet):
                 return packet
             self._came.append(packet)
-        told = failure(wanted, self._came, f"within {timeout:g} s", self._told_name, self._ethernet)
-        raise AssertionError("\n".join([*told, *self._losses()]))
+        lines = failure(wanted, self._came, f"within {timeout:g} s", self._title, self._ethernet)
+        raise AssertionError("\n".join([*lines, *self._losses()]))
 
     def collect(self, count: int, timeout: float = PATIENCE) -> list[Packet]:
-        """Return the next `count` packets, whatever they are. Raises AssertionError unless they come in `timeout` seconds."""
+        """Return the next `count` packets of any kind. Raises AssertionError if they do not come within `timeout` seconds."""
         __tracebackhide__ = True
         deadline = time.monotonic() + timeout
         if len(self._came) < count:
@@ -276,17 +272,17 @@ class End:
                     break
         if len(self._came) < count:
             came = self._seen()
-            told = [f"{len(came)} of {count} packets came in on {self._told_name} within {timeout:g} s:"]
+            first = f"{len(came)} of {count} packets came in on {self._title} within {timeout:g} s:"
             raise AssertionError(
-                "\n".join([*told, *differences.listed(came, self._ethernet), *self._losses()])
+                "\n".join([first, *differences.listed(came, self._ethernet), *self._losses()])
             )
         taken, self._came = self._came[:count], self._came[count:]
         return taken
 
     def expect_nothing(self, seconds: float = QUIET, wanted: Wanted | None = None) -> None:
-        """Raise AssertionError if anything came that was not expected yet, or comes within `seconds`.
+        """Raise AssertionError if a packet came that no `expect` returned, or if one comes within `seconds`.
 
-        With `wanted`, as `expect` takes it, only what is wanted counts; the rest stays for the next `expect`.
+        With `wanted`, as for `expect`, only wanted packets count. Other packets stay for the next `expect`.
         """
         __tracebackhide__ = True
         counts = (lambda _: True) if wanted is None else self._matcher(wanted)
@@ -299,15 +295,15 @@ class End:
         unwelcome = [packet.tagged() for packet in self._came if counts(packet)]
         if unwelcome:
             what = "nothing" if wanted is None else f"no {title_of(wanted)}"
-            told = f"{self._told_name} should have got {what} within {seconds:g} s, but got:"
-            raise AssertionError("\n".join([told, *differences.listed(unwelcome, self._ethernet)]))
+            first = f"{self._title} should have got {what} within {seconds:g} s, but got:"
+            raise AssertionError("\n".join([first, *differences.listed(unwelcome, self._ethernet)]))
 
     def _matcher(self, wanted: Wanted) -> Callable[[Packet], object]:
         return matcher_of(wanted, self._rx.capabilities, self._ethernet)
 
     def _coming(self, deadline: float) -> Iterator[Packet]:
-        """What comes in until the deadline, or until the interface is gone; all that had come before is among it."""
-        deadline = max(deadline, time.monotonic() + HELD_BACK)
+        """Incoming packets until the deadline, or until the interface is deleted. Includes all that came before the call."""
+        deadline = max(deadline, time.monotonic() + RING_DELAY)
         while True:
             try:
                 packet = self._rx.recv(max(deadline - time.monotonic(), 0))
@@ -319,14 +315,14 @@ class End:
                 yield packet
 
     def record_the_rest(self) -> None:
-        """Keep what waits to be received."""
+        """Receive and keep the packets that are queued."""
         self._came += self._coming(0)
 
     def _seen(self) -> list[bytes]:
         return [packet.tagged() for packet in self._came]
 
     def _losses(self) -> Iterator[str]:
-        """What was lost on the way."""
+        """The lines of a failure message about lost packets."""
         link = self._network.route.link(index=self.index)
         if link is None:
             yield "The interface is gone."
@@ -341,7 +337,7 @@ class End:
             yield f"{dropped} frames that were sent out of {link.name} were dropped: nobody read them in time."
 
     @property
-    def _told_name(self) -> str:
+    def _title(self) -> str:
         link = self._network.route.link(index=self.index)
         return link.name if link else f"the interface {self.index}"
 
@@ -354,7 +350,7 @@ class End:
 
 
 class QueueOptions(TypedDict, total=False):
-    """Options of `linkrx.TunTap` that `Network.tap` and `Network.tun` take: False where they are left out."""
+    """Options of `linkrx.TunTap` for `Network.tap` and `Network.tun`. Each is False by default."""
 
     multi_queue: bool
     vnet_header: bool
@@ -362,10 +358,10 @@ class QueueOptions(TypedDict, total=False):
 
 
 class Tap(End):
-    """A TAP or TUN device. The program under test has its queue; the test is on the side of the kernel.
+    """A TAP or TUN device. The program under test uses its queue; the test uses the device.
 
-    `queue` is for a program in this process: an open `linkrx.TunTap`. A program of its own process opens the device by
-    name instead. A frame that is injected is read from the queue; a frame that is written to the queue comes in.
+    A program in this process uses `queue`, an open `linkrx.TunTap`. A program in another process opens the device by name. The
+    program reads injected frames from the queue. Frames that it writes to the queue come in at this end.
     """
 
     def __init__(self, network: Network, name: str, mode: str, **options: Unpack[QueueOptions]) -> None:
@@ -375,11 +371,11 @@ class Tap(End):
 
     @property
     def queue(self) -> TunTap:
-        """The queue, opened when it is first asked for and closed behind the test."""
+        """The queue. It is opened on first use, and closed after the test."""
         return self._queues[0] if self._queues else self.open_queue()
 
     def open_queue(self) -> TunTap:
-        """One more queue; more than one takes `multi_queue=True`. Closed behind the test."""
+        """Open another queue. More than one needs `multi_queue=True`. Closed after the test."""
         name = self.name
         opened: TunTap = self._network.inside(lambda: TunTap(name, self._mode, **self._options))
         self._queues.append(opened)
@@ -388,10 +384,10 @@ class Tap(End):
         return opened
 
     def _no_carrier(self) -> str:
-        return f"nobody has its queue open; `.queue` opens it, and so does TunTap({self._told_name!r}, {self._mode!r})"
+        return f"no program has its queue open; `.queue` opens it, and so does TunTap({self._title!r}, {self._mode!r})"
 
     def close(self) -> None:
-        """Stop receiving, and close the queues that were opened here."""
+        """Stop receiving, and close the queues that this object opened."""
         try:
             super().close()
         finally:
@@ -400,10 +396,10 @@ class Tap(End):
 
 
 class Bridge(End):
-    """A bridge: a switch that ends are plugged into. It forwards at once, without spanning tree and IGMP snooping."""
+    """A bridge. It forwards at once, without spanning tree and IGMP snooping."""
 
     def attach(self, end: End) -> None:
-        """Make the interface of an end a port. Returns when frames go through it, if it is up and has a carrier."""
+        """Make an end a port of the bridge. If it is up and has a carrier, wait until the port forwards frames."""
         self._network.configure(lambda route: route.link("set", index=end.index, master=self.index))
         deadline = time.monotonic() + PATIENCE
         while end._has_carrier() and not end.link.forwards:
@@ -411,7 +407,7 @@ class Bridge(End):
             os.sched_yield()
 
     def port(self) -> End:
-        """A new end that is plugged in with a cable: one end of a veth pair, whose other end is a port."""
+        """Add a port: one end of a new veth pair. Returns the other end."""
         near, far = self._network.veth()
         self.attach(far)
         return near
@@ -421,7 +417,7 @@ class Bridge(End):
 
 
 def _receiving(records: bool) -> tuple[str, OpenOptions]:
-    """The backend that can tell most on this host, and options that need no privilege."""
+    """The backend of this host that reports most about packets, and options that need no privilege."""
     there = {info.name: info for info in backends() if info.supported}
     name = next(name for name in ("packet_mmap", "recvmmsg", "os_readv") if name in there)
     options: OpenOptions = {}

@@ -1,4 +1,4 @@
-"""Checks of what interrupts reception without ending it: exceptions, signals, other threads, forks, collection."""
+"""Checks of exceptions, signals, second threads, forks and garbage collection during reception."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of
 
 
 class Interrupted(Exception):
-    """What a deliver or a signal handler raises."""
+    """The exception that the checks raise in deliver and in signal handlers."""
 
 
 def check_raising(rig: Rig, backend: str) -> None:
-    """What deliver raises comes out of dispatch, on whichever packet; none is lost or delivered twice for it."""
+    """An exception of deliver comes out of dispatch. No packet is lost or delivered twice."""
     sent = sample(rig, 12)
     for every in (1, 2, 3, len(sent)):
         got: list[bytes] = []
@@ -60,7 +60,7 @@ def check_raising(rig: Rig, backend: str) -> None:
 
 
 def check_interrupted_wait(rig: Rig, backend: str) -> None:
-    """A signal handler that raises ends a wait with its exception, at once, and reception goes on behind it."""
+    """An exception of a signal handler ends a wait at once. Reception goes on after it."""
 
     def interrupt(frame: FrameType | None) -> None:
         if is_inside(rx, frame, ignore.__code__):
@@ -69,13 +69,12 @@ def check_interrupted_wait(rig: Rig, backend: str) -> None:
     with rig.open(backend, ignore) as rx:
         for way in (rx.run, rx.recv, lambda: next(rx.batches()), lambda: next(iter(rx))):
             try:
-                # Again and again: the first may come just before the system call that waits, where Python runs no
-                # handlers any more, or upon something else.
+                # Repeat the signal: the first may come just before the system call, when Python runs no handler before it.
                 with alarmed(interrupt, first=0.002, interval=0.01):
                     way()
             except Interrupted:
                 continue
-            raise AssertionError("the exception did not come out")
+            raise AssertionError("the signal handler's exception did not end the wait")
         sent = sample(rig, 3)
         for frame in sent:
             rig.send(frame)
@@ -83,7 +82,7 @@ def check_interrupted_wait(rig: Rig, backend: str) -> None:
 
 
 def check_interrupted_flood(rig: Rig, backend: str) -> None:
-    """In a flood exceptions from a signal handler come out every time, and every packet comes once and in order."""
+    """In a flood every exception of a signal handler is raised, and every packet comes once and in order."""
     got: list[int] = []
     raised = caught = 0
 
@@ -102,7 +101,7 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
                 try:
                     rx.dispatch(PATIENCE)
                 except Interrupted as error:
-                    # One may come upon the handling of another.
+                    # An exception may be raised while another is handled.
                     while isinstance(error, Interrupted):
                         caught += 1
                         error = error.__context__  # type: ignore[assignment]
@@ -114,12 +113,12 @@ def check_interrupted_flood(rig: Rig, backend: str) -> None:
 
 
 def is_inside(rx: Dispatcher, frame: FrameType | None, deliver: CodeType) -> bool:
-    """Whether a signal came upon a call of this thread that receives.
+    """Whether a signal handler runs inside linkrx, while this thread receives.
 
-    Not upon that deliver: what that raises is another matter. Not upon a generator, which may be being closed, nor upon a
-    `__del__`: exceptions in those are reported by Python, and lost.
+    False inside that deliver. False inside a generator, which may be closing, and inside `__del__`: Python prints exceptions that
+    are raised there, and drops them.
     """
-    # Nor upon what others have the interpreter call, as the collector's callbacks are: those swallow exceptions.
+    # False inside code that is not linkrx's, such as callbacks of the garbage collector, which drop exceptions too.
     if (
         frame is None
         or not frame.f_globals.get("__name__", "").startswith("linkrx")
@@ -128,7 +127,7 @@ def is_inside(rx: Dispatcher, frame: FrameType | None, deliver: CodeType) -> boo
     ):
         return False
     stack = [entry.f_code for entry, _ in traceback.walk_stack(frame)]
-    # Nor upon another signal's handler, which may have come upon such a callback.
+    # False inside another signal handler, which may run inside such a callback.
     handlers = {
         entry.f_code for entry in takewhile(lambda entry: entry is not frame, _frames(sys._getframe()))
     }
@@ -146,7 +145,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def check_signals(rig: Rig, backend: str) -> None:
-    """Signals whose handlers return end no wait and cost no packet, however many come."""
+    """Signals whose handlers return end no wait and lose no packet."""
     hits: list[int] = []
 
     def send_later() -> None:
@@ -168,7 +167,7 @@ def check_signals(rig: Rig, backend: str) -> None:
 
 
 def check_second_thread(rig: Rig, backend: str) -> None:
-    """While one thread waits, another that wants to receive gets Busy, and the first goes on undisturbed."""
+    """While one thread waits, a second one that receives gets Busy. The first one goes on."""
     got: list[bytes] = []
     with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet))) as rx, running(rx.run):
         try:
@@ -183,7 +182,7 @@ def check_second_thread(rig: Rig, backend: str) -> None:
                     use()
                 except Busy:
                     continue
-                raise AssertionError("a second thread came in")
+                raise AssertionError("a second thread could receive")
             rig.send(rig.frame(100))
             until(lambda: got)
         finally:
@@ -192,7 +191,7 @@ def check_second_thread(rig: Rig, backend: str) -> None:
 
 
 def check_fork(rig: Rig, backend: str) -> None:
-    """A forked child may only close, and still sees what it holds; the parent goes on undisturbed, also while it waits."""
+    """A forked child can only close, and its kept packets stay valid. The parent goes on receiving."""
     with rig.open(backend, ignore) as rx:
         rig.send(rig.frame(100, 1))
         held = rx.recv(PATIENCE)
@@ -207,7 +206,7 @@ def check_fork(rig: Rig, backend: str) -> None:
 
 
 def _close_in_child(rx: Dispatcher, held: Packet, frame: bytes) -> int:  # pragma: no cover, another process
-    """The exit status: 0 when all is as it should be."""
+    """The exit status of the child: 0 if the check holds."""
     for use in (rx.drain, rx.recv, rx.fileno, rx.stats):
         try:
             use()
@@ -222,7 +221,7 @@ def _close_in_child(rx: Dispatcher, held: Packet, frame: bytes) -> int:  # pragm
 
 
 def check_collected(rig: Rig, backend: str) -> None:
-    """A dispatcher that nobody closed warns when it is collected, releases everything, and leaves packets valid."""
+    """An unclosed dispatcher that is collected gives a ResourceWarning and closes its descriptors. Packets stay valid."""
     before = descriptors()
     rx = rig.open(backend)
     rig.send(rig.frame(100))

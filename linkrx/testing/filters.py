@@ -1,4 +1,4 @@
-"""Checks of filters: whoever runs one, what it rejects is never handed over."""
+"""Checks of filters: rejected packets are never delivered, whether the kernel or linkrx runs the filter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Instructions = list[tuple[int, int, int, int]]
 
 
 def _marks(rig: Rig, *, even: bool) -> Instructions:
-    """Takes frames whose mark is even, or odd."""
+    """A filter for frames with an even mark, or with an odd one."""
     at = 14 if rig.ethernet else 1
     take, reject = (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
     return [(0x20, 0, 0, at), (0x45, 0, 1, 1), *((reject, take) if even else (take, reject))]
@@ -31,17 +31,17 @@ def _send(rig: Rig, first: int, behind: int) -> list[bytes]:
 
 
 def check_filter(rig: Rig, backend: str) -> None:
-    """`filter=` takes what it takes from the first packet on; what linkrx rejects is counted, and who filters is told."""
+    """`filter=` holds from the first packet on. Packets that linkrx rejects are counted. `explain()` says who filters."""
     with rig.open(backend, filter=_marks(rig, even=True)) as rx:
         sent = _send(rig, 0, 9)
         got = collect(rx, 5)
         assert [bytes(packet) for packet in got] == sent[::2]
-        told = rx.stats()
-        assert told.packets == 5
-        assert told.filtered in (None, 0, 4)
+        stats = rx.stats()
+        assert stats.packets == 5
+        assert stats.filtered in (None, 0, 4)
         explained = rx.choice.explain().splitlines()[-1]
         assert explained.startswith("filter ")
-        assert ("linkrx" in explained) or told.filtered is None
+        assert ("linkrx" in explained) or stats.filtered is None
     with rig.open(backend, filter=CUTTING) as rx:
         (whole,) = _send(rig, 3, 4)
         _is_cut(rx.recv(PATIENCE), whole)
@@ -55,8 +55,8 @@ def _is_cut(packet: Packet, whole: bytes) -> None:
 
 
 def check_set_filter(rig: Rig, backend: str) -> None:
-    """After `set_filter` nothing comes that it rejects, be it in the batch at hand, in the queue, or still to come; a wrong one
-    changes nothing, and without one all come again.
+    """After `set_filter` no rejected packet is delivered, from the current batch, from the queue or later. An invalid filter
+    changes nothing. Without a filter all packets are delivered again.
     """
     even, odd = _marks(rig, even=True), _marks(rig, even=False)
     got: list[bytes] = []
@@ -78,7 +78,7 @@ def check_set_filter(rig: Rig, backend: str) -> None:
                 rx.set_filter(wrong)
             except ValueError:
                 continue
-            raise AssertionError("a wrong filter was taken")
+            raise AssertionError("an invalid filter was accepted")
         sent = _send(rig, 20, 23)
         assert [bytes(packet) for packet in collect(rx, 2)] == sent[::2]
         sent = _send(rig, 30, 39)
@@ -86,7 +86,7 @@ def check_set_filter(rig: Rig, backend: str) -> None:
             rx.run(count=1)
             assert got == sent[: 2 * expected : 2]
         (last,) = _send(rig, 39, 40)
-        while got[-1] != last:  # behind odd ones, where linkrx itself filters
+        while got[-1] != last:  # if linkrx filters, odd frames of the batch come first
             before = len(got)
             rx.run(count=1, duration=PATIENCE)
             assert len(got) > before
@@ -105,7 +105,7 @@ def _wait_for(counter: list[int], more: int) -> None:
 
 
 def check_set_filter_under_load(rig: Rig, backend: str) -> None:
-    """While another thread receives in a flood, no packet comes behind a `set_filter` that rejects all."""
+    """While another thread receives in a flood, no packet is delivered after `set_filter` with a filter that rejects all."""
     got = [0]
 
     def deliver(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Checks that what a user holds stays true, in whatever pattern it is held, for as long as it is."""
+"""Checks that kept packets and batches stay valid, whichever of them are kept, and for how long."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from linkrx.testing.waiting import PATIENCE, collect
 
 
 def check_keeping(rig: Rig, backend: str) -> None:
-    """Packets, slices of slices and copies, kept in whatever pattern, show what was sent when all else has gone."""
+    """Kept packets, slices and copies show the bytes that were sent, after the dispatcher is closed and others are freed."""
     kept: list[tuple[bytes, Packet | memoryview]] = []
     with rig.open(backend, batch_size=5) as rx:
         for turn in range(30):
@@ -22,14 +22,14 @@ def check_keeping(rig: Rig, backend: str) -> None:
                     kept.append((frame[20:40], got.frame[10:50][10:30]))
                 if index % 5 == 2:
                     kept.append((frame, got.copy()))
-            # Some are let go: old ones, or every other.
+            # Free some: the oldest, or every other one.
             kept = kept[-200:] if turn % 2 else kept[::2]
     for frame, held in kept:
         assert bytes(held) == frame
 
 
 def check_keeping_batches(rig: Rig, backend: str) -> None:
-    """Batches, their columns and their copies, kept across receives and close, show what was sent."""
+    """Kept batches, their columns and their copies show the frames that were sent, after later receives and close."""
     kept: list[tuple[list[bytes], Batch]] = []
     with rig.open(backend, batch_size=6) as rx:
         for turn in range(24):

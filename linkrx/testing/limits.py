@@ -1,4 +1,4 @@
-"""Checks of limits: so many packets, so many seconds, and what had come before a stop."""
+"""Checks of limits: a number of packets, a duration, and stop(flush=True)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = 1 << 18  # bytes of a queue
 
 
 def check_limits(rig: Rig, backend: str) -> None:
-    """run(count=) delivers so many and leaves the rest of the batch; durations hold in a flood; no limit is an end."""
+    """run(count=) delivers that many packets and keeps the rest of the batch; durations hold in a flood; a limit ends nothing."""
     got: list[bytes] = []
     sent = sample(rig, 9)
     with rig.open(backend, lambda *received: got.append(bytes(received[3]))) as rx:
@@ -58,7 +58,7 @@ def _by_batch(rx: Dispatcher) -> list[Packet]:
 
 
 def check_flush(rig: Rig, backend: str) -> None:
-    """stop(flush=True) hands over what had come, in every way to receive, and ends; a stop() behind it ends at once."""
+    """After stop(flush=True) every way to receive gives the packets that had come, then ends. A stop() after it ends at once."""
     got: list[Packet] = []
     sent = sample(rig, 6)
 
@@ -77,8 +77,8 @@ def check_flush(rig: Rig, backend: str) -> None:
             rx.stop(flush=True)
             assert [bytes(packet) for packet in way(rx)] == sent
             assert rx.end is End.STOPPED
-            told = rx.stats()
-            assert (told.packets, told.undelivered) == (6, 0)
+            stats = rx.stats()
+            assert (stats.packets, stats.undelivered) == (6, 0)
     with rig.open(backend, ignore) as rx:
         rig.send(sent[0])
         rx.stop(flush=True)
@@ -99,11 +99,10 @@ def check_flush_in_a_wait(rig: Rig, backend: str) -> None:
 
 
 def check_flush_under_load(rig: Rig, backend: str) -> None:
-    """In a flood stop(flush=True) ends, and what the kernel had taken before is delivered or was dropped by it."""
+    """In a flood stop(flush=True) ends. Every packet that the kernel had taken before is delivered, or counted as its drop."""
     began = threading.Event()
-    small = (
-        {"receive_buffer": SMALL} if probe(rig.source).socket else {}
-    )  # it ends behind as much at the latest
+    # A flush ends at the latest after as many packets as the queue holds.
+    small = {"receive_buffer": SMALL} if probe(rig.source).socket else {}
     with rig.open(backend, lambda *_: began.set(), **small) as rx:
         with flooded(rig) as flood, running(rx.run):
             try:
@@ -113,6 +112,6 @@ def check_flush_under_load(rig: Rig, backend: str) -> None:
                 until(lambda: rx.end is not None)
             finally:
                 rx.stop()
-        told = rx.stats()
+        stats = rx.stats()
         assert rx.end is End.STOPPED
-        assert told.packets + (told.kernel_drops or 0) >= before
+        assert stats.packets + (stats.kernel_drops or 0) >= before

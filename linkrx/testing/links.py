@@ -1,4 +1,4 @@
-"""Checks of what a network device goes through: down and up, another name, another namespace, deletion."""
+"""Checks of changes of the network device: down and up, another name, another namespace, deletion."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from linkrx.testing.waiting import PATIENCE, asleep, collect, flooded, number_of
 
 
 def device_of(rig: Rig) -> Device:
-    """The device behind the source."""
+    """The device behind the source. Raises Inapplicable if there is none."""
     if rig.device is None:
         raise Inapplicable("there is no network device behind it")
     return rig.device
 
 
 def check_link_flaps(rig: Rig, backend: str) -> None:
-    """Down and up is no end, again and again: what was queued is delivered, and what comes later."""
+    """Reception survives a link that goes down and up twice: queued packets are delivered, and later ones too."""
     device = device_of(rig)
     with rig.open(backend, ignore) as rx:
         for turn in range(1, 3):
@@ -45,14 +45,14 @@ def check_link_flaps(rig: Rig, backend: str) -> None:
             device.set_up()
         rig.send(rig.frame(100))
         assert len(collect(rx, 1)) == 1
-        # It sleeps once: no timer is left that looks after the link.
+        # One sleep: the timer that watched the link is off.
         waits = rx.stats().waits
         assert rx.dispatch(0.05) is True
         assert rx.stats().waits == waits + 1
 
 
 def check_link_flaps_under_traffic(rig: Rig, backend: str) -> None:
-    """Down and up in a flood: no packet comes twice or out of order, and reception goes on each time."""
+    """When the link goes down and up in a flood, reception goes on, and no packet comes twice or out of order."""
     device = device_of(rig)
     got: list[int] = []
 
@@ -75,7 +75,7 @@ def check_link_flaps_under_traffic(rig: Rig, backend: str) -> None:
 
 
 def check_renamed(rig: Rig, backend: str) -> None:
-    """Another name for the device changes nothing for who receives from it."""
+    """Reception goes on when the device is renamed."""
     device = device_of(rig)
     name = device.name
     with rig.open(backend, ignore) as rx:
@@ -88,7 +88,7 @@ def check_renamed(rig: Rig, backend: str) -> None:
 
 
 def check_mtu_raised(rig: Rig, backend: str) -> None:
-    """When the MTU is raised after open, frames that it lets through are whole."""
+    """Frames up to an MTU that is raised after open are received whole."""
     device = device_of(rig)
     device.set_mtu(1500)
     with rig.open(backend) as rx:
@@ -102,7 +102,7 @@ def check_mtu_raised(rig: Rig, backend: str) -> None:
 
 
 def check_moved(rig: Rig, backend: str) -> None:
-    """A queue whose device moves to another namespace goes on there; a packet socket stays, and that is its end."""
+    """When the device moves to another namespace, a queue goes on receiving, and a packet socket ends."""
     device = device_of(rig)
     name = device.name
     namespace = new_network()
@@ -162,9 +162,9 @@ def _foreign_loop(rx: Dispatcher) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(rx.fileno(), selectors.EVENT_READ)
         while rx.end is None:
-            assert selector.select(PATIENCE), "fileno() was silent about the end"
+            assert selector.select(PATIENCE), "fileno() did not become readable at the end"
             vain = 0 if rx.drain() else vain + 1
-            assert vain < 100, "fileno() was readable for nothing"
+            assert vain < 100, "fileno() was readable, but drain() had no work"
 
 
 WAYS: tuple[Callable[[Dispatcher], None], ...] = (
@@ -178,7 +178,7 @@ WAYS: tuple[Callable[[Dispatcher], None], ...] = (
 
 
 def _deletion(way: Callable[[Dispatcher], None], *, when: str) -> Check:
-    """The device is deleted while a thread receives, waiting, in a flood or with its link down: LINK_GONE ends that."""
+    """Reception ends with LINK_GONE when the device is deleted: in a wait, in a flood, and while the link is down."""
 
     def check(rig: Rig, backend: str) -> None:
         device = device_of(rig)
@@ -190,8 +190,8 @@ def _deletion(way: Callable[[Dispatcher], None], *, when: str) -> Check:
             elif when == "down":
                 with running(lambda: way(rx)):
                     device.set_down()
-                    # A queue is not told. Of a socket's link, not the news that it is down must be taken for its end:
-                    # behind it come waits.
+                    # The kernel does not report a link that is down to a queue. A socket gets ENETDOWN, which must not end
+                    # reception: more waits follow.
                     until(lambda: rx.stats().link_downs in (1, None))
                     waits = rx.stats().waits
                     if rx.capabilities.socket and way not in (_asynchronously, _foreign_loop):
@@ -201,7 +201,7 @@ def _deletion(way: Callable[[Dispatcher], None], *, when: str) -> Check:
             else:
                 rig.send(rig.frame(100))
                 with running(lambda: way(rx)):
-                    # Those two sleep outside of linkrx.
+                    # These two sleep outside of linkrx.
                     until(
                         lambda: (
                             rx.stats().packets == 1
@@ -222,7 +222,7 @@ DELETIONS = tuple(_deletion(way, when=when) for when in ("waiting", "busy", "dow
 
 
 def check_made_again(rig: Rig, backend: str) -> None:
-    """Behind the deletion of a device a new one of its name can be opened, and what ended stays ended."""
+    """After the deletion of a device, a new one with the same name can be opened. The old dispatcher stays ended."""
     device = device_of(rig)
     name = device.name
     with rig.open(backend, ignore) as rx:

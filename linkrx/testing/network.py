@@ -1,4 +1,4 @@
-"""A private network for one test, and the interfaces in it.
+"""A private network for a test, and the interfaces in it.
 
     from linkrx.testing.network import Network
 
@@ -7,8 +7,8 @@
         near.inject(bytes.fromhex("ffffffffffff 020000000001 88b5") + b"hello")
         print(far.expect(lambda packet: packet.protocol == 0x88B5))
 
-Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, which `linkrx.kernel.namespace.enter_private_network` gives to anyone, and pyroute2.
-The pytest plugin has all this as fixtures.
+Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, and pyroute2. Without root, `linkrx.kernel.namespace.enter_private_network` gives the
+capabilities. The pytest plugin has the same as fixtures.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def _raise(error: LinkrxError) -> NoReturn:
 
 
 class Network:
-    """A network namespace that this thread is in while the `with` block runs, and threads and processes that it starts.
+    """A new network namespace. The `with` block runs in it, and so do the threads and processes that the block starts.
 
-    `lo` is up, IPv6 is off, and nothing is in it but what the block makes. At the end the thread is back where it was. The
-    kernel deletes the namespace, with all that is in it, when no thread, process or open socket is left in it.
+    `lo` is up and IPv6 is off. There are no other interfaces until the block makes some. At the end the thread returns to its old
+    namespace. The kernel deletes the new one, with its devices, when no thread, process or socket uses it.
     """
 
     def __init__(self, *, records: bool = False, unable: Callable[[LinkrxError], NoReturn] = _raise) -> None:
-        """`records` keeps every packet of every end, for `End.recorded`. `unable` is called with the error where something
-        cannot be made on this host: it raises that, or whatever else ends the test.
+        """`records`: keep every packet of every end in `End.recorded`. `unable` is called with the error if this host cannot make a
+        namespace or a device. It must raise; by default it raises the error.
         """
         self.records = records
         self.ends: list[End] = []
@@ -66,7 +66,7 @@ class Network:
                 namespace.enter_new_network()
             except LinkrxError as error:
                 self._unable(error)
-            opening.callback(namespace.go_to, before)  # called first at the end
+            opening.callback(namespace.go_to, before)
             self._fd = namespace.open_here()
             opening.callback(self._close)
             self.route = RouteSocket()
@@ -91,17 +91,17 @@ class Network:
         return self._fd >= 0
 
     def fileno(self) -> int:
-        """A descriptor that refers to the namespace; -1 behind the block."""
+        """A descriptor of the namespace. -1 after the block."""
         return self._fd
 
     def inside(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns in this network, whatever network the calling thread is in. It runs in a thread of its own."""
+        """Run `work` in this network, in a new thread, and return its result. The calling thread may be in any network."""
         return namespace.inside(self._fd, work)
 
     def configure(self, work: Callable[[Any], Result]) -> Result:
-        """What `work` returns when it is called with a pyroute2.IPRoute of this network.
+        """Call `work` with a pyroute2.IPRoute of this network, and return its result.
 
-        In a thread of its own: pyroute2 runs an event loop, which cannot be done where one runs already.
+        It runs in a new thread, because pyroute2 runs an event loop, and the calling thread may run one already.
         """
         try:
             from pyroute2 import IPRoute
@@ -120,9 +120,9 @@ class Network:
         return self.inside(run)
 
     def write_capture(self, file: str | os.PathLike[str] | WritableFile) -> int:
-        """Write all that the ends have seen so far to a pcapng file, and return how many packets that are. With `records=True`.
+        """Write all packets of all ends to a pcapng file, and return their number. Needs `records=True`.
 
-        A packet that went from end to end is in the file for each, with the direction that it had there.
+        A packet that went from one end to another is in the file twice: as outgoing of one, and as incoming of the other.
         """
         for end in self.ends:
             end.record_the_rest()
@@ -135,18 +135,18 @@ class Network:
                 writer.write(packet)
         return len(packets)
 
-    # What can be in it.
+    # Devices.
 
     def tap(self, name: str | None = None, **options: Unpack[QueueOptions]) -> Tap:
-        """A TAP device that is up. The program under test opens its queue, or takes `.queue`; see `linkrx.TunTap`."""
+        """Make a TAP device and set it up. The program under test opens its queue, or uses `.queue`. See `linkrx.TunTap`."""
         return self._queue_device("tap", name, options)
 
     def tun(self, name: str | None = None, **options: Unpack[QueueOptions]) -> Tap:
-        """The same with a TUN device, whose frames are IP packets."""
+        """Make a TUN device and set it up. Its frames are IP packets."""
         return self._queue_device("tun", name, options)
 
     def veth(self, near: str | None = None, far: str | None = None) -> tuple[End, End]:
-        """Two ends of a cable, both up: what is injected at one comes in at the other."""
+        """Make a veth pair and set both ends up. A frame that is injected at one end comes in at the other."""
         near = near or self._free_name("veth")
         far = far or self._free_name("veth", near)
         self._make("veth", ifname=near, peer=far)
@@ -159,10 +159,10 @@ class Network:
         return ends
 
     def bridge(self, name: str | None = None) -> Bridge:
-        """A bridge that is up, without ports: `Bridge.port` adds one."""
+        """Make a bridge without ports and set it up. `Bridge.port` adds a port."""
         name = name or self._free_name("br")
         self._make("bridge", ifname=name, br_forward_delay=0, br_stp_state=0, br_mcast_snooping=0)
-        # A host that has br_netfilter loaded has its firewall look at what bridges forward, and IP packets that are wrong are lost.
+        # With br_netfilter loaded, netfilter sees bridged packets, and the kernel drops malformed IP packets.
         for settings in Path("/proc/sys/net/bridge").glob("bridge-nf-call-*"):
             self.inside(lambda settings=settings: settings.write_text("0"))  # type: ignore[misc]
         made = self._add(Bridge(self, name))
@@ -171,7 +171,7 @@ class Network:
         return made
 
     def end(self, name: str) -> End:
-        """An interface that is there already, such as `lo`, as an end."""
+        """An end on an existing interface, such as `lo`."""
         return self._add(End(self, name))
 
     def _queue_device(self, mode: str, name: str | None, options: QueueOptions) -> Tap:
@@ -181,7 +181,7 @@ class Network:
 
         def make() -> None:
             with TunTap(name, mode, multi_queue=options.get("multi_queue", False)) as queue:
-                fcntl.ioctl(queue.fileno(), TUNSETPERSIST, 1)  # it goes with the namespace
+                fcntl.ioctl(queue.fileno(), TUNSETPERSIST, 1)  # it is deleted with the namespace
 
         try:
             self.inside(make)

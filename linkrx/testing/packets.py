@@ -1,4 +1,4 @@
-"""Checks of what becomes of each packet: good and bad ones, short, long and cut ones."""
+"""Checks of single packets: valid and malformed, short, long and cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linkrx.testing.cells import Inapplicable
 from linkrx.testing.rigs import LOCAL, PROTOCOL, REMOTE, Rig
 from linkrx.testing.waiting import PATIENCE, collect, patiently
 
-# The source text's ladder, step by step, and what hardware and the kernel cut at: 1514, 2048.
+# Running sums of gVisor's buffer sizes, the frame of an MTU of 1500, and lengths at which drivers and the kernel cut.
 STEPS = (128, 384, 640, 1152, 1514, 2048, 2176, 4096, 4224, 8320, 16512, 32896, 65535, 65664)
 
 ETHERTYPE_IPV4 = b"\x08\x00"
@@ -20,19 +20,19 @@ ETHERTYPE_IPV6 = b"\x86\xdd"
 
 
 def sample(rig: Rig, number: int) -> list[bytes]:
-    """That many frames of growing lengths, or as many as fit into the source's queue."""
+    """`number` frames of growing lengths, or as many as fit into the source's queue."""
     least = max(rig.shortest, ETH_HEADER_BYTES + 4)
     return [rig.frame(least + 37 * index, index) for index in range(min(number, rig.queue))]
 
 
 def around(steps: tuple[int, ...], rig: Rig) -> list[int]:
-    """Each step, one less and one more, and the longest frame, as far as the source takes them."""
+    """Each step, one byte less, one byte more, and the longest frame, as far as the source takes them."""
     sizes = {size for step in (*steps, rig.longest) for size in (step - 1, step, step + 1)}
     return sorted(size for size in sizes if rig.shortest <= size <= rig.longest)
 
 
 def check_delivery(rig: Rig, backend: str) -> None:
-    """Packets are delivered whole and in order, with protocol and addresses from the header."""
+    """Packets are delivered whole and in order, with the protocol and addresses of the link header."""
     sent = sample(rig, 50)
     calls: list[tuple[bytes | None, bytes | None, int, Packet]] = []
     with rig.open(backend, lambda *call: calls.append(call)) as rx:
@@ -42,8 +42,8 @@ def check_delivery(rig: Rig, backend: str) -> None:
             rx.dispatch(PATIENCE)
         assert [bytes(call[3]) for call in calls] == sent
         for remote, local, protocol, got in calls:
-            told = REMOTE if rig.told_protocol is not None else None
-            assert (remote, local) == ((REMOTE, LOCAL) if rig.ethernet else (told, None))
+            reported = REMOTE if rig.reported_protocol is not None else None
+            assert (remote, local) == ((REMOTE, LOCAL) if rig.ethernet else (reported, None))
             assert (remote, local, protocol) == (got.remote, got.local, got.protocol)
             assert protocol == (PROTOCOL if rig.ethernet else 0x0800)
             assert len(got.link_header) == (ETH_HEADER_BYTES if rig.ethernet else 0)
@@ -58,23 +58,23 @@ def check_delivery(rig: Rig, backend: str) -> None:
 
 
 def check_runts(rig: Rig, backend: str) -> None:
-    """A frame of 1 to 13 bytes, anywhere in a batch and alone, is counted as a runt and costs no neighbour."""
+    """A frame of 1 to 13 bytes, anywhere in a batch and alone, is counted as a runt. Other frames are delivered."""
     if not rig.ethernet:
-        raise Inapplicable("without a link header nothing is too short for it")
+        raise Inapplicable("frames without a link header are never too short for one")
     if not rig.takes_hostile:
-        raise Inapplicable("the kernel sends no Ethernet frame without a header on it")
+        raise Inapplicable("the kernel sends no frames shorter than an Ethernet header on it")
     _check_counted(rig, backend, [b"\x42" * size for size in range(1, ETH_HEADER_BYTES)], "runts")
 
 
 def check_empty(rig: Rig, backend: str) -> None:
-    """A packet of no bytes, or of nothing but a virtio-net header, is counted as empty and costs no neighbour."""
+    """An empty packet, or one with only a virtio-net header, is counted as empty. Other packets are delivered."""
     if rig.shortest > 0:
-        raise Inapplicable("it carries no packets of no bytes")
+        raise Inapplicable("it carries no empty packets")
     prefix = rig.prefix
     _check_counted(rig, backend, [b""], "empty")
     if prefix:
         rig.prefix = b""
-        # Without even a whole virtio-net header, and with exactly that.
+        # A part of a virtio-net header, and exactly one.
         bad = [bytes(size) for size in range(len(prefix) + 1)]
         with rig.open(backend) as rx:
             for packet in bad:
@@ -86,11 +86,11 @@ def check_empty(rig: Rig, backend: str) -> None:
 
 
 def check_unknown_versions(rig: Rig, backend: str) -> None:
-    """Without a link header a packet that is neither IPv4 nor IPv6 is counted as such and costs no neighbour."""
+    """Without a link header, a packet that is neither IPv4 nor IPv6 is counted as unknown. Other packets are delivered."""
     if rig.ethernet:
-        raise Inapplicable("the link header tells the protocol")
-    if rig.told_protocol is not None:
-        raise Inapplicable("the kernel tells the protocol")
+        raise Inapplicable("the link header has the protocol")
+    if rig.reported_protocol is not None:
+        raise Inapplicable("the kernel reports the protocol")
     versions = [bytes([version << 4 | 5]) + b"abc" for version in range(16) if version not in (4, 6)]
     _check_counted(rig, backend, versions, "unknown_protocol")
 
@@ -99,7 +99,7 @@ def _check_counted(rig: Rig, backend: str, bad: list[bytes], counter: str) -> No
     good = [rig.frame(60 + index, index) for index in range(3)]
     with rig.open(backend) as rx:
         for one in bad:
-            # In the middle, alone, in front and behind.
+            # In the middle, alone, first and last.
             for frame in (good[0], one, good[1]):
                 rig.send(frame)
             assert [bytes(packet) for packet in collect(rx, 2)] == good[:2]
@@ -122,7 +122,7 @@ def _check_counted(rig: Rig, backend: str, bad: list[bytes], counter: str) -> No
 
 
 def check_odd_packets(rig: Rig, backend: str) -> None:
-    """What is odd behind the link header, or meant for others, is delivered as it came: judging it is not linkrx's."""
+    """A packet that is malformed above the link layer, or addressed to another host, is delivered unchanged."""
     claims_more = b"\x4f\x00\xff\xff"  # an IPv4 header of 60 bytes in a packet of 65,535
     claims_data = b"\x60\x00\x00\x00\xff\xff\x00\x40"
     if rig.ethernet:
@@ -143,13 +143,13 @@ def check_odd_packets(rig: Rig, backend: str) -> None:
                 assert (packet.local, packet.remote) == (frame[:6], frame[6:12])
                 assert packet.protocol == int.from_bytes(frame[12:14], "big")
             else:
-                assert packet.protocol == (rig.told_protocol or {4: 0x0800, 6: 0x86DD}[frame[0] >> 4])
+                assert packet.protocol == (rig.reported_protocol or {4: 0x0800, 6: 0x86DD}[frame[0] >> 4])
 
 
 def check_odd_vnet_headers(rig: Rig, backend: str) -> None:
-    """A virtio-net header whose offsets lie outside the packet is shown as it came, and nothing follows it."""
+    """A virtio-net header with offsets outside the packet is reported unchanged. linkrx does not follow the offsets."""
     if not rig.prefix:
-        raise Inapplicable("the kernel makes its virtio-net headers, or it has none")
+        raise Inapplicable("the kernel writes its virtio-net headers, or it has none")
     prefix = rig.prefix
     hostile = [
         struct.pack("=BBHHHH", 1, 1, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF),
@@ -170,7 +170,7 @@ def check_odd_vnet_headers(rig: Rig, backend: str) -> None:
 
 
 def check_lengths(rig: Rig, backend: str) -> None:
-    """No length around any step, nor the longest that the source carries, is cut by the default layout."""
+    """The default layout cuts no frame that the source carries."""
     with rig.open(backend) as rx:
         for size in around(STEPS, rig):
             frame = rig.frame(size, size)
@@ -196,7 +196,7 @@ def check_ladder(rig: Rig, backend: str) -> None:
 
 
 def check_truncation(rig: Rig, backend: str) -> None:
-    """A caller's own layout cuts what does not fit, flags it, and cuts nothing that just fits."""
+    """With `buffer_sizes`, a frame that does not fit is cut and flagged, and one that just fits is not."""
     _need_ladder(rig, backend)
     sizes = (20, 40, 60)
     with rig.open(backend, buffer_sizes=sizes) as rx:
@@ -215,13 +215,13 @@ def check_truncation(rig: Rig, backend: str) -> None:
 
 def _need_ladder(rig: Rig, backend: str) -> None:
     if rig.options.get("segment"):
-        raise Inapplicable("what is split is taken whole")
+        raise Inapplicable("super-packets are received whole")
     if not any("buffer_sizes" in info.honours for info in backends() if info.name == backend):
-        raise Inapplicable("the backend takes no layout of the caller's")
+        raise Inapplicable("the backend does not honour buffer_sizes")
 
 
 def check_columns(rig: Rig, backend: str) -> None:
-    """A batch's columns, its packets and the frames that were sent say the same."""
+    """The columns of a batch and its packets agree with the frames that were sent."""
     sent = sample(rig, 20)
     with rig.open(backend, batch_size=7) as rx:
         for frame in sent:

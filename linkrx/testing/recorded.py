@@ -1,4 +1,4 @@
-"""Checks of sources that are there whole before they are opened, as capture files are."""
+"""Checks of sources that have all their packets before they are opened, such as capture files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STEPS = (14, 60, 64, 1514, 9000, 65_535)
 
 
 def _recorded(rig: Rig, count: int = 300) -> list[bytes]:
-    """So many frames, and some of other lengths, in the file."""
+    """Put `count` frames, and some of special lengths, into the file. Returns all of them."""
     if not rig.recorded:
-        raise Inapplicable("more may come: it has no end of its own")
+        raise Inapplicable("it is no recording: more packets may come")
     sizes = [60 + 7 * (number % 200) for number in range(count)]
     sent = [rig.frame(size, number) for number, size in enumerate(sizes + around(STEPS, rig)) if size >= 14]
     for frame in sent:
@@ -42,9 +42,9 @@ def _by_drain(rx: Dispatcher, got: list[bytes]) -> None:
     poll = select.poll()
     poll.register(rx.fileno(), select.POLLIN)
     while rx.end is None:
-        assert poll.poll(0), "fileno() was silent in front of the end"
+        assert poll.poll(0), "fileno() was not readable before the end"
         rx.drain()
-    assert not poll.poll(0), "fileno() was readable behind the end"
+    assert not poll.poll(0), "fileno() was readable after the end"
 
 
 def _by_packet(rx: Dispatcher, got: list[bytes]) -> None:
@@ -83,7 +83,7 @@ WAYS: tuple[Callable[[Dispatcher, list[bytes]], None], ...] = (
 
 
 def check_recorded(rig: Rig, backend: str) -> None:
-    """By every way to receive all comes whole and in order, then the end, in batches of any size, each time it is opened."""
+    """Every way to receive gives all packets whole and in order, then the end, with any batch size and each time it is opened."""
     sent = _recorded(rig)
     got: list[bytes] = []
 
@@ -96,13 +96,13 @@ def check_recorded(rig: Rig, backend: str) -> None:
             way(rx, got)
             assert got == sent
             is_over(rx, End.EOF)
-            told = rx.stats()
-            assert (told.packets, told.bytes) == (len(sent), sum(map(len, sent)))
-            assert (told.waits, told.undelivered, told.kernel_drops) == (0, 0, None)
+            stats = rx.stats()
+            assert (stats.packets, stats.bytes) == (len(sent), sum(map(len, sent)))
+            assert (stats.waits, stats.undelivered, stats.kernel_drops) == (0, 0, None)
 
 
 def check_recorded_stops(rig: Rig, backend: str) -> None:
-    """Limits, stop, stop that flushes, an exception of deliver: nothing comes twice, and what is left comes next or is left."""
+    """After a limit or an exception of deliver, reception goes on with the next packet. stop() ends it, with flush=True after the last."""
     sent = _recorded(rig)
     got: list[bytes] = []
 
@@ -118,7 +118,7 @@ def check_recorded_stops(rig: Rig, backend: str) -> None:
         except Interrupted:
             pass
         else:
-            raise AssertionError("what deliver raised did not come out")
+            raise AssertionError("the exception of deliver did not come out of run()")
         assert got == sent[:10]
         assert bytes(rx.recv()) == sent[10]
         assert rx.run(count=1000 * len(sent)) is End.EOF
@@ -132,7 +132,7 @@ def check_recorded_stops(rig: Rig, backend: str) -> None:
 
 
 def check_recorded_filters(rig: Rig, backend: str) -> None:
-    """A filter from the first packet on, and one that is set while packets wait: every packet is judged by the one in force."""
+    """A filter holds from the first packet on. One that is set while packets wait holds for the next packet."""
     sent = _recorded(rig)
     ends_even = [(0x20, 0, 0, 14), (0x45, 0, 1, 1), (6, 0, 0, 0), (6, 0, 0, 0xFFFFFFFF)]
     whole = [frame for frame in sent if len(frame) >= 18]
@@ -147,7 +147,7 @@ def check_recorded_filters(rig: Rig, backend: str) -> None:
 
 
 def check_recorded_keeping(rig: Rig, backend: str) -> None:
-    """Every packet, and copies of every batch, kept to the end and past it, show what was recorded."""
+    """All packets, batches and copies of batches stay valid after the end and after close."""
     sent = _recorded(rig, 3000)
     with rig.open(backend) as rx:
         packets = list(rx)
@@ -158,6 +158,6 @@ def check_recorded_keeping(rig: Rig, backend: str) -> None:
 
 
 def check_recorded_restoring(rig: Rig, backend: str) -> None:
-    """Opened and closed again and again it leaves nothing behind."""
+    """Opening and closing leaves nothing behind."""
     _recorded(rig, 10)
     check_restoring(rig, backend)

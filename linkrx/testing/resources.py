@@ -1,4 +1,4 @@
-"""Checks of what reception takes and gives back, and of what the kernel and linkrx count."""
+"""Checks of descriptors, threads and settings, of polling, and of counters."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FLOOD = 5000  # more frames than any rig's queue holds
 
 
 def descriptors() -> set[str]:
-    """The numbers of the open descriptors; listing them opens one more, the same one each time."""
+    """The open descriptors. Listing them opens one more, which is the same each time."""
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 def settings_of(source: object) -> dict[int, int]:
-    """What linkrx may change on a socket, by the option's number; nothing of other sources."""
+    """The socket options that linkrx may change, by number. Empty for other sources."""
     if not isinstance(source, socket.socket):
         return {}
     settings = {
@@ -44,7 +44,7 @@ def settings_of(source: object) -> dict[int, int]:
 
 
 def check_restoring(rig: Rig, backend: str) -> None:
-    """Nothing is left behind, open or closed: no descriptor, no thread, no changed flag, no packet taken."""
+    """Opening and closing leaves no descriptor, no thread and no changed setting behind."""
     before, threads = descriptors(), threading.active_count()
     found, settings = probe(rig.source), settings_of(rig.source)
     changes = {"receive_buffer": 123_456} if found.socket else {}
@@ -59,7 +59,7 @@ def check_restoring(rig: Rig, backend: str) -> None:
 
 
 def check_polling(rig: Rig, backend: str) -> None:
-    """fileno() is readable exactly when drain() has something to do, the end included, which is told once."""
+    """fileno() is readable exactly when drain() has work to do. It is readable once for the end."""
     got: list[bytes] = []
     with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet)), batch_size=4) as rx:
         poll = select.poll()
@@ -74,7 +74,7 @@ def check_polling(rig: Rig, backend: str) -> None:
         assert got == sent
         assert rx.drain() == 0
         assert not poll.poll(0)
-    # Long ones, more than an arena has room for: what waits inside must be announced as well.
+    # More long frames than fit into an arena: fileno() must be readable for frames that linkrx holds, too.
     with rig.open(backend, lambda _r, _l, _p, packet: got.append(bytes(packet))) as rx:
         poll = select.poll()
         poll.register(rx.fileno(), select.POLLIN)
@@ -98,17 +98,17 @@ def check_polling(rig: Rig, backend: str) -> None:
 
 
 def check_overrun(rig: Rig, backend: str) -> None:
-    """In a flood that overruns the queue, what was sent is what was delivered and what the kernel counts as dropped."""
+    """In a flood that overruns the queue, delivered packets and the kernel's drops add up to the packets sent."""
     got: list[int] = []
 
     def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
         got.append(number_of(rig, packet))
 
-    # The kernel's smallest buffer: 2304 bytes, less than three frames of a thousand.
+    # The kernel's smallest buffer (SOCK_MIN_RCVBUF): less than three frames of 1000 bytes.
     small = {"receive_buffer": 2304} if probe(rig.source).socket else {}
     sent = refused = 0
     if not isinstance(rig.source, str):
-        with rig.open(backend) as rx:  # another one's drops are not those of the next
+        with rig.open(backend) as rx:  # the drops of this dispatcher must not count for the next
             for number in range(FLOOD):
                 with suppress(BlockingIOError):
                     rig.send(rig.frame(1000, number))
@@ -125,14 +125,14 @@ def check_overrun(rig: Rig, backend: str) -> None:
                     sent += 1
             if turn < 2:
                 rx.drain()
-                rx.stats()  # what is asked for in between must not be lost to the end
+                rx.stats()  # drops that were read here must be in the final count
         while rx.drain():
             pass
-        told = rx.stats()
-        assert (told.kernel_drops is None) == (rx.capabilities.kind in ("pipe", "capture_file"))
-        drops = told.kernel_drops or 0
+        stats = rx.stats()
+        assert (stats.kernel_drops is None) == (rx.capabilities.kind in ("pipe", "capture_file"))
+        drops = stats.kernel_drops or 0
         assert len(got) + drops == sent
-        assert told.packets == len(got)
+        assert stats.packets == len(got)
         assert got == sorted(set(got))
-        # Either the sender was told or the kernel counted: the queue was overrun.
+        # The queue was overrun: the kernel refused a frame, or dropped one.
         assert drops + refused > 0

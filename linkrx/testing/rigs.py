@@ -1,6 +1,6 @@
-"""Rigs: one of every kind of source, with ways to put frames into it and to do to it what can happen to its kind.
+"""Rigs: one for each kind of source. A rig makes a source, sends frames into it, and can change or delete its device.
 
-Those that make devices need CAP_NET_ADMIN and a network namespace of one's own: `namespace.enter_private_network`.
+Rigs with devices need CAP_NET_ADMIN and a private network namespace: call `namespace.enter_private_network` first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LOCAL = bytes.fromhex("020000000001")
 REMOTE = bytes.fromhex("020000000002")
 PROTOCOL = 0x88B5  # IEEE 802: local experimental use
 
-# The largest MTU of each kind of device: IP's 65,535 bytes, less the link header on a TAP (drivers/net/tun.c).
+# The largest MTU of each kind of device: 65,535 bytes; on a TAP the link header counts too (drivers/net/tun.c).
 TAP_MTU = 65_521
 TUN_MTU = VETH_MTU = 65_535
 
-# Room for a hundred of the longest frames, where the kernel gives it.
+# Bytes for a hundred of the longest frames.
 PACKET_BUFFER = 8 * 1024 * 1024
 
 FAR_END_PATIENCE = 30.0  # seconds
@@ -40,19 +40,25 @@ _numbers = count()
 
 
 class Inapplicable(Exception):
-    """The source has nothing of what the check is about; says what."""
+    """The check does not apply to the source or the backend. The message says why."""
 
 
 @dataclass
 class Rig:
-    """A source and a way to put frames into it. `frame(n)` makes one of n bytes, the least being `shortest`.
+    """A source, and how to send frames into it.
 
-    `send` never blocks: it raises BlockingIOError when the source's queue is full, where that stops senders. That is
-    not before `queue` frames. `device` is the network device behind the source; `hang_up` closes the other end.
-    `prefix` is what `send` puts in front of each frame. `told_protocol` is what the kernel tells of each, and that REMOTE sent it.
-    `far_end` opens what gives the frames that the source itself sends: a call waits for the next and returns it; None where a
-    source sends nothing. `recorded`: all of it is there before it is opened. `keeps_unread`: what a dispatcher has not read is there for
-    the next.
+    * `frame(n)` makes a frame of n bytes. Frames have `shortest` to `longest` bytes.
+    * `send` never blocks. It raises BlockingIOError if a full queue stops senders. The queue holds at least `queue` frames.
+    * `options` are passed to `linkrx.open`.
+    * `prefix` is sent in front of each frame.
+    * `takes_hostile`: `send` can send malformed frames.
+    * `reported_protocol`: the protocol that the kernel reports beside each packet, with the sender REMOTE. None: it reports none.
+    * `device` is the network device behind the source.
+    * `hang_up` closes the other end.
+    * `far_end` opens the other end. It gives a function that waits for the next frame that the source sends, and returns it.
+      None: the source cannot send.
+    * `recorded`: all packets are there before the source is opened.
+    * `keeps_unread`: packets that one dispatcher did not read are there for the next.
     """
 
     source: int | str | HasFileno | CaptureFile
@@ -63,7 +69,7 @@ class Rig:
     options: dict[str, Any] = field(default_factory=dict)
     prefix: bytes = b""
     takes_hostile: bool = True
-    told_protocol: int | None = None
+    reported_protocol: int | None = None
     queue: int = 100
     device: Device | None = None
     hang_up: Callable[[], None] | None = None
@@ -72,7 +78,7 @@ class Rig:
     keeps_unread: bool = True
 
     def frame(self, size: int, mark: int = 0) -> bytes:
-        """A good frame of `size` bytes; `mark` tells it from others."""
+        """A valid frame of `size` bytes. `mark` is a number in its payload."""
         head = LOCAL + REMOTE + PROTOCOL.to_bytes(2, "big") if self.ethernet else b"\x45"
         body = mark.to_bytes(4, "big") + bytes(range(256)) * (size // 256 + 1)
         return (head + body)[:size]
@@ -97,7 +103,7 @@ def _datagrams_of(peer: socket.socket, prefix: bytes) -> Iterator[Callable[[], b
 
 @contextmanager
 def _frames_on(name: str, *, ethernet: bool) -> Iterator[Callable[[], bytes]]:
-    """What comes in on an interface and was made by `Rig.frame`: the kernel sends packets of its own."""
+    """The frames of `Rig.frame` that arrive at an interface. Packets that the kernel sends are skipped."""
     head = slice(12, 14) if ethernet else slice(0, 1)
     mark = PROTOCOL.to_bytes(2, "big") if ethernet else b"\x45"
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as seen:
@@ -183,7 +189,7 @@ def _pipe(flags: int) -> Iterator[Rig]:
             if writer.write(frame) is None:
                 raise BlockingIOError
 
-        # Each packet takes a page of the pipe, 16 by default.
+        # Each packet takes a page of the pipe, which has 16 by default.
         yield Rig(reader, send, ethernet=True, shortest=1, longest=4096, queue=16, hang_up=writer.close)
 
 
@@ -246,7 +252,7 @@ def tap_vnet() -> Iterator[Rig]:
 
 @contextmanager
 def tap_segment() -> Iterator[Rig]:
-    """A TAP queue that hands over super-packets, to be split."""
+    """A TAP queue that delivers super-packets, which are split."""
     yield from _queue("tap", options={"segment": True}, vnet_header=True, offload=True)
 
 
@@ -278,7 +284,7 @@ def _pair(name: str | None = None) -> Iterator[tuple[Device, str]]:
         device.set_up()
         yield device, far
     finally:
-        # What a test has moved or deleted goes with the other end.
+        # Deleting one end deletes the other, even if a test has moved it.
         for name in (near, far):
             delete_if_there(name)
 
@@ -308,7 +314,7 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
         try:
             borrowed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_BUFFER)
         except PermissionError:
-            # Root in a user namespace is not enough. What follows is bounded by net.core.rmem_max.
+            # SO_RCVBUFFORCE needs CAP_NET_ADMIN in the first user namespace. net.core.rmem_max bounds SO_RCVBUF.
             borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PACKET_BUFFER)
         borrowed.bind((device.name, ETH_P_ALL))
         raw = kind == socket.SOCK_RAW
@@ -323,7 +329,7 @@ def _packet_socket(kind: socket.SocketKind, **options: Any) -> Iterator[Rig]:
             takes_hostile=not raw,
             device=device,
             far_end=(lambda: _frames_on(far, ethernet=True)) if raw else None,
-            told_protocol=None if raw else 0x0800,
+            reported_protocol=None if raw else 0x0800,
         )
 
 
@@ -335,7 +341,7 @@ def packet() -> Iterator[Rig]:
 
 @contextmanager
 def packet_segment() -> Iterator[Rig]:
-    """A borrowed AF_PACKET socket that is to hand over super-packets, to be split."""
+    """A borrowed AF_PACKET socket that delivers super-packets, which are split."""
     yield from _packet_socket(socket.SOCK_RAW, segment=True)
 
 
@@ -347,7 +353,7 @@ def packet_cooked() -> Iterator[Rig]:
 
 MakeRig = Callable[[], AbstractContextManager[Rig]]
 
-# Every kind of source: those that anyone can make, and those that take a device.
+# Every kind of source: those that need no privilege, and those that need a device.
 PLAIN_RIGS: tuple[MakeRig, ...] = (
     unix_dgram,
     unix_dgram_ip,

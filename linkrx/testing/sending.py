@@ -1,4 +1,4 @@
-"""Checks of sending: whole and in order, from anywhere, in floods and flaps, and exactly counted."""
+"""Checks of sending: whole frames in order, from any thread, in floods, while the link is down, and the counter."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ from linkrx.testing.waiting import PATIENCE, collect, flooded, patiently, runnin
 
 Send = Callable[[], object]
 
-MANY = 200  # more than go to the kernel at once
+MANY = 200  # frames; more than one system call sends
 BOTH_WAYS = 2000
 ODD_LENGTHS = (0, 1, 13, 70_000)
-
-
-AT_ONCE = 64
+AT_ONCE = 64  # frames that fit into the queue of any far end
 
 
 def _far_end(rig: Rig) -> AbstractContextManager[Callable[[], bytes]]:
     if rig.far_end is None:
-        raise Inapplicable("nothing can be sent out of it")
+        raise Inapplicable("the source cannot send")
     return rig.far_end()
 
 
 def _refused(send: Send, kind: type[Exception] = OSError) -> Exception | None:
-    """What it raises, of that kind; None if it sends."""
+    """The exception of that kind that `send` raises. None if it raises none."""
     try:
         send()
     except kind as error:
@@ -43,7 +41,7 @@ def _refused(send: Send, kind: type[Exception] = OSError) -> Exception | None:
 
 
 def _taken(frames: list[bytes], send: Callable[[list[bytes]], int], take: Callable[[], bytes]) -> list[bytes]:
-    """Send them all, and take them at the far end, of which the queue may be short: so many at a time."""
+    """Send all frames, AT_ONCE at a time, and take them at the far end, whose queue may be short."""
     sent = 0
     seen: list[bytes] = []
     while sent < len(frames):
@@ -53,7 +51,7 @@ def _taken(frames: list[bytes], send: Callable[[list[bytes]], int], take: Callab
 
 
 def check_sending(rig: Rig, backend: str) -> None:
-    """Frames come out whole and in order, one by one and many at once, whatever holds their bytes, and are counted."""
+    """Frames are sent whole and in order, singly and many at once, from any bytes-like object, and are counted."""
     with _far_end(rig) as take, rig.open(backend) as rx:
         frame = rig.frame(100, 7)
         for one in (frame, bytearray(frame), memoryview(frame), memoryview(bytes(9) + frame)[9:]):
@@ -67,13 +65,13 @@ def check_sending(rig: Rig, backend: str) -> None:
         assert _taken(frames, rx.send_batch, take) == frames
         assert _taken(frames, lambda rest: rx.send_batch(map(bytearray, rest)), take) == frames
         assert _taken(frames, lambda rest: rx.send_batch(tuple(rest)), take) == frames
-        told = rx.stats()
-        assert told.sent == 7 + 3 * MANY
-        assert told.packets == 0  # own frames do not come back
+        stats = rx.stats()
+        assert stats.sent == 7 + 3 * MANY
+        assert stats.packets == 0  # own frames do not come back
 
 
 def check_sending_packets(rig: Rig, backend: str) -> None:
-    """What was received is sent on as it was: a packet from `deliver`, kept ones, and a whole batch."""
+    """Received packets can be sent unchanged: one from `deliver`, kept ones, and a whole batch."""
     got: list[Packet] = []
 
     def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
@@ -102,7 +100,7 @@ def check_sending_packets(rig: Rig, backend: str) -> None:
 
 
 def check_sending_anywhere(rig: Rig, backend: str) -> None:
-    """From another thread while one waits, and from a signal handler that comes upon a wait."""
+    """Another thread can send while one waits to receive, and so can a signal handler that runs during a wait."""
     frame = rig.frame(100, 1)
     with _far_end(rig) as take, rig.open(backend, ignore) as rx:
         with running(rx.run):
@@ -125,7 +123,7 @@ def check_sending_anywhere(rig: Rig, backend: str) -> None:
 
 
 def check_sending_both_ways(rig: Rig, backend: str) -> None:
-    """In a flood that one thread receives another one sends: nothing is lost, doubled or out of order either way."""
+    """While one thread receives in a flood, another sends: no sent frame is lost, doubled or out of order."""
     with _far_end(rig) as take, rig.open(backend, ignore) as rx:
         frames = [rig.frame(100, number) for number in range(BOTH_WAYS)]
         with flooded(rig), running(rx.run):
@@ -141,7 +139,7 @@ def check_sending_both_ways(rig: Rig, backend: str) -> None:
 
 
 def check_sending_odd_lengths(rig: Rig, backend: str) -> None:
-    """Frames of 0, 1, 13 and 70,000 bytes are taken, or refused with a sentence, and nobody else's are touched."""
+    """Frames of 0, 1, 13 and 70,000 bytes are sent, or refused with a clear error. Other frames are sent unchanged."""
     sent = 0
     with _far_end(rig) as take, rig.open(backend) as rx:
         good = rig.frame(100)
@@ -159,7 +157,7 @@ def check_sending_odd_lengths(rig: Rig, backend: str) -> None:
                 assert str(again) == str(error)
                 assert rx.send_batch([good, odd, good]) == 1
                 sent += 1
-            # A socket's peer sees the odd ones too.
+            # The peer of a socket receives the odd frames too.
             expected = [good] if error else [good, good]
             if rig.device is None and not error:
                 expected = [odd, good, odd, good]
@@ -171,10 +169,10 @@ def check_sending_odd_lengths(rig: Rig, backend: str) -> None:
 
 
 def check_sending_to_nobody(rig: Rig, backend: str) -> None:
-    """Towards a peer that does not read nothing waits: `send` raises BlockingIOError, `send_batch` returns what was taken."""
+    """Sending never waits for a peer that does not read: `send` raises BlockingIOError, `send_batch` returns how many were sent."""
     with _far_end(rig) as take, rig.open(backend) as rx:
         if rig.device is not None:
-            raise Inapplicable("what a device sends leaves it at once")
+            raise Inapplicable("a device sends frames at once")
         frames = [rig.frame(100, number) for number in range(100_000)]
         taken = rx.send_batch(frames)
         assert 0 < taken < len(frames)
@@ -188,10 +186,10 @@ def check_sending_to_nobody(rig: Rig, backend: str) -> None:
 
 
 def check_sending_over_flaps(rig: Rig, backend: str) -> None:
-    """While the link is down sending is refused with ENETDOWN; then it goes on, and the receiver is told of the flap."""
+    """While the link is down, sending fails with ENETDOWN. When it is up, sending works again, and the receiver has counted the flap."""
     device = device_of(rig)
     if rig.far_end is None:
-        raise Inapplicable("nothing can be sent out of it")
+        raise Inapplicable("the source cannot send")
     frame = rig.frame(100, 1)
     with rig.open(backend, ignore) as rx:
         for turn in range(1, 3):
@@ -215,7 +213,7 @@ def check_sending_over_flaps(rig: Rig, backend: str) -> None:
 
 
 def check_sending_at_the_end(rig: Rig, backend: str) -> None:
-    """stop() ends reception only; after close, and in a forked child, it raises Closed; out of what is gone, OSError."""
+    """Sending works after stop(). After close() and in a forked child it raises Closed, and on a deleted device OSError."""
     frame = rig.frame(100, 1)
     with _far_end(rig) as take, rig.open(backend) as rx:
         rx.stop()
@@ -237,9 +235,9 @@ def check_sending_at_the_end(rig: Rig, backend: str) -> None:
 
 
 def check_sending_refused(rig: Rig, backend: str) -> None:
-    """A source that sends nothing says why, in a sentence, and goes on receiving."""
+    """A source that cannot send raises UnsupportedSource with the reason. Reception goes on."""
     if rig.far_end is not None:
-        raise Inapplicable("frames can be sent out of it")
+        raise Inapplicable("the source can send")
     with rig.open(backend) as rx:
         why = f"nothing can be sent: the {rx.capabilities.title} "
         assert why in str(_refused(lambda: rx.send(rig.frame(100)), UnsupportedSource))

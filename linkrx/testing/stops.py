@@ -1,4 +1,4 @@
-"""Checks of how reception ends: stopped at any time, by a peer that hangs up, by close."""
+"""Checks of the end of reception: by stop(), by a peer that closes, by close()."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ignore(*_: object) -> None:
 def alarmed(
     handler: Callable[[FrameType | None], object], *, first: float, interval: float = 0
 ) -> Iterator[None]:
-    """After `first` seconds, and at every interval, a signal handler calls `handler` with the frame it came upon."""
+    """Call `handler` from a signal handler after `first` seconds and then every `interval` seconds, with the interrupted frame."""
     before = signal.signal(signal.SIGALRM, lambda _, frame: handler(frame))
     try:
         signal.setitimer(signal.ITIMER_REAL, first, interval)
@@ -40,7 +40,7 @@ def alarmed(
 
 
 def is_over(rx: Dispatcher, end: End) -> None:
-    """Every way to receive says so, at once and every time."""
+    """Assert that every way to receive reports the end, at once and each time."""
     for _ in range(2):
         assert rx.end is end
         assert rx.run() is end
@@ -52,11 +52,11 @@ def is_over(rx: Dispatcher, end: End) -> None:
             rx.recv()
         except EOFError:
             continue
-        raise AssertionError("recv() gave a packet behind the end")
+        raise AssertionError("recv() returned a packet after the end")
 
 
 def check_stop_at_rest(rig: Rig, backend: str) -> None:
-    """stop() before the first receive, between batches, again, and after close ends it; what was queued stays unseen."""
+    """stop() ends reception before the first receive and between batches. A second one, and one after close, are harmless."""
     got: list[Packet] = []
 
     def deliver(_remote: object, _local: object, _protocol: int, packet: Packet) -> None:
@@ -68,7 +68,7 @@ def check_stop_at_rest(rig: Rig, backend: str) -> None:
         rig.send(sent[0])
         is_over(rx, End.STOPPED)
         assert got == []
-        # An interface's packet socket goes with its dispatcher, and a ring with its queue.
+        # Closing discards the queue of a packet socket that linkrx opened, and of a ring.
         queue_goes = (
             isinstance(rig.source, str) or rx.stats().ring_freezes is not None or not rig.keeps_unread
         )
@@ -85,11 +85,11 @@ def check_stop_at_rest(rig: Rig, backend: str) -> None:
         is_over(rx, End.STOPPED)
         assert 1 <= len(got) <= 2
         assert [bytes(packet) for packet in got] == sent[: len(got)]
-        told = rx.stats()
-        assert told.packets == len(got)
+        stats = rx.stats()
+        assert stats.packets == len(got)
     if _keeps_what_is_unread(rig, backend):
         with rig.open(backend) as rx:
-            assert len(got) + told.undelivered + sum(map(len, rx.batches(0))) == 4
+            assert len(got) + stats.undelivered + sum(map(len, rx.batches(0))) == 4
 
 
 def _stop(rx: Dispatcher, _: FrameType | None) -> None:
@@ -97,7 +97,7 @@ def _stop(rx: Dispatcher, _: FrameType | None) -> None:
 
 
 def check_stop_in_a_wait(rig: Rig, backend: str) -> None:
-    """stop() from another thread or a signal handler ends a wait, in every way to receive."""
+    """stop() from another thread or from a signal handler ends a wait, in every way to receive."""
     ways: list[Callable[[Dispatcher], object]] = [
         lambda rx: rx.run(),
         lambda rx: rx.dispatch(PATIENCE),
@@ -116,7 +116,7 @@ def check_stop_in_a_wait(rig: Rig, backend: str) -> None:
 
 
 def check_stop_under_load(rig: Rig, backend: str) -> None:
-    """With a flood and a slow deliver, at most the delivery in flight follows a stop(), and all is accounted for."""
+    """After stop() from another thread no delivery begins, also in a flood. All packets are accounted for."""
     started, may_go_on = threading.Event(), threading.Event()
     delivered: list[Packet] = []
 
@@ -135,17 +135,17 @@ def check_stop_under_load(rig: Rig, backend: str) -> None:
                 may_go_on.set()
                 rx.stop()
         assert len(delivered) == 3
-        told = rx.stats()
-        assert told.packets == 3
+        stats = rx.stats()
+        assert stats.packets == 3
         is_over(rx, End.STOPPED)
     if _keeps_what_is_unread(rig, backend):
         with rig.open(backend) as rest:
             left = sum(map(len, rest.batches(0)))
-        assert 3 + told.undelivered + left + (told.kernel_drops or 0) == sent[0]
+        assert 3 + stats.undelivered + left + (stats.kernel_drops or 0) == sent[0]
 
 
 def check_stop_from_deliver(rig: Rig, backend: str) -> None:
-    """After stop() from inside deliver nothing more is delivered, and what was received is accounted for."""
+    """After stop() inside deliver no packet is delivered. All packets are accounted for."""
     sent = sample(rig, 10)
     got: list[bytes] = []
 
@@ -167,7 +167,7 @@ def check_stop_from_deliver(rig: Rig, backend: str) -> None:
 
 
 def _keeps_what_is_unread(rig: Rig, backend: str) -> bool:
-    """Whether the next dispatcher gets what was left in the source: not from an own socket, nor from a ring or a file."""
+    """Whether packets that were not read stay for the next dispatcher. They do not in a socket of linkrx, a ring or a file."""
     chosen = next(info for info in backends() if info.name == backend)
     if isinstance(rig.source, str) or not rig.keeps_unread:
         return False
@@ -175,9 +175,9 @@ def _keeps_what_is_unread(rig: Rig, backend: str) -> bool:
 
 
 def check_hang_up(rig: Rig, backend: str) -> None:
-    """A peer that closes is the end behind what it sent, where the kernel tells; a datagram's peer is none."""
+    """When the peer closes, reception ends after the packets that it sent. A datagram socket goes on: the kernel reports no end."""
     if rig.hang_up is None:
-        raise Inapplicable("it has no other end that could be closed")
+        raise Inapplicable("it has no other end to close")
     sent = sample(rig, 7)
     with rig.open(backend, ignore, batch_size=3) as rx:
         for frame in sent:
@@ -200,7 +200,7 @@ def check_hang_up(rig: Rig, backend: str) -> None:
 
 
 def check_closing(rig: Rig, backend: str) -> None:
-    """After close, also one from inside deliver, every use raises Closed; what is known stays readable."""
+    """After close(), also from inside deliver, every use raises Closed. Its attributes stay readable."""
     opened: list[Dispatcher] = []
     with rig.open(backend, lambda *_: opened[0].close()) as rx:
         opened.append(rx)

@@ -1,4 +1,4 @@
-"""How checks and tests wait for what other threads and the kernel do: never by sleeping, never for ever."""
+"""Functions with which checks and tests wait for other threads and for the kernel: without sleeping, and with a deadline."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from linkrx.packets import Packet
 from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.testing.rigs import Rig
 
-PATIENCE = 30.0  # seconds until what should have happened never will
+PATIENCE = 30.0  # seconds until a wait fails
 FLOOD_MOST = 5_000_000  # frames of one flood
 
-# What a sender is told while a queue is full or the link is down.
+# Errors of send(2) while a queue is full or the link is down.
 _REFUSED = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENETDOWN, errno.ENXIO, errno.ENODEV, errno.EPIPE})
 
 
 def collect(dispatcher: Dispatcher, packets: int) -> list[Packet]:
-    """That many packets, or fewer if no more come."""
+    """Receive this number of packets, or fewer if no more come in PATIENCE seconds."""
     found: list[Packet] = []
     while len(found) < packets:
         try:
@@ -33,7 +33,7 @@ def collect(dispatcher: Dispatcher, packets: int) -> list[Packet]:
 
 @contextmanager
 def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
-    """`work` in a thread, joined at the end; what it raises is raised here."""
+    """Run `work` in a thread, and join it at the end. Raises the exception of `work`."""
     failures: list[BaseException] = []
 
     def guarded() -> None:
@@ -42,41 +42,39 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(
-        target=guarded, daemon=True
-    )  # one that hangs must not keep the program from ending
+    thread = threading.Thread(target=guarded, daemon=True)  # a thread that hangs must not block the exit
     thread.start()
     try:
         yield thread
     finally:
         thread.join(PATIENCE)
-    assert not thread.is_alive(), "the thread never came back"
+    assert not thread.is_alive(), f"the thread did not return in {PATIENCE:g} s"
     if failures:
         raise failures[0]
 
 
 def patiently(condition: Callable[[], object]) -> Iterator[None]:
-    """One turn after the other until the condition holds; fails when it does not in PATIENCE seconds."""
+    """Yield until the condition holds. Raises AssertionError if it does not hold within PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "never happened"
+        assert time.monotonic() < deadline, f"the condition did not hold within {PATIENCE:g} s"
         yield
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Give other threads the processor until something they do is seen."""
+    """Wait until the condition holds, and give other threads the processor. Raises as `patiently` does."""
     for _ in patiently(condition):
         os.sched_yield()
 
 
 def asleep(rx: Dispatcher) -> bool:
-    """Whether its thread has gone into a wait."""
+    """Whether its thread has waited."""
     return rx.stats().waits > 0
 
 
 @contextmanager
 def flooded(rig: Rig, size: int = 100) -> Iterator[list[int]]:
-    """Frames of `size` bytes as fast as a thread can send them; the list holds how many were taken so far."""
+    """Send frames of `size` bytes from a thread, as fast as it can. Gives a list with the number of frames sent so far."""
     sent = [0]
     over = threading.Event()
 

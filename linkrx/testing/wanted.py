@@ -1,4 +1,4 @@
-"""What a test sends and expects, in the forms that it may give, and what is told when it does not come."""
+"""The frames that a test sends, the packets that it expects, and the message when an expected packet does not come."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from linkrx.sources import filters
 from linkrx.sources.capabilities import Capabilities
 from linkrx.testing import differences
 
-# A frame is whatever `bytes()` makes of it: bytes, packets of linkrx, scapy and dpkt.
+# A frame: bytes, or an object that bytes() accepts, such as a packet of linkrx, scapy or dpkt.
 Frame: TypeAlias = bytes | bytearray | memoryview | SupportsBytes
-# What may be expected: a frame, what says of a packet whether it is meant, or an expression of tcpdump's.
+# An expected packet: a frame, a predicate of a packet, or an expression in tcpdump's language.
 Wanted: TypeAlias = Frame | Callable[[Packet], object] | str
 
 
 def is_frame(thing: object) -> TypeGuard[Frame]:
-    """Whether it is one frame."""
+    """Whether an object is one frame."""
     return isinstance(thing, bytes | bytearray | memoryview | Packet) or hasattr(thing, "__bytes__")
 
 
 def frames_of(frames: Frame | Iterable[Frame]) -> Iterator[bytes]:
-    """Each as bytes. A packet of scapy's can be iterated over, and is one frame all the same."""
+    """The bytes of each frame. A packet of scapy counts as one frame, although it is iterable."""
     several = [frames] if is_frame(frames) else cast(Iterable[Frame], frames)
     for frame in several:
         if not is_frame(frame):
-            raise TypeError(f"a frame is bytes, or what bytes() makes them of, not {type(frame).__name__}")
+            raise TypeError(
+                f"a frame is bytes, or an object that bytes() accepts, not {type(frame).__name__}"
+            )
         yield bytes(frame)
 
 
 def matcher_of(wanted: Wanted, found: Capabilities, ethernet: bool) -> Callable[[Packet], object]:
-    """What says of a packet whether it is wanted. `found` is what is known of the interface that it comes from.
+    """A predicate for wanted packets. `found` describes the interface that they come from.
 
-    Raises ValueError for an expression that is wrong, UnsupportedOption where there is no libpcap that could compile it.
+    Raises ValueError for an invalid expression, and UnsupportedOption if libpcap is missing.
     """
     if isinstance(wanted, str):
         return _filter(wanted, found, ethernet)
@@ -49,7 +51,7 @@ def matcher_of(wanted: Wanted, found: Capabilities, ethernet: bool) -> Callable[
 
 
 def _filter(expression: str, found: Capabilities, ethernet: bool) -> Callable[[Packet], object]:
-    """A filter, as `linkrx.open(filter=)` takes one."""
+    """A predicate for packets that pass an expression of `linkrx.open(filter=)`."""
     filters.checked(expression)
     program = filters.compiled(expression, found, ethernet=ethernet)
 
@@ -68,7 +70,7 @@ def _filter(expression: str, found: Capabilities, ethernet: bool) -> Callable[[P
 
 
 def title_of(wanted: Wanted) -> str:
-    """What is told of what was wanted."""
+    """A description of the wanted packet."""
     if isinstance(wanted, str):
         return f"packet that passes {wanted!r}"
     if callable(wanted):
@@ -79,7 +81,7 @@ def title_of(wanted: Wanted) -> str:
 def failure(
     wanted: Wanted, packets: Sequence[Packet], when: str, interface: str, ethernet: bool
 ) -> Iterator[str]:
-    """The lines that tell of what did not come to an interface, and of the packets that came instead."""
+    """The lines of a failure message: the packet that an interface did not get, and the packets that it got."""
     came = [packet.tagged() for packet in packets]
     frame = bytes(wanted) if is_frame(wanted) else None
     if frame is None:
@@ -97,4 +99,4 @@ def failure(
         yield f"Where number {near + 1} (+) is not what was expected (-):"
         yield from differences.difference(frame, came[near])
         if packets[near].checksum_unfinished:
-            yield "Its checksum was left to a device that it has not passed: set_offloads(False) where it is sent."
+            yield "Its checksum is unfinished, because the sender left it to a device: call set_offloads(False) on the sender."

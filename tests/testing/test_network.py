@@ -377,7 +377,7 @@ def test_a_queue(network: Network, mode: str) -> None:
         else bytes.fromhex("45000014000000004011000" + "00a0000010a000002") + bytes(1)
     )
     assert failure(end.inject, packet, timeout=0) == [
-        f"{end.name} got no carrier within 0 s: nobody has its queue open; `.queue` opens it, and so does "
+        f"{end.name} got no carrier within 0 s: no program has its queue open; `.queue` opens it, and so does "
         f"TunTap('{end.name}', '{mode}')"
     ]
     with linkrx.open(end.queue) as rx:
