@@ -1,6 +1,6 @@
-"""A DHCP watcher with the interface of aiodhcpwatcher, on linkrx and nothing else: no scapy.
+"""A DHCP watcher with the interface of aiodhcpwatcher. It needs only linkrx, and no scapy.
 
-`python dhcp_watcher.py` prints who asks for an address, on every interface. Needs CAP_NET_RAW.
+`python dhcp_watcher.py` prints each request for an address, on every interface. It needs CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 import linkrx
 
-FILTER = "udp and (port 67 or 68)"  # in the kernel: other packets cost nothing
+FILTER = "udp and (port 67 or 68)"  # runs in the kernel, so other packets cost nothing
 
 # RFC 2131 and RFC 2132.
 MAGIC = b"\x63\x82\x53\x63"
-OPTIONS = 240  # where they begin, the magic number of four bytes before them
+OPTIONS = 240  # the offset of the options; the magic number is the four bytes before them
 PAD, HOST_NAME, REQUESTED_ADDRESS, MESSAGE_TYPE, END = 0, 12, 50, 53, 255
 REQUEST = b"\x03"
 
 
 @dataclass(slots=True)
 class DHCPRequest:
-    """What a client asks for."""
+    """A client's request for an address."""
 
     ip_address: str
     hostname: str
@@ -32,7 +32,7 @@ class DHCPRequest:
 
 
 def parse(packet: linkrx.Packet) -> DHCPRequest | None:
-    """The request in a frame, or None: for everything else, and for what is cut or malformed."""
+    """The DHCP request in a frame. None if the frame is cut, malformed, or has no such request."""
     ip = packet.data
     if packet.protocol != 0x0800 or len(ip) < 20 or packet.remote is None:
         return None
@@ -50,7 +50,7 @@ def parse(packet: linkrx.Packet) -> DHCPRequest | None:
     if options.get(MESSAGE_TYPE) != REQUEST:
         return None
     wanted = options.get(REQUESTED_ADDRESS, b"")
-    address = socket.inet_ntoa(wanted if len(wanted) == 4 else bytes(ip[12:16]))  # a renewal names none
+    address = socket.inet_ntoa(wanted if len(wanted) == 4 else bytes(ip[12:16]))  # a renewal has no option 50
     name = options.get(HOST_NAME, b"")
     try:
         hostname = name.decode("idna")
@@ -60,7 +60,7 @@ def parse(packet: linkrx.Packet) -> DHCPRequest | None:
 
 
 async def _watch(rx: linkrx.Dispatcher, callback: Callable[[DHCPRequest], None]) -> None:
-    async for packet in rx:  # until the interface is deleted; a link that goes down is no end
+    async for packet in rx:  # until the interface is deleted; a link that goes down does not end it
         request = parse(packet)
         if request is not None:
             callback(request)
@@ -69,13 +69,13 @@ async def _watch(rx: linkrx.Dispatcher, callback: Callable[[DHCPRequest], None])
 async def async_start(
     callback: Callable[[DHCPRequest], None], if_indexes: Iterable[int] | None = None
 ) -> Callable[[], None]:
-    """Call back for each request on these interfaces, or on all; returns what ends it.
+    """Call `callback` for each request on these interfaces, or on all. Returns a function that stops the watcher.
 
-    Raises linkrx.MissingPrivilege without CAP_NET_RAW, and OSError for an interface that is not there.
+    Raises linkrx.MissingPrivilege without CAP_NET_RAW, and OSError if an interface does not exist.
     """
     names = ["any"] if if_indexes is None else [socket.if_indextoname(index) for index in set(if_indexes)]
     with ExitStack() as stack:
-        # A ring of 64 MiB would be too much for a request now and then.
+        # A ring of 64 MiB would be too large for a few requests.
         opened = [
             stack.enter_context(linkrx.open(name, backend="recvmmsg", filter=FILTER, outgoing=True))
             for name in names

@@ -1,6 +1,6 @@
 """ptf's ports on linkrx: a platform for `ptf --platform-dir docs/ports --platform ptf_linkrx -i 0@veth0 -i 1@veth2 ...`.
 
-A platform of your own takes the port class with one line: `config["dataplane"] = {"portclass": LinkrxPort}`.
+Your own platform uses the port class with one line: `config["dataplane"] = {"portclass": LinkrxPort}`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class LinkrxPort:
             self.rx.close()
 
     def fileno(self) -> int:
-        """What ptf polls. Quiet once the device is gone, so ptf's loop waits for the other ports."""
+        """The descriptor that ptf polls. It is not readable after the device was deleted, so ptf's loop waits for the other ports."""
         return self.rx.fileno()
 
     def get_packet_source(self) -> LinkrxPort:
-        """Who receives for this port."""
+        """The object that receives for this port: the port itself."""
         return self
 
     def recv(self) -> tuple[int, int, bytes, float] | None:
-        """Device, port, the frame as it was on the wire, and its time; None where nothing is there, or never will be."""
+        """Device, port, the frame as it was on the wire, and its time. None if no frame is queued, or reception is over."""
         try:
             packet = self.rx.recv(0)
         except (TimeoutError, EOFError):
@@ -51,7 +51,7 @@ class LinkrxPort:
         return self.device_number, self.port_number, packet.tagged(), when
 
     def send(self, packet: bytes) -> int:
-        """Send a frame. Returns how many bytes it has; raises OSError, with the kernel's errno."""
+        """Send a frame. Returns its length in bytes. Raises OSError with the kernel's errno."""
         self.rx.send(packet)
         return len(packet)
 
@@ -68,11 +68,11 @@ class LinkrxPort:
             route.link("set", index=self._index, state=state)
 
     def mac(self) -> str:
-        """Its address."""
+        """The address of the interface."""
         return next(one.address.hex(":") for one in linkrx.interfaces() if one.index == self._index)
 
 
 def platform_config_update(config: dict[str, Any]) -> None:
-    """ptf calls this: the interfaces of the command line, with the port class above."""
+    """Set the interfaces of the command line, and the port class above. ptf calls this function."""
     config["port_map"] = {(device, port): interface for device, port, interface in config["interfaces"]}
     config["dataplane"] = {"portclass": LinkrxPort}

@@ -1,6 +1,7 @@
 """PyTCP's receive and transmit rings on linkrx. Call `use_linkrx()` before the stack starts.
 
-PyTCP's own rings have a thread each. These have none: its packet handler waits in linkrx, and who has something to send sends it.
+PyTCP's own rings have a thread each. These have none: PyTCP's packet handler waits in linkrx, and the thread that has a packet to
+send writes it.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from pytcp.lib.packet import PacketRx
 
 import linkrx
 
-PATIENCE = 0.1  # seconds until the packet handler looks whether it is to stop
+PATIENCE = 0.1  # seconds between two checks of the packet handler whether it must stop
 
 
 class RxRing:
-    """In the place of pytcp.subsystems.rx_ring.RxRing."""
+    """Replaces pytcp.subsystems.rx_ring.RxRing."""
 
     def __init__(self) -> None:
         self.rx: linkrx.Dispatcher | None = None
         self._stopped = threading.Event()
 
     def start(self, tap: int) -> None:
-        """Receive from the descriptor of a TAP."""
+        """Start to receive from the descriptor of a TAP."""
         self._stopped.clear()
         self.rx = linkrx.open(tap)
 
     def stop(self) -> None:
-        """Receive no longer."""
+        """Stop receiving."""
         self._stopped.set()
         if self.rx is not None:
             self.rx.close()
@@ -49,19 +50,19 @@ class RxRing:
 
 
 class TxRing:
-    """In the place of pytcp.subsystems.tx_ring.TxRing."""
+    """Replaces pytcp.subsystems.tx_ring.TxRing."""
 
     def __init__(self, ring: RxRing) -> None:
         self._ring = ring
 
     def start(self, tap: int) -> None:
-        """Nothing: the receive ring has opened the TAP."""
+        """Do nothing: the receive ring has opened the TAP."""
 
     def stop(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def enqueue(self, packet_tx: Any) -> None:
-        """Send a packet. What the kernel does not take is lost, and logged."""
+        """Send a packet. A packet that the kernel does not accept is lost and logged."""
         size = len(packet_tx)
         if size > config.TAP_MTU + 14:
             log(
@@ -79,7 +80,7 @@ class TxRing:
 
 
 def use_linkrx() -> RxRing:
-    """Give PyTCP these rings; returns the one that has the dispatcher, whose `rx.stats()` counts."""
+    """Give PyTCP these rings. Returns the receive ring, which holds the dispatcher: see its `rx.stats()`."""
     ring = stack.rx_ring = RxRing()
     stack.tx_ring = TxRing(ring)
     return ring
