@@ -1,6 +1,6 @@
-"""A private network namespace for every process of a run, and the rule that a skipped device test is no passed test.
+"""Options, fixtures and hooks of the tests. Each process of a run enters a private network namespace.
 
-Tests run in several processes, of pytest-xdist, unless `-n` says otherwise. Each has a network namespace of its own.
+Tests run in several processes of pytest-xdist, unless `-n` gives another number.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from linkrx.kernel import namespace
 from linkrx.testing.devices import injector_on
 from linkrx.testing.rigs import veth
 
-# CI sets this: there a device test that cannot run is a failure.
+# CI sets this variable. Then a device test that cannot run fails.
 DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 
-# A shell without job control has what it starts in the background ignore Ctrl-C, and so would every process of a test.
+# A shell without job control starts background processes with SIGINT ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Not root in a user namespace, who may load no eBPF program, make no device file and force no socket buffer.
+# Whether this is the machine's root. Root of a user namespace may not load eBPF programs, make device files or force socket buffers.
 SUPERUSER = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
 
-# Why this process's parent could make no devices: a worker has two threads, and may enter no user namespace by itself.
+# Holds the reason if the parent process cannot make devices. A worker has two threads, so it cannot enter a user namespace itself.
 PARENTS_REASON = "LINKRX_TESTS_NO_DEVICES"
 
-# A project of its own, which tests run in processes of their own.
+# A separate project: a test runs its tests in another process.
 collect_ignore = ["downstream"]
 
-# Ports to other programs (docs/ports.md) are tested where these are installed: `pip install linkrx[ports]`.
+# Ports to other programs (docs/ports.md) are tested if these programs are installed: `pip install linkrx[ports]`.
 for _program in ("aiodhcpwatcher", "asyncssh", "ptf", "pytcp"):
     if find_spec(_program) is None:
         collect_ignore.append(f"adapters/test_port_{_program}.py")
 
-# Examples are not timed: a machine under load takes as long as it takes.
+# Examples have no deadline, because a machine under load may be slow.
 hypothesis.settings.register_profile(
     "linkrx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -53,7 +53,7 @@ hypothesis.settings.load_profile("linkrx")
 
 
 def _enter() -> str | None:
-    """Why device tests cannot run here; None when they can."""
+    """Enter a private network namespace. Returns the reason if device tests cannot run, or None."""
     if PARENTS_REASON in os.environ:
         return os.environ[PARENTS_REASON]
     try:
@@ -65,22 +65,22 @@ def _enter() -> str | None:
     return None
 
 
-# When conftest is read, not in a fixture: entering a user namespace takes a process of one thread.
+# Called at import, not in a fixture: only a process with one thread can enter a user namespace.
 NO_DEVICES = _enter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What is left out by default."""
+    """Add --all."""
     parser.addoption(
         "--all",
         action="store_true",
-        help="also what repeats: walks through every instruction, thousands of opens, the inputs that fuzzing kept",
+        help="also run tests marked repeats: walks through every instruction, thousands of opens, inputs found by fuzzing",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Several processes unless the command line says how many, or names single tests."""
+    """Use several processes, unless the command line gives a number or names single tests."""
     undecided = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     if undecided and not any("::" in argument for argument in config.args):
         config.option.numprocesses = "auto"
@@ -89,22 +89,22 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two for each processor: half of the time a test waits for the kernel to take a device away."""
+    """Start two workers for each processor: tests wait half of the time for the kernel to delete a device."""
     return 2 * min(len(os.sched_getaffinity(0)), 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything is collected and opened."""
+    """Read --all, before tests are collected."""
     run.everything = config.getoption("--all")
 
 
 def pytest_report_header() -> str:
-    """What is run."""
+    """Say which tests run."""
     return "tests: all" if run.everything else "tests: the quick ones; --all runs every one"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what repeats, unless --all is given; begin with what takes longest."""
+    """Leave out tests that are marked `repeats`, unless --all is given. Start with the longest tests."""
 
     def is_wanted(item: pytest.Item) -> bool:
         since, only = item.get_closest_marker("since"), item.get_closest_marker("only")
@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def devices() -> None:
-    """For tests that make devices."""
+    """Skip the test if it cannot make devices, or fail it if devices are required."""
     if NO_DEVICES is not None:
         if DEVICES_REQUIRED:
             pytest.fail(f"device tests are required here, and cannot run: {NO_DEVICES}")
@@ -153,13 +153,13 @@ def wire(devices: None) -> Iterator[tuple[str, str, socket.socket]]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """For `thorough`."""
+    """Record the test that runs, for `thorough`."""
     run.running = item
 
 
 @pytest.fixture(autouse=True)
 def no_descriptor_leaks() -> Iterator[None]:
-    """No test leaves a file descriptor open."""
+    """Fail a test that leaves a file descriptor open."""
 
     def opened() -> dict[str, str]:
         found = {}
@@ -177,7 +177,7 @@ def no_descriptor_leaks() -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker hands its counts to the process that prints the summary."""
+    """Pass the counts of a worker to the process that prints the summary."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["counts"] = [dict(run.cell_outcomes), dict(run.segmented)]
@@ -185,7 +185,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """That process adds them up. A worker that crashed has none; the test that it was at has failed."""
+    """Add the counts of a worker. A worker that crashed has none; its current test has failed."""
     for counter, counts in zip(
         (run.cell_outcomes, run.segmented), getattr(node, "workeroutput", {}).get("counts", ()), strict=False
     ):
@@ -193,7 +193,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many cells of backend x source x check there were."""
+    """Print the number of conformance cells by outcome, and of frames that equal the kernel's."""
     if run.cell_outcomes:
         counts = ", ".join(
             f"{number} {outcome}" for outcome, number in sorted(run.cell_outcomes.items(), reverse=True)

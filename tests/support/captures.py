@@ -1,4 +1,4 @@
-"""Capture files made by hand, and what they hold: written from the formats' descriptions, with nothing of linkrx."""
+"""Capture files made from the formats' specifications, without code of linkrx, and the packets in them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MICROSECONDS, NANOSECONDS, KUZNETZOV = 0xA1B2C3D4, 0xA1B23C4D, 0xA1B2CD34
 
 
 def frame(size: int, mark: int = 0) -> bytes:
-    """An Ethernet frame of `size` bytes; `mark` tells it from others."""
+    """An Ethernet frame of `size` bytes that contains `mark`."""
     head = LOCAL + REMOTE + b"\x88\xb5" + mark.to_bytes(4, "big")
     return Short((head + bytes(range(256)) * (size // 256 + 1))[:size])
 
 
 class Short(bytes):
-    """A file that is shown in a line."""
+    """Bytes whose repr is short."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} bytes>" if len(self) > 2000 else super().__repr__()
@@ -32,7 +32,7 @@ class Short(bytes):
 
 @dataclass(frozen=True)
 class Recorded:
-    """One packet as a file tells it."""
+    """One packet of a capture file."""
 
     data: bytes = field(repr=False)
     wire_length: int
@@ -42,7 +42,7 @@ class Recorded:
 
     @classmethod
     def of(cls, packet: linkrx.Packet) -> Recorded:
-        """What linkrx made of it."""
+        """The recorded packet, from a packet that linkrx received."""
         return cls(bytes(packet), packet.wire_length, packet.timestamp_ns, packet.interface, packet.outgoing)
 
 
@@ -53,7 +53,7 @@ def read(file: object, **options: object) -> list[Recorded]:
 
 
 class Pieces(io.RawIOBase):
-    """A file without a descriptor that gives what it holds in pieces of chosen sizes."""
+    """A file without a descriptor. Each read returns a piece of a chosen size."""
 
     def __init__(self, data: bytes, chooses: random.Random | int) -> None:
         self.data = memoryview(data)
@@ -63,7 +63,7 @@ class Pieces(io.RawIOBase):
         return True
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        """The next piece."""
+        """Read the next piece."""
         size = (
             self.chooses
             if isinstance(self.chooses, int)
@@ -108,17 +108,17 @@ def pcap(
 
 
 def padded(data: bytes) -> bytes:
-    """To a multiple of four bytes."""
+    """The data, padded to a multiple of four bytes."""
     return data + bytes(-len(data) % 4)
 
 
 def option(order: str, code: int, value: bytes) -> bytes:
-    """One option."""
+    """A pcapng option."""
     return struct.pack(order + "HH", code, len(value)) + padded(value)
 
 
 def block(order: str, kind: int, body: bytes) -> bytes:
-    """One block."""
+    """A pcapng block."""
     length = struct.pack(order + "I", 12 + len(body))
     return struct.pack(order + "I", kind) + length + body + length
 
@@ -140,7 +140,7 @@ class Interface:
     options: list[bytes] = field(default_factory=list)
 
     def block(self, order: str = "<") -> bytes:
-        """Its interface description block."""
+        """The interface description block of this interface."""
         body = struct.pack(order + "HHI", self.link_type, 0, self.snaplen)
         if self.name is not None:
             body += option(order, 2, self.name.encode())
@@ -151,7 +151,7 @@ class Interface:
         return block(order, 1, body + option(order, 0, b""))
 
     def nanoseconds(self, units: int) -> int | None:
-        """The time of a packet."""
+        """The timestamp of a packet in nanoseconds, or None if it is out of range."""
         resolution = 6 if self.resolution is None else self.resolution
         unit = Fraction(1, 2 ** (resolution & 0x7F) if resolution & 0x80 else 10 ** (resolution & 0x7F))
         time = int(units * unit * 10**9) + (self.offset or 0) * 10**9
@@ -169,7 +169,7 @@ def enhanced(
 def obsolete(
     order: str, interface: int, units: int, data: bytes, wire_length: int, options: bytes = b""
 ) -> bytes:
-    """A packet block, as it was before the enhanced one."""
+    """An obsolete packet block."""
     body = struct.pack(
         order + "HHIIII", interface, 0xFFFF, units >> 32, units & 0xFFFFFFFF, len(data), wire_length
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def child() -> Iterator[bool]:
-    """Fork: true in the child, whose exit status must be 0; what it raises makes it 1."""
+    """Fork. Yields True in the child, and False in the parent. Asserts that the child raises no exception."""
     pid = os.fork()
     if pid:
         yield False

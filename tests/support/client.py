@@ -1,4 +1,4 @@
-"""What a typed program does with linkrx: every public name is used, and type checkers accept it. Not run."""
+"""A typed program that uses every public name of linkrx. Type checkers must accept it. It is not run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import linkrx
 
 
 def refused(source: int | str | linkrx.HasFileno) -> str | None:
-    """Whether linkrx receives from a source, and if not why."""
+    """The reason why linkrx cannot receive from a source, or None."""
     try:
         found: linkrx.Capabilities = linkrx.probe(source)
         choice: linkrx.Choice = linkrx.choose(
@@ -38,7 +38,7 @@ def names() -> list[str]:
 
 
 def describe(packet: linkrx.Packet) -> Iterator[str]:
-    """What is known of a packet."""
+    """The metadata of a packet, as text."""
     vlan: linkrx.Vlan | None = packet.vlan
     if vlan is not None:
         yield f"{vlan.tci} {vlan.tpid}"
@@ -67,7 +67,7 @@ async def watch(rx: linkrx.Dispatcher) -> None:
 
 
 def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) -> linkrx.End | None:
-    """Every way to receive."""
+    """Receive with every call."""
     call: linkrx.Deliver = deliver
     with linkrx.open(source, call, backend="recvmmsg", **options) as rx:
         try:
@@ -93,7 +93,7 @@ def receive(source: socket.socket | linkrx.TunTap, options: linkrx.OpenOptions) 
 
 
 def recorded(path: Path, file: linkrx.BinaryFile) -> list[bytes]:
-    """What capture files hold."""
+    """The packets of capture files."""
     try:
         with linkrx.open(path) as rx, linkrx.open(linkrx.CaptureFile(file)) as other:
             return [packet.tobytes() for packet in (*rx, *other)]
@@ -103,7 +103,7 @@ def recorded(path: Path, file: linkrx.BinaryFile) -> list[bytes]:
 
 
 def record(rx: linkrx.Dispatcher, path: Path, file: linkrx.WritableFile) -> int:
-    """What comes, twice."""
+    """Record received packets twice."""
     with linkrx.PcapWriter(path, source=rx) as out, linkrx.PcapWriter(file, format="pcap") as other:
         for batch in rx.batches(1):
             out.write(batch)
@@ -116,7 +116,7 @@ def record(rx: linkrx.Dispatcher, path: Path, file: linkrx.WritableFile) -> int:
 
 
 def main() -> None:
-    """A device and a ladder."""
+    """Use a device and a buffer ladder."""
     buffer = linkrx.IovecBuffer(linkrx.BUFFER_SIZES)
     with linkrx.TunTap("tap7", vnet_header=True, offload=True) as tap:
         print(tap.offload & linkrx.Offload.TSO4, tap.name, buffer.next_iovecs(), refused(tap))

@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it: in a process of its own, with pipes or a terminal."""
+"""Runs the command line in a process of its own, with pipes or a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Self
 
-PATIENCE = 60.0  # seconds until a process that should have ended hangs
+PATIENCE = 60.0  # seconds after which a process counts as hanging
 ESCAPE = "\x1b"
 
 WITHOUT_CORE = """
@@ -22,7 +22,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python` with these arguments, its output in pipes."""
+    """Run `python` with these arguments, and its output in pipes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LINKRX_")}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -36,12 +36,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def linkrx_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m linkrx` with these arguments."""
+    """Run `python -m linkrx` with these arguments."""
     return run("-m", "linkrx", *arguments, **environment)
 
 
 def in_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Exit code and output of `python -m linkrx` under a pseudo-terminal."""
+    """Run `python -m linkrx` in a pseudo-terminal. Returns exit code and output."""
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
@@ -67,7 +67,7 @@ def in_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 class Capture:
-    """`linkrx dump` while it captures: made once it listens."""
+    """A process of `linkrx dump`. The constructor returns when it captures. `told` holds its first lines on standard error."""
 
     def __init__(
         self, *arguments: str, program: tuple[str, ...] = ("-m", "linkrx"), **environment: str
@@ -78,7 +78,7 @@ class Capture:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            bufsize=0,  # what is read of a line more than that would be missing in end()
+            bufsize=0,  # bytes in a buffer of Python would be missing in end()
             env={**inherited, **environment},
         )
         self.told: list[str] = []
@@ -90,12 +90,12 @@ class Capture:
         raise AssertionError(f"linkrx dump does not listen: {self.told}")
 
     def line(self) -> str:
-        """The next line of standard output, when it comes."""
+        """Wait for the next line of standard output."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().decode().rstrip("\n")
 
     def end(self, number: int | None = None) -> tuple[int, str, str]:
-        """Exit code, the rest of standard output, and of standard error. `number`: of a signal that ends it."""
+        """End the process with the signal `number`, if given. Returns exit code, and the rest of standard output and standard error."""
         if number is not None:
             self.process.send_signal(number)
         output, errors = self.process.communicate(timeout=PATIENCE)

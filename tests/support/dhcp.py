@@ -1,4 +1,4 @@
-"""DHCP as clients send it: RFC 2131 and RFC 2132."""
+"""DHCP messages of clients: RFC 2131 and RFC 2132."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def request(
     hostname: bytes | None = b"phone",
     source: str = "0.0.0.0",
 ) -> bytes:
-    """What a client sends: that message, of that host name, for that address."""
+    """A DHCP message of a client, with this type, requested address and host name."""
     options = bytes([53, 1, kind])
     if wanted is not None:
         options += bytes([50, 4]) + socket.inet_aton(wanted)

@@ -12,7 +12,7 @@ DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
 def programs(*documents: Path) -> list[str]:
-    """Every Python program of these documents, in order; of all without arguments."""
+    """The Python programs in these documents, in order. Without arguments: in all documents."""
     return [
         program
         for document in documents or DOCUMENTS

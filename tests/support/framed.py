@@ -1,4 +1,4 @@
-"""What becomes of a frame, and what a packet or batch of it must show for as long as it is held."""
+"""A model of how linkrx processes a frame, and checks that held packets and batches do not change."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from linkrx.packets import Batch, Packet
 
-# Holds something of linkrx's, and checks it.
+# Holds a packet, batch or view, and checks its contents.
 Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Framed:
-    """What becomes of a frame: `kind` is `packet` or the counter that it goes to."""
+    """The expected outcome for a frame: `kind` is `packet`, or the counter that counts it."""
 
     kind: str
     prefix: bytes = b""
@@ -27,7 +27,7 @@ class Framed:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a dispatcher was opened."""
+    """The settings of a dispatcher that decide the outcome for a frame."""
 
     ethernet: bool
     prefix: int
@@ -35,7 +35,7 @@ class Setup:
     tells_wire_length: bool
 
     def receive(self, raw: bytes) -> Framed:
-        """The model of what linkrx does to one frame."""
+        """The expected outcome for one frame."""
         capacity = len(raw) if self.ladder is None else self.prefix + sum(self.ladder)
         kept, cut = raw[:capacity], len(raw) > capacity
         if len(kept) <= self.prefix:
@@ -53,7 +53,7 @@ class Setup:
 
 
 def check_packet(packet: Packet, framed: Framed, setup: Setup) -> None:
-    """Everything that a packet says is what was sent."""
+    """Assert that bytes and attributes of a packet are those of the frame that was sent."""
     frame = framed.frame
     assert bytes(packet) == frame
     assert len(packet) == len(frame)
@@ -73,7 +73,7 @@ def check_packet(packet: Packet, framed: Framed, setup: Setup) -> None:
 
 
 def hold_packet(packet: Packet, framed: Framed, setup: Setup) -> Check:
-    """A packet; and of every other a slice of its frame, which has the packet make a copy."""
+    """Hold a packet. For every other packet also hold a slice of its frame, so that linkrx copies the packet."""
     shown = framed.frame[3:9]
     piece = packet.frame[3:9] if len(packet) % 2 else shown
 
@@ -87,7 +87,7 @@ def hold_packet(packet: Packet, framed: Framed, setup: Setup) -> Check:
 
 
 def hold_arrays(batch: Batch, framed: list[Framed]) -> Check:
-    """Arrays over the memory and two columns of a batch, without the batch."""
+    """Hold arrays over the memory and two columns of a batch, without the batch."""
     memory = np.frombuffer(batch.memory, np.uint8)
     starts, lengths = (np.frombuffer(column, np.uint32) for column in (batch.starts, batch.lengths))
 
@@ -99,7 +99,7 @@ def hold_arrays(batch: Batch, framed: list[Framed]) -> Check:
 
 
 def hold_batch(batch: Batch, framed: list[Framed], setup: Setup) -> Check:
-    """A batch."""
+    """Hold a batch."""
 
     def check() -> None:
         assert list(batch.lengths) == [len(one.frame) for one in framed]

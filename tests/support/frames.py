@@ -1,4 +1,4 @@
-"""Frames that filters tell apart, and expressions that tell them apart, made by a seeded generator."""
+"""Frames of several protocols and filter expressions about them, made by a seeded generator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PORTS = (53, 67, 68, 80, 547)
 
 
 def ip_bytes(address: str) -> bytes:
-    """An IPv4 address on the wire."""
+    """The four bytes of an IPv4 address."""
     return bytes(int(part) for part in address.split("."))
 
 
@@ -26,7 +26,7 @@ def ipv4(
 
 
 def ports(source: int, target: int, body: bytes = b"") -> bytes:
-    """A UDP header and what follows; a TCP header begins alike."""
+    """A UDP header and its payload. A TCP header also begins with the ports."""
     return struct.pack("!HHHH", source, target, 8 + len(body), 0) + body
 
 
@@ -41,7 +41,7 @@ def tagged(frame: bytes, tci: int, tpid: int = 0x8100) -> bytes:
 
 
 def any_frame(chosen: random.Random) -> bytes:
-    """An Ethernet frame, short of nothing, of one of the protocols that expressions speak of; sometimes cut anywhere."""
+    """An Ethernet frame of one of the protocols in the expressions. One frame in eight is cut at a random length."""
     local = chosen.choice((LOCAL, b"\xff" * 6, bytes.fromhex("01005e000001")))
     source, target = chosen.choice(_PORTS), chosen.choice(_PORTS)
     body = ports(source, target, chosen.randbytes(chosen.randrange(12, 60)))
@@ -64,7 +64,7 @@ def any_frame(chosen: random.Random) -> bytes:
 
 
 def any_expression(chosen: random.Random, *, link: bool = True, depth: int = 2) -> str:
-    """An expression in tcpdump's language. `link`: it may look at link addresses."""
+    """An expression in tcpdump's language. `link`: whether it may read the link header."""
     if depth and chosen.randrange(3):
         left, right = (any_expression(chosen, link=link, depth=depth - 1) for _ in range(2))
         return chosen.choice((f"({left}) and ({right})", f"({left}) or ({right})", f"not ({left})"))

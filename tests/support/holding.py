@@ -1,7 +1,7 @@
-"""What can be held of a receive, who can hold it, and whether it still shows what was sent.
+"""Objects of a receive that a program can hold, holders of them, and checks that they do not change.
 
-Against public names only, so that it holds whatever packets and batches are made of. Without pytest, for the processes
-that `test_holding_processes.py` starts.
+It uses public names only, so it does not depend on how packets and batches are implemented. The processes that
+`test_holding_processes.py` starts use it without pytest.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from linkrx.testing import rigs
 from linkrx.testing.rigs import MakeRig, Rig
 from linkrx.testing.waiting import number_of, patiently
 
-SIZE = 1403  # no multiple of 8, so that frames that follow each other have something between them
-MARKED = 18  # bytes in front of those that `frame` fills: link header and mark
-# Frames that every queue takes at once; and that fill four blocks of a ring. Twelve times as many are more than an arena
-# holds, and more than the ring of 32 blocks.
+SIZE = 1403  # not a multiple of 8, so there is padding between frames
+MARKED = 18  # bytes of link header and mark, in front of the bytes that `frame` fills
+# BURST frames fit into every queue; RING_BURST frames fill four blocks of a ring. Twelve times as many are more than an arena
+# holds, and more than a ring of 32 blocks holds.
 BURST, RING_BURST = 60, 400
 RING_BYTES = 4 << 20
 BURSTS = 12
@@ -33,24 +33,24 @@ BURSTS = 12
 
 @dataclass(frozen=True)
 class Cell:
-    """A kind of source and a backend that takes it."""
+    """A kind of source, and a backend that accepts it."""
 
     kind: MakeRig
     backend: str
 
     @property
     def name(self) -> str:
-        """For the test's name."""
+        """The name in test IDs."""
         return f"{self.kind.__name__}-{self.backend}"
 
     @contextmanager
     def opened(self, deliver: Any = None, **options: Any) -> Iterator[tuple[Rig, linkrx.Dispatcher]]:
-        """A source and a dispatcher on it."""
+        """Open a source and a dispatcher on it."""
         with self.kind() as rig, self.open(rig, deliver, **options) as rx:
             yield rig, rx
 
     def open(self, rig: Rig, deliver: Any = None, **options: Any) -> linkrx.Dispatcher:
-        """A dispatcher on a source; of a ring a small one, so that it comes round soon."""
+        """Open a dispatcher on a source. A ring is small, so that the kernel soon uses its blocks again."""
         if self.backend == "packet_mmap":
             options["receive_buffer"] = RING_BYTES
         return rig.open(self.backend, deliver, **options)
@@ -72,25 +72,25 @@ NAMED = {cell.name: cell for cell in CELLS}
 
 
 def frame(rig: Rig, mark: int, size: int = SIZE) -> bytes:
-    """A frame of which every byte tells its mark."""
+    """A frame whose bytes behind the mark all depend on the mark."""
     return rig.frame(size, mark)[:MARKED] + bytes([mark % 251 + 1]) * (size - MARKED)
 
 
 def send(rig: Rig, marks: range, size: int = SIZE) -> None:
-    """No more than `burst` frames."""
+    """Send a frame for each mark, `burst` frames at most."""
     for mark in marks:
         rig.send(frame(rig, mark, size))
 
 
 def burst(rx: linkrx.Dispatcher) -> int:
-    """How many frames to send at once."""
+    """How many frames a test may send at once."""
     return RING_BURST if rx.backend == "packet_mmap" else BURST
 
 
 def receive(rig: Rig, rx: linkrx.Dispatcher, marks: range) -> list[linkrx.Batch]:
-    """The batches of a burst that is sent now; every frame must be there that the kernel had room for.
+    """Send a burst and return its batches. Asserts that every frame is received, or counted as dropped.
 
-    The timer of a ring may close all its blocks while a thread that sends waits for its turn.
+    The kernel may drop frames: a ring's timer may close all blocks while the sending thread waits for the processor.
     """
     before = rx.stats().kernel_drops or 0
     batches: list[linkrx.Batch] = []
@@ -110,18 +110,18 @@ def receive(rig: Rig, rx: linkrx.Dispatcher, marks: range) -> list[linkrx.Batch]
 
 
 def lap(rig: Rig, rx: linkrx.Dispatcher) -> None:
-    """Frames of which nothing is kept: all memory that may be used again is."""
+    """Receive frames and keep none, so that linkrx uses its memory again."""
     step = burst(rx)
     for first in range(1_000_000, 1_000_000 + BURSTS * step, step):
         receive(rig, rx, range(first, first + step))
 
 
-# What is held.
+# Objects that are held.
 
 
 @dataclass
 class Thing:
-    """Something that was made of a receive. It must show what it showed for as long as it is held."""
+    """An object of a receive. `read(held)` must equal `wanted` as long as it is held."""
 
     name: str
     held: Any
@@ -129,7 +129,7 @@ class Thing:
     wanted: object
 
     def wrong(self) -> str | None:
-        """Its name if it shows anything else."""
+        """The name of this thing if its contents changed, else None."""
         return None if self.read(self.held) == self.wanted else self.name
 
 
@@ -169,7 +169,7 @@ def _octets(array: Any) -> bytes:
 
 
 def things_of(batch: linkrx.Batch, frames: list[bytes]) -> list[Thing]:
-    """Everything that a user can make of a batch, each by itself, but for arrays."""
+    """Each object that a user can get from a batch, except arrays."""
     first, last = batch[0], frames[-1]
     columns = _columns_of(batch)
     return [
@@ -187,7 +187,7 @@ def things_of(batch: linkrx.Batch, frames: list[bytes]) -> list[Thing]:
 
 
 def arrays_of(batch: linkrx.Batch, frames: list[bytes]) -> list[Thing]:
-    """Arrays over it. The collector does not look into them, so what they refer to is not garbage to it."""
+    """NumPy arrays over a batch. The cyclic collector does not traverse them, so it does not find cycles through them."""
     return [
         Thing("array of a frame", np.frombuffer(batch[-1].frame, np.uint8)[::3], _octets, frames[-1][::3]),
         Thing("arrays of columns", [np.asarray(one) for one in _views_of(batch)], _lists, _columns_of(batch)),
@@ -198,24 +198,24 @@ Make = Callable[[linkrx.Batch, list[bytes]], list[Thing]]
 
 
 def take(rig: Rig, rx: linkrx.Dispatcher, make: Make = things_of) -> list[Thing]:
-    """Things of one receive, with nothing else of it held."""
+    """The things of one receive. Nothing else of that receive is held."""
     batch = receive(rig, rx, range(burst(rx)))[0]
     return make(batch, [frame(rig, number_of(rig, packet)) for packet in batch])
 
 
 def wrong(things: list[Thing]) -> list[str]:
-    """The names of those that show something else."""
+    """The names of the things whose contents changed."""
     return [name for thing in things if (name := thing.wrong())]
 
 
-# Who holds it. Each returns what keeps the things until it is dropped and collected; then what it found is in `told`.
+# Holders. Each returns an object that holds the things. Its finalizer appends the names of changed things to `findings`.
 
 Findings = list[list[str]]
 Holder = Callable[[list[Thing], Findings], object]
 
 
 class Owner:
-    """In a reference cycle with itself; its finalizer looks at what it has."""
+    """A reference cycle whose finalizer checks the things that it holds."""
 
     def __init__(self, things: list[Thing], findings: Findings) -> None:
         self.things, self.findings = things, findings
@@ -226,7 +226,7 @@ class Owner:
 
 
 class Resurrected(Owner):
-    """Brought back to life by its finalizer; what it has is looked at afterwards."""
+    """An object that its finalizer resurrects. `collected` checks its things afterwards."""
 
     back: list[Resurrected] = []  # noqa: RUF012
 
@@ -240,7 +240,7 @@ def cycle(things: list[Thing], findings: Findings) -> object:
 
 
 def resurrection(things: list[Thing], findings: Findings) -> object:
-    """An object that a finalizer brings back."""
+    """An object that its finalizer resurrects."""
     return Resurrected(things, findings)
 
 
@@ -261,7 +261,7 @@ def generator(things: list[Thing], findings: Findings) -> object:
 
 
 def task(things: list[Thing], findings: Findings) -> object:
-    """A pending task of a loop that is closed under it."""
+    """A pending task of a loop that was closed."""
 
     async def wait(things: list[Thing], findings: Findings, future: asyncio.Future[None]) -> None:
         try:
@@ -276,7 +276,7 @@ def task(things: list[Thing], findings: Findings) -> object:
         return pending
 
     loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda _loop, _context: None)  # it says that a task was destroyed
+    loop.set_exception_handler(lambda _loop, _context: None)  # else it logs that a task was destroyed
     try:
         return loop.run_until_complete(begin())
     finally:
@@ -284,7 +284,7 @@ def task(things: list[Thing], findings: Findings) -> object:
 
 
 def traceback(things: list[Thing], findings: Findings) -> object:
-    """An exception that its own frame refers to, with an object that has a finalizer beside it."""
+    """An exception in a cycle with its own frame, which also holds an object with a finalizer."""
 
     def fail(owner: Owner) -> BaseException:
         try:
@@ -302,7 +302,7 @@ HOLDERS: dict[str, Holder] = {
 
 
 def collected(findings: dict[str, Findings]) -> dict[str, list[str]]:
-    """What the finalizer of each holder found wrong, when everything that nobody refers to any more was collected."""
+    """Collect all garbage. Returns the changed things that the finalizer of each holder found."""
     gc.collect()
     while Resurrected.back:
         one = Resurrected.back.pop()
@@ -310,13 +310,13 @@ def collected(findings: dict[str, Findings]) -> dict[str, list[str]]:
         one.me = None
     gc.collect()
     Resurrected.back.clear()
-    assert all(findings.values()), f"of some no finalizer came: {findings}"
+    assert all(findings.values()), f"some finalizers did not run: {findings}"
     return {name: list(chain(*found)) for name, found in findings.items() if any(found)}
 
 
 @contextmanager
 def collector(eager: bool) -> Iterator[None]:
-    """The cyclic collector at every allocation, or not at all."""
+    """Run the cyclic collector at every allocation, or never."""
     before = gc.get_threshold()
     gc.set_threshold(1 if eager else 0)
     try:
@@ -326,12 +326,12 @@ def collector(eager: bool) -> Iterator[None]:
 
 
 needs_core = pytest.mark.skipif(
-    not linkrx.backends()[0].supported, reason="the C core was not built, so this backend is not there"
+    not linkrx.backends()[0].supported, reason="the C core was not built, so this backend does not exist"
 )
 
 
 def cells(*names: str) -> pytest.MarkDecorator:
-    """Those, or all, for a parameter of a test."""
+    """Parametrise a test with the named cells, or with all cells."""
     chosen = [NAMED[name] for name in names] or CELLS
     needs = {cell: () if cell.backend == "os_readv" else needs_core for cell in chosen}
     return pytest.mark.parametrize(

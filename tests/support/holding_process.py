@@ -1,5 +1,6 @@
-"""A process that holds what it received to its ordinary end: `python holding_process.py JOB CELL`, in a network namespace of
-its own. What it finds it writes out, line by line: `test_holding_processes.py` starts it, and reads that.
+"""A process that holds packets until the interpreter ends: `python holding_process.py JOB CELL`.
+
+It runs in a network namespace of its own and writes its findings line by line. `test_holding_processes.py` starts and reads it.
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ from linkrx.testing.rigs import Rig
 from linkrx.testing.waiting import number_of
 from support.holding import BURST, HOLDERS, NAMED, frame, lap, receive, send, take, wrong
 
-KEPT = 800  # packets, one of each receive
-STEPS_MOST = 5000  # allocations of a receive, far less
+KEPT = 800  # packets, one from each receive
+STEPS_MOST = 5000  # far more than the allocations of a receive
 
 
 def say(what: str, write: Callable[[int, bytes], int] = os.write) -> None:
-    """At any time in the life of an interpreter: nothing is looked up by name."""
+    """Write a line. It works during interpreter shutdown, because it looks up no global name."""
     write(1, f"{what}\n".encode())
 
 
 class Reporter(list[list[str]]):
-    """Writes out what a finalizer finds as soon as it is found."""
+    """A list that writes each finding at once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def append(self, found: list[str], say: Callable[[str], None] = say) -> None:
-        """As of a list."""
+        """Write a finding."""
         say(f"{self.name}: {found}")
 
 
-forever: list[object] = []  # until the interpreter has gone
+forever: list[object] = []  # holds objects until the interpreter ends
 
 
 def keep(rig: Rig, rx: linkrx.Dispatcher) -> None:
-    """Things in every kind of holder."""
+    """Hold things in every kind of holder."""
     for name, hold in HOLDERS.items():
-        if name != "resurrection":  # nobody could look at it again
+        if name != "resurrection":  # nothing could check it again
             forever.append(hold(take(rig, rx), Reporter(name)))
 
 
 def open_for_ever(cell: str) -> tuple[Rig, linkrx.Dispatcher]:
-    """What nobody closes. The devices go with the namespace, and the sockets with the process: not before linkrx."""
+    """Open a rig and a dispatcher, and never close them. The kernel removes devices and sockets when the process has ended."""
     made = NAMED[cell].kind()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     rig = made.__enter__()
@@ -63,11 +64,11 @@ def open_for_ever(cell: str) -> tuple[Rig, linkrx.Dispatcher]:
 
 
 def forks(cell: str) -> None:
-    """Fork with Python's hooks and without, and end with everything held and the dispatcher open."""
+    """Fork with Python's hooks and without. Then end with all things held and the dispatcher open."""
     rig, rx = open_for_ever(cell)
     keep(rig, rx)
     things = take(rig, rx)
-    by_library: Callable[[], int] = ctypes.PyDLL(None).fork  # of which Python is told nothing
+    by_library: Callable[[], int] = ctypes.PyDLL(None).fork  # Python's hooks do not run
     for call in (os.fork, by_library):
         gone_on, tell = os.pipe()
         child = call()
@@ -87,7 +88,7 @@ def forks(cell: str) -> None:
 
 
 def no_memory(cell: str) -> None:
-    """Each allocation of a receive fails in turn: what is held, and what comes behind it, shows what was sent."""
+    """Let each allocation of a receive fail in turn. Then check the things held before and the packets received after."""
     testcapi: Any = import_module("_testcapi")
     held: list[tuple[int, Any]] = []
     with NAMED[cell].opened(batch_size=16) as (rig, rx):
@@ -114,7 +115,7 @@ def no_memory(cell: str) -> None:
                 testcapi.remove_mem_hooks()
             for thing in kept[before : before + 1]:
                 held.append((number_of(rig, thing), thing))
-            for batch in rx.batches(0):  # what it left
+            for batch in rx.batches(0):  # packets that the failed receive left
                 held.extend((number_of(rig, packet), packet) for packet in batch)
             step += 1
         numbers = [number for number, _ in held]
@@ -127,7 +128,7 @@ def no_memory(cell: str) -> None:
 
 
 def cost(cell: str) -> None:
-    """What each of many kept packets takes, all else of its receive let go; then end with everything held and closed."""
+    """Measure the memory of each kept packet, when nothing else of its receive is held. Then end with things held and the dispatcher closed."""
     with NAMED[cell].opened() as (rig, rx):
         keep(rig, rx)
         kept: list[linkrx.Packet] = []
@@ -145,7 +146,7 @@ def cost(cell: str) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """The resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -157,6 +158,6 @@ if __name__ == "__main__":
     gc.set_threshold(1)
     JOBS[sys.argv[1]](sys.argv[2])
     if sys.version_info[:2] == (3, 12):
-        # CPython 3.12.1 begins a collection that is due inside the last one of all, in the first finalizer that this calls,
-        # and crashes: without linkrx too. So none may be due.
+        # CPython 3.12.1 starts a collection in a finalizer of the last collection at shutdown if one is due, and crashes, also
+        # without linkrx. So no collection may be due.
         gc.set_threshold(700)

@@ -1,6 +1,6 @@
-"""The imports of the package, and what they come to: `python tests/support/house.py [FOLDER]` counts files, rooms and arrows.
+"""The imports of the package. `python tests/support/house.py [FOLDER]` counts files, rooms and imports.
 
-It uses nothing of linkrx, so that it counts any version of it: FOLDER is the package's.
+It does not import linkrx, so it can count any version of it. FOLDER is the package's folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Node = TypeVar("Node", Module, str)
 
 
 def modules(package: Path) -> dict[Module, Path]:
-    """Every module of a package by its name, part by part."""
+    """Every module of a package. The keys are the parts of its dotted name."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -24,12 +24,12 @@ def modules(package: Path) -> dict[Module, Path]:
 
 
 def room(module: Module) -> str:
-    """The folder of the package, or the file beside the folders. The package itself is a room too."""
+    """The room of a module: its folder in the package, or the file at the top. The package itself is a room too."""
     return module[1] if len(module) > 1 else module[0]
 
 
 def imports(found: dict[Module, Path], *, when_loaded: bool = False) -> dict[Module, set[Module]]:
-    """What each module imports of its package; what functions and type checkers import too, unless `when_loaded`."""
+    """The modules of the package that each module imports. With `when_loaded`, without imports in functions and for type checkers."""
     return {module: _imported(path, found, when_loaded=when_loaded) for module, path in found.items()}
 
 
@@ -47,7 +47,7 @@ def _imported(path: Path, found: dict[Module, Path], *, when_loaded: bool) -> se
 
 
 def reached(arrows: dict[Node, set[Node]]) -> dict[Node, set[Node]]:
-    """What each module imports, directly or through others."""
+    """The modules that each module imports, directly or indirectly."""
     far = dict(arrows)
     for _ in arrows:
         far = {module: set().union(near, *(arrows[one] for one in near)) for module, near in far.items()}
@@ -69,7 +69,7 @@ def longest_chain(arrows: dict[Node, set[Node]]) -> int:
 
 
 def counts(package: Path) -> dict[str, int]:
-    """The figures, by what they count. The package's own module, which names its public objects, is left out."""
+    """The counts, each with its description. The package's `__init__` module is left out."""
     found = {module: path for module, path in modules(package).items() if len(module) > 1}
     arrows = imports(found)
     loaded = imports(found, when_loaded=True)

@@ -1,4 +1,4 @@
-"""Exceptions of signal handlers, raised at every point in turn where CPython may run one."""
+"""Raises an exception at each point in turn where CPython may run a signal handler."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TESTS = f"{paths.TESTS}/"
 
 
 class Interrupted(Exception):
-    """What the signal handler raises."""
+    """The exception of the simulated signal handler."""
 
 
 class After:
-    """Raises Interrupted inside `with` at the n-th point where CPython may run a signal handler, and then no more.
+    """Raises Interrupted once inside `with`: at the n-th point where CPython may run a signal handler.
 
-    Such a point is at the start of a function in Python, behind a call of anything else, types included, and behind a jump
-    back: in all functions that the test calls, and in those that they call, but not in `deliver`, which has the packet.
+    Such a point is at the start of a Python function, after a call of any other callable, types included, and after a backward
+    jump. It counts points in all functions that the test calls, and in those that they call, but not in `deliver`.
     """
 
     def __init__(self, points: int, error: type[Exception] = Interrupted) -> None:
@@ -29,7 +29,7 @@ class After:
         self.raised = False
 
     def enter(self, frame: FrameType, _event: str, _argument: object) -> Steps | None:
-        """As sys.settrace() wants it."""
+        """The trace function for sys.settrace()."""
         caller = frame.f_back
         if caller is not None and isinstance(caller.f_trace, Steps):
             caller.f_trace.entered.append(frame.f_code.co_name)
@@ -39,7 +39,7 @@ class After:
         return Steps(self, -1 if at_the_start(frame) else frame.f_lasti)
 
     def count(self) -> None:
-        """One such point."""
+        """Count a point, and raise at the last one."""
         if not self.left:
             sys.settrace(None)
             self.raised = True
@@ -47,7 +47,7 @@ class After:
         self.left -= 1
 
     def __enter__(self) -> None:
-        gc.disable()  # what is collected meanwhile is somebody else's
+        gc.disable()  # else finalizers of other objects would run
         sys.settrace(self.enter)
 
     def __exit__(self, *_: object) -> None:
@@ -56,13 +56,13 @@ class After:
 
 
 class Steps:
-    """The instructions of one frame: `before` is the one that was done last, and `entered` what it called in Python."""
+    """Traces the instructions of one frame. `before` is the previous instruction, `entered` the Python functions that it called."""
 
     def __init__(self, after: After, before: int) -> None:
         self.after = after
-        self.before = before  # -1 at the start; of a generator that goes on, where it waited
+        self.before = before  # -1 at the start; in a resumed generator, where it was suspended
         self.entered: list[str] = []
-        self.failed = False  # that instruction raised: behind it nothing is looked at
+        self.failed = False  # the instruction raised: CPython does not check for signals after it
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Steps:
         if event == "exception":
@@ -72,7 +72,7 @@ class Steps:
             before, self.before = self.before, frame.f_lasti
             entered, self.entered = self.entered, []
             name = "" if before < 0 else dis.opname[frame.f_code.co_code[before]]
-            # A function in Python that is called without C in between: behind that nothing is looked at.
+            # A Python function that is called without C in between: CPython does not check for signals after it.
             straight = len(entered) == 1 and not entered[0].startswith("__")
             jumped_back = frame.f_lasti < before and name != "JUMP_BACKWARD_NO_INTERRUPT"
             called = name.startswith("CALL") and not straight
@@ -82,13 +82,13 @@ class Steps:
 
 
 def at_the_start(frame: FrameType) -> bool:
-    """Of its function; not where a generator goes on."""
+    """Whether a frame is at the start of its function. False for a resumed generator."""
     code, at = frame.f_code.co_code, frame.f_lasti
     return at < 0 or (dis.opname[code[at]] == "RESUME" and code[at + 1] == 0)
 
 
 def is_lost(frame: FrameType | None) -> bool:
-    """Whether Python loses what is raised there: in a `__del__`."""
+    """Whether Python ignores exceptions in this frame, because it runs in a `__del__`."""
     while frame is not None and not is_of_tests(frame):
         if frame.f_code.co_name == "__del__":
             return True
@@ -97,5 +97,5 @@ def is_lost(frame: FrameType | None) -> bool:
 
 
 def is_of_tests(frame: FrameType) -> bool:
-    """Whether a test or its helpers run there: what they have was handed over."""
+    """Whether the frame is of a test or its helpers. These have received their packets."""
     return frame.f_code.co_filename.startswith(TESTS)

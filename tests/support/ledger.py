@@ -1,4 +1,4 @@
-"""Every frame that was sent, and what became of it: the model that linkrx is held to, and its ways to open and end."""
+"""A model of one source and its dispatchers: every sent frame with its expected outcome, and the rules that open and close."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BATCH_SIZES = st.sampled_from([1, 3, 64])
 
 
 def empty_at_end(frames: list[bytes]) -> int:
-    """How many."""
+    """How many frames at the end are empty."""
     return len(list(takewhile(not_, reversed(frames))))
 
 
 class Ledger(RuleBasedStateMachine):
-    """One source, one dispatcher at a time; `waiting` are the frames sent that no earlier dispatcher took."""
+    """One source, and one dispatcher at a time. `waiting` are the sent frames that no earlier dispatcher received."""
 
-    # What subclasses say of their source.
+    # Subclasses set these for their source.
     queue: int
     lengths: st.SearchStrategy[int]
 
@@ -45,35 +45,35 @@ class Ledger(RuleBasedStateMachine):
         self.rx: Dispatcher | None = None
         self.hung_up = False
         self.reset()
-        self.kept: list[Check] = []  # each holds something, and checks it
+        self.kept: list[Check] = []  # each holds an object and checks it
         self.source: Any = None
         self.send_frame: Callable[[bytes], object] = bytes
 
     def reset(self) -> None:
-        """Nothing was handed over yet."""
+        """Start the model of a new dispatcher: nothing was delivered yet."""
         self.framed: list[Framed] = []
-        self.packets: list[Framed] = []  # what it hands over in the end
+        self.packets: list[Framed] = []  # the frames that it must deliver
         self.handed = self.calls = 0
         self.stopped = self.closed = self.polled = False
         self.script: Callable[[], None] | None = None
         self.countdown = 0
 
     def make(self, draw: st.DataObject) -> tuple[Any, Callable[[bytes], object]]:
-        """A source and how to send to it."""
+        """A source, and a function that sends to it."""
         raise NotImplementedError
 
     def setups(self, draw: st.DataObject) -> tuple[Setup, dict[str, Any]]:
-        """How to open it this time."""
+        """The settings and options of the next open."""
         raise NotImplementedError
 
     def read_raw(self) -> bytes | None:
-        """The next frame in the kernel's queue, past linkrx; None when there is none."""
+        """Read the next frame of the kernel's queue without linkrx. None if the queue is empty."""
         raise NotImplementedError
 
     def read_rest(self) -> list[bytes]:
-        """All that is in the kernel's queue, past linkrx; so nothing waits any more.
+        """Read all frames of the kernel's queue without linkrx.
 
-        When the peer of a seqpacket socket is gone, empty records at the end cannot be told from the end.
+        If the peer of a seqpacket socket has closed, empty records at the end look like the end.
         """
         left = []
         for _ in range(len(self.waiting) + 1):
@@ -91,23 +91,23 @@ class Ledger(RuleBasedStateMachine):
 
     @property
     def due(self) -> int:
-        """How many packets it has still to hand over."""
+        """How many packets the dispatcher must still deliver."""
         return len(self.packets) - self.handed
 
     def is_open(self) -> bool:
-        """A dispatcher that takes calls."""
+        """Whether there is a dispatcher that is not closed."""
         return self.rx is not None and not self.closed
 
     def take(self, packet: Packet) -> Framed:
-        """A packet was handed over: it must be the next one."""
-        assert self.due, "handed over more than was sent"
+        """Assert that a received packet is the next one."""
+        assert self.due, "received more packets than were sent"
         framed = self.packets[self.handed]
         check_packet(packet, framed, self.setup)
         self.handed += 1
         return framed
 
     def deliver(self, remote: bytes | None, local: bytes | None, protocol: int, packet: Packet) -> None:
-        """Check, then do what the rule wanted to happen inside."""
+        """Check the packet, then run the script of the rule."""
         assert not self.stopped, "delivered after stop()"
         assert not self.closed, "delivered after close()"
         framed = self.take(packet)
@@ -119,25 +119,25 @@ class Ledger(RuleBasedStateMachine):
                 script()
 
     def ends_here(self) -> bool:
-        """Whether the next call may find that it is over."""
+        """Whether the next call may report the end."""
         return self.stopped or (self.hung_up and not self.due)
 
     # Opening, sending, ends.
 
     @initialize(data=st.data(), backend=BACKENDS, batch_size=BATCH_SIZES)
     def begin(self, data: st.DataObject, backend: str, batch_size: int) -> None:
-        """Everything is done to a source that was opened at least once."""
+        """Make a source and open it."""
         self.source, self.send_frame = self.make(data)
         self.open(data, backend, batch_size)
 
     @rule(data=st.data(), backend=BACKENDS, batch_size=BATCH_SIZES)
     @precondition(lambda self: self.rx is None)
     def open_again(self, data: st.DataObject, backend: str, batch_size: int) -> None:
-        """On the same source, with what the one before left in its queue."""
+        """Open the same source again, with the frames that the previous dispatcher left in its queue."""
         self.open(data, backend, batch_size)
 
     def open(self, data: st.DataObject, backend: str, batch_size: int) -> None:
-        """Open, in any way that the source allows."""
+        """Open the source, with any settings that it allows."""
         self.reset()
         if backend == "recvmmsg" and not isinstance(self.source, socket.socket):
             backend = "auto"  # refused, which is tested elsewhere
@@ -154,19 +154,19 @@ class Ledger(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.sampled_from([0x45, 0x45, 0x60, 0x6F, 0x00]))
     @precondition(lambda self: not self.hung_up)
     def send(self, data: st.DataObject, first: int) -> None:
-        """Frames of any length."""
+        """Send frames of any length."""
         for length in data.draw(st.lists(self.lengths, min_size=1, max_size=12)):
             self.send_one(first, length)
 
     @rule(length=st.sampled_from([60, 1514, 65_000]), number=st.sampled_from([3, 30, 70]))
     @precondition(lambda self: not self.hung_up)
     def flood(self, length: int, number: int) -> None:
-        """More than a batch, and of the long ones more than an arena holds."""
+        """Send more frames than a batch holds, and more long frames than an arena holds."""
         for _ in range(number):
             self.send_one(0x45, length)
 
     def send_one(self, first: int, length: int) -> None:
-        """A frame that says which one it is, when it is long enough."""
+        """Send a frame, which contains its number if it is long enough."""
         body = bytes([first]) + self.sent.to_bytes(4, "big") + bytes(range(self.sent % 7, 256))
         raw = bytearray((body * (length // len(body) + 1))[:length])
         for start in (10, 12):  # where an IP header starts behind a virtio-net header
@@ -179,25 +179,25 @@ class Ledger(RuleBasedStateMachine):
         except BlockingIOError:
             return
         self.sent += 1
-        # What was in front of a frame is the kernel's to say.
+        # The kernel may change the header in front of a frame.
         self.waiting.append(self.as_received(bytes(raw)))
         if self.rx is not None:
             self.add(self.waiting[-1])
 
     def add(self, raw: bytes) -> None:
-        """The dispatcher will receive it."""
+        """Add a frame that the dispatcher will receive."""
         self.framed.append(self.setup.receive(raw))
         if self.framed[-1].kind == "packet":
             self.packets.append(self.framed[-1])
 
     def as_received(self, raw: bytes) -> bytes:
-        """What a read gives for a frame that was sent."""
+        """The bytes that a read returns for a sent frame."""
         return raw
 
     @rule()
     @precondition(lambda self: self.is_open() and self.calls > 2)
     def stop(self) -> None:
-        """Stop, once or again."""
+        """Stop, for the first time or again."""
         assert self.rx is not None
         self.rx.stop()
         self.stopped = True
@@ -205,14 +205,14 @@ class Ledger(RuleBasedStateMachine):
     @rule(settled=st.booleans())
     @precondition(lambda self: self.rx is not None and (self.calls > 3 or self.closed))
     def leave(self, settled: bool) -> None:
-        """Close, knowing what was received or not."""
+        """Close, with or without reading the counters first."""
         if settled and not self.closed:
             self.settle_and_close()
         else:
             self.close()
 
     def settle_and_close(self) -> None:
-        """Stop, and see what it says was received: the next dispatcher must find exactly the rest."""
+        """Stop, read the counters, and close. The next dispatcher must receive exactly the other frames."""
         rx = self.rx
         assert rx is not None
         if rx.end is None:
@@ -224,7 +224,7 @@ class Ledger(RuleBasedStateMachine):
         assert stats.bytes == sum(len(framed.frame) for framed in self.packets[: self.handed])
         received = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
         if rx.end is linkrx.End.EOF:
-            # Empty records right before the end cannot be told from it.
+            # Empty records right before the end look like the end.
             assert not any(self.waiting[received:])
             received = len(self.waiting)
         assert received <= len(self.waiting)
@@ -234,7 +234,7 @@ class Ledger(RuleBasedStateMachine):
         self.rx = None
 
     def close(self) -> None:
-        """Close without looking: what is then in the kernel's queue is what it had not received."""
+        """Close without reading the counters. The kernel's queue must then hold the frames that linkrx had not received."""
         rx = self.rx
         assert rx is not None
         rx.close()

@@ -1,4 +1,4 @@
-"""What is done with a dispatcher, in whatever order, and what always holds."""
+"""The rules of a state machine for a dispatcher, and its invariants."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ KEPT_MOST = 24
 
 
 class Thrown(Exception):
-    """What a deliver raises."""
+    """The exception that a deliver raises."""
 
 
 class Machine(Ledger):
-    """The rules and invariants; subclasses say on which source."""
+    """Rules and invariants. Subclasses provide the source."""
 
     @rule()
     @precondition(lambda self: self.closed)
     def use_after_close(self) -> None:
-        """Whoever closed it inside deliver finds it closed."""
+        """After close() inside deliver, every call raises Closed."""
         assert self.rx is not None
         for call in (self.rx.dispatch, self.rx.drain, self.rx.recv, self.rx.stats, self.rx.fileno):
             with pytest.raises(linkrx.Closed):
                 call()
 
-    # Ways to receive.
+    # Calls that receive.
 
     @rule(what=st.sampled_from(["nothing", "raise", "stop", "close", "reenter"]), after=st.integers(0, 6))
     @precondition(Ledger.is_open)
     def dispatch(self, what: str, after: int) -> None:
-        """One batch, and something that happens inside."""
+        """Dispatch one batch, and do `what` inside deliver."""
         self.calls += 1
         rx = self.rx
         assert rx is not None
@@ -60,7 +60,7 @@ class Machine(Ledger):
             assert not due or self.handed > handed or self.received() > received, "nothing was received"
 
     def received(self) -> int:
-        """How many frames it says it received."""
+        """How many frames the dispatcher has received, by its counters."""
         assert self.rx is not None
         if self.closed:
             return 0
@@ -68,17 +68,17 @@ class Machine(Ledger):
         return stats.packets + stats.runts + stats.empty + stats.unknown_protocol
 
     def throw(self) -> None:
-        """A deliver that fails."""
+        """Raise inside deliver."""
         raise Thrown
 
     def close_inside(self) -> None:
-        """A deliver that closes."""
+        """Close inside deliver."""
         assert self.rx is not None
         self.rx.close()
         self.closed = True
 
     def reenter(self) -> None:
-        """A deliver that receives."""
+        """Receive inside deliver."""
         assert self.rx is not None
         with pytest.raises(linkrx.LinkrxError):
             self.rx.drain()
@@ -86,7 +86,7 @@ class Machine(Ledger):
     @rule()
     @precondition(Ledger.is_open)
     def drain(self) -> None:
-        """One batch, without waiting; the number delivered is the number that it says."""
+        """Deliver one batch without waiting. The result is the number of delivered packets."""
         self.calls += 1
         assert self.rx is not None
         before, ends = self.handed, self.stopped
@@ -97,7 +97,7 @@ class Machine(Ledger):
     @rule(copied=st.booleans(), number=st.integers(1, 8))
     @precondition(Ledger.is_open)
     def recv(self, copied: bool, number: int) -> None:
-        """Some packets one by one, kept."""
+        """Receive some packets one by one, and keep them."""
         self.calls += 1
         assert self.rx is not None
         for _ in range(number):
@@ -116,7 +116,7 @@ class Machine(Ledger):
     @rule(number=st.integers(1, 5))
     @precondition(lambda self: self.is_open() and not self.stopped and self.due)
     def iterate(self, number: int) -> None:
-        """A few packets of the iterator, which waits when there are none."""
+        """Iterate over a few packets."""
         self.calls += 1
         assert self.rx is not None
         for packet in self.rx:
@@ -128,7 +128,7 @@ class Machine(Ledger):
     @rule(copied=st.booleans(), viewed=st.booleans(), number=st.integers(1, 3))
     @precondition(Ledger.is_open)
     def batches(self, copied: bool, viewed: bool, number: int) -> None:
-        """Whole batches, and what is left of one."""
+        """Receive whole batches, and the rest of one."""
         self.calls += 1
         assert self.rx is not None
         for batch in self.rx.batches(timeout=0):
@@ -146,36 +146,36 @@ class Machine(Ledger):
     @rule()
     @precondition(Ledger.is_open)
     def poll(self) -> None:
-        """From now on its descriptor says whether something waits."""
+        """From now on, poll the dispatcher's descriptor."""
         assert self.rx is not None
         assert self.rx.fileno() >= 0
         self.polled = True
 
-    # What is kept.
+    # Objects that are kept.
 
     def keep(self, check: Check) -> None:
-        """Hold something, and check it from now on."""
+        """Hold an object, and check it from now on."""
         self.kept.append(check)
         del self.kept[:-KEPT_MOST]
 
     @rule(data=st.data())
     @precondition(lambda self: self.kept)
     def drop(self, data: st.DataObject) -> None:
-        """Let go of some of it."""
+        """Drop some of the held objects."""
         first = data.draw(st.integers(0, len(self.kept) - 1))
         del self.kept[first : first + data.draw(st.integers(1, KEPT_MOST))]
 
-    # What always holds.
+    # Invariants.
 
     @invariant()
     def what_is_kept_is_true(self) -> None:
-        """No kept thing ever changes."""
+        """No kept object changes."""
         for check in self.kept:
             check()
 
     @invariant()
     def counters_are_true(self) -> None:
-        """Until it is over, the counters are those of as many frames, in their order, as they add up to."""
+        """Until the end, the counters equal the outcomes of the first frames, as many as the counters add up to."""
         if not self.is_open() or self.stopped:
             return
         assert self.rx is not None
@@ -196,13 +196,13 @@ class Machine(Ledger):
 
     @invariant()
     def descriptor_tells(self) -> None:
-        """Who polls is told of every packet that waits, wherever it waits."""
+        """The descriptor is readable while packets wait, in the kernel or inside linkrx."""
         if self.is_open() and self.polled and not self.stopped and self.due:
             assert self.rx is not None
             assert select.select([self.rx], [], [], 0)[0]
 
     def teardown(self) -> None:
-        """Take all that is left, and account for every frame."""
+        """Receive all remaining packets, and account for every frame."""
         try:
             if self.is_open() and not self.stopped:
                 assert self.rx is not None

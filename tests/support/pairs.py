@@ -1,4 +1,4 @@
-"""AF_UNIX pairs, and frames that tell their number."""
+"""AF_UNIX pairs, and frames that contain their number."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Pair = tuple[socket.socket, socket.socket]
 
 @contextmanager
 def pair(kind: socket.SocketKind = socket.SOCK_DGRAM) -> Iterator[Pair]:
-    """Receiver and sender."""
+    """A socket pair: receiver and sender."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
     with receiver, sender:
         yield receiver, sender
 
 
 def frame(number: int) -> bytes:
-    """A frame that tells its number."""
+    """A frame that contains its number."""
     return HEADER + number.to_bytes(4, "big")
 
 
 def number_of(packet: linkrx.Packet) -> int:
-    """What `frame` put in."""
+    """The number in a frame of `frame`."""
     return int.from_bytes(packet.data, "big")

@@ -1,4 +1,4 @@
-"""Programs of classic BPF, right and wrong ones, made by a seeded generator; and the kernel, the core and Python running them."""
+"""Valid and invalid programs of classic BPF, made by a seeded generator, and functions that run them in the kernel and in the core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linkrx.kernel import bpf
 from linkrx.kernel.bpf import Instruction
 from linkrx.sources.socket_filter import attach
 
-# Of which the answer is the kernel's alone, or another each time.
+# Loads whose value only the kernel knows, or that differ each time.
 _UNPREDICTABLE = {bpf.AD_CPU, bpf.AD_RANDOM, bpf.AD_RXHASH, bpf.AD_QUEUE, bpf.AD_MARK}
 ANYWHERE = tuple(k for k in range(bpf.AD_OFF, bpf.AD_OFF + 64, 4) if k not in _UNPREDICTABLE)
 
@@ -23,12 +23,12 @@ REST = tuple(code for code in sorted(bpf.CODES) if code & 7 not in (bpf.LD, bpf.
 
 
 def packed(program: Sequence[Instruction]) -> bytes:
-    """As struct sock_filter."""
+    """The program as an array of struct sock_filter."""
     return b"".join(struct.pack("=HBBI", *one) for one in program)
 
 
 class Maker:
-    """Makes programs that read frames of about `size` bytes. `ancillary`: the loads that are asked for beside them."""
+    """Makes programs that read frames of about `size` bytes. `ancillary`: the ancillary loads that they may use."""
 
     def __init__(
         self, seed: int, size: int, ancillary: Sequence[int], *, headers: Sequence[int] = ()
@@ -39,7 +39,7 @@ class Maker:
         self._headers = headers
 
     def program(self) -> list[Instruction]:
-        """One that the kernel may take: most of these are right."""
+        """A program. Most of them are valid."""
         chosen = self.random
         length = chosen.choice((1, 2, 4, 8, 16, 40))
         made = [(bpf.LD | bpf.IMM, 0, 0, self._number()), (bpf.ST, 0, 0, 1), (bpf.STX, 0, 0, 2)]
@@ -48,7 +48,7 @@ class Maker:
         return made
 
     def broken(self) -> list[Instruction]:
-        """The same with one thing changed to something that may not be."""
+        """A program with one changed field, which is often invalid."""
         program, chosen = self.program(), self.random
         at = chosen.randrange(len(program))
         code, jt, jf, k = program[at]
@@ -101,7 +101,7 @@ class Maker:
         elif code in (bpf.ALU | bpf.DIV, bpf.ALU | bpf.MOD):
             k = k or 3
         elif code & 7 in (bpf.LD, bpf.LDX) and code & 0xE0 in (bpf.ABS, bpf.IND, bpf.MSH):
-            # Most loads are of bytes that there are.
+            # Most loads are within the frame.
             places = [chosen.randrange(self._size), chosen.randrange(self._size + 8)] * 2
             places += [header % 2**32 + chosen.randrange(self._size) for header in self._headers]
             k = chosen.choice(places)
@@ -111,7 +111,7 @@ class Maker:
 
 
 def in_core(program: Sequence[Instruction], packet: bpf.Filtered, *, tags: bool = False) -> int:
-    """What lrx_filter_run() keeps."""
+    """The number of bytes that lrx_filter_run() keeps."""
     memory = bytearray(packed(program))
     described = _core.new(
         "struct lrx_filter *",
@@ -139,7 +139,7 @@ def in_core(program: Sequence[Instruction], packet: bpf.Filtered, *, tags: bool 
 
 
 def wrong_in_core(program: Sequence[Instruction]) -> int | None:
-    """What lrx_filter_check() says: the index of the instruction that is wrong."""
+    """The index of the invalid instruction that lrx_filter_check() reports, or None."""
     memory = bytearray(packed(program)) or bytearray(8)
     place: int = _core.lib.lrx_filter_check(
         _core.at("struct lrx_instruction *", _core.address(memory)), len(program)
@@ -148,7 +148,7 @@ def wrong_in_core(program: Sequence[Instruction]) -> int | None:
 
 
 def kernel_takes(sock: socket.socket, program: Sequence[Instruction]) -> bool:
-    """Whether the kernel attaches it."""
+    """Whether the kernel attaches the program."""
     if not program:
         return False  # SO_ATTACH_FILTER with a length of 0 is EINVAL; attach() takes the filter off
     try:

@@ -1,4 +1,4 @@
-"""Frames of every protocol that `linkrx dump` knows, made by hand with right lengths and checksums."""
+"""Frames of every protocol that `linkrx dump` knows, built here with correct lengths and checksums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ethernet(kind: int, body: bytes, *, to: bytes = LOCAL, source: bytes = REMOT
 
 
 def vlan(frame: bytes, control: int, kind: int = 0x8100) -> bytes:
-    """With a tag."""
+    """The frame with a VLAN tag."""
     return frame[:12] + struct.pack("!HH", kind, control) + frame[12:]
 
 
@@ -41,7 +41,7 @@ def ipv4(
     options: bytes = b"",
     total: int | None = None,
 ) -> bytes:
-    """An IPv4 packet; `total` is a length that is not so."""
+    """An IPv4 packet. `total` overrides the length field."""
     size = 20 + len(options) + len(body) if total is None else total
     addresses = socket.inet_aton(source) + socket.inet_aton(target)
     first = 0x45 + len(options) // 4
@@ -59,7 +59,7 @@ def ipv6(
 
 
 def _summed(protocol: int, body: bytes, at: int, source: str, target: str) -> bytes:
-    """With its checksum, `at` bytes into it, over the pseudo-header too."""
+    """The body with its checksum at offset `at`, which covers the pseudo-header too."""
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
     pseudo = socket.inet_pton(family, source) + socket.inet_pton(family, target)
     pseudo += struct.pack("!II", len(body), protocol)
@@ -69,7 +69,7 @@ def _summed(protocol: int, body: bytes, at: int, source: str, target: str) -> by
 def ip(
     protocol: int, body: bytes, at: int | None, *, six: bool = False, source: str = "", target: str = ""
 ) -> bytes:
-    """An Ethernet frame of an IP packet of either version; `at`: where in the body its checksum is."""
+    """An Ethernet frame with an IPv4 or IPv6 packet. `at` is the offset of the checksum in the body."""
     source, target = source or (A6 if six else A), target or (B6 if six else B)
     if at is not None:
         body = _summed(protocol, body, at, source, target)
@@ -88,7 +88,7 @@ def tcp(
     urgent: int = 0,
     six: bool = False,
 ) -> bytes:
-    """A segment."""
+    """A frame with a TCP segment."""
     control = (20 + len(options)) // 4 << 12 | flags
     header = struct.pack("!HHIIHHHH", *ports, *numbers, control, 500, 0, urgent)
     return ip(TCP, header + options + body, 16, six=six)
@@ -97,24 +97,24 @@ def tcp(
 def udp(
     ports: tuple[int, int], body: bytes = b"", *, six: bool = False, source: str = "", target: str = ""
 ) -> bytes:
-    """A datagram."""
+    """A frame with a UDP datagram."""
     header = struct.pack("!HHHH", *ports, 8 + len(body), 0)
     return ip(UDP, header + body, 6, six=six, source=source, target=target)
 
 
 def icmp(kind: int, code: int, rest: bytes) -> bytes:
-    """A message: `rest` behind the checksum."""
+    """A frame with an ICMP message. `rest` follows the checksum."""
     body = struct.pack("!BBH", kind, code, 0) + rest
     return ip(ICMP, body[:2] + struct.pack("!H", checksum(body)) + body[4:], None)
 
 
 def icmpv6(kind: int, code: int, rest: bytes) -> bytes:
-    """A message: `rest` behind the checksum."""
+    """A frame with an ICMPv6 message. `rest` follows the checksum."""
     return ip(ICMPV6, struct.pack("!BBH", kind, code, 0) + rest, 2, six=True)
 
 
 def arp(operation: int, *, sender: str = A, target: str = B) -> bytes:
-    """A request or a reply."""
+    """A frame with an ARP request or reply."""
     body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation) + REMOTE + socket.inet_aton(sender)
     return ethernet(0x0806, body + bytes(6) + socket.inet_aton(target), to=EVERYBODY)
 
@@ -125,7 +125,7 @@ def name(text: str) -> bytes:
 
 
 def dns(flags: int, questions: list[tuple[str, int]], answers: list[tuple[bytes, int, bytes]]) -> bytes:
-    """A message. An answer's name may be a pointer (RFC 1035, 4.1.4)."""
+    """A DNS message. An answer's name may be a pointer (RFC 1035, 4.1.4)."""
     made = struct.pack("!HHHHHH", 4321, flags, len(questions), len(answers), 0, 0)
     for asked, kind in questions:
         made += name(asked) + struct.pack("!HH", kind, 1)
@@ -246,7 +246,7 @@ GOOD: dict[str, bytes] = {
     "llc": LOCAL + REMOTE + struct.pack("!H", 6) + bytes.fromhex("424203000000") + bytes(40),
 }
 
-# What cannot be, in a header each.
+# Frames with an invalid field in one header.
 BAD: dict[str, bytes] = {
     "ipv4 version": ethernet(0x0800, b"\x55" + ipv4(UDP, bytes(20))[1:]),
     "ipv4 short header": ethernet(0x0800, b"\x42" + ipv4(UDP, bytes(20))[1:]),

@@ -1,4 +1,4 @@
-"""Queues of devices of their own, with and without super-packets, and what marks the end of what left through one."""
+"""TAP and TUN queues of new devices, with and without super-packets. A mark ends the frames of one injection."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ QUEUE = 20_000  # packets: more than the smallest segments of the largest super-
 
 MAKES = [segment.PythonSegmenter] + ([segment.CSegmenter] if _core.lib else [])
 
-# What marks the end of what one injection led to.
+# The frame that ends the frames of one injection.
 MARKS = {"tap": LOCAL + REMOTE + b"\x88\xb5" + bytes(50), "tun": b"\x45" + bytes(8) + b"\xfd" + bytes(10)}
 
 
 class Queue:
-    """A queue of a device of its own, and a socket that injects what leaves through it."""
+    """The queue of a new device, and a packet socket that sends frames through the device into the queue."""
 
     def __init__(self, mode: str, *, offload: bool) -> None:
         self.tap = TunTap(mode=mode, vnet_header=offload, offload=offload)
@@ -44,12 +44,12 @@ class Queue:
         self.tap.close()
 
     def leaving(self, vnet: bytes, frame: bytes) -> list[bytes]:
-        """What the reader of the queue finds, prefix included, when this is sent through the device."""
+        """Send a frame through the device. Returns the frames in the queue, with their prefixes."""
         self.sender.send(vnet + frame)
         return self.until_mark()
 
     def until_mark(self) -> list[bytes]:
-        """What has left so far."""
+        """The frames in the queue up to the mark, which is sent now."""
         self.sender.send(bytes(VNET_HEADER_BYTES) + self.mark)
         return list(self._read())
 
@@ -68,14 +68,14 @@ class Queue:
                 yield data
 
     def ours(self, frame: bytes) -> bool:
-        """The kernel sends packets of its own, to find neighbours."""
+        """Whether a frame is the test's own. The kernel also sends packets, for neighbour discovery."""
         if self.mode == "tap":
             return frame[6:12] == REMOTE
         return frame[12:16] == SOURCES[4] or frame[8:24] == SOURCES[6]
 
 
 def local_route(address: str, name: str) -> bool:
-    """Whether what comes for an IPv6 address is taken for this host's."""
+    """Whether the kernel has a local route for an IPv6 address."""
     routes = [line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()]
     return any(
         route[:2] == [address, "80"] and int(route[8], 16) & RTF_LOCAL and route[9] == name

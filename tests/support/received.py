@@ -1,4 +1,4 @@
-"""Packets and batches of chosen rows, made as reception makes them: by the types in C, and by those in plain Python."""
+"""Packets and batches of chosen rows, made by the types in C and by the types in plain Python, as in reception."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Kind:
 
     @property
     def restore(self) -> Callable[..., _types.Packet]:
-        """What makes a packet of what its pickle has behind the version."""
+        """The function that makes a packet from the fields in its pickle."""
         made: Callable[..., _types.Packet] = (
             getattr(self.module, "restore_packet", None) or self.module.restore
         )
@@ -49,7 +49,7 @@ class Kind:
 C = Kind("c", _core.types)
 PLAIN = Kind("plain", plain)
 
-needs_core = pytest.mark.skipif(_core.types is None, reason=f"of the types in C: {_core.reason}")
+needs_core = pytest.mark.skipif(_core.types is None, reason=f"tests the types in C: {_core.reason}")
 every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(C, id=C.name, marks=needs_core), pytest.param(PLAIN, id=PLAIN.name)]
 )
@@ -57,7 +57,7 @@ every_kind = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Row:
-    """One packet as it is to lie in a batch."""
+    """One packet of a batch."""
 
     frame: bytes
     prefix: bytes = b""
@@ -84,13 +84,13 @@ def numbered(number: int, size: int = 64) -> bytes:
 
 
 class Hand:
-    """A receiver with its steps one by one: fill an arena, take in what was written there, hand over."""
+    """A receiver whose steps a test calls one by one: fill an arena, make a batch, deliver."""
 
     def __init__(self, kind: Kind, framing: Framing, descriptors: Descriptors) -> None:
         hand = self
 
         class Receiver(kind.module.Receiver if kind.module is _core.types else plain_receiver.Receiver):  # type: ignore[misc]
-            """The part of reception that a receiver without a source needs."""
+            """The methods of reception that a receiver without a source calls."""
 
             def _fill(self, arena: Any) -> int:
                 hand.filling = arena
@@ -138,17 +138,17 @@ class Hand:
         return left
 
     def arena(self) -> Any:
-        """The arena that is to be filled now; the last one while packets wait."""
-        if not self.mechanism:  # which fills memory of its own
+        """The arena to fill now. While packets wait, the arena of the last fill."""
+        if not self.mechanism:  # a mechanism fills its own memory
             self.rx._poll()
         return self.filling
 
     def take_in(self, _arena: object) -> bool:
-        """Make a batch of what the descriptors tell."""
+        """Make a batch from the descriptors."""
         return bool(self.rx._poll())
 
     def deliver(self, deliver: Callable[..., object]) -> int:
-        """Call it with each packet that waits."""
+        """Call `deliver` with each packet that waits."""
         self.deliver_to = deliver
         return int(self.rx.drain()) if self.left else 0
 
@@ -161,20 +161,20 @@ class Hand:
             yield self.rx._take()
 
     def take_batch(self) -> Any:
-        """All that waits, or None."""
+        """A batch of all packets that wait, or None."""
         return self.rx._next_batch(0, None) if self.left else None
 
     def drop(self) -> None:
-        """Give up what waits."""
+        """Drop the packets that wait."""
         self.rx._drop()
 
     def release(self) -> None:
-        """Give the memory up, and begin anew."""
+        """Release the memory, and start again."""
         self.rx._release()
         self.rx._use(self.mechanism)
 
     def take_back(self) -> None:
-        """Copy what is held of memory that is not the receiver's."""
+        """Copy held packets out of memory that does not belong to the receiver."""
         self.rx._copy_held()
 
 
@@ -188,7 +188,7 @@ class Source:
         self.receiver: Any = Hand(kind, framing, self.descriptors)
 
     def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
-        """Receive these rows: each frame behind its prefix, `gap` in front of both, and what was there between them."""
+        """Receive these rows. In memory, `gap` is in front of each prefix and frame; the bytes between them stay as they were."""
         arena = self.receiver.arena()
         view, at, starts = arena.view, arena.cursor, []
         for row in rows:
@@ -204,7 +204,7 @@ class Source:
     def describe(
         self, rows: Sequence[Row], starts: Sequence[int], memory: memoryview, count: int, end: int
     ) -> None:
-        """Write the table of `count` rows as classification does, and the header."""
+        """Write the table of `count` rows and the report, as classification does."""
         memory[:] = b"\xee" * len(memory)
         columns = Table(memory, count)
         for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
@@ -226,18 +226,18 @@ class Source:
         report.classified, report.rows, report.end, report.receives = len(rows) + 1, count, end, 1
 
     def batch(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> _types.Batch:
-        """All of them together."""
+        """A batch of these rows."""
         assert self.fill(rows, spare, gap)
         batch: _types.Batch | None = self.receiver.take_batch()
         assert batch is not None
         return batch
 
     def batch_of(self, *numbers: int, size: int = 64) -> _types.Batch:
-        """Numbered frames together."""
+        """A batch of numbered frames."""
         return self.batch([Row(numbered(number, size)) for number in numbers])
 
     def packet_of(self, number: int, size: int = 64) -> _types.Packet:
-        """A numbered frame, as `recv` gives it."""
+        """The packet of a numbered frame, as `recv` returns it."""
         assert self.fill([Row(numbered(number, size))])
         packet: _types.Packet | None = self.receiver.take_packet()
         assert packet is not None
@@ -272,7 +272,7 @@ class _Slots(ctypes.Structure):
 
 
 class Ring(Source):
-    """The same with frames in memory that is not the receiver's, as a ring's is; for the types in C."""
+    """A source whose frames are in memory that does not belong to the receiver, like a ring. For the types in C."""
 
     SIZE = 64 * 1024
 
@@ -295,7 +295,7 @@ class Ring(Source):
         self.slots.unreleased[slot] = 0
 
     def _fill(self, _state: int | None, _descriptors: int, _rows: int, region: int, _room: int) -> int:
-        """Into one half of the ring's memory and then the other."""
+        """Fill the two halves of the ring's memory in turn."""
         if self.rows is None:
             return 0
         (rows, spare, gap), self.rows = self.rows, None
@@ -308,7 +308,7 @@ class Ring(Source):
             data = gap + row.prefix + row.frame
             memory[at : at + len(data)] = data
             starts.append(at + len(gap) + len(row.prefix))
-            at += len(data) + 48  # a header for each
+            at += len(data) + 48  # space for a header
         count = len(rows) + spare
         table = (ctypes.c_uint8 * (ROW_BYTES * count)).from_address(region)
         self.describe(rows, starts, memoryview(table).cast("B"), count, 0)
@@ -318,7 +318,7 @@ class Ring(Source):
         return len(rows)
 
     def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
-        """What is held of a half is copied before it is filled again."""
+        """Receive these rows. The receiver copies held packets of a half before the half is filled again."""
         self.rows = (rows, spare, gap)
         return bool(self.receiver.rx._poll())
 
@@ -353,7 +353,7 @@ FIELDS = (
 
 
 def fields(packet: _types.Packet) -> dict[str, Any]:
-    """Everything that a packet tells, views as bytes."""
+    """All attributes of a packet, with views as bytes."""
     return {
         name: bytes(value) if isinstance(value := getattr(packet, name), memoryview) else value
         for name in FIELDS
@@ -366,6 +366,6 @@ def vnet_bytes(*words: int) -> bytes:
 
 
 def loaded_in(kind: Kind, patch: pytest.MonkeyPatch) -> ModuleType:
-    """From here on pickles become packets of that implementation."""
+    """From now on, pickles are loaded as packets of that implementation."""
     patch.setattr(packets, "_restore", kind.restore)
     return packets

@@ -1,4 +1,4 @@
-"""What is in a TPACKET_V3 ring that this process has mapped, read past linkrx."""
+"""Reads the TPACKET_V3 rings that this process has mapped, without linkrx."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def block(number: int = 0, size: int = BLOCK_LEAST) -> int:
 
 
 def filling(packets: int) -> int:
-    """The length of frames of which so many, up to 30, fill a block: one more has the kernel close it.
+    """The length of frames of which `packets`, up to 30, fill a block. With one more frame the kernel closes the block.
 
-    Its timer goes by the clock alone, and may come upon the first of several frames that are sent in a row.
+    A test must not rely on the block's timer: it may expire after the first of several frames.
     """
     return BLOCK_LEAST // (packets + 1)
 
 
 def waiting(size: int = BLOCK_LEAST) -> list[int]:
-    """How many packets each block of the only ring holds that the kernel has handed over, in the ring's order."""
+    """The number of packets in each closed block of the only ring, in the ring's order."""
     ((first, length),) = mapped()
     found = []
     for at in range(first, first + length, size):

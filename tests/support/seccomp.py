@@ -51,7 +51,7 @@ NUMBERS = {
         "mount": 40,
         "bpf": 280,
         "perf_event_open": 241,
-        "epoll_wait": 22,  # epoll_pwait, which the C library calls in its place
+        "epoll_wait": 22,  # epoll_pwait, which the C library calls instead
         "ppoll": 73,
     },
 }
@@ -68,7 +68,7 @@ RETURN = 0x06  # BPF_RET | BPF_K
 
 
 def deny(error: int, *calls: str) -> None:
-    """From now on, in this process, these system calls fail with `error`."""
+    """Make these system calls fail with `error`, in this process, from now on."""
     numbers = [NUMBERS[platform.machine()][call] for call in calls]
     code = [(LOAD_WORD, 0, 0, 0)]
     code += [(JUMP_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]

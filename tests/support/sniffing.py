@@ -1,4 +1,4 @@
-"""scapy with linkrx's sockets, for tests."""
+"""Runs scapy with linkrx's sockets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linkrx.testing.waiting import PATIENCE
 
 pytest.importorskip("scapy", reason="needs scapy, which is not installed (pip install scapy)")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what others' modules warn of as they are compiled
+    warnings.simplefilter("ignore")  # other packages' modules warn at import
     import scapy.all  # noqa: F401
     from scapy.config import conf
     from scapy.packet import Packet
@@ -25,15 +25,15 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def scapy_uses_linkrx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """scapy opens linkrx's sockets, and prints nothing."""
+    """Let scapy open linkrx's sockets, and print nothing."""
     monkeypatch.setattr(conf, "L2listen", L2ListenSocket)
     monkeypatch.setattr(conf, "L2socket", L2Socket)
     monkeypatch.setattr(conf, "verb", 0)
-    monkeypatch.setattr(conf, "warning_threshold", 0)  # warn each time, for tests that look at warnings
+    monkeypatch.setattr(conf, "warning_threshold", 0)  # warn each time, for tests that check warnings
 
 
 class Sniffing:
-    """An AsyncSniffer that receives already. `packets` are what it has seen so far, as they came."""
+    """A running AsyncSniffer. `packets` holds the packets that it has received so far, in order."""
 
     def __init__(self, **wanted: Any) -> None:
         self.packets: list[Packet] = []
@@ -46,7 +46,7 @@ class Sniffing:
             assert self.sniffer.exception is None, self.sniffer.exception
 
     def wait(self) -> list[Packet]:
-        """Until it ends by itself."""
+        """Wait until the sniffer ends by itself. Returns its packets."""
         self.sniffer.join(PATIENCE)
         assert not self.sniffer.running, f"goes on, with {self.packets}"
         return self.packets
@@ -54,7 +54,7 @@ class Sniffing:
 
 @contextmanager
 def sniffing(**wanted: Any) -> Iterator[Sniffing]:
-    """A sniffer in a thread of its own, which receives already; stopped at the end."""
+    """A running sniffer in its own thread. It is stopped at the end of `with`."""
     found = Sniffing(**wanted)
     try:
         yield found

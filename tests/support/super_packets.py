@@ -1,4 +1,4 @@
-"""Super-packets, and the frames that they stand for, built field by field: nothing of linkrx.segment is used here."""
+"""Super-packets and the frames of their segmentation, built field by field, without linkrx's segmentation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ones_complement(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class Super:
-    """A TCP or UDP packet of `payload` bytes, sent in pieces of `size`; with size 0 one that wants its checksum only."""
+    """A TCP or UDP packet of `payload` bytes, to be segmented into pieces of `size`. With size 0 only its checksum is unfinished."""
 
     version: int = 4
     protocol: int = TCP
@@ -64,28 +64,28 @@ class Super:
 
     @property
     def transport(self) -> int:
-        """Where the TCP or UDP header starts."""
+        """The offset of the TCP or UDP header."""
         extensions = sum(len(content) + 2 for _, content in self._extensions)
         return len(self.link) + (20 + len(self.ip_options) if self.version == 4 else 40 + extensions)
 
     @property
     def _extensions(self) -> tuple[tuple[int, bytes], ...]:
-        """With the jumbo option of RFC 2675 in front, whose four bytes of length nobody reads."""
+        """The extension headers, with the jumbo option of RFC 2675 in front. Its length field is 0, because nothing reads it."""
         return (((0, b"\xc2\x04" + bytes(4)),) if self.jumbo else ()) + self.extensions
 
     @property
     def headers(self) -> int:
-        """How long all headers are together."""
+        """The length of all headers together."""
         return self.transport + (20 + len(self.tcp_options) if self.protocol == TCP else 8)
 
     @property
     def checksum_offset(self) -> int:
-        """Of the checksum in the transport header."""
+        """The offset of the checksum in the transport header."""
         return 16 if self.protocol == TCP else 6
 
     @property
     def is_super(self) -> bool:
-        """More than one segment."""
+        """Whether there is more than one segment."""
         return 0 < self.size < self.payload
 
     def vnet(self, order: str = "<", /, **changes: int) -> bytes:
@@ -103,11 +103,11 @@ class Super:
         return struct.pack(f"{order}BBHHHH", *fields.values())
 
     def frame(self) -> bytes:
-        """The whole, with the sum of the pseudo-header in the checksum field."""
+        """The super-packet, with the sum of the pseudo-header in the checksum field."""
         return self._built(0, self.payload, 0, self.flags, finished=False)
 
     def frames(self) -> list[bytes]:
-        """What it stands for."""
+        """The frames after segmentation."""
         if not self.is_super:
             return [self._built(0, self.payload, 0, self.flags, finished=True)]
         if self.jumbo and len(self.frame()) - len(self.link) > JUMBO_LEAST:
@@ -163,7 +163,7 @@ class Super:
 
 @dataclass(frozen=True)
 class Row:
-    """What a backend took, or what was given of it: bytes and what is said of them."""
+    """One row that a segmenter reads or writes: bytes and metadata."""
 
     data: bytes
     flags: int = 0
@@ -175,7 +175,7 @@ class Row:
 
 Make = Callable[[Descriptors, Descriptors, Framing], Segmenter]
 
-GUARD = 64  # as much as an arena has in front of its cursor
+GUARD = 64  # bytes, as many as an arena has in front of its cursor
 
 
 @cache
@@ -184,16 +184,16 @@ def _arenas(_: int) -> tuple[Owner, Owner]:
 
 
 class Bench:
-    """A segmenter between two arenas, with guard bytes around what it may write."""
+    """A segmenter with two arenas, and guard bytes around the memory that it may write."""
 
     def __init__(self, make: Make, framing: Framing, given_rows: int = 64, arenas: int = 0) -> None:
-        """Benches with another number for their arenas work side by side."""
+        """Benches with different `arenas` do not share memory."""
         self.taken, self.given = Descriptors(64), Descriptors(given_rows)
         self.staging, self.arena = _arenas(arenas)
         self.segmenter = make(self.taken, self.given, framing)
 
     def take(self, rows: Iterable[Row], receives: int = 1, error: int = 0) -> None:
-        """As a backend does."""
+        """Write rows into the staging arena, as a backend does."""
         cursor = index = 0
         columns = self.taken.columns
         for index, row in enumerate(rows, 1):
@@ -211,7 +211,7 @@ class Bench:
         report.count, report.receives, report.end, report.error = index, receives, cursor, error
 
     def give(self, room: int) -> list[Row]:
-        """One call, and what it described; what it may not touch it has not touched."""
+        """Call the segmenter once, and return the rows. Asserts that it writes nothing outside its room."""
         arena, report = self.arena, self.given.report
         first, last = arena.cursor, arena.cursor + room
         arena.view[first - GUARD : last + GUARD] = b"\xa5" * (room + 2 * GUARD)
@@ -224,7 +224,7 @@ class Bench:
         return self.described()
 
     def described(self) -> list[Row]:
-        """What was given, one behind the other and each aligned."""
+        """The rows that the segmenter wrote. Asserts that they are contiguous and aligned."""
         report, columns = self.given.report, self.given.columns
         given, before = [], 0
         for index in range(report.count):
@@ -246,7 +246,7 @@ class Bench:
         return given
 
     def all(self, rows: Iterable[Row], room: int = 200_000) -> list[Row]:
-        """Everything that becomes of `rows`, however many calls it takes."""
+        """All rows after segmentation of `rows`, in as many calls as needed."""
         return list(self._all(rows, room))
 
     def _all(self, rows: Iterable[Row], room: int) -> Iterator[Row]:

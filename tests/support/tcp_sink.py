@@ -1,7 +1,7 @@
-"""A host that exists only in Python, at the far end of one TCP connection: the kernel streams to it through a TAP.
+"""A TCP host in Python. The kernel streams data to it over one connection through a TAP.
 
-It takes what comes in order, checks every byte, and acknowledges once per batch. What comes ahead of its turn is not kept, and
-the kernel must send it again; on a TAP whose queue is longer than the window nothing is ever lost.
+It accepts segments in order, checks every byte, and acknowledges once per batch. It drops segments that come out of order, and
+the kernel must send them again. On a TAP whose queue is longer than the window, no segment is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from linkrx.kernel.uapi import ETH_HEADER_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from linkrx.packets.headers import mac
 from linkrx.testing.waiting import PATIENCE, running
 
-# How the kernel's segments come: cut by the kernel, whole and cut by linkrx, whole.
+# How segments are received: split by the kernel, split by linkrx, or whole.
 WHOLE = {"vnet_header": True, "offload": True}
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kernel": ({}, {}),
@@ -43,7 +43,7 @@ PORT = 5001
 
 ETHERTYPES = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 IP_BYTES = {4: 20, 6: 40}
-# Where IP's header has it, for the kernel puts neither options nor extension headers into a stream.
+# The offset of the protocol in the IP header. The kernel sends a stream without options and extension headers.
 PROTOCOL_AT = {4: 9, 6: 6}
 TCP = socket.IPPROTO_TCP
 # RFC 9293: ports, sequence and acknowledgement number, data offset, flags, window, checksum, urgent pointer.
@@ -61,14 +61,16 @@ LONGEST = 65_536
 
 @cache
 def pattern() -> bytes:
-    """What the stream repeats after PATTERN_BYTES, and as much of it again as one packet can hold."""
+    """The repeated part of the stream, PATTERN_BYTES long, followed by its first LONGEST bytes."""
     noise = random.Random(5001).randbytes(PATTERN_BYTES)
     return noise + noise[:LONGEST]
 
 
 class Sink:
-    """Receives one connection. `received` are bytes of the stream so far; `ahead` and `repeated` packets that were not
-    in their turn; `finished` that the kernel has closed its end and was answered; `pattern` is what the stream must be.
+    """Receives one connection.
+
+    `received` counts bytes of the stream. `ahead` and `repeated` count segments out of order. `finished` is true after the
+    kernel closed its end and was answered. `pattern` is the expected stream.
     """
 
     def __init__(self, tap: linkrx.TunTap, version: int, *, timestamps: bool = False) -> None:
@@ -77,7 +79,7 @@ class Sink:
         self.finished = False
         self._fd = tap.fileno()
         self._timestamps = timestamps
-        self._prefix = bytes(linkrx.probe(tap).vnet_header_size)  # nothing to finish, nothing to cut
+        self._prefix = bytes(linkrx.probe(tap).vnet_header_size)  # no checksum offload, no segmentation
         self._version = version
         self._addresses = [socket.inet_pton(FAMILIES[version], ends[version]) for ends in (SINK, KERNEL)]
         self._transport = ETH_HEADER_BYTES + IP_BYTES[version]
@@ -89,7 +91,7 @@ class Sink:
         self.pattern = pattern()
 
     def take(self, batch: linkrx.Batch) -> None:
-        """All packets of a batch, and one acknowledgement for them."""
+        """Process all packets of a batch, and send one acknowledgement."""
         memory, protocol, transport = batch.memory, ETHERTYPES[self._version], self._transport
         at = ETH_HEADER_BYTES + PROTOCOL_AT[self._version]
         answer = False
@@ -107,7 +109,7 @@ class Sink:
             self.acknowledgements += 1
 
     def _segment(self, segment: memoryview) -> bool:
-        """One segment, or one super-packet. True if it is to be answered."""
+        """Process one segment or super-packet. Returns whether it must be acknowledged."""
         port, _, sequence, _, offset, flags, *_ = HEADER.unpack_from(segment)
         payload = segment[(offset >> 4) * 4 :]
         if flags & SYN:
@@ -126,7 +128,7 @@ class Sink:
             return len(payload) > 0
         fresh = payload[known:] if known else payload
         if not self.pattern.startswith(fresh, self.received % PATTERN_BYTES):
-            raise AssertionError(f"another byte than was sent, in the {len(fresh)} behind {self.received}")
+            raise AssertionError(f"wrong byte in the {len(fresh)} bytes after byte {self.received}")
         self.received += len(fresh)
         self.finished |= bool(flags & FIN)
         return len(fresh) > 0 or self.finished
@@ -158,7 +160,7 @@ class Sink:
 
 
 def send(version: int, total: int) -> None:
-    """The kernel's end: connect, send so many bytes of the pattern, close, and see the other end close."""
+    """The kernel's end: connect, send `total` bytes of the pattern, close, and wait for the other end to close."""
     piece = memoryview(pattern())[:PATTERN_BYTES]
     with socket.socket(FAMILIES[version], socket.SOCK_STREAM) as sender:
         sender.settimeout(PATIENCE)
@@ -174,8 +176,9 @@ def send(version: int, total: int) -> None:
 def stream(
     mode: str, version: int, total: int, *, timestamps: bool = False
 ) -> Iterator[tuple[linkrx.Dispatcher, Sink]]:
-    """A connection on a TAP of its own, over which the kernel sends so many bytes: give the sink what the dispatcher
-    receives until it is finished.
+    """A connection on a new TAP, over which the kernel sends `total` bytes.
+
+    The caller passes batches of the dispatcher to the sink until the sink is finished.
     """
     queue, options = MODES[mode]
     with linkrx.TunTap(**queue) as tap:
@@ -185,13 +188,13 @@ def stream(
 
 
 def _give_addresses(name: str) -> None:
-    """To the kernel, and tell it where the sink is."""
+    """Give the kernel its addresses on the TAP, and the link address of the sink."""
     Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6").write_text("0")
     index = socket.if_nametoindex(name)
     with IPRoute() as route:
         route.link("set", index=index, state="up")
         for version, address in KERNEL.items():
-            # Without IFA_F_NODAD an address of IPv6 is not one to send from until a worker of the kernel has seen to it.
+            # Without IFA_F_NODAD the kernel cannot send from an IPv6 address until duplicate address detection has ended.
             flags = IFA_F_NODAD if version == 6 else 0
             route.addr("add", index=index, address=address, prefixlen=PREFIX_LENGTHS[version], flags=flags)
             route.neigh("add", dst=SINK[version], lladdr=mac(HARDWARE), ifindex=index, state="permanent")

@@ -1,4 +1,4 @@
-"""Commands that run as somebody without any privilege, on a machine whose TAP driver is open to all."""
+"""Runs commands without any privilege, on a host where every user may open /dev/net/tun."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-# In a mount namespace of its own: what it must read, where its folders keep others out, and /dev/net/tun.
+# Runs in its own mount namespace. It makes the needed paths readable, also in folders that other users may not enter, and
+# makes /dev/net/tun.
 AS_ROOT = """
 hold=$1 needed=$2 blocked=$3; shift 3
 number=0
@@ -29,12 +30,12 @@ DROPPED = ("setpriv", "--inh-caps=-all", "--ambient-caps=-all")
 
 
 def _blocked(path: Path) -> Path | None:
-    """The first folder on the way to a path that others may not enter."""
+    """The first folder in a path that other users may not enter."""
     return next((folder for folder in (*reversed(path.parents),) if not folder.stat().st_mode & 1), None)
 
 
 def as_unprivileged(hold: Path, command: list[str], *needed: Path) -> list[str]:
-    """The command that runs `command` so; `hold` is an empty folder, and `needed` is what it must read besides Python."""
+    """The command that runs `command` without privilege. `hold` is an empty folder; `needed` are the paths that it reads besides Python."""
     if os.getuid():
         return [*DROPPED, *command]
     hidden = {

@@ -1,6 +1,6 @@
-"""The way of one packet: `python tests/support/way.py` prints the files that run from `dispatch` to `deliver`, without the core.
+"""`python tests/support/way.py` prints the files that run between `dispatch` and `deliver` for one packet, without the core.
 
-The core takes the same way through files of C, where Python cannot follow it.
+The core runs the same steps in C, where Python cannot trace them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def files() -> list[str]:
-    """The files of linkrx of which a function was called, in this order. Imports linkrx, for good without the core."""
+    """The files of linkrx whose functions were called, in order. Imports linkrx into this process without the core."""
     sys.modules["linkrx._core._native"] = None  # type: ignore[assignment] # importing it raises ImportError
     logging.getLogger("linkrx").setLevel(logging.ERROR)  # it warns of that
     import linkrx
