@@ -1,4 +1,4 @@
-"""What a source is, found out by asking the kernel."""
+"""Probes a source: asks the kernel what kind it is and what it can do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -44,26 +45,25 @@ from linkrx.kernel.uapi import (
 )
 from linkrx.memory.framing import BARE_IP_TYPES, ETHERNET_TYPES
 
-# The largest frame of each kind, so that no default layout cuts one.
-# TUN/TAP: 65,535 bytes of MTU at most, an Ethernet header, two VLAN tags, and a 64 KiB super-packet with headers;
-# gVisor's ladder holds 65,664.
+# The largest frame of each kind in bytes. Default layouts cut no frame.
+# TUN/TAP: an MTU of 65,535 at most, an Ethernet header and two VLAN tags, or a super-packet of 64 KiB with headers. gVisor's
+# buffers hold 65,664.
 LARGEST_TUN_FRAME = 65_664
-# A super-packet on a veth has GSO_MAX_SIZE = 8 * 65,535 bytes at most and an Ethernet header; a datagram of an
-# unprivileged AF_UNIX sender 425,952, twice net.core.wmem_max as it comes less 32. Who raises these sees packets cut,
-# flagged, and their true length.
+# A super-packet on a veth has GSO_MAX_SIZE = 8 * 65,535 bytes at most, and an Ethernet header. A datagram of an unprivileged
+# AF_UNIX sender has 425,952: twice the default of net.core.wmem_max less 32. Beyond raised limits, packets are cut and flagged.
 LARGEST_MESSAGE = 524_416
 LARGEST_UDP = 65_535
 LARGEST_PIPE_PACKET = 4096  # PIPE_BUF: the kernel splits longer writes
 
 _INT_MAX = 2**31 - 1
 
-GONE = -1  # what getsockname(2) has of an interface that was deleted
+GONE = -1  # the interface index of getsockname(2) after the interface was deleted
 
-# With SOCK_NONBLOCK in the type, Python leaves O_NONBLOCK alone even under socket.setdefaulttimeout().
+# With SOCK_NONBLOCK in the type, Python does not change O_NONBLOCK even under socket.setdefaulttimeout().
 _TYPE = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 
 
-# In place of an interface name: every interface, as tcpdump has it.
+# The name for every interface, as in tcpdump.
 EVERY_INTERFACE = "any"
 
 
@@ -78,18 +78,21 @@ AnySource: TypeAlias = "int | str | HasFileno | CaptureFile | os.PathLike[str]" 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What probing a source found. None means that the source does not say.
+    """What probing found about a source. None means that the source does not report it.
 
-    `kind` is one of `tap`, `tun`, `packet` (AF_PACKET with link headers), `packet_cooked` (without),
-    `unix_dgram`, `unix_seqpacket`, `udp`, `pipe` (in packet mode), `capture_file`, of the name `path`. `ethernet` tells whether frames start with an
-    Ethernet header. `vnet_header_size` is the size in bytes of the virtio-net header in front of every frame, 0
-    for none. `hardware_gso`: super-packets may come; without a virtio-net header nothing tells them from other frames, and
-    their checksums are unfinished. `interface`, `ifindex` and `mtu` describe the
-    device, also when it lives in another network namespace (`local` is then False). `owned`: linkrx opened the
-    source itself, by interface name. `nonblocking`: O_NONBLOCK is set. `has_ring`: somebody has put a ring on the packet socket.
-    `silent_end`: a macvtap or ipvtap queue, of which nothing tells that its device is deleted: linkrx asks now and then.
-    `file_type`: the link type of the first packet of a capture file, as `_core/report.h` has it, where that can be seen without reading from it.
-    `ifindex` is GONE, -1, where the interface that a packet socket was bound to is deleted.
+    * `kind` is `tap`, `tun`, `packet` (AF_PACKET with link headers), `packet_cooked` (without), `unix_dgram`, `unix_seqpacket`,
+      `udp`, `pipe` (in packet mode) or `capture_file`, whose name is `path`.
+    * `socket`: the source is a socket. `largest_frame` is in bytes.
+    * `ethernet`: frames start with an Ethernet header.
+    * `vnet_header_size` is the size in bytes of the virtio-net header in front of every frame; 0 for none. `packet_info`: struct
+      tun_pi is in front of every frame.
+    * `hardware_gso`: super-packets may come. Without a virtio-net header they look like other frames, with unfinished checksums.
+    * `interface`, `ifindex`, `hardware_type` (ARPHRD_*) and `mtu` describe the device, also in another network namespace; then
+      `local` is False. `ifindex` is GONE, -1, after the interface of a packet socket was deleted.
+    * `owned`: linkrx opens the source itself, by name. `nonblocking`: O_NONBLOCK is set.
+    * `has_ring`: the packet socket has a ring.
+    * `silent_end`: a macvtap or ipvtap queue. The kernel does not report that its device is deleted, so linkrx polls.
+    * `file_type`: the link type of the first packet of a capture file, as in `_core/report.h`, if a look at its beginning shows it.
     """
 
     kind: str
@@ -115,7 +118,7 @@ class Capabilities:
 
     @property
     def title(self) -> str:
-        """The source in a few words, for messages: "the" may stand in front."""
+        """A short description for messages, without an article."""
         words = {
             "tap": "TAP queue",
             "tun": "TUN queue",
@@ -133,26 +136,27 @@ class Capabilities:
 
     @property
     def every_interface(self) -> bool:
-        """A packet socket that linkrx opened for "any": `interface` and `ifindex` are None."""
+        """Whether this is a packet socket of linkrx for "any". `interface` and `ifindex` are then None."""
         return self.owned and self.kind == "packet" and self.interface is None
 
     @property
     def a_title(self) -> str:
-        """The same with its article."""
+        """The title with "a" or "an"."""
         return f"{'an' if self.title.startswith('A') else 'a'} {self.title}"
 
 
 def probe(source: AnySource) -> Capabilities:
     """Find out what `source` can do. Changes nothing and reads no packet.
 
-    A file descriptor, an object with `fileno()`, an interface name or "any" (then: what a socket that linkrx opens on it will
-    be), or a CaptureFile. Raises UnsupportedSource for what has no packet boundaries, is closed, or is not a source at all.
+    `source` is a file descriptor, an object with `fileno()`, an interface name or "any", or a capture file: a CaptureFile or a
+    pathlib.Path. For a name, the result describes the packet socket that linkrx would open. Raises UnsupportedSource for a
+    source that has no packet boundaries, is closed, or is of another kind.
     """
     from linkrx.sources.capture_file import (
         CaptureFile,
         capture_of,
         perhaps_a_file,
-    )  # which imports this module
+    )  # imported here, because it imports this module
 
     if isinstance(source, (CaptureFile, os.PathLike)):
         return capture_of(source).probe()
@@ -182,7 +186,7 @@ def probe(source: AnySource) -> Capabilities:
 
 
 def descriptor(source: int | HasFileno) -> int:
-    """The descriptor of an int or of an object with `fileno()`."""
+    """The descriptor of an int or of an object with `fileno()`. Raises UnsupportedSource if it has none."""
     fd: object = source
     if not isinstance(source, int):
         try:
@@ -205,10 +209,9 @@ def descriptor(source: int | HasFileno) -> int:
 
 
 def borrowed_socket(fd: int) -> socket.socket:
-    """A socket object on a duplicate of `fd`: close it soon, the file stays open with it.
+    """A socket object on a duplicate of `fd`, which the caller closes.
 
-    The family and type are placeholders: asking for the true ones needs getsockname(2), which a seccomp filter
-    may forbid.
+    Its family and type are placeholders. Reading the true ones needs getsockname(2), which a seccomp filter may forbid.
     """
     duplicate = os.dup(fd)
     try:
@@ -219,7 +222,7 @@ def borrowed_socket(fd: int) -> socket.socket:
 
 
 def ethernet_of(hardware_type: int) -> bool | None:
-    """Whether frames of this ARPHRD_* type start with an Ethernet header; None for types linkrx does not know."""
+    """Whether frames of this ARPHRD_* type start with an Ethernet header. None for an unknown type."""
     if hardware_type in ETHERNET_TYPES:
         return True
     return False if hardware_type in BARE_IP_TYPES else None
@@ -296,7 +299,7 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
     found = replace(found, has_ring=has_ring(fd))
     index = bound_index(fd)
     if not index:
-        return found  # bound to no interface: frames of every kind of device may come
+        return found  # bound to no interface: frames come from every kind of device
     name = interface_at(borrowed, index)
     if not name:
         return replace(found, ifindex=GONE)
@@ -307,7 +310,7 @@ def _probe_packet_socket(fd: int, borrowed: socket.socket, *, cooked: bool) -> C
 
 
 def _probe_pipe(fd: int, flags: int) -> Capabilities:
-    # pipe2(O_DIRECT) marks the writing end only: what makes packets is how they are written.
+    # pipe2(O_DIRECT) sets the flag on the writing end only. The flag of the writer makes packets.
     if not flags & os.O_DIRECT:
         ends = writing_ends(fd)
         if not all(end & os.O_DIRECT for end in ends):
@@ -317,8 +320,8 @@ def _probe_pipe(fd: int, flags: int) -> Capabilities:
             )
         if not ends:
             raise UnsupportedSource(
-                f"file descriptor {fd} is a pipe that another process writes: whether that is in packet mode cannot be "
-                f"told. If it is, say so with fcntl.fcntl({fd}, fcntl.F_SETFL, {flags} | os.O_DIRECT)"
+                f"file descriptor {fd} is a pipe that another process writes, so linkrx cannot find out whether it is in packet "
+                f"mode. If it is, call fcntl.fcntl({fd}, fcntl.F_SETFL, {flags} | os.O_DIRECT)"
             )
     return Capabilities("pipe", socket=False, largest_frame=LARGEST_PIPE_PACKET)
 
@@ -339,10 +342,11 @@ def _probe_queue(fd: int) -> Capabilities:
     flags: int = struct.unpack_from("H", answer, 16)[0]
     tap = bool(flags & IFF_TAP)
     size = 0
-    if flags & IFF_VNET_HDR:  # TUNGETVNETHDRSZ answers 10 without a header as well
+    if flags & IFF_VNET_HDR:  # TUNGETVNETHDRSZ returns 10 without a header, too
         size = struct.unpack("i", fcntl.ioctl(fd, TUNGETVNETHDRSZ, bytes(4)))[0]
     link, local = _device_of(fd, name, tap=tap)
-    # A queue of macvtap or ipvtap answers the same calls, has no packet information, and nothing tells when its device is gone.
+    # A queue of macvtap or ipvtap answers the same ioctls. It has no packet information, and does not report that its device is
+    # deleted.
     foreign = os.fstat(fd).st_rdev != os.makedev(10, 200)
     packet_info = link.packet_info if link else None
     if foreign or not flags & IFF_NO_PI:
@@ -354,8 +358,8 @@ def _probe_queue(fd: int) -> Capabilities:
         ethernet=tap,
         vnet_header_size=size,
         vnet_little_endian=_vnet_little_endian(fd),
-        # TUNGETIFF says IFF_NO_PI also when only IFF_NOFILTER, the same bit, is meant: a clear bit proves that
-        # packet information is on, a set one proves nothing.
+        # IFF_NO_PI and IFF_NOFILTER are the same bit of TUNGETIFF. A clear bit means that packet information is on. A set bit
+        # does not mean that it is off.
         packet_info=packet_info,
         hardware_gso=size > 0 or (local is True and takes_super_packets(name)),
         interface=name,
@@ -369,22 +373,22 @@ def _probe_queue(fd: int) -> Capabilities:
 
 
 def _vnet_little_endian(fd: int) -> bool:
-    def told(what: int) -> bool:
+    def is_set(request: int) -> bool:
         try:
-            return bool(struct.unpack("i", fcntl.ioctl(fd, what, bytes(4)))[0])
+            return bool(struct.unpack("i", fcntl.ioctl(fd, request, bytes(4)))[0])
         except OSError:
-            return False  # EINVAL: the kernel was built without the choice
+            return False  # EINVAL: the kernel was built without CONFIG_TUN_VNET_CROSS_LE
 
-    if told(TUNGETVNETLE):
+    if is_set(TUNGETVNETLE):
         return True
-    return not told(TUNGETVNETBE) and struct.pack("=H", 1) == struct.pack("<H", 1)
+    return not is_set(TUNGETVNETBE) and sys.byteorder == "little"
 
 
 def route_socket_for(fd: int) -> tuple[RouteSocket, bool | None] | None:
-    """A route socket in the namespace of a TAP or TUN queue's device, and whether that is this thread's own.
+    """A route socket in the namespace of a TAP or TUN queue's device, and whether that is this thread's namespace.
 
-    None when the device is gone, or in a foreign namespace that may not be entered. Without CAP_NET_ADMIN the kernel does not say which
-    namespace it is: the socket is then this thread's, and the second value None.
+    None if the device is deleted, or in another namespace that this process may not enter. Without CAP_NET_ADMIN the kernel does
+    not report the namespace. Then the socket is in this thread's namespace, and the second value is None.
     """
     try:
         namespace = fcntl.ioctl(fd, TUNGETDEVNETNS)
@@ -401,7 +405,7 @@ def route_socket_for(fd: int) -> tuple[RouteSocket, bool | None] | None:
 
 
 def _device_of(fd: int, name: str, *, tap: bool) -> tuple[Link | None, bool | None]:
-    """The device behind a queue, never another one of the same name in this namespace."""
+    """The device of a queue, and whether it is in this namespace. None if another device of that name cannot be excluded."""
     found = route_socket_for(fd)
     if found is None:
         return None, False

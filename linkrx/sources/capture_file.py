@@ -1,4 +1,4 @@
-"""A capture file as a source: what it is, and how it is opened and read."""
+"""Capture files as sources: recognising, opening, reading and decompressing them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from linkrx.sources.file_filter import FileFilters
 LARGEST_RECORDED = 262_144  # MAXIMUM_SNAPLEN of libpcap, as in _core/capture_file.h
 
 GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952
-_GZIP_BITS = 31  # of zlib: the largest window, with a gzip header
+_GZIP_BITS = 31  # wbits of zlib: the largest window, with a gzip header
 _COMPRESSED_BYTES = 64 * 1024
 
-# How a capture file begins, in either byte order: see _core/capture_file.c.
+# Magic numbers of capture files, in both byte orders: see _core/capture_file.c.
 _SECTION, _PCAP_MAGICS = b"\x0a\x0d\x0d\x0a", (0xA1B2C3D4, 0xA1B23C4D, 0xA1B2CD34)
 _MAGICS = frozenset(
     {_SECTION} | {struct.pack(order, magic) for order in ("<I", ">I") for magic in _PCAP_MAGICS}
@@ -38,26 +38,26 @@ _INTERFACE, _PACKETS = 1, (2, 3, 6)  # blocks of pcapng
 # A Python that was built with musl may lack it.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
-# What was read: how many bytes are in the memory that was given, or the bytes themselves. In a list that the call into C
-# which has read extends: what a signal handler raises can come before or behind that, and nothing is lost.
+# The result of a read: the number of bytes in the given memory, or the bytes. The C call that reads also extends the list, so that
+# an exception of a signal handler cannot come between and lose data.
 Got = list[int | bytes]
 Read = Callable[[Got, memoryview], None]
 
 
 @runtime_checkable
 class BinaryFile(Protocol):
-    """What a capture file is read from, beside a path: an object with `read`, as `open(path, "rb")` gives one."""
+    """A binary file to read from. It has `read`, as the result of `open(path, "rb")` has."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 class CaptureFile:
-    """Recorded packets as a source: a pcap or pcapng file, compressed by gzip or not.
+    """A pcap or pcapng file as a source. It may be compressed by gzip, which its first byte shows.
 
-    `file`: a path, which `linkrx.open` opens and closes, each time anew; or a binary file, which is borrowed and read from where
-    it stands: `open(path, "rb")`, `io.BytesIO`, `sys.stdin.buffer`, `gzip.open(path)`. A file with a descriptor is read through that,
-    without waiting for more than is there; another one by its `readinto` or `read`, which may wait as long as they like. What is
-    compressed is told by its first byte.
+    `file` is a path or a binary file. Each `linkrx.open` opens a path, and its close closes it. A binary file is borrowed, and read
+    from its current position: `open(path, "rb")`, `io.BytesIO`, `sys.stdin.buffer`, `gzip.open(path)`. A file with a
+    descriptor is read through the descriptor, and reading never waits. Another file is read by its `readinto` or `read`, which
+    may wait.
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryFile) -> None:
@@ -70,14 +70,14 @@ class CaptureFile:
 
     @property
     def name(self) -> str:
-        """The path, or what the file says that its name is."""
+        """The path, or the `name` of the file object, or its type."""
         if isinstance(self.file, (str, os.PathLike)):
             return os.fspath(self.file)
         name = getattr(self.file, "name", None)
         return name if isinstance(name, str) else type(self.file).__name__
 
     def probe(self) -> Capabilities:
-        """What `linkrx.probe` returns. Of a regular file by its path, how it begins is looked at."""
+        """The result of `linkrx.probe`. Reads the beginning of a regular file that is given as a path."""
         file_type = _first_type(self.file) if isinstance(self.file, (str, os.PathLike)) else None
         return Capabilities(
             kind="capture_file",
@@ -90,26 +90,26 @@ class CaptureFile:
 
 
 def capture_of(source: CaptureFile | os.PathLike[str]) -> CaptureFile:
-    """The capture file that a source is, or is short for."""
+    """The source as a CaptureFile. A path stands for one."""
     return source if isinstance(source, CaptureFile) else CaptureFile(source)
 
 
 @contextmanager
 def perhaps_a_file(name: str) -> Iterator[None]:
-    """What an UnsupportedSource says of a name that no interface has and a file does."""
+    """Raise a better UnsupportedSource if the name is no interface, but a file."""
     try:
         yield
     except UnsupportedSource as error:
         if "\0" in name or not name or not Path(name).exists() or Path(name).is_dir():
             raise
         raise UnsupportedSource(
-            f"{name!r} names no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"
+            f"{name!r} is no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"
         ) from error
 
 
 def _first_type(path: str | os.PathLike[str]) -> int | None:
-    """The link type of the first packet, where it is seen at once. Raises UnsupportedSource for a path at which there is no
-    capture file, as far as can be told without waiting.
+    """The link type of the first packet, if the beginning of a regular file shows it, else None. Raises UnsupportedSource for a
+    directory, a missing file, or a regular file that is no capture file.
     """
     shown = repr(os.fspath(path))
     try:
@@ -117,7 +117,7 @@ def _first_type(path: str | os.PathLike[str]) -> int | None:
         if stat.S_ISDIR(mode):
             raise UnsupportedSource(f"{shown} is a directory: give the path of a capture file")
         if not stat.S_ISREG(mode):
-            return None  # reading would take from it
+            return None  # reading from a pipe would consume data
         with Path(path).open("rb", buffering=0) as file:
             begin = file.read(4) or b""
             found = _link_type_in(file, begin) if begin in _MAGICS else None
@@ -125,8 +125,8 @@ def _first_type(path: str | os.PathLike[str]) -> int | None:
         raise UnsupportedSource(f"reading the capture file {shown}: {error.strerror}") from error
     if begin not in _MAGICS and not begin.startswith(GZIP_MAGIC):
         raise UnsupportedSource(
-            f"{shown} is no capture file: it begins with {begin.hex(' ') or 'nothing'}, and neither pcap, pcapng nor gzip does. "
-            "`file` tells what it is"
+            f"{shown} is no capture file: it begins with {begin.hex(' ') or 'nothing'}, which is not pcap, pcapng or gzip. "
+            "The command `file` shows its type"
         )
     if found is None:
         return None
@@ -135,7 +135,7 @@ def _first_type(path: str | os.PathLike[str]) -> int | None:
 
 
 def _link_type_in(file: io.FileIO, begin: bytes) -> tuple[int, bool] | None:
-    """And whether the file is little-endian. What is not as it should be is for the walk over the file to say."""
+    """The link type, and whether the file is little-endian. None if the file is damaged; reading it reports that."""
 
     def words(at: int, count: int) -> tuple[int, ...]:
         file.seek(at)
@@ -157,14 +157,14 @@ def _link_type_in(file: io.FileIO, begin: bytes) -> tuple[int, bool] | None:
 
 
 class CaptureReader:
-    """An open capture file. `fd` can be polled, and is readable while reading does not wait."""
+    """An open capture file. `fd` can be polled. It is readable when reading does not wait."""
 
     def __init__(self, capture: CaptureFile) -> None:
         self.name = capture.name
         self.filters = FileFilters()
         self.fd = -1
         self._owned = -1  # the descriptor to close
-        self._always = -1  # an eventfd that is readable, for a file that cannot be polled
+        self._always = -1  # a readable eventfd, for a file that cannot be polled
         file = capture.file
         try:
             if isinstance(file, (str, os.PathLike)):
@@ -181,30 +181,30 @@ class CaptureReader:
             self.close()
             raise
 
-    # Read what is there now, as much as finds room in the memory, and append to the list how much that is, or the bytes. 0: the
-    # file has ended. Raises BlockingIOError when nothing is there now, OSError, EOFError for compressed data that end too early, and
-    # zlib.error for those that are no such.
+    # Read into the memory without waiting, and append the number of bytes to the list, or the bytes. 0 or b"": the file has
+    # ended. Raises BlockingIOError if no data is there now, OSError, EOFError for truncated compressed data, and zlib.error for
+    # invalid compressed data.
     read: Read
 
     @property
     def goes_on(self) -> bool:
-        """Whether `read` may have more without a readable descriptor."""
+        """Whether `read` may return more although the descriptor is not readable."""
         return self._content.goes_on
 
     def _by_descriptor(self, fd: int) -> Read:
         if not _can_be_polled(fd):
-            return _plain_read(fd)  # what is not there yet comes from a disk
+            return _plain_read(fd)  # a regular file, which only waits for the disk
         self.fd = fd
         return _patient_read(fd)
 
     def finish(self) -> None:
-        """The end was seen: nobody need look any more."""
+        """Make `fd` unreadable after the end of the file."""
         if self._always >= 0:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._always)
 
     def close(self) -> None:
-        """Close what was opened. Idempotent."""
+        """Close the descriptors that this object opened. Idempotent."""
         owned, self._owned = self._owned, -1
         if owned >= 0:
             os.close(owned)
@@ -214,7 +214,9 @@ class CaptureReader:
 
 
 def _descriptor_of(file: BinaryFile) -> int | None:
-    """Of a file that is nothing but its descriptor, with a buffer at most: GzipFile has one as well, and holds something else."""
+    """The descriptor of a file or socket object, which may be buffered. None for other files: a GzipFile has a descriptor, too, but
+    its contents differ.
+    """
     raw: object = file.raw if isinstance(file, (io.BufferedReader, io.BufferedRandom)) else file
     if not isinstance(raw, (io.FileIO, socket.SocketIO)):
         return None
@@ -225,7 +227,7 @@ def _descriptor_of(file: BinaryFile) -> int | None:
 
 
 def _can_be_polled(fd: int) -> bool:
-    """epoll_ctl(2) answers EPERM for regular files, block devices and /dev/null."""
+    """Whether epoll takes the descriptor. epoll_ctl(2) fails with EPERM for regular files, block devices and /dev/null."""
     with select.epoll() as epoll:
         try:
             epoll.register(fd, select.EPOLLIN)
@@ -242,7 +244,7 @@ def _plain_read(fd: int) -> Read:
 
 
 def _patient_read(fd: int) -> Read:
-    """Of a pipe or socket: never waits. O_NONBLOCK is no help, for it belongs to all who have the open file."""
+    """A read from a pipe or socket that never waits. O_NONBLOCK would affect every process that has the file open."""
     ready = select.poll()
     ready.register(fd, select.POLLIN)
     plain, nowait = _plain_read(fd), _NOWAIT
@@ -252,7 +254,7 @@ def _patient_read(fd: int) -> Read:
         if not ready.poll(0):
             raise BlockingIOError
         if nowait is not None:
-            # Another reader of the same pipe may take between the two what was there.
+            # RWF_NOWAIT, because another reader of the pipe may take the data after poll.
             try:
                 got.extend(map(os.preadv, (fd,), ([memory],), (-1,), (nowait,)))
             except OSError as error:
@@ -267,7 +269,7 @@ def _patient_read(fd: int) -> Read:
 
 
 def _by_method(file: BinaryFile) -> Read:
-    """Of a file without a descriptor."""
+    """A read from a file without a descriptor."""
     readinto: Callable[[memoryview], int | None] | None = getattr(file, "readinto1", None) or getattr(
         file, "readinto", None
     )
@@ -276,8 +278,8 @@ def _by_method(file: BinaryFile) -> Read:
         if readinto is None:
             got.extend(map(file.read, (len(memory),)))
         else:
-            got.extend(map(readinto, (memory,)))  # type: ignore[arg-type] # None is looked for below
-        if got and got[0] is None:  # a file that does not wait
+            got.extend(map(readinto, (memory,)))  # type: ignore[arg-type] # None is handled below
+        if got and got[0] is None:  # a non-blocking file without data
             got.clear()
             raise BlockingIOError
 
@@ -285,7 +287,7 @@ def _by_method(file: BinaryFile) -> Read:
 
 
 def _drained(file: BinaryFile, behind: Read) -> Read:
-    """First what a buffered file has read already, then its descriptor alone."""
+    """A read that empties the buffer of a buffered file, and then reads its descriptor."""
     if not isinstance(file, (io.BufferedReader, io.BufferedRandom)):
         return behind
     ready = select.poll()
@@ -297,7 +299,7 @@ def _drained(file: BinaryFile, behind: Read) -> Read:
         if drained:
             behind(got, memory)
             return
-        if not ready.poll(0):  # peek() waits where nothing is in the buffer
+        if not ready.poll(0):  # peek() waits if the buffer is empty
             raise BlockingIOError
         buffered = min(len(file.peek(1)), len(memory))
         if buffered:
@@ -310,11 +312,11 @@ def _drained(file: BinaryFile, behind: Read) -> Read:
 
 
 class _Content:
-    """What a file holds, inflated if it is compressed: its first byte tells, for no capture file begins as gzip does."""
+    """The contents of a file, inflated if it is compressed. The first byte decides: no capture file begins as gzip does."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._begin: Got = []  # the first piece that was read, until it is given away
+        self._begin: Got = []  # the first piece of the file, until `read` has returned it
         self._memory = memoryview(bytearray(_COMPRESSED_BYTES))
         self._inflate: _Inflate | None = None
         self._plain = False
@@ -349,14 +351,14 @@ class _Content:
 
 
 class _Inflate:
-    """What gzip has compressed, member by member (RFC 1952)."""
+    """Inflates gzip data, member by member (RFC 1952)."""
 
     def __init__(self, read: Read, memory: memoryview, begin: Got) -> None:
         self._read = read
         self._zlib = zlib.decompressobj(_GZIP_BITS)
-        self._compressed = begin  # read, and not given to zlib yet: one piece at most
+        self._compressed = begin  # at most one piece that was read, and not given to zlib yet
         self._memory = memory
-        self._full = False  # what came last was as much as there was room for: zlib may hold more
+        self._full = False  # the last output filled the memory, so zlib may hold more
 
     @property
     def goes_on(self) -> bool:
@@ -371,16 +373,16 @@ class _Inflate:
                 self._fetch()
                 continue
             first = self._compressed[0]
-            if isinstance(first, int):  # so many bytes were read into the memory
+            if isinstance(first, int):  # the number of bytes in the memory
                 if first == 0:
-                    # What zlib holds back still, where the last piece of memory was full.
+                    # The rest of zlib's output.
                     got.extend(map(self._zlib.decompress, (b"",), (len(memory),)))
                     if got[0]:
                         return
                     break
                 self._compressed[0] = bytes(self._memory[:first])
                 continue
-            # In one call from end to end: what is taken out of the list is inflated, and that is in `got`.
+            # One C call takes the piece out of the list, inflates it and extends `got`, so that no signal handler runs between.
             self._full = True
             pieces = iter(self._compressed.pop, None)
             got.extend(islice(map(self._zlib.decompress, pieces, repeat(len(memory))), 1))  # type: ignore[arg-type]
@@ -394,9 +396,9 @@ class _Inflate:
             raise EOFError("the compressed data end too early")
 
     def _fetch(self) -> None:
-        """More of what is compressed: what zlib has left, the next member, or the next piece of the file."""
+        """Get more compressed data: the input that zlib has left, the next member, or the next piece of the file."""
         if self._zlib.eof:
-            # Behind a member there may be zeroes, as on tape. zlib keeps what is behind a member, also what it is given later.
+            # Zeroes may follow a member, as on tapes. `unused_data` has all input after the member.
             behind, fresh = self._zlib.unused_data.lstrip(b"\0"), zlib.decompressobj(_GZIP_BITS)
             if behind:
                 rest: Got = [behind]
@@ -406,5 +408,5 @@ class _Inflate:
             self._compressed.append(self._zlib.unconsumed_tail)
             return
         self._read(self._compressed, self._memory)
-        if self._compressed[0] == b"":  # of a file's read(): its end
+        if self._compressed[0] == b"":  # the end of the file, from a `read` method
             self._compressed[0] = 0

@@ -1,4 +1,4 @@
-"""Fanout groups: how several packet sockets share one interface, each packet going to one of them."""
+"""Fanout groups: several packet sockets share an interface, and each packet goes to one of them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MODES = {"hash": 0, "lb": 1, "cpu": 2, "rollover": 3, "qm": 5}
 
 GROUP_MAX = 0xFFFF
 
-# Behind a mode: a member that has no room passes packets on to others, so that a busy flow is spread.
+# The suffix of a mode: a member whose queue is full passes packets on to other members.
 ROLLOVER = "+rollover"
 
 
 @dataclass(frozen=True)
 class Fanout:
-    """A group by its number, None for a new one that the kernel chooses, and how it divides packets."""
+    """A fanout group: its number, and how it divides packets. None: a new number that the kernel chooses."""
 
     group: int | None
     mode: str
@@ -35,7 +35,7 @@ class Fanout:
 
     @classmethod
     def of(cls, value: object) -> Fanout:
-        """From the option: a number or "auto", or a pair of that and a mode. Raises TypeError and ValueError."""
+        """Parse the option: a number or "auto", or a pair of that and a mode. Raises TypeError or ValueError for other values."""
         group, mode = value if isinstance(value, tuple) and len(value) == 2 else (value, "hash")
         rollover = isinstance(mode, str) and mode.endswith(ROLLOVER)
         mode = mode.removesuffix(ROLLOVER) if rollover else mode
@@ -48,17 +48,18 @@ class Fanout:
             raise ValueError(f"fanout={value!r}: a group has a number from 0 to {GROUP_MAX}")
         if mode not in MODES or (rollover and mode == "rollover"):
             raise ValueError(
-                f"fanout={value!r}: a mode is one of {', '.join(MODES)}, or one with {ROLLOVER} behind it"
+                f"fanout={value!r}: give one of the modes {', '.join(MODES)}, also with the suffix {ROLLOVER}"
             )
         return cls(number, mode, rollover)
 
     def join(self, packet: socket.socket, *, outgoing: bool) -> int:
-        """Make a bound packet socket a member; the number of the group. It is left only by closing the socket.
+        """Make a bound packet socket a member, and return the number of the group. A socket leaves the group when it is closed.
 
-        `outgoing`: the group has frames of this host as well; whether a member ignores them does not count.
+        `outgoing`: the group receives frames of this host too. The kernel takes this from the group, not from its members.
+        Raises OSError if the kernel refuses.
         """
         kind = MODES[self.mode]
-        # Only the first fragment of a datagram has ports: whole datagrams are told apart.
+        # Only the first fragment of a datagram has ports. Reassemble datagrams, so that all fragments get one hash.
         if self.mode == "hash":
             kind |= PACKET_FANOUT_FLAG_DEFRAG
         if self.rollover:
@@ -71,9 +72,9 @@ class Fanout:
             packet.setsockopt(SOL_PACKET, PACKET_FANOUT, struct.pack("=I", kind << 16 | (self.group or 0)))
         except OSError as error:
             why = {
-                errno.EINVAL: "all its members have the same interface, mode and outgoing=, and were opened by linkrx",
+                errno.EINVAL: "all members must have the same interface, mode and outgoing=, and be opened by linkrx",
                 errno.ENOSPC: "it has as many members as the kernel allows",
-            }.get(error.errno or 0, "PACKET_FANOUT was refused")
+            }.get(error.errno or 0, "the kernel refused PACKET_FANOUT")
             raise OSError(
                 error.errno, f"joining the {self.mode} fanout group {self.group}: {error.strerror}; {why}"
             ) from error

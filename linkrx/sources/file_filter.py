@@ -1,4 +1,4 @@
-"""The filter of a capture file: each link type in it has a program of its own, compiled when the first packet of that type comes."""
+"""The filter of a capture file. It has a program for each link type, compiled when the first packet of that type comes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ _REJECT = filters.packed([(bpf.RET, 0, 0, 0)])
 
 
 class FilePrograms:
-    """One filter, as struct lrx_file_programs, which classification finds at `address`."""
+    """One filter, as a struct lrx_file_programs at `address`. Classification reads it."""
 
     def __init__(self, given: FilterLike) -> None:
         self._given = given
         self._table = _core.new("struct lrx_file_programs *")
-        self._codes: list[bytearray] = []  # which the table points to
+        self._codes: list[bytearray] = []  # the table has pointers to these
         self._adding = threading.RLock()
         self.address = _core.pointer(self._table)
 
     def add(self, file_type: int) -> None:
-        """Have a program for this link type, as packets of the file tell it. Raises ValueError where there can be none."""
+        """Compile a program for this link type (`file_types` of _core/report.h). Raises ValueError if the filter does not suit it."""
         table, most = self._table, _core.lib.LRX_FILE_PROGRAMS
         if file_type in table.file_types[0 : table.count]:
             return
         try:
             code = bytearray(filters.for_file(self._given, file_type).code)
         except RejectsAll:
-            code = bytearray(_REJECT)  # other link types may have what it takes
+            code = bytearray(_REJECT)  # the filter may accept packets of other link types
         with self._adding:
             count = table.count
             if count == most:
-                raise UnsupportedOption(f"a filter on packets of more than {most} link types in one file")
+                raise UnsupportedOption(
+                    f"a filter on a capture file takes packets of {most} link types at most, and this file has more"
+                )
             self._codes.append(code)
             table.file_types[count] = file_type
             table.programs[count] = _core.at("struct lrx_instruction *", _core.address(code))
@@ -45,23 +47,25 @@ class FilePrograms:
 
 
 class FileFilters:
-    """The link types that were met in a file, and the filters that must know them: the one in force, and one that is to take its place."""
+    """The link types that a file has so far, and the filters that need a program for each: the current one, and its successor."""
 
     def __init__(self) -> None:
         self._met: list[int] = []
         self._live: list[FilePrograms] = []
 
     def meet(self, file_type: int) -> None:
-        """Before the first packet of this link type, on the thread that receives. Raises ValueError where a filter cannot judge it."""
+        """Add a link type before its first packet, on the receiving thread. Raises ValueError if a filter does not suit it."""
         if file_type not in self._met:
             self._met.append(file_type)
         for programs in tuple(self._live):
             programs.add(file_type)
 
     def put(self, given: FilterLike, run: Callable[[FilePrograms], None]) -> None:
-        """Filter by this from now on. Raises ValueError, and changes nothing, where it cannot judge a link type that was met."""
+        """Set the filter, and give its programs to `run`. Raises ValueError if it does not suit a link type of the file so far;
+        then nothing changes.
+        """
         programs, before = FilePrograms(given), self._live
-        self._live = [*before, programs]  # what is met from here on it is told
+        self._live = [*before, programs]  # from here on meet() adds to it
         try:
             for file_type in self._met:
                 programs.add(file_type)
@@ -72,5 +76,5 @@ class FileFilters:
         self._live = [programs]
 
     def clear(self) -> None:
-        """There is no filter any more."""
+        """Remove the filter."""
         self._live = []

@@ -1,4 +1,4 @@
-"""Which packets are wanted: what the caller gives as `filter`, as a program, and who runs it."""
+"""Filters: parses and compiles the `filter` option, and decides who runs the program."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ FilterLike = str | Sequence[tuple[int, int, int, int]]
 
 _FIELDS = (("code", 2**16), ("jt", 2**8), ("jf", 2**8), ("k", 2**32))
 
-# A verdict beyond this keeps every frame whole: far more than any that Linux makes.
+# A return value of at least this keeps every frame whole. It is longer than any frame of Linux.
 _WHOLE = 2**24
 _ACCEPT = 0xFFFFFFFF
 
-# Of which the answer is another for a packet that has been received: the kernel's own numbers; and the packet type, of which only
-# some are told.
+# Ancillary loads whose result linkrx cannot reproduce for a received packet.
 _KERNELS_OWN = {
     bpf.AD_MARK: "the mark",
     bpf.AD_QUEUE: "the queue",
@@ -37,42 +36,40 @@ _KERNELS_OWN = {
 
 _TAGS = dict.fromkeys((bpf.AD_VLAN_TAG, bpf.AD_VLAN_TAG_PRESENT, bpf.AD_VLAN_TPID), "the VLAN tag")
 
-# linux/if_packet.h struct sockaddr_ll as libpcap lays it out (DLT_LINUX_SLL): the packet type, then what no load finds in the
-# kernel, the protocol, and behind 16 bytes the network header.
+# Offsets in the header of DLT_LINUX_SLL. The kernel has loads for the packet type and the protocol, not for what lies between.
+# The network header follows after 16 bytes.
 _COOKED_TYPE, _COOKED_PROTOCOL, _COOKED_HEADER = 0, 14, 16
 
 _HALF = 0x08
 
-# LINKTYPE_* that have words of their own in tcpdump's language: Ethernet, IEEE 802.11, Linux cooked, the packet filter's log, ATM, SS7.
+# LINKTYPE_* with keywords of their own in tcpdump's language: Ethernet, IEEE 802.11, Linux cooked, pflog, ATM, SS7.
 _SOME_LINK_TYPES = (1, 105, 113, 117, 123, 140)
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a filter does. `text` is what the caller gave, for messages. `tags`: it reads frames with their VLAN tag."""
+    """A compiled filter. `text` describes it in messages. `tags`: it must run on frames with their VLAN tag."""
 
     instructions: tuple[Instruction, ...]
     text: str
     tags: bool = False
-    of_file: FilterLike | None = (
-        None  # what the caller gave, for a capture file: each link type has its program
-    )
+    of_file: FilterLike | None = None  # for a capture file, the option: each link type has its program
 
     @property
     def code(self) -> bytes:
-        """As struct sock_filter."""
+        """The program as an array of struct sock_filter."""
         return packed(self.instructions)
 
     @property
     def cuts(self) -> bool:
-        """Whether it may keep a part of a frame."""
+        """Whether the program may cut frames."""
         return any(
             code == bpf.RET | bpf.RET_A or (code == bpf.RET and 0 < k < _WHOLE)
             for code, _, _, k in self.instructions
         )
 
     def uncut(self) -> bytes | None:
-        """The same verdicts without cutting; None where they are computed, and nobody knows."""
+        """The same program without cutting. None if it computes its return value, so that this is not possible."""
         if any(code == bpf.RET | bpf.RET_A for code, _, _, _ in self.instructions):
             return None
         return packed(
@@ -80,7 +77,7 @@ class Program:
         )
 
     def kernels_own(self, *, metadata: bool) -> str | None:
-        """What it asks for that only the kernel can answer, and only when the packet comes. `metadata`: tags are reported beside the packet."""
+        """The first load that only the kernel can answer, or None. `metadata`: VLAN tags are reported beside the packet."""
         own = _KERNELS_OWN if metadata else _KERNELS_OWN | _TAGS
         asked = (k for code, _, _, k in self.instructions if bpf.is_absolute(code))
         return next((own[k] for k in asked if k in own), None)
@@ -88,8 +85,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who runs a filter. `kernel`: the program for the socket, None to leave it without. `own`: whether linkrx runs the filter
-    on what it receives; `until_empty`: only until the queue was empty once.
+    """Who runs a filter. `kernel`: the program to attach to the socket, None for none. `own`: linkrx runs the filter on received
+    packets. `until_empty`: only until the queue was empty once.
     """
 
     program: Program
@@ -100,15 +97,14 @@ class Plan:
 
 
 def packed(instructions: Sequence[Instruction]) -> bytes:
-    """As struct sock_filter."""
+    """The program as an array of struct sock_filter."""
     return b"".join(struct.pack("=HBBI", *one) for one in instructions)
 
 
 def parse_ddd(text: str) -> list[tuple[int, int, int, int]]:
-    """The instructions that `tcpdump -ddd EXPRESSION` prints, for `filter=`: a count, then four numbers a line.
+    """Parse the output of `tcpdump -ddd EXPRESSION` for `filter=`: a count, then four numbers on each line.
 
-    tcpdump compiles for the interface that it would capture on: `-y EN10MB` makes that Ethernet. Raises ValueError for text of
-    another form.
+    tcpdump compiles for its default interface. `-y EN10MB` makes it compile for Ethernet. Raises ValueError for other text.
     """
     lines = [line.split() for line in text.splitlines() if line.strip()]
     instructions = []
@@ -120,7 +116,7 @@ def parse_ddd(text: str) -> list[tuple[int, int, int, int]]:
         if len(values) != (4 if number else 1):
             wanted = "four numbers, as in `40 0 0 12`" if number else "the number of instructions"
             raise ValueError(
-                f"line {number + 1} is {' '.join(line)!r}, and `tcpdump -ddd` prints {wanted} there"
+                f"line {number + 1} is {' '.join(line)!r}, but `tcpdump -ddd` prints {wanted} there"
             )
         if number:
             code, jt, jf, k = values
@@ -128,13 +124,14 @@ def parse_ddd(text: str) -> list[tuple[int, int, int, int]]:
     if not lines or int(lines[0][0]) != len(instructions):
         announced = lines[0][0] if lines else "nothing"
         raise ValueError(
-            f"the first line says {announced}, and {len(instructions)} instructions follow: give all that `tcpdump -ddd` prints"
+            f"the first line says {announced}, but {len(instructions)} instructions follow: give all of the output of "
+            "`tcpdump -ddd`"
         )
     return instructions
 
 
 def checked(given: object) -> None:
-    """Raise TypeError or ValueError for what no source could take as `filter`."""
+    """Raise TypeError or ValueError for a `filter` that is invalid for every source."""
     if isinstance(given, str):
         if "\0" in given or not given.isprintable():
             raise ValueError(f"filter={given!r}: an expression has printable characters only")
@@ -145,7 +142,7 @@ def checked(given: object) -> None:
 def _instructions(given: object) -> tuple[Instruction, ...]:
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray | memoryview):
         raise TypeError(
-            f"filter={given!r}: give an expression as in 'udp port 53', or a sequence of instructions (code, jt, jf, k)"
+            f"filter={given!r}: give an expression such as 'udp port 53', or a sequence of instructions (code, jt, jf, k)"
         )
     made: list[Instruction] = []
     for index, one in enumerate(given):
@@ -169,7 +166,7 @@ def _instructions(given: object) -> tuple[Instruction, ...]:
 
 
 def compiled(given: FilterLike, found: Capabilities, *, ethernet: bool) -> Program:
-    """The program for frames of a source. Raises ValueError for a wrong filter, UnsupportedOption where it cannot be compiled."""
+    """The program for frames of a source. Raises ValueError for an invalid filter, and UnsupportedOption if it cannot be compiled."""
     if found.kind == "capture_file":
         return _for_some_file(given, found.file_type)
     if not isinstance(given, str):
@@ -183,7 +180,7 @@ def compiled(given: FilterLike, found: Capabilities, *, ethernet: bool) -> Progr
 
 
 def for_file(given: FilterLike, file_type: int) -> Program:
-    """The program for packets of a capture file: of one link type, as they tell it. It reads all that the file has of them. Raises as `compiled`."""
+    """The program for packets of a capture file with this link type. It reads them with all headers in the file. Raises as `compiled`."""
     if not isinstance(given, str):
         return Program(_instructions(given), f"{len(given)} instructions", of_file=given)
     link = libpcap.Link(file_type & FILE_LINK_TYPE, of_file=True, swapped=file_type & FILE_SWAPPED != 0)
@@ -191,7 +188,7 @@ def for_file(given: FilterLike, file_type: int) -> Program:
 
 
 def _for_some_file(given: FilterLike, file_type: int | None) -> Program:
-    """Where the link type is not known yet, one that the expression suits: what suits none is wrong."""
+    """A program for any link type that the expression suits, if that of the file is not known. Raises ValueError if it suits none."""
     if file_type is not None:
         return for_file(given, file_type)
     first: ValueError | None = None
@@ -205,22 +202,22 @@ def _for_some_file(given: FilterLike, file_type: int | None) -> Program:
 
 
 def is_cooked(found: Capabilities) -> bool:
-    """Whether frames of several kinds of device come, or none with its link header."""
+    """Whether frames come without link header, or from devices with different link headers."""
     return found.kind == "packet_cooked" or (found.kind == "packet" and found.ifindex is None)
 
 
 def _relocated(one: Instruction, expression: str, found: Capabilities) -> Instruction:
-    """A load at an offset of Linux cooked as one that the kernel answers for any device: from the network header on, and the
-    protocol and packet type, which are ancillary loads.
+    """Translate a load at an offset of Linux cooked to one that the kernel answers for any device. Loads of the protocol and the
+    packet type become ancillary loads. Others become loads relative to the network header (SKF_NET_OFF).
 
-    An index that the packet computes is added to the operand, which names the network header from below zero: 1 MiB and more
-    would count from the frame's start, which no packet reaches.
+    SKF_NET_OFF is -1 MiB. An indirect load adds X to it, so an X of 1 MiB or more would reach the start of the frame. No packet
+    is that long.
     """
     code, jt, jf, k = one
     if code & 0x07 not in (bpf.LD, bpf.LDX) or code & 0xE0 not in (bpf.ABS, bpf.IND, bpf.MSH):
         return one
     if k >= 2**31:
-        return one  # counts from a header already, or is an ancillary load
+        return one  # relative to a header already, or an ancillary load
     if k >= _COOKED_HEADER:
         return code, jt, jf, (bpf.NET_OFF + k - _COOKED_HEADER) % 2**32
     size = code & 0x18
@@ -230,14 +227,14 @@ def _relocated(one: Instruction, expression: str, found: Capabilities) -> Instru
         if k == _COOKED_PROTOCOL:
             return code, jt, jf, bpf.AD_PROTOCOL
     raise UnsupportedOption(
-        f"filter={expression!r} on {found.a_title}: it looks at the link header (offset {k} of Linux cooked), and frames of "
-        "different devices have different ones. Give the name of one interface, or instructions"
+        f"filter={expression!r} on {found.a_title}: the filter reads the link header (offset {k} of Linux cooked), but link "
+        "headers differ between devices. Give the name of one interface, or instructions"
     )
 
 
 def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool, metadata: bool) -> Plan:
-    """Who runs it. `fresh`: nothing is queued, for the socket is linkrx's own and not bound yet. `segment`: super-packets will be
-    split, which must be whole. `metadata`: the backend reads PACKET_AUXDATA: the VLAN tag, and the true length of a cut packet.
+    """Decide who runs a program. `fresh`: the socket is not bound yet, so no packet is queued. `segment`: super-packets must come
+    whole, because linkrx splits them. `metadata`: the backend reads PACKET_AUXDATA, with the VLAN tag and the length before cutting.
     Raises UnsupportedOption.
     """
     if found.kind not in ("packet", "packet_cooked"):
@@ -247,24 +244,30 @@ def planned(program: Program, found: Capabilities, *, fresh: bool, segment: bool
     if program.tags:
         if not metadata:
             raise UnsupportedOption(
-                f"filter={program.text} on the {found.title}: the kernel takes VLAN tags out of frames, and they are not told "
-                "here: with protocol= it forgets them, and not every backend reads them. Leave out protocol=, or name another backend"
+                f"filter={program.text} on the {found.title}: the kernel takes VLAN tags out of frames, and linkrx does not get "
+                "them here: with protocol= the kernel drops them, and not every backend reads them. Leave out protocol=, or name "
+                "another backend"
             )
-        why = "it speaks of VLAN tags, and the kernel takes them out of frames before it filters"
+        why = "the filter is about VLAN tags, which the kernel takes out of frames before it filters"
         return Plan(program, None, True, False, f"linkrx: {why}")
     if program.cuts and (segment or not metadata or not fresh):
         kernel = program.uncut()
-        who = "the kernel rejects; linkrx cuts, and rejects what was queued before" if kernel else "linkrx"
+        who = (
+            "the kernel rejects; linkrx cuts, and rejects packets that were queued before"
+            if kernel
+            else "linkrx"
+        )
         plan = Plan(program, kernel, True, False, who)
     elif fresh:
         return Plan(program, kernel, False, False, "the kernel: attached before the socket was bound")
     else:
-        who = "the kernel; linkrx filters what was queued before it was attached"
+        who = "the kernel; linkrx filters packets that were queued before"
         plan = Plan(program, kernel, True, True, who)
     asked = program.kernels_own(metadata=metadata)
     if asked is not None:
         raise UnsupportedOption(
-            f"filter of {program.text} on the {found.title}: it asks for {asked}, which linkrx cannot tell of packets that are "
-            "queued or must be cut. Give it to linkrx.open with the name of an interface, and let it take packets whole"
+            f"filter of {program.text} on the {found.title}: the filter loads {asked}, which linkrx does not know for packets "
+            "that are queued or must be cut. Give the filter to linkrx.open with the name of an interface, and do not let it "
+            "cut packets"
         )
     return plan

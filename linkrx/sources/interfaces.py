@@ -10,12 +10,15 @@ from linkrx.kernel.rtnetlink import RouteSocket
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface, as it was when `interfaces()` asked.
+    """A network interface, as it was when `interfaces()` was called.
 
-    `name` and each of `alternative_names` can be given to `linkrx.open`. `index` is `Packet.interface` of its packets. `up`:
-    somebody has set it up; `state` is how it does, as `ip link` shows it ("up", "down", "lowerlayerdown", "dormant", ...;
-    "unknown" of devices that do not tell, such as `lo` and TAPs). `mtu` in bytes, without link header; `address` is the link address,
-    empty where there is none; `link_type` is ARPHRD_* of linux/if_arp.h, 1 for Ethernet.
+    * `linkrx.open` takes `name` and each of `alternative_names`.
+    * `index` is the `Packet.interface` of its packets.
+    * `up`: the interface is set up (IFF_UP). `state` is its operational state as `ip link` shows it: "up", "down",
+      "lowerlayerdown", "dormant" and so on, or "unknown" for devices that report none, such as `lo` and some TAP devices.
+    * `mtu` is in bytes, without the link header.
+    * `address` is the link address. It is empty if there is none.
+    * `link_type` is ARPHRD_* of linux/if_arp.h, 1 for Ethernet.
     """
 
     name: str
@@ -29,7 +32,7 @@ class Interface:
 
 
 def interfaces() -> tuple[Interface, ...]:
-    """All interfaces of this thread's network namespace, by index. Needs no privilege. Raises OSError."""
+    """All interfaces of this thread's network namespace, ordered by index. Needs no privilege. Raises the kernel's OSError."""
     with closing(RouteSocket()) as route:
         links = route.links()
     return tuple(

@@ -1,4 +1,4 @@
-"""The system's libpcap, which compiles expressions in tcpdump's language. It is loaded when the first is compiled."""
+"""Compiles expressions in tcpdump's language with the system's libpcap, which is loaded on first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from functools import cache
 from linkrx.errors import UnsupportedOption
 from linkrx.kernel.bpf import Instruction
 
-# Debian's name for it, and that of most others.
+# The name on Debian, and on most other distributions.
 _NAMES = ("libpcap.so.0.8", "libpcap.so.1")
 
 # pcap/dlt.h
@@ -34,15 +34,15 @@ _FILE_HEADER = (
     2**31 - 1,
 )  # pcap-savefile(5): magic, version, time zone twice, snaplen
 _ERROR_BYTES = 256  # pcap/pcap.h PCAP_ERRBUF_SIZE
-# What libpcap says where a file has no answer to what the kernel could tell of a live packet; pcapng has some.
+# libpcap's messages: for an expression that no packet can match, and for one that only works on live packets. pcapng files can
+# answer some of the latter.
 _NONE_TAKEN = "expression rejects all packets"
 _NOT_OF_FILES = "when reading savefiles"
 
-# What an expression that takes a packet returns: all of it.
-_SNAPLEN = 2**31 - 1
+_SNAPLEN = 2**31 - 1  # the return value of a program that accepts a packet
 _NETMASK_UNKNOWN = 0xFFFFFFFF  # pcap/pcap.h PCAP_NETMASK_UNKNOWN
 
-# For finding the place of a mistake, which libpcap does not tell; names in the expression may cost a look-up each time.
+# The most seconds to search the place of a syntax error, which libpcap does not report. Names in the expression cost look-ups.
 _SEARCH_SECONDS = 1.0
 _ENDINGS = ("", " 1", " ip", " host 1.2.3.4", " host 02:00:00:00:00:01", " net 1.0.0.0/8", " = 1")
 _ENDINGS_IN_BRACKETS = ("] = 1", "0] = 1")
@@ -53,12 +53,12 @@ _lock = threading.Lock()
 
 
 class RejectsAll(ValueError):
-    """No packet of the link type is one that the expression takes."""
+    """The expression rejects all packets of the link type."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Whose frames an expression is for: DLT_*, or LINKTYPE_* of a file, of this byte order or `swapped`."""
+    """The link type that an expression is for: DLT_*, or LINKTYPE_* of a file in host byte order or `swapped`."""
 
     number: int
     of_file: bool = False
@@ -82,13 +82,13 @@ class _BpfProgram(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or what the dynamic linker says."""
-    said = ""
+    """The library, or the message of the dynamic linker."""
+    message = ""
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
         except OSError as error:
-            said = said or str(error)
+            message = message or str(error)
             continue
         library.pcap_open_dead.restype = ctypes.c_void_p
         library.pcap_open_dead.argtypes = (ctypes.c_int, ctypes.c_int)
@@ -110,28 +110,28 @@ def _library() -> ctypes.CDLL | str:
         library.pcap_close.argtypes = (ctypes.c_void_p,)
         library.pcap_close.restype = None
         return library
-    return said
+    return message
 
 
 def compiled(expression: str, link: Link) -> list[Instruction]:
-    """The program for frames of a link type. Raises ValueError with libpcap's message and the place, UnsupportedOption where
-    there is no libpcap.
+    """The program for frames of a link type. Raises ValueError with libpcap's message and the place of the mistake, and
+    UnsupportedOption without libpcap.
     """
     library = _library()
     if isinstance(library, str):
         raise UnsupportedOption(
-            f"filter={expression!r}: expressions are compiled by libpcap, and it cannot be loaded ({library}). Type "
-            "`apt install libpcap0.8` (Debian's name for it). Instructions work without: "
-            "filter=linkrx.parse_ddd(text), with what `tcpdump -ddd` prints elsewhere"
+            f"filter={expression!r}: libpcap compiles expressions, but it cannot be loaded ({library}). Type "
+            "`apt install libpcap0.8` (the name of Debian's package). Instructions need no libpcap: "
+            "filter=linkrx.parse_ddd(text), with the output of `tcpdump -ddd` on another host"
         )
-    program, said = _compile(library, expression, link)
-    if said is not None and link.of_file and _NOT_OF_FILES in said:
-        program, said = _compile(library, expression, Link(_datalink(library, link)))
-    if said is None:
+    program, message = _compile(library, expression, link)
+    if message is not None and link.of_file and _NOT_OF_FILES in message:
+        program, message = _compile(library, expression, Link(_datalink(library, link)))
+    if message is None:
         return program
-    where = _place(library, expression, link, said)
-    raise (RejectsAll if _NONE_TAKEN in said else ValueError)(
-        f"filter={expression!r} on frames of link type {_described(library, link)}: libpcap says: {said}{where}"
+    where = _place(library, expression, link, message)
+    raise (RejectsAll if _NONE_TAKEN in message else ValueError)(
+        f"filter={expression!r} on frames of link type {_described(library, link)}: libpcap says: {message}{where}"
     )
 
 
@@ -139,11 +139,11 @@ def _described(library: ctypes.CDLL, link: Link) -> str:
     if not link.of_file:
         return LINK_TYPES[link.number]
     words = library.pcap_datalink_val_to_description(_datalink(library, link))
-    return f"{link.number} ({words.decode() if words else 'which libpcap does not know'})"
+    return f"{link.number} ({words.decode() if words else 'unknown to libpcap'})"
 
 
 def _of_file(library: ctypes.CDLL, link: Link) -> int:
-    """A handle for a file without packets."""
+    """A handle for a file without packets of this link type."""
     order = {"little": "<>", "big": "><"}[sys.byteorder][link.swapped]
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
@@ -156,18 +156,18 @@ def _of_file(library: ctypes.CDLL, link: Link) -> int:
     if not stream:
         os.close(reading)
         raise OSError(ctypes.get_errno(), "fdopen")
-    said = ctypes.create_string_buffer(_ERROR_BYTES)
-    handle: int | None = library.pcap_fopen_offline(stream, said)
+    message = ctypes.create_string_buffer(_ERROR_BYTES)
+    handle: int | None = library.pcap_fopen_offline(stream, message)
     if not handle:
         libc.fclose(ctypes.c_void_p(stream))
         raise UnsupportedOption(
-            f"libpcap on a file of link type {link.number}: {said.value.decode(errors='replace')}"
+            f"libpcap on a file of link type {link.number}: {message.value.decode(errors='replace')}"
         )
     return handle
 
 
 def _datalink(library: ctypes.CDLL, link: Link) -> int:
-    """DLT_* of LINKTYPE_*."""
+    """The DLT_* number of a LINKTYPE_* number."""
     handle = _of_file(library, link)
     try:
         return int(library.pcap_datalink(handle))
@@ -176,9 +176,9 @@ def _datalink(library: ctypes.CDLL, link: Link) -> int:
 
 
 def _compile(library: ctypes.CDLL, expression: str, link: Link) -> tuple[list[Instruction], str | None]:
-    """The program, or what is wrong."""
+    """The program and None, or no program and libpcap's message."""
     made = _BpfProgram()
-    mask = 0 if link.of_file else _NETMASK_UNKNOWN  # for `ip broadcast`, as tcpdump does
+    mask = 0 if link.of_file else _NETMASK_UNKNOWN  # for `ip broadcast`; tcpdump gives 0 for files too
     with _lock:
         handle = _of_file(library, link) if link.of_file else library.pcap_open_dead(link.number, _SNAPLEN)
         if not handle:
@@ -194,13 +194,13 @@ def _compile(library: ctypes.CDLL, expression: str, link: Link) -> tuple[list[In
             library.pcap_close(handle)
 
 
-def _place(library: ctypes.CDLL, expression: str, link: Link, said: str) -> str:
-    """Where the mistake is: a word that the message names, or the first one behind which no ending helps."""
+def _place(library: ctypes.CDLL, expression: str, link: Link, message: str) -> str:
+    """The place of the mistake: a word that the message names, or the first word after which no ending makes the syntax valid."""
     words = [(word.start(), word.end()) for word in _WORDS.finditer(expression)]
-    if "syntax error" in said:
+    if "syntax error" in message:
         found = _first_wrong(library, expression, link, words)
     else:
-        named = re.findall(r"'([^']+)'|\"([^\"]+)\"|\b(\w*\d\w*)\b", said)
+        named = re.findall(r"'([^']+)'|\"([^\"]+)\"|\b(\w*\d\w*)\b", message)
         names = {name for group in named for name in group if name}
         found = next((start for start, end in words if expression[start:end] in names), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""The keyword options of `open`, checked once."""
+"""The keyword options of `open`, and their checks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BATCH_SIZE_MAX = 1024  # _core/recvmmsg.h LRX_MESSAGES_MAX, the kernel's UIO_MAX
 
 ETHERTYPE_MOST = 0xFFFF
 
-VNET_HEADER_MOST = 4096  # far more than any that a kernel writes
-PACKET_VNET_SIZES = (10, 12)  # what packet_setsockopt() takes for PACKET_VNET_HDR_SZ
+VNET_HEADER_MOST = 4096  # longer than any that a kernel writes
+PACKET_VNET_SIZES = (10, 12)  # the sizes that packet_setsockopt() accepts for PACKET_VNET_HDR_SZ
 
-# Options that only a packet socket can honour, and those that need a backend with the ability of that name.
+# Options for packet sockets only, and options that not every backend honours.
 _PACKET_OPTIONS = ("promiscuous", "outgoing", "fanout", "timestamps")
 _BACKEND_OPTIONS = ("buffer_sizes", "snaplen", "outgoing", "timestamps", "fanout")
 
 
 class OpenOptions(TypedDict, total=False):
-    """The options that `open` and `choose` take as keywords, with their types. `help(linkrx.open)` says what each does."""
+    """The keyword options of `open` and `choose`, with their types. `help(linkrx.open)` describes them."""
 
     batch_size: int | None
     ethernet: bool | None
@@ -50,7 +50,7 @@ class OpenOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller asked for. `None` and the defaults ask for nothing."""
+    """The options that the caller gave. None and the other defaults request nothing."""
 
     batch_size: int | None = None
     ethernet: bool | None = None
@@ -69,7 +69,7 @@ class Options:
     filter: FilterLike | None = None
 
     def __post_init__(self) -> None:
-        """Raises TypeError and ValueError for values that no source could take."""
+        """Raise TypeError or ValueError for values that are invalid for every source."""
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
             if value is not _DEFAULTS[name] and type(value) not in kinds:
@@ -78,7 +78,7 @@ class Options:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
         if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
             raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")
-        if self.latency is not None and not 0 < self.latency < math.inf:  # nan is neither
+        if self.latency is not None and not 0 < self.latency < math.inf:  # also refuses nan
             raise ValueError(f"latency={self.latency}: give a time in seconds above 0")
         wanted = self.vnet_header
         if type(wanted) is int and wanted and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:
@@ -94,43 +94,43 @@ class Options:
             raise ValueError(f"protocol={self.protocol}: give an EtherType, 1 to 0x{ETHERTYPE_MOST:04x}")
         if self.outgoing and self.protocol not in (None, ETH_P_ALL):
             raise UnsupportedOption(
-                f"outgoing=True and protocol=0x{self.protocol:04x} exclude each other: the kernel shows frames of this host to "
-                "sockets that are bound to all protocols only"
+                f"outgoing=True and protocol=0x{self.protocol:04x} exclude each other: the kernel gives outgoing frames only to "
+                "sockets that are bound to all protocols"
             )
         if self.snaplen is not None and not ETH_HEADER_BYTES <= self.snaplen <= CAPACITY_MAX:
             raise ValueError(
-                f"snaplen={self.snaplen}: give {ETH_HEADER_BYTES} bytes, as an Ethernet header has, to {CAPACITY_MAX}"
+                f"snaplen={self.snaplen}: give {ETH_HEADER_BYTES} bytes, the length of an Ethernet header, to {CAPACITY_MAX}"
             )
         if self.snaplen is not None and (self.buffer_sizes is not None or self.segment):
             other = "segment=True" if self.segment else f"buffer_sizes={self.buffer_sizes!r}"
             raise ValueError(
-                f"snaplen={self.snaplen} and {other} exclude each other: both say what is kept of a frame"
+                f"snaplen={self.snaplen} and {other} exclude each other: both set how much of a frame is kept"
             )
         if self.filter is not None:
             filters.checked(self.filter)
 
     @property
     def coalescing(self) -> float:
-        """Seconds that the receiver waits for more, once something is there."""
+        """Seconds that the receiver waits for more packets after the first."""
         return self.latency or 0.0
 
     def layout(self, found: Capabilities, prefix: int) -> Layout:
-        """How a packet is laid into memory: whole, or as much of it as is to be kept."""
+        """How packets lie in memory, and how much of each is kept."""
         longest = found.largest_frame if self.snaplen is None else min(self.snaplen, found.largest_frame)
         return Layout.of(longest, prefix, self.buffer_sizes)
 
     def needed(self) -> tuple[str, ...]:
-        """The options set that not every backend honours."""
+        """The given options that not every backend honours."""
         return tuple(name for name in _BACKEND_OPTIONS if getattr(self, name) != _DEFAULTS[name])
 
     def check_source(self, capabilities: Capabilities) -> None:
-        """Raise UnsupportedOption for what this source cannot honour whatever the backend, UnsupportedSource for one that is in
-        use.
+        """Raise UnsupportedOption for an option that no backend can honour on this source, and UnsupportedSource for a socket with
+        a ring.
         """
         if capabilities.has_ring:
             raise UnsupportedSource(
-                f"the {capabilities.title} has a ring, as libpcap puts one on its sockets: the kernel puts packets there, and "
-                "no other reader sees one. Give linkrx a socket without one, or the name of the interface"
+                f"the {capabilities.title} has a ring, such as libpcap makes: the kernel puts all packets into the ring, and no "
+                "other reader gets them. Give linkrx a socket without a ring, or the name of the interface"
             )
         if capabilities.kind not in ("packet", "packet_cooked"):
             for name in _PACKET_OPTIONS:
@@ -140,13 +140,13 @@ class Options:
                     )
         if self.fanout is not None and not capabilities.owned:
             raise UnsupportedOption(
-                f"fanout={self.fanout!r} on a borrowed socket could not be undone: a group is left only by closing the "
-                "socket. Give the name of the interface"
+                f"fanout={self.fanout!r} on a borrowed socket cannot be undone: a socket leaves its group only when it is "
+                "closed. Give the name of the interface"
             )
         if self.protocol is not None and not capabilities.owned:
             raise UnsupportedOption(
-                f"protocol=0x{self.protocol:04x} binds a packet socket that linkrx opens, and the source is "
-                f"{capabilities.a_title} of yours: give the name of the interface, or bind it to the protocol yourself"
+                f"protocol=0x{self.protocol:04x} is for packet sockets that linkrx opens, but the source is "
+                f"{capabilities.a_title} of yours: give the name of the interface, or bind the socket to the protocol yourself"
             )
         if self.segment:
             self._check_segment(capabilities)
@@ -162,16 +162,15 @@ class Options:
             )
 
     def _check_segment(self, found: Capabilities) -> None:
-        """Super-packets are told from others by the virtio-net header."""
+        """Raise UnsupportedOption if the source has no virtio-net header, which marks super-packets."""
         if self.buffer_sizes is not None:
             raise UnsupportedOption(
-                f"segment=True and buffer_sizes={self.buffer_sizes!r} exclude each other: frames are made anew of whole "
-                "super-packets"
+                f"segment=True and buffer_sizes={self.buffer_sizes!r} exclude each other: super-packets must be received whole"
             )
         if self.vnet_header is not None and not self.vnet_header:
             raise UnsupportedOption(
                 f"segment=True and vnet_header={self.vnet_header!r} on the {found.title} contradict each other: the header "
-                "tells super-packets from others. Leave out vnet_header"
+                "marks super-packets. Leave out vnet_header"
             )
         if self.vnet_header or (
             self.vnet_header is None and (found.vnet_header_size or found.kind == "packet")
@@ -181,13 +180,13 @@ class Options:
         if found.kind in ("tap", "tun"):
             advice = f"open it with linkrx.TunTap({found.interface!r}, {found.kind!r}, vnet_header=True, offload=True)"
         elif found.kind == "packet_cooked":
-            advice = "a socket of type SOCK_RAW can have one"
+            advice = "use a socket of type SOCK_RAW, which can have one"
         raise UnsupportedOption(
             f"segment=True needs a virtio-net header in front of frames, and the {found.title} has none: {advice}"
         )
 
     def vnet_header_to_set(self, found: Capabilities) -> int:
-        """The bytes of virtio-net header that a packet socket is to put in front of frames from now on; 0: as it is."""
+        """The size in bytes of the virtio-net header to set on a packet socket; 0 changes nothing."""
         if found.kind != "packet" or found.vnet_header_size:
             return 0
         if self.vnet_header is True or (self.vnet_header is None and self.segment):
@@ -195,7 +194,10 @@ class Options:
         return self.vnet_header if self.vnet_header in PACKET_VNET_SIZES else 0
 
     def framing(self, capabilities: Capabilities) -> Framing:
-        """What stands in front of the data: what the caller says where the probe does not know, never against it."""
+        """The headers in front of the data: what probing found, and the options where it found nothing.
+
+        Raises UnsupportedOption if the two contradict each other, or if neither says it.
+        """
         ethernet, packet_info = self._ethernet(capabilities), self._packet_info(capabilities)
         per_packet = _per_packet(capabilities, ethernet, packet_info)
         return Framing(
@@ -203,7 +205,7 @@ class Options:
             vnet_header_size=self._vnet_header_size(capabilities),
             packet_info=packet_info,
             vnet_little_endian=capabilities.vnet_little_endian,
-            # A backend that does not tell the link type is taken to have Ethernet.
+            # Ethernet, if the backend does not report the link type of each packet.
             link_type=capabilities.hardware_type
             or (ARPHRD_ETHER if per_packet == PER_PACKET_LINK_TYPE else 0),
             per_packet=per_packet,
@@ -216,8 +218,8 @@ class Options:
                     f"the {found.title} has frames of hardware type {found.hardware_type} (ARPHRD_*), which linkrx does "
                     "not know: pass ethernet=True or ethernet=False to say how they start"
                 )
-            # A datagram or a pipe says nothing; QEMU, passt and VDE carry Ethernet over theirs.
-            # A packet socket that is bound to no interface tells the link type of each frame.
+            # Datagram sockets and pipes do not say. QEMU, passt and VDE send Ethernet on them.
+            # A packet socket that is bound to no interface reports the link type of each frame.
             return (
                 self.ethernet is True
                 if found.kind in ("packet", "capture_file")
@@ -251,10 +253,9 @@ class Options:
         if found.packet_info is None:
             if self.packet_info is None:
                 raise UnsupportedOption(
-                    f"whether the {found.title} puts packet information (struct tun_pi) in front of frames cannot be "
-                    "told: the kernel does not let this process ask for its device (CAP_NET_ADMIN in the device's "
-                    "network namespace would do). Pass "
-                    "packet_info=False if the queue was opened with IFF_NO_PI, else packet_info=True"
+                    f"linkrx cannot find out whether the {found.title} puts packet information (struct tun_pi) in front of "
+                    "frames: that needs CAP_NET_ADMIN in the network namespace of its device. Pass packet_info=False if the "
+                    "queue was opened with IFF_NO_PI, else packet_info=True"
                 )
             return self.packet_info
         if self.packet_info not in (None, found.packet_info):
@@ -266,7 +267,7 @@ class Options:
 
 
 def _per_packet(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
-    """Whether packets of a source differ in what the kernel tells about each: Framing.per_packet."""
+    """Framing.per_packet: which of protocol, link type and link address the kernel reports for each packet of a source."""
     if found.kind == "packet_cooked":
         return PER_PACKET_NO_HEADER
     if found.kind == "capture_file" or (found.kind == "packet" and not (ethernet and found.hardware_type)):
@@ -278,7 +279,7 @@ def _per_packet(found: Capabilities, ethernet: bool, packet_info: bool) -> int:
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
 
-# What each option may be, besides its default.
+# The types of each option, besides its default.
 _KINDS: dict[str, tuple[type, ...]] = {
     "batch_size": (int,),
     "snaplen": (int,),

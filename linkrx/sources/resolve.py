@@ -1,4 +1,4 @@
-"""From options and capabilities to settings: what is decided before anything is opened or changed."""
+"""Makes settings of options and capabilities, before anything is opened or changed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from linkrx.sources.options import Options
 
 @dataclass(frozen=True)
 class Settings:
-    """How to receive from a source. `capabilities` are those that it has once it is configured so.
+    """How to receive from a source. `capabilities` are those of the source after it is configured.
 
-    `vnet_header_to_set`: bytes of virtio-net header that a packet socket is to put in front of frames; 0 leaves it as it is.
-    `filter` is the compiled one.
+    `vnet_header_to_set` is the size in bytes of the virtio-net header to set on a packet socket; 0 changes nothing. `filter` is
+    compiled.
     """
 
     options: Options
@@ -29,10 +29,10 @@ class Settings:
 
 
 def resolve(found: Capabilities, options: Options) -> Settings:
-    """The settings for what probing found. Changes nothing.
+    """The settings for a probed source. Changes nothing.
 
-    Raises UnsupportedOption for an option that the source cannot honour, UnsupportedSource for a source in use, and ValueError
-    for a wrong filter.
+    Raises UnsupportedOption for an option that the source cannot honour, UnsupportedSource for a packet socket with a ring, and
+    ValueError for an invalid filter.
     """
     options.check_source(found)
     size = options.vnet_header_to_set(found)

@@ -1,4 +1,4 @@
-"""One open source: how it was opened or borrowed, what was changed on it, and what it can be asked."""
+"""An open source: opening, configuring and restoring it, its link state and its counters."""
 
 from __future__ import annotations
 
@@ -49,20 +49,19 @@ from linkrx.sources.settings import (
 
 logger = logging.getLogger("linkrx")
 
-# Without more, a socket holds 256 frames of 64 bytes or 93 of 1514: bursts are lost without a word. 32 MiB hold
-# some 40,000 small frames. The kernel takes the memory only while frames are queued.
+# Bytes of SO_RCVBUF. By default a socket holds 256 frames of 64 bytes or 93 of 1514, so the kernel drops packets of a burst. 32 MiB
+# hold some 40,000 small frames. The kernel uses the memory only while frames are queued.
 RECEIVE_BUFFER = 32 * 1024 * 1024
 
-# More than any file has.
-RECORDS_MOST = 1 << 48
+RECORDS_MOST = 1 << 48  # more than any file has
 
-# A packet that waits in a socket takes more of SO_RCVBUF than this, be it ever so short: include/linux/skbuff.h
-# SKB_TRUESIZE, the sizes of struct sk_buff and struct skb_shared_info.
+# The least bytes of SO_RCVBUF that a queued packet takes: include/linux/skbuff.h SKB_TRUESIZE, the sizes of struct sk_buff and
+# struct skb_shared_info.
 PACKET_LEAST = 512
 
 
 class LinkState(Enum):
-    """Of the interface that a packet socket is bound to."""
+    """The state of the interface that a packet socket is bound to."""
 
     UP = "up"
     DOWN = "down"
@@ -70,7 +69,7 @@ class LinkState(Enum):
 
 
 class Source:
-    """Where packets come from, with everything that `close` has to undo."""
+    """An open source, with the steps that `close` runs."""
 
     def __init__(
         self,
@@ -80,41 +79,41 @@ class Source:
         undo: Undo,
         duplicate: Duplicate | None = None,
     ) -> None:
-        """Of a packet socket for an interface `held` is the socket, not bound yet; it is to join the fanout group of the options."""
+        """`held` is the object that the descriptor belongs to. For an interface it is a packet socket that is not bound yet."""
         options = settings.options
         self.fd = fd
-        self.fanout: int | None = None  # the group, once it is joined
+        self.fanout: int | None = None  # the number of the fanout group, after joining it
         self._joins = None if options.fanout is None else Fanout.of(options.fanout)
         self._outgoing = shows_outgoing(settings.capabilities, options)
         self._protocol = options.protocol or ETH_P_ALL
         self._receive_buffer = options.receive_buffer
         self._enlarged = False
         self.capabilities = settings.capabilities
-        self._held = held  # an object with fileno() must not be collected, and so closed, while it is in use
+        self._held = held  # a reference, because collecting the object would close the descriptor
         self._undo = undo
         self._duplicate = duplicate
         self._queue_dropped: int | None = None
-        self._filter_before: bytes | None = None  # once it was asked for
+        self._filter_before: bytes | None = None  # the owner's filter, once it was read
         self._drops_at_open = self._drops()
 
     @property
     def file(self) -> CaptureReader | None:
-        """What a capture file is read through."""
+        """The reader of a capture file. None for other sources."""
         return self._held if isinstance(self._held, CaptureReader) else None
 
     def start(self, joining: Callable[[], object]) -> None:
-        """Bind the packet socket of an interface, with everything set up that packets could need: from here on they
-        come. Nothing to do for a borrowed descriptor, from which they always did. `joining` is called right before it joins a
-        fanout group.
+        """Bind the packet socket of an interface. From here on packets come, so everything else must be set up before.
+
+        `joining` is called right before the socket joins a fanout group. Does nothing for a borrowed descriptor.
         """
         if isinstance(self._held, socket.socket) and self.capabilities.owned:
             _bind(self._held, self.capabilities, self._protocol)
-            if self._joins is not None:  # the kernel wants a member bound
+            if self._joins is not None:  # the kernel refuses a socket that is not bound
                 joining()
                 self.fanout = self._joins.join(self._held, outgoing=self._outgoing)
 
     def enlarge_queue(self) -> None:
-        """Of a socket, to `receive_buffer`; for a backend whose packets wait there."""
+        """Set the receive buffer of a socket to `receive_buffer` bytes, for a backend that reads from it."""
         wanted = self._receive_buffer or (RECEIVE_BUFFER if self.capabilities.owned else None)
         if wanted is None or not self.capabilities.socket or self._enlarged:
             return
@@ -126,9 +125,9 @@ class Source:
         self._enlarged = True
 
     def set_filter(self, program: bytes | None) -> None:
-        """Let the kernel run a program on what comes from now on; empty: none, None: the one that was there before linkrx.
+        """Attach a program to a packet socket. An empty one detaches; None restores the owner's.
 
-        Raises UnsupportedOption where the kernel refuses it, and then all is as it was.
+        Raises UnsupportedOption if the kernel refuses it. Then nothing has changed.
         """
         title = self.capabilities.title
         if self.capabilities.kind not in ("packet", "packet_cooked"):
@@ -137,52 +136,52 @@ class Source:
             if self._filter_before is None:
                 if program is None:
                     return
-                # A socket of linkrx's own had none.
+                # A socket that linkrx opened has no filter.
                 before = b"" if self.capabilities.owned else socket_filter.attached(self.fd)
                 if not self.capabilities.owned:
                     self._undo.add(partial(restore_filter, self.fd, file_of(self.fd), before))
                 self._filter_before = before
         except OSError as error:
             raise UnsupportedOption(
-                f"filter= on the {title}: the filter that its owner may have put on it cannot be read, and so not be put back at "
-                f"close: {error.strerror}"
+                f"filter= on the {title}: linkrx cannot read the filter that its owner may have attached, and so could not "
+                f"restore it at close: {error.strerror}"
             ) from error
         try:
             socket_filter.attach(self.fd, self._filter_before if program is None else program)
         except OSError as error:
             advice = {
-                errno.EPERM: "; its owner has locked the one that it has (SO_LOCK_FILTER)",
-                errno.ENOMEM: "; `sudo sysctl net.core.optmem_max=1048576` allows longer ones",
+                errno.EPERM: "; its owner has locked its filter (SO_LOCK_FILTER)",
+                errno.ENOMEM: "; `sudo sysctl net.core.optmem_max=1048576` allows longer filters",
             }.get(error.errno or 0, "")
             raise UnsupportedOption(
                 f"the kernel does not attach the filter to the {title}: {error.strerror}{advice}"
             ) from error
 
     def leave_to_parent(self) -> None:
-        """In a forked child, at once: a member of a fanout group stays one for as long as any copy of its descriptor is open."""
+        """Close the descriptor in a forked child. A socket stays in its fanout group while any copy of its descriptor is open."""
         fd, self.fd = self.fd, -1
         if isinstance(self._held, CaptureReader):
-            self._held.close()  # what it closes is the child's own
+            self._held.close()  # closes descriptors of the child only
         elif fd >= 0:
             os.close(fd)
         if self.capabilities.owned and isinstance(self._held, socket.socket):
             self._held.detach()
 
     def close(self) -> None:
-        """Restore what was changed on a borrowed descriptor, close an owned one. Idempotent."""
+        """Restore the options of a borrowed descriptor; close an owned one. Idempotent."""
         self._undo.run()
         self._held = None
 
     def abandon(self) -> None:
-        """In a forked child: let go without changing what the parent still uses."""
+        """Close the descriptor in a forked child, and change nothing that the parent uses."""
         self._undo.forget()
         self.leave_to_parent()
         self._held = None
 
     def kernel_drops(self) -> int | None:
-        """Packets dropped for want of room since `open`; None where the kernel does not say.
+        """Packets that the kernel has dropped since `open` because a queue was full. None if the kernel does not report them.
 
-        For a TAP or TUN queue the device's `tx_dropped`, which all queues of a multi-queue device share.
+        For a TAP or TUN queue this is `tx_dropped` of the device, which all its queues share.
         """
         drops = self._drops()
         if drops is None or self._drops_at_open is None:
@@ -207,14 +206,14 @@ class Source:
         )
 
     def _queue_drops(self) -> int | None:
-        """What the device counted as tx_dropped, asked in its own namespace; the last answer once it is gone."""
+        """`tx_dropped` of the device, read in its own namespace. After the device is deleted, the last value."""
         link = self._queue_link()
         if link:
             self._queue_dropped = link.tx_dropped
         return self._queue_dropped
 
     def _queue_link(self) -> Link | None:
-        """The device of a TAP or TUN queue, asked in its own namespace; None once it is gone, and for other sources."""
+        """The device of a TAP or TUN queue, read in its own namespace. None after it is deleted, and for other sources."""
         found = self.capabilities
         if found.kind not in ("tap", "tun") or found.ifindex is None or found.silent_end:
             return None
@@ -226,13 +225,13 @@ class Source:
             link = route.link(index=found.ifindex)
         finally:
             route.close()
-        # Where the kernel does not say which namespace it is, only the same name proves the same device.
+        # If the namespace is not certain, an equal index is no proof of the same device. The name must be equal, too.
         return link if link and (certain is not None or link.name == found.interface) else None
 
     def queue_limit(self) -> int | None:
-        """How many packets can wait in the source's queue at the most; None where the kernel does not tell."""
+        """The most packets that the queue of the source can hold. None if the kernel does not report it."""
         if self.capabilities.kind == "capture_file" and not stat.S_ISFIFO(os.fstat(self.fd).st_mode):
-            return RECORDS_MOST  # all that a file has was there before anybody asks
+            return RECORDS_MOST  # all packets of a regular file are there
         if self.capabilities.kind in ("packet", "packet_cooked", "udp"):
             try:
                 return SocketOptions(self.fd).get_int(socket.SOL_SOCKET, socket.SO_RCVBUF) // PACKET_LEAST + 1
@@ -242,7 +241,10 @@ class Source:
         return link.queue_length if link else None
 
     def interface_name(self, index: int) -> str | None:
-        """The name of an interface in the namespace of a packet socket, where one may have left; of another source its own."""
+        """The name of the interface with this index, in the namespace of a packet socket. For other sources the source's own.
+
+        None if there is none.
+        """
         found = self.capabilities
         if index in (0, found.ifindex) or found.kind not in ("packet", "packet_cooked"):
             return found.interface
@@ -250,17 +252,17 @@ class Source:
 
     @property
     def watched(self) -> bool:
-        """Whether the source tells when its link goes down: a packet socket bound to an interface."""
+        """Whether the source reports a link that goes down: a packet socket that is bound to an interface does."""
         return self.capabilities.kind in ("packet", "packet_cooked") and self.capabilities.ifindex is not None
 
     def link_state(self) -> LinkState:
-        """How the interface of a packet socket is doing; UP for sources that do not say."""
+        """The state of the interface of a packet socket. UP for sources that do not report it."""
         if self.capabilities.silent_end:
             return self._queue_state()
         if not self.watched:
             return LinkState.UP
-        # By index: the name may be another by now. In the socket's own namespace, which an interface leaves when it is deleted
-        # or moved.
+        # By index, because the name may have changed. In the socket's namespace: the index is gone after the interface is deleted
+        # or moved to another one.
         name = interface_at(self.fd, self.capabilities.ifindex or 0)
         try:
             answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, os.fsencode(name).ljust(IFREQ_BYTES, b"\0"))
@@ -269,7 +271,7 @@ class Source:
         return LinkState.UP if struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_UP else LinkState.DOWN
 
     def _queue_state(self) -> LinkState:
-        """Of a macvtap queue: DOWN, which is looked at again and again, until its device is gone."""
+        """The state of a macvtap queue: DOWN until its device is deleted, because linkrx polls the state of links that are down."""
         try:
             fcntl.ioctl(self.fd, TUNGETIFF, bytes(IFREQ_BYTES))
         except OSError:
@@ -277,22 +279,22 @@ class Source:
         return LinkState.DOWN
 
     def is_closed_by_owner(self) -> bool:
-        """Whether the owner of a borrowed descriptor has closed it: its number may be another file's by now."""
+        """Whether the owner of a borrowed descriptor has closed it. Its number may belong to another file now."""
         return self._duplicate is not None and self._duplicate.is_alone()
 
     def hung_up(self) -> bool:
-        """Whether nothing more can come: the peer of a seqpacket socket or pipe is gone and nothing is queued."""
+        """Whether no packet can come: the peer of a seqpacket socket or pipe has closed, and nothing is queued."""
         poll = select.poll()
         poll.register(self.fd, select.POLLRDHUP)
-        told = sum(events for _, events in poll.poll(0))
-        if not told & (select.POLLRDHUP | select.POLLHUP):
+        ready = sum(events for _, events in poll.poll(0))
+        if not ready & (select.POLLRDHUP | select.POLLHUP):
             return False
         queued: int = struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0]
         return queued == 0
 
 
 def open_source(source: AnySource, settings: Settings) -> Source:
-    """Open and configure a source, for `start`. On any failure what was done is undone."""
+    """Open and configure a source. `start` begins to receive. On any failure, everything is undone."""
     capabilities = settings.capabilities
     if isinstance(source, (CaptureFile, os.PathLike)):
         reader, undo = CaptureReader(capture_of(source)), Undo()
@@ -300,7 +302,7 @@ def open_source(source: AnySource, settings: Settings) -> Source:
         return Source(reader.fd, settings, reader, undo)
     if capabilities.hardware_gso and not capabilities.vnet_header_size:
         logger.warning(
-            "the %s hands over super-packets, and no virtio-net header tells which they are: an earlier owner of the "
+            "the %s delivers super-packets without a virtio-net header, so linkrx cannot recognise them: an earlier owner of the "
             "device left offloads on. Open it with linkrx.TunTap, which resets them, or call TUNSETOFFLOAD with 0",
             capabilities.title,
         )
@@ -311,7 +313,7 @@ def open_source(source: AnySource, settings: Settings) -> Source:
             undo.add(opened.close)
             configure(opened.fileno(), settings, undo)
             return Source(opened.fileno(), settings, opened, undo)
-        # A duplicate: were the owner to close the descriptor, the number could be another file's a moment later.
+        # A duplicate, because the owner may close the descriptor, and another file may get its number.
         duplicate = Duplicate(descriptor(source))
         undo.add(duplicate.close)
         fd = duplicate.fd
@@ -326,8 +328,7 @@ def open_source(source: AnySource, settings: Settings) -> Source:
 
 def _packet_socket(interface: str) -> socket.socket:
     try:
-        # Protocol 0: nothing is received before bind. With ETH_P_ALL here, frames of other interfaces would
-        # queue up until then, and stay.
+        # With protocol 0 nothing is received before bind(2). With ETH_P_ALL, frames of all interfaces would be queued until then.
         return socket.socket(
             socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
         )
@@ -341,9 +342,9 @@ def _packet_socket(interface: str) -> socket.socket:
 
 
 def _bind(packet: socket.socket, found: Capabilities, protocol: int) -> None:
-    """To an interface, or to every one, also those that come later.
+    """Bind to an interface, or to every interface, including later ones.
 
-    By the index that probing found: the name may be another interface's by now.
+    By the index that probing found, because the name may belong to another interface now.
     """
     try:
         bind_to_interface(packet.fileno(), protocol, found.ifindex or 0)
@@ -352,5 +353,5 @@ def _bind(packet: socket.socket, found: Capabilities, protocol: int) -> None:
         raise OSError(
             error.errno, f"binding a packet socket to {name}: {os.strerror(error.errno or 0)}"
         ) from error
-    # Binding to an interface that is down leaves an ENETDOWN behind. That is no link going down: take it away.
+    # Binding to an interface that is down leaves ENETDOWN in SO_ERROR. Clear it, because no link went down.
     packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

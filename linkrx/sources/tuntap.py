@@ -1,4 +1,4 @@
-"""Opening one queue of a TAP or TUN device."""
+"""Opens a queue of a TAP or TUN device."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEVICE = "/dev/net/tun"
 
 
 class Offload(IntFlag):
-    """What a device leaves to who reads it: TUN_F_* in linux/if_tun.h."""
+    """The work that a device leaves to the reader of its queue: TUN_F_* in linux/if_tun.h."""
 
     CSUM = 0x01
     TSO4 = 0x02
@@ -49,17 +49,19 @@ class Offload(IntFlag):
 
 
 _TSO = Offload.CSUM | Offload.TSO4 | Offload.TSO6 | Offload.TSO_ECN
-_USO = Offload.USO4 | Offload.USO6  # Linux 6.2; to be had together only
+_USO = Offload.USO4 | Offload.USO6  # since Linux 6.2; the kernel takes both or none
 
 
 class TunTap:
     """One open queue of a TAP (Ethernet frames) or TUN (IP packets) device: what to give to `linkrx.open`.
 
-    An empty name lets the kernel choose one. The device is made if it does not exist, and goes when its last queue
-    is closed, unless it was made persistent. Attaching to a device that nobody has open resets what an earlier
-    owner left on it: offloads, the size of the virtio-net header, filters, and programs that steer packets to queues. A further
-    queue of a device changes nothing of it, and is refused with UnsupportedOption where it could not be as asked. `offload` tells what the kernel
-    agreed to, an `Offload`; nothing without `offload=True`. The queue is non-blocking; write a frame with `os.write(tap.fileno(), frame)`.
+    With an empty name the kernel chooses one. The device is made if it does not exist. It is deleted when its last queue is closed,
+    unless it is persistent. Attaching to an existing device without open queues resets the settings of an earlier owner:
+    offloads, the size of the virtio-net header, filters, and programs that steer packets to queues. A further queue changes
+    nothing on the device. If the device does not have the wanted settings, the queue is refused with UnsupportedOption.
+
+    `offload` is the `Offload` that the kernel accepted. It is empty without `offload=True`. The queue is non-blocking. Write a
+    frame with `os.write(tap.fileno(), frame)`.
     """
 
     def __init__(
@@ -71,10 +73,10 @@ class TunTap:
         vnet_header: bool = False,
         offload: bool = False,
     ) -> None:
-        """Raises MissingPrivilege, ValueError for names and modes that cannot be, OSError with what the kernel said."""
+        """Raises MissingPrivilege, ValueError for an invalid name or mode, UnsupportedOption, and the kernel's OSError."""
         self._fd = -1
         if mode not in ("tap", "tun"):
-            raise ValueError(f"mode {mode!r}: a device is a 'tap' or a 'tun'")
+            raise ValueError(f"mode {mode!r}: give 'tap' or 'tun'")
         wanted = interface_name(name) if name else b""
         if offload and not vnet_header:
             raise ValueError("offload=True needs vnet_header=True: the header describes the super-packets")
@@ -88,7 +90,7 @@ class TunTap:
             self.name = _attach(self._fd, wanted, flags)
             device = _device(self.name)
             _check_headers(self._fd, self.name, vnet_header, device)
-            # What follows belongs to the device, not to this queue: with other queues open it is theirs as well.
+            # Offloads and filters belong to the device. If other queues are open, they are in use.
             if not multi_queue or device is None or device.queues == 1:
                 _reset(self._fd, mode)
                 self.offload = _set_offload(self._fd, offload)
@@ -99,7 +101,7 @@ class TunTap:
             raise
 
     def fileno(self) -> int:
-        """The queue's file descriptor; -1 once closed."""
+        """The file descriptor of the queue; -1 after close."""
         return self._fd
 
     def close(self) -> None:
@@ -157,18 +159,18 @@ def _attach(fd: int, wanted: bytes, flags: int) -> str:
         why = {
             errno.EBUSY: "its only queue is open already; open all queues with multi_queue=True to share it",
             errno.EINVAL: "it exists as another kind of device, or with another mode or multi_queue setting",
-        }.get(error.errno or 0, "TUNSETIFF was refused")
+        }.get(error.errno or 0, "the kernel refused TUNSETIFF")
         raise OSError(error.errno, f"attaching to the device {name!r}: {error.strerror}; {why}") from error
     return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
 
 
 def _device(name: str) -> Link | None:
-    with closing(RouteSocket()) as route:  # the device was just attached to, so it is in this namespace
+    with closing(RouteSocket()) as route:  # TUNSETIFF finds devices in this namespace only
         return route.link(name=name)
 
 
 def _check_headers(fd: int, name: str, vnet_header: bool, device: Link | None) -> None:
-    """What stands in front of frames is the device's, and TUNSETIFF on a second queue ignores what it is asked for."""
+    """Check the headers in front of frames. They belong to the device: TUNSETIFF on a second queue ignores the wanted flags."""
     answer = fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ_BYTES))
     has_header = bool(struct.unpack_from("H", answer, IFNAMSIZ)[0] & IFF_VNET_HDR)
     if has_header != vnet_header:
@@ -178,35 +180,35 @@ def _check_headers(fd: int, name: str, vnet_header: bool, device: Link | None) -
         )
     if device is not None and device.packet_info:
         raise UnsupportedOption(
-            f"{name}: its other queues have packet information (struct tun_pi) in front of frames, so this one has it, and "
-            "TunTap opens queues without"
+            f"{name}: its other queues have packet information (struct tun_pi) in front of frames, so this one would have it "
+            "too, but TunTap opens queues without. Open the first queue with IFF_NO_PI"
         )
 
 
 def _reset(fd: int, mode: str) -> None:
-    """Undo what outlives a descriptor on a persistent device."""
+    """Reset the settings that a persistent device keeps after its queues are closed."""
     fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
     if mode == "tap":
         fcntl.ioctl(fd, TUNSETTXFILTER, bytes(4))  # struct tun_filter: no flags, no addresses; TAP only
     for what in (TUNSETFILTEREBPF, TUNSETSTEERINGEBPF):
-        with suppress(OSError):  # EINVAL before Linux 4.16, which has no such programs to remove
+        with suppress(OSError):  # EINVAL before Linux 4.16, which has no such programs
             fcntl.ioctl(fd, what, struct.pack("i", -1))
 
 
 def _offload_of(name: str, wanted: bool) -> Offload:
-    """What the owner of the other queues has set."""
+    """The offloads that another queue has set. Raises UnsupportedOption if it has set none and they are wanted."""
     if takes_super_packets(name):
         return _TSO
     if wanted:
         raise UnsupportedOption(
-            f"offload=True on {name}: its other queues were opened without, and offloads are the device's. Open the first queue "
-            "with offload=True"
+            f"offload=True on {name}: its other queues were opened without, and all queues of a device share its offloads. Open "
+            "the first queue with offload=True"
         )
     return Offload(0)
 
 
 def _set_offload(fd: int, wanted: bool) -> Offload:
-    """Set the offloads anew, falling back to what the kernel has."""
+    """Set the offloads, or as many as the kernel supports. Returns those that it accepted."""
     for mask in (_TSO | _USO, _TSO, Offload.CSUM, Offload(0)) if wanted else (Offload(0),):
         try:
             fcntl.ioctl(fd, TUNSETOFFLOAD, int(mask))

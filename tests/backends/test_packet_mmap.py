@@ -528,7 +528,7 @@ def test_a_socket_that_has_a_ring_already(wire: Wire) -> None:
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
         with pytest.raises(
-            linkrx.UnsupportedSource, match=r"has a ring, .* Give linkrx a socket without one"
+            linkrx.UnsupportedSource, match=r"has a ring, .* Give linkrx a socket without a ring"
         ):
             ring_on(borrowed)
         assert borrowed.getsockopt(SOL_PACKET, PACKET_VERSION) == TPACKET_V1

@@ -189,7 +189,7 @@ def test_a_filter_that_cannot_be_read(borrowed: socket.socket) -> None:
         borrowed.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
     finally:
         os.close(program)
-    with pytest.raises(linkrx.UnsupportedOption, match="cannot be read, and so not be put back"):
+    with pytest.raises(linkrx.UnsupportedOption, match="and so could not restore it"):
         linkrx.open(borrowed, filter=EVEN)
 
 
@@ -198,7 +198,7 @@ def test_what_only_the_kernel_can_tell(wire: Wire, borrowed: socket.socket) -> N
     with linkrx.open(wire[0], filter=RXHASH) as rx:
         wire[1].send(frame(1))
         assert numbers(rx, 1) == [1]
-        with pytest.raises(linkrx.UnsupportedOption, match="the receive hash, which linkrx cannot tell"):
+        with pytest.raises(linkrx.UnsupportedOption, match="the receive hash, which linkrx does not know"):
             rx.set_filter(RXHASH)
     with pytest.raises(linkrx.UnsupportedOption, match="the receive hash"):
         linkrx.open(borrowed, filter=RXHASH)
@@ -209,7 +209,7 @@ def test_tags(wire: Wire, backend: str) -> None:
     """An expression that speaks of tags is judged on the frame as it was on the wire; a double tag and none are told apart."""
     near, injector = wire
     with linkrx.open(near, backend=backend, filter="vlan 5 and udp port 53") as rx:
-        assert (rx.choice.filter or "").startswith("linkrx: it speaks of VLAN tags")
+        assert (rx.choice.filter or "").startswith("linkrx: the filter is about VLAN tags")
         wanted = tagged(udp(53), 0x2005)
         for sent in (
             wanted,
@@ -381,5 +381,5 @@ def test_runts_that_a_filter_makes() -> None:
 
 def test_tags_with_a_protocol(wire: Wire) -> None:
     """Of a socket that is bound to an EtherType the kernel forgets tags, so an expression that speaks of them is refused."""
-    with pytest.raises(linkrx.UnsupportedOption, match="with protocol= it forgets them"):
+    with pytest.raises(linkrx.UnsupportedOption, match="with protocol= the kernel drops them"):
         linkrx.open(wire[0], protocol=0x0800, filter="vlan 5")

@@ -87,9 +87,7 @@ def test_a_socket_with_a_ring(backend: str) -> None:
     with veth() as (near, _), bound(near) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
         for function in (linkrx.open, linkrx.choose):
-            with pytest.raises(
-                linkrx.UnsupportedSource, match="has a ring, as libpcap puts one on its sockets"
-            ):
+            with pytest.raises(linkrx.UnsupportedSource, match="has a ring, such as libpcap makes"):
                 function(borrowed, backend=backend)
         with pytest.raises(OSError, match="busy"):
             borrowed.setsockopt(SOL_PACKET, PACKET_VERSION, 0)

@@ -43,8 +43,8 @@ def test_ddd() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "the first line says nothing, and 0 instructions follow"),
-        ("2\n6 0 0 1\n", "the first line says 2, and 1 instructions follow"),
+        ("", "the first line says nothing, but 0 instructions follow"),
+        ("2\n6 0 0 1\n", "the first line says 2, but 1 instructions follow"),
         ("(000) ldh [12]\n", "line 1 is '(000) ldh [12]'"),
         ("1\n6 0 0\n", "line 2 is '6 0 0'"),
         ("1\n{ 0x6, 0, 0, 0x00040000 },\n", "line 2 is"),
@@ -75,8 +75,8 @@ def test_ddd_of_another_form(text: str, says: str) -> None:
         ([ACCEPT] * 5000, ValueError, "the kernel takes 4096 instructions at most"),
         ([(0x34, 0, 0, 0), ACCEPT], ValueError, "it divides by zero"),
         ([(0, 0, 0, 0)], ValueError, "the last instruction is no return"),
-        (b"udp", TypeError, "give an expression as in 'udp port 53'"),
-        (53, TypeError, "give an expression as in 'udp port 53'"),
+        (b"udp", TypeError, "give an expression such as 'udp port 53'"),
+        (53, TypeError, "give an expression such as 'udp port 53'"),
         ("udp\0port", ValueError, "printable characters only"),
         ("udp\nport", ValueError, "printable characters only"),
     ],
@@ -127,7 +127,7 @@ def test_without_libpcap(monkeypatch: pytest.MonkeyPatch) -> None:
     libpcap._library.cache_clear()
     try:
         with pytest.raises(
-            linkrx.UnsupportedOption, match=r"apt install libpcap0\.8.*Instructions work without"
+            linkrx.UnsupportedOption, match=r"apt install libpcap0\.8.*Instructions need no libpcap"
         ):
             filters.compiled("udp", ETHERNET, ethernet=True)
         assert filters.compiled([ACCEPT], ETHERNET, ethernet=True).instructions == (ACCEPT,)
@@ -147,9 +147,7 @@ def test_relocated() -> None:
     assert bpf.AD_PROTOCOL in operands
     assert bpf.AD_PKTTYPE in operands
     assert all(k >= bpf.NET_OFF % 2**32 for k in operands)
-    with pytest.raises(
-        linkrx.UnsupportedOption, match=r"looks at the link header \(offset 6 of Linux cooked\)"
-    ):
+    with pytest.raises(linkrx.UnsupportedOption, match=r"reads the link header \(offset 6 of Linux cooked\)"):
         filters.compiled("link[6] = 2", UNBOUND, ethernet=True)
 
 
