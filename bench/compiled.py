@@ -1,4 +1,4 @@
-"""The C files of this folder as libraries, and other programs that are spoken to line by line."""
+"""Compiles the C files of this folder, and ends programs that read lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """NAME.c, compiled for this processor."""
+    """Compile NAME.c for this processor, and load it."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, f"{name}.so")
         source = Path(__file__).with_name(f"{name}.c")
@@ -23,7 +23,7 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Let a process end that reads lines until there are no more."""
+    """Close the standard input of a process, which ends it, and wait."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()

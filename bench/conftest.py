@@ -1,4 +1,4 @@
-"""A network namespace of its own for all benchmarks, one processor, and the ratios at the end."""
+"""Enters a network namespace for all benchmarks, ties the process to one processor, and prints the ratios."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import pytest
 from linkrx.kernel.namespace import enter_private_network
 
 enter_private_network()
-# The queue is filled and drained on one processor: what moves between two is measured in test_live.py, which asks for
-# both of them again.
+# The queue is filled and drained on one processor. test_live.py measures with two, and enables all processors again.
 PROCESSORS = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {PROCESSORS[-1]})
-# malloc() gives free memory back to the kernel, or not, depending on what lies behind it and on what was freed before:
-# whoever keeps packets for a while, or makes large blocks of bytes, would be measured with or without page faults by
-# chance. Here it never does. (Setting one of the two alone would end that the other adapts.)
+# Whether malloc() returns free memory to the kernel depends on the blocks behind it and on earlier calls of free(). So a
+# benchmark that keeps packets or makes large blocks would have page faults by chance. With these settings malloc() returns
+# nothing. (Both are set, because setting one of them stops malloc() from adapting the other.)
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_MMAP_THRESHOLD": (-3, 32 * 2**20)}  # malloc.h
 if hasattr(ctypes.CDLL(None), "mallopt"):
     for parameter, value in MALLOPT.values():
@@ -25,12 +24,12 @@ if hasattr(ctypes.CDLL(None), "mallopt"):
 
 @pytest.fixture(scope="session")
 def processors() -> list[int]:
-    """Those that this process could run on before it was tied to the last of them."""
+    """The processors that this process could use before it was tied to the last of them."""
     return PROCESSORS
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """A line for each reader: nanoseconds per packet, the floor's, and the ratio; or milliseconds and the target."""
+    """Print a line for each reader: nanoseconds per packet, the floor's, and the ratio; or milliseconds and the target."""
     session = getattr(config, "_benchmarksession", None)
     measured = [one for one in session.benchmarks if "readers" in one.extra_info] if session else []
     if measured:

@@ -1,4 +1,4 @@
-"""Dispatchers that are opened and disturbed one after the other on one source, and the account of every frame sent to it."""
+"""Opens and disturbs one dispatcher after the other on a source, and accounts for every frame that was sent to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from linkrx import _core
 # Frames in a burst and microseconds behind it: a flood, three that a reader who looks at every byte can nearly, just or
 # easily follow, a trickle, and silence.
 PACES = ((4096, 0), (64, 400), (64, 1500), (8, 300), (1, 100), (0, 0))
-KEPT_MOST = 48  # each may hold on to an arena, of half a megabyte and more
+KEPT_MOST = 48  # each may hold an arena of half a megabyte or more
 PATIENCE = 0.02  # seconds that a receive waits
 
 # struct tpacket_block_desc: num_pkts behind block_status, and seq_num behind offset_to_first_pkt and blk_len
@@ -30,15 +30,15 @@ PACKETS, SEQUENCE = 12, 24
 
 RING_SIZES = (1, 2**20, 4 * 2**20, 16 * 2**20)  # a ring has at least two blocks
 LATENCIES = (0.001, 0.001, 0.005, 0.02)
-PAUSE = 0.02  # seconds at most between two rings
-SETTLING = 5.0  # seconds until frames that are under way in the kernel have arrived
+PAUSE = 0.02  # maximal seconds between two rings
+SETTLING = 5.0  # seconds after which frames in the kernel must have arrived
 
 _LINKRX = Path(linkrx.__file__).parent
 
 
 def _receiving(frame: FrameType | None) -> bool:
-    """Whether a dispatcher runs there, called by one of the ways to receive and not by what looks at packets."""
-    entered = None  # what of linkrx was called from outside
+    """Whether a frame is inside a call that receives, and not in one that reads packets."""
+    entered = None  # the outermost function of linkrx
     while frame is not None and Path(frame.f_code.co_filename).is_relative_to(_LINKRX):
         entered, frame = frame.f_code, frame.f_back
     if entered is None or frame is None or Path(entered.co_filename).name != "dispatcher.py":
@@ -49,7 +49,7 @@ def _receiving(frame: FrameType | None) -> bool:
 
 
 class Interrupted(Exception):
-    """Raised by the signal handler, as KeyboardInterrupt is."""
+    """Raised by the signal handler, like KeyboardInterrupt."""
 
 
 class Refused(Exception):
@@ -60,8 +60,8 @@ class Disturbed:
     """Opens one dispatcher after the other on a source and disturbs each, with choices from one seed.
 
     One thread flaps links, changes the pace of the traffic and stops dispatchers; a signal handler raises and stops;
-    so does deliver. The handler raises only while a dispatcher receives: elsewhere the exception would take away what
-    linkrx has handed over already.
+    so does deliver. The handler raises only while a dispatcher receives: elsewhere the exception would discard packets that
+    linkrx has already delivered.
     """
 
     def __init__(self, wire: Wire, backend: str, seed: int) -> None:
@@ -72,8 +72,8 @@ class Disturbed:
         self._kept: list[tuple[linkrx.Packet | memoryview, bytes]] = []
         self._current: linkrx.Dispatcher | None = None
         self._over = threading.Event()
-        self._turn = threading.Lock()  # held by who disturbs, and by who wants no disturbance
-        self._handle: str | None = None  # what the signal handler is to do
+        self._turn = threading.Lock()  # held while disturbing, and while nothing may disturb
+        self._handle: str | None = None  # the next action of the signal handler
         self._iterator: object = None  # outlives the step: closing it must not be interrupted
         self._ways: tuple[tuple[Callable[[linkrx.Dispatcher], None], bool], ...] = (
             (self._dispatch, False),
@@ -85,7 +85,7 @@ class Disturbed:
         )
 
     def run(self, seconds: float) -> Account:
-        """Disturb dispatchers for so many seconds, receive what is left undisturbed, and settle the account."""
+        """Disturb dispatchers for `seconds`, receive the remaining frames undisturbed, and complete the account."""
         before = signal.signal(signal.SIGALRM, self._on_signal)
         disturber = threading.Thread(target=self._disturb, name="disturber")
         end = time.monotonic() + seconds
@@ -106,7 +106,7 @@ class Disturbed:
         self._settle()
         return self.account
 
-    # What disturbs.
+    # Disturbances.
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         current = self._current
@@ -156,7 +156,7 @@ class Disturbed:
             self.account.happened["deliver raises"] += 1
             raise Refused
 
-    # What receives.
+    # Calls that receive.
 
     def _take(self, packet: linkrx.Packet, *, keep: bool = True) -> None:
         self.account.delivered += 1
@@ -208,7 +208,7 @@ class Disturbed:
         rx.run()
 
     def _step(self, rx: linkrx.Dispatcher) -> None:
-        """Receive in one way, with or without a signal. What waits for ever gets one in any case."""
+        """Receive with one call, with or without a signal. A call that waits for ever always gets one."""
         way, endless = self._random.choice(self._ways)
         self.account.happened[way.__name__[1:]] += 1
         if endless or self._random.random() < 0.4:
@@ -230,7 +230,7 @@ class Disturbed:
 
     @contextmanager
     def _opened(self, options: dict[str, Any], where: str) -> Iterator[linkrx.Dispatcher]:
-        """A dispatcher. What it counted is compared with what the kernel counted meanwhile."""
+        """Open a dispatcher. At the end, its counters are compared with the kernel's."""
         wire = self._road
         handed, before_open = wire.counted().handed, wire.drops()
         with linkrx.open(wire.source, self._deliver, backend=self._backend, **options) as rx:
@@ -246,14 +246,14 @@ class Disturbed:
         if wire.name in (
             "tap",
             "tun",
-        ):  # their kernel counts what was read, so each dispatcher can be settled
+        ):  # the kernel counts the frames that were read, so each dispatcher can be accounted for
             handed = wire.counted().handed - handed
             known = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
             if handed != known:
                 self.account.blame(f"{handed - known} of {handed} frames are in no counter {where}: {stats}")
 
     def _disturb_one(self) -> None:
-        """Open a dispatcher, receive and disturb for a while, stop, and add up what it counted."""
+        """Open a dispatcher, receive and disturb for a while, stop, and add up its counters."""
         account, options = self.account, self._options()
         account.happened["opened"] += 1
         delivered = account.delivered
@@ -265,7 +265,7 @@ class Disturbed:
                 self._step(rx)
             self._current = None
             rx.stop()
-            rx.drain()  # takes notice of the stop: what waited is now `undelivered`
+            rx.drain()  # notices the stop: packets that waited are now `undelivered`
             stats, ended = rx.stats(), rx.end
         account.runts += stats.runts
         account.empty += stats.empty
@@ -278,7 +278,7 @@ class Disturbed:
         if ended is not linkrx.End.STOPPED:
             account.blame(f"the end is {ended} {where}: {stats}")
 
-    # What is left.
+    # Frames that remain.
 
     def _settle(self) -> None:
         wire, account = self._road, self.account
@@ -315,10 +315,10 @@ class Disturbed:
 
 
 def left_in_ring(rx: linkrx.Dispatcher) -> int:
-    """Packets in the ring that its dispatcher has not begun with: those go with it. Nothing may be sent meanwhile.
+    """The packets in the ring that its dispatcher has not begun to read, which are lost with it. Nothing may be sent meanwhile.
 
-    In all blocks: those that wait, and the open one, which the timer may close just now. Not in the one that was begun,
-    the oldest: `undelivered` has its rest. Blocks that were given back say 0.
+    These are in the blocks that wait, and in the open one, which the timer may close now. The rest of the oldest block, which
+    was begun, is in `undelivered`. Released blocks have 0.
     """
     mechanism: Any = rx._mechanism
     first = _core.lib.lrx_ring_memory(mechanism._state)
@@ -328,18 +328,18 @@ def left_in_ring(rx: linkrx.Dispatcher) -> int:
         packets = ctypes.c_uint32.from_address(block + PACKETS).value
         if packets:
             waiting.append((ctypes.c_uint64.from_address(block + SEQUENCE).value, packets))
-    # The oldest are read in place already, and not released.
+    # The oldest blocks are being read in place, and are not released.
     slots = mechanism._mechanism.slots
     read = sum(slots.unreleased) if slots else 0
     return sum(packets for _, packets in sorted(waiting)[read + bool(mechanism.held) :])
 
 
 class DisturbedRings(Disturbed):
-    """The same with rings.
+    """Disturbs dispatchers with rings.
 
-    While a ring is put on and while it is taken off nothing is sent and no link changes: the kernel counts what a
-    socket got, what it had no room for, and what came while no socket listened, but not for which socket. So every ring is
-    settled by itself, to the frame.
+    While a ring is set up or removed, nothing is sent and no link changes. The kernel counts frames that a socket got, frames
+    without room, and frames that came while no socket listened, but not per socket. So every ring is accounted for by itself,
+    to the frame.
     """
 
     def __init__(self, wire: Wire, seed: int) -> None:
@@ -348,17 +348,17 @@ class DisturbedRings(Disturbed):
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Nothing is sent, and no link goes down or up."""
+        """Within this context, nothing is sent, and no link goes down or up."""
         with self._turn:
             self._road.traffic.quiet()
             yield
             self._road.traffic.pace(*self._random.choice(PACES))
 
     def _settle_since(self, known: Callable[[], int], where: str) -> None:
-        """All that was sent since the last call is `known`, or was lost with a link."""
+        """Assert that each frame sent since the last call is in `known`, or was lost with a link."""
         wire = self._road
         end = time.monotonic() + SETTLING
-        while True:  # the other processor may still be at work on some
+        while True:  # the other processor may still process some
             others, eaten, sent = known(), wire.counted().no_link, wire.traffic.control.accepted
             lost = sent - self._sent - (eaten - self._eaten) - others
             if not lost or time.monotonic() > end:
@@ -369,7 +369,7 @@ class DisturbedRings(Disturbed):
         self._sent, self._eaten = sent, eaten
 
     def _count_unread(self) -> None:
-        """What came while nobody was there: for nobody, or into the queue of a socket that a ring then empties."""
+        """Count frames that came without a ring: without a listening socket, or into a queue that the next ring empties."""
         unread = 0
 
         def known() -> int:
@@ -389,7 +389,7 @@ class DisturbedRings(Disturbed):
 
     @contextmanager
     def _opened(self, options: dict[str, Any], where: str) -> Iterator[linkrx.Dispatcher]:
-        """A dispatcher with a ring, to be stopped. Each frame that was sent meanwhile is in one of its counters."""
+        """Open a dispatcher with a ring. Each frame that was sent until its stop must be in one of its counters."""
         self._over.wait(self._random.uniform(0, PAUSE))
         with self._undisturbed():
             self._count_unread()
@@ -403,7 +403,7 @@ class DisturbedRings(Disturbed):
                 self.account.left += left_in_ring(rx)
                 self.account.happened["freezes"] += stats.ring_freezes or 0
                 rx.close()
-                self._road.unread(False)  # what the ring has counted is settled
+                self._road.unread(False)  # the frames in the ring's counters are accounted for
 
     def _known(self, rx: linkrx.Dispatcher) -> int:
         """The frames in all counters of a ring."""
@@ -412,7 +412,7 @@ class DisturbedRings(Disturbed):
         counted = stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
         return stats.packets + counted + stats.kernel_drops + left_in_ring(rx)
 
-    # What is left.
+    # Frames that remain.
 
     def _settle(self) -> None:
         wire, account = self._road, self.account
@@ -427,5 +427,5 @@ class DisturbedRings(Disturbed):
 
 
 def disturb(wire: Wire, backend: str, seed: int) -> Disturbed:
-    """The one for a backend."""
+    """The class that disturbs dispatchers of a backend."""
     return DisturbedRings(wire, seed) if backend == "packet_mmap" else Disturbed(wire, backend, seed)

@@ -1,8 +1,8 @@
-"""How many lines a second `linkrx dump -r FILE` writes into a file: `python bench/dump.py`.
+"""Measures the lines per second that `linkrx dump -r FILE` writes into a file: `python bench/dump.py`.
 
-The packets are of mixed kinds, as on a network where most is TCP: of 19, eleven of TCP (one over IPv6), four of UDP (one over IPv6, one
-with a VLAN tag), a DNS query and its answer, ARP and ICMP. The file is in the page cache. Time is from the start of the program to its
-end, and beside it what the processor was busy for it, user's and kernel's; `tcpdump -n` does the same in turn.
+The packets are of mixed kinds, most of them TCP: of 19, eleven of TCP (one over IPv6), four of UDP (one over IPv6, one with a
+VLAN tag), a DNS query and its answer, ARP and ICMP. The file is in the page cache. The benchmark measures the time from the start of
+the program to its end, and its processor time, user and system. `tcpdump -n` does the same in turn.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def mixed() -> list[Recorded]:
-    """The packets, in an order by chance, some microseconds apart."""
+    """The packets, in random order, some microseconds apart."""
     chosen = random.Random(1)
     frames = [GOOD[kind] for kind in chosen.choices(KINDS, k=PACKETS)]
     moment = 1_700_000_000_000_000_000
@@ -79,7 +79,7 @@ def mixed() -> list[Recorded]:
 
 
 def timed(command: list[str], out: Path) -> tuple[float, float]:
-    """Seconds from start to end, and seconds that a processor was busy."""
+    """Seconds from start to end, and seconds of processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     with out.open("wb") as file:

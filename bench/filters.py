@@ -1,8 +1,8 @@
-"""What a filter costs, and what it saves: `python bench/filters.py`.
+"""Measures the cost of a filter, and the processor time that it saves: `python bench/filters.py`.
 
-First linkrx's own filter, in classification, on frames in the cache: `udp port 53` on frames that it takes and on two kinds that it
-rejects. Then the processor time of a DHCP watcher on a veth with 20,000 other packets per second, which reports twenty requests per
-second: linkrx with the filter and without, and aiodhcpwatcher where it is installed.
+First it measures linkrx's own filter, in classification, on frames in the cache: `udp port 53` on frames that it accepts and on two
+kinds that it rejects. Then it measures the processor time of a DHCP watcher on a veth with 20,000 other packets per second, which
+reports twenty requests per second: linkrx with the filter and without, and aiodhcpwatcher if it is installed.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ def udp(source: int, target: int, body: bytes) -> bytes:
 
 
 def request() -> bytes:
-    """A DHCP request as a client broadcasts it: RFC 2131."""
+    """A DHCP request of a client: RFC 2131."""
     head = struct.pack("!4B3I", 1, 1, 6, 0, 1, 0, 0).ljust(28, b"\0") + REMOTE
     options = b"\x63\x82\x53\x63\x35\x01\x03\x32\x04\x0a\x00\x00\x09\xff"
     return udp(68, 67, head.ljust(236, b"\0") + options + bytes(60))
 
 
 def classification(frame: bytes, program: bytes) -> Any:
-    """A function that classifies so many of these frames, and returns nanoseconds per frame."""
+    """A function that classifies frames like this one, and returns nanoseconds per frame."""
     descriptors, arena, counters = (
         Descriptors(ROWS),
         Owner(ROWS * (len(frame) + ROW_BYTES) + 4096),
@@ -194,7 +194,7 @@ def watched(name: str, near: str, far: str) -> tuple[float, int, int]:
 
 
 def main() -> None:
-    """Print both."""
+    """Print both measurements."""
     own_filter()
     enter_private_network()
     try:

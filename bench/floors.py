@@ -1,4 +1,4 @@
-"""The bare C loops, compiled on the spot, and the frames that go into their queues."""
+"""The bare C loops of floors.c, and the frames for their queues."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Account(ctypes.Structure):
 
 
 class Flood(ctypes.Structure):
-    """struct flood in floors.c: frames that send() took and refused, and what it cost."""
+    """struct flood in floors.c: frames that send() accepted and refused, and its processor time."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("accepted", "refused", "took_ns", "cpu_ns")]
 
@@ -46,16 +46,16 @@ class Flood(ctypes.Structure):
 
 
 def _memory(size: int) -> tuple[mmap.mmap, ctypes.c_void_p]:
-    """Bytes that are there before they are measured, and their address, which holds while they are kept."""
+    """Memory whose pages are already mapped, and its address, which is valid while the memory is held."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     return memory, ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
 
 
 class Frames:
-    """Frames of one size to fill a queue with: Ethernet, IPv4, UDP, random bytes, and each its number in the fill."""
+    """Frames of one size that fill a queue: Ethernet, IPv4, UDP, random bytes. Each contains its number in the fill."""
 
     def __init__(self, size: int, neighbours: int = 1) -> None:
-        """From so many senders in turn."""
+        """Make frames from `neighbours` senders in turn."""
         self.size = size
         self.distinct = max(1, min(64, 1024 * 1024 // size))
         chance = random.Random(size)
@@ -67,7 +67,7 @@ class Frames:
         self._memory[:] = frames
 
     def flood(self, injector: socket.socket, seconds: float) -> Flood:
-        """Send the first of them, numbered, as fast as it goes for so long."""
+        """Send the first frame, numbered, as fast as possible for `seconds`."""
         result = Flood()
         library("floors").flood(
             injector.fileno(),
@@ -79,7 +79,7 @@ class Frames:
         return result
 
     def send_singly(self, injector: socket.socket, pauses_ns: Sequence[int]) -> list[int]:
-        """Send one behind each pause, and return when each was sent: CLOCK_MONOTONIC, nanoseconds."""
+        """Send one frame after each pause. Returns when each was sent: CLOCK_MONOTONIC, nanoseconds."""
         packets = len(pauses_ns)
         pauses, sent = (ctypes.c_uint64 * packets)(*pauses_ns), (ctypes.c_uint64 * packets)()
         library("floors").send_singly(
@@ -93,14 +93,14 @@ class Frames:
         return list(sent)
 
     def send(self, injector: socket.socket, packets: int, first: int = 0) -> int:
-        """Send so many, numbered from `first` on; returns those that the kernel took."""
+        """Send `packets` frames, numbered from `first`. Returns how many the kernel accepted."""
         call = library("floors").fill
         call.restype = ctypes.c_long
         numbers = map(ctypes.c_long, (self.size, self.distinct, first, packets))
         return int(call(injector.fileno(), self._address, *numbers))
 
     def send_paced(self, injector: socket.socket, packets: int, interval_ns: int) -> tuple[int, int]:
-        """Send so many, one every `interval_ns`; returns those that the kernel took, and how many of them were late."""
+        """Send `packets` frames, one every `interval_ns`. Returns how many the kernel accepted, and how many of them were late."""
         call, late = library("floors").send_paced, ctypes.c_uint64(0)
         call.restype = ctypes.c_long
         sent = call(
@@ -113,7 +113,7 @@ class Frames:
         return int(sent), late.value
 
     def numbered(self, packets: int) -> Iterator[bytes]:
-        """What `send` sends."""
+        """The frames that `send` sends."""
         for number in range(packets):
             at = number % self.distinct * self.size
             yield (
@@ -123,7 +123,7 @@ class Frames:
             )
 
     def check(self, packets: int) -> int:
-        """The checksum of that many, in order."""
+        """The Adler-32 checksum of `packets` frames, in order."""
         check = 1
         for frame in self.numbered(packets):
             check = zlib.adler32(frame, check)
@@ -131,7 +131,7 @@ class Frames:
 
 
 def udp_frame(size: int, remote: bytes, content: bytes) -> bytes:
-    """A frame of `size` bytes with all its headers, such as a dissector takes apart to the end."""
+    """A frame of `size` bytes whose headers are all valid for a dissector."""
     udp = struct.pack("!HHHH", 4000, 4001, size - 34, 0)
     ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, size - 14, 0, 0, 64, 17, 0, b"\x0a\0\0\2", b"\x0a\0\0\1")
     total = sum(struct.unpack("!10H", ip))
@@ -152,7 +152,7 @@ def _tell(check: Check | None, account: Account) -> int:
 
 
 def receive_singly(fd: int, packets: int) -> list[int]:
-    """poll() and read() so many packets, and return when each was there: CLOCK_MONOTONIC, nanoseconds."""
+    """Receive packets with poll() and read(). Returns when each was received: CLOCK_MONOTONIC, nanoseconds."""
     _kept, address = _memory(65_600)
     arrived = (ctypes.c_uint64 * packets)()
     library("floors").receive_singly(fd, address, ctypes.c_long(packets), arrived)
@@ -181,10 +181,10 @@ def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
 
 
 class RingWalk:
-    """A ring on a packet socket, and the bare walk of it."""
+    """A ring on a packet socket, and a bare walk of it."""
 
     def __init__(self, source: socket.socket, check: Check | None = None) -> None:
-        """`close` it before the socket is closed, with which the kernel removes the ring."""
+        """Call `close` before the socket is closed, because the kernel then removes the ring."""
         self.source = source
         make = library("floors").make_ring
         make.restype = ctypes.c_void_p
@@ -200,12 +200,12 @@ class RingWalk:
         return _tell(self._check, account)
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the ring."""
         library("floors").free_ring(self._ring, *self._shape)
 
 
 def ring_floor(queue: Queue, near: str) -> Reader:
-    """A bare walk of a TPACKET_V3 ring of its own on an interface."""
+    """A bare walk of a new TPACKET_V3 ring on an interface."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[RingWalk]:

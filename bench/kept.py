@@ -1,7 +1,7 @@
-"""How much memory kept packets take, in a process of its own: `kept.py WHO SOURCE SIZE PACKETS EVERY`.
+"""Measures the memory of kept packets, in a process of its own: `kept.py READER SOURCE SIZE PACKETS EVERY`.
 
-WHO is `linkrx` or `bytes` (a loop by hand, on the same kind of source). Every EVERY-th packet is kept. Prints the bytes by
-which the process grew for each packet that it kept: anonymous memory, so that the kernel's ring is none of it.
+READER is `linkrx` or `bytes` (a loop by hand, on the same kind of source). It keeps every EVERY-th packet. It prints the growth of
+the process in bytes per kept packet. That counts anonymous memory, which does not include the kernel's ring.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from queues import SOURCES
 
 import linkrx
 
-WARM = 3  # fills of which nothing is kept
+WARM = 3  # fills of which no packet is kept
 
 
 def anonymous() -> int:
-    """Bytes of anonymous memory that are there."""
+    """The anonymous memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -30,7 +30,7 @@ def anonymous() -> int:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     who, name = sys.argv[1:3]
     size, packets, every = map(int, sys.argv[3:])
     kept: list[Any] = []

@@ -1,4 +1,4 @@
-"""Packets that come alone: one is sent, untimed, and received, timed, before the next is sent."""
+"""Measures packets that come alone: one is sent, untimed, and received, timed, before the next is sent."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ Handle = Callable[[Any, Any, int, Any], None]
 
 @cache
 def clock_cost() -> float:
-    """Nanoseconds that two looks at the clock are apart when nothing is between them."""
+    """Nanoseconds between two reads of the clock with nothing in between."""
     return statistics.median(-now() + now() for _ in range(2000))
 
 
 class Alone(Queue):
-    """A queue that is filled with one packet at a time, by who drains it."""
+    """A queue into which the reader itself sends one packet at a time."""
 
     def fill(self) -> None:
-        """Nothing is put in ahead."""
+        """Send nothing: the reader sends."""
 
     def send(self, number: int) -> None:
-        """Put one frame in."""
+        """Send one frame."""
         assert isinstance(self.frames, Frames)
         assert self.frames.send(self.injector, 1, number) == 1
 
 
 class Singly(OwnClock):
-    """Calls a function that receives one packet, over and over, with a packet ready each time."""
+    """Calls a function that receives one packet, repeatedly, with a packet queued each time."""
 
     def __init__(self, queue: Alone, one: Callable[[], object], counted: Callable[[], int]) -> None:
         self._queue, self._one, self._counted = queue, one, counted
 
     def __call__(self) -> int:
-        """As often as the queue has packets."""
+        """Call the function once for each packet."""
         one, send, packets, spent = self._one, self._queue.send, self._queue.packets, 0
         before, switches = self._counted(), preemptions()
         for number in range(packets):
@@ -64,7 +64,7 @@ class Singly(OwnClock):
 
 
 class InLoop(OwnClock):
-    """Under asyncio: whoever is given a packet sends the next one, untimed. The rest of the loop's turn is timed."""
+    """Under asyncio, the callback of a packet sends the next one, untimed. The rest of the loop's iteration is timed."""
 
     def __init__(self, queue: Alone, loop: asyncio.AbstractEventLoop) -> None:
         self._queue, self._loop = queue, loop
@@ -73,11 +73,11 @@ class InLoop(OwnClock):
         self._over = loop.create_future()
 
     async def over(self) -> None:
-        """Until all packets came."""
+        """Wait until all packets came."""
         await self._over
 
     def took(self) -> bool:
-        """A packet came. False: it was the last."""
+        """Count a packet. Returns False if it was the last."""
         self._spent += now() - self._start
         self.count += 1
         going = self.count < self._queue.packets
@@ -115,7 +115,7 @@ def new_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def shower(check: Check | None) -> Handle:
-    """What is called with each packet."""
+    """The function that is called with each packet."""
 
     def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
         pass
@@ -128,7 +128,7 @@ def shower(check: Check | None) -> Handle:
 
 
 def reading(fd: int, handle: Handle) -> Callable[[], None]:
-    """By hand: read one frame, take its link header apart, call."""
+    """By hand: read one frame, unpack its link header, and call a function."""
     read, unpack = os.read, ETHERNET.unpack_from
 
     def one() -> None:
@@ -152,7 +152,7 @@ def hand(queue: Alone, fd: int, *, wait: bool) -> Reader:
             read()
 
         def counted() -> int:
-            # os.read has raised for any packet that did not come.
+            # os.read would have raised for a missing packet.
             nonlocal count
             count += queue.packets
             return count
@@ -182,7 +182,7 @@ def hand_in_loop(queue: Alone, fd: int) -> Reader:
 
 
 def linkrx_alone(queue: Alone, source: Source, way: str, backend: str) -> Reader:
-    """linkrx, in a way of SYNCHRONOUS."""
+    """linkrx with a call of SYNCHRONOUS."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -232,7 +232,7 @@ def linkrx_in_loop(queue: Alone, source: Source, way: str, backend: str) -> Read
             if way == "drain":
                 loop.add_reader(fd, rx.drain)
             else:
-                packets: Any = aiter(rx)  # kept: leaving a loop must not end it
+                packets: Any = aiter(rx)  # held, so that leaving a loop does not close it
 
                 async def iterate() -> None:
                     async for packet in packets:
@@ -256,7 +256,7 @@ SYNCHRONOUS = {
     "select + recv": "select, os.read",
 }
 IN_LOOP = {"add_reader, drain": "add_reader, os.read", "async for": "add_reader, os.read"}
-BY_HAND = {**SYNCHRONOUS, **IN_LOOP}  # what each way is compared with
+BY_HAND = {**SYNCHRONOUS, **IN_LOOP}  # the loop by hand for each call
 
 
 def by_hand(queue: Alone, source: Source, name: str) -> Reader:
@@ -269,7 +269,7 @@ def by_hand(queue: Alone, source: Source, name: str) -> Reader:
 
 
 def by_linkrx(queue: Alone, source: Source, way: str, backend: str) -> Reader:
-    """linkrx in a way of BY_HAND."""
+    """linkrx with a call of BY_HAND."""
     if way in SYNCHRONOUS:
         return linkrx_alone(queue, source, way, backend)
     return linkrx_in_loop(queue, source, "drain" if way.endswith("drain") else "async for", backend)

@@ -1,4 +1,4 @@
-"""Streams at a fixed rate from another process on another processor, and the processor time of who receives them."""
+"""Measures the processor time of receivers of streams at a fixed rate, from another process on another processor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sender import set_scheduler
 import linkrx
 from linkrx.testing.devices import Device
 
-# A stream of which more was late, or whose receiver lost the processor more often, was disturbed by others, and is
+# If more frames were late, or the receiver lost the processor more often, other processes disturbed the stream, and it is
 # sent again.
 LATE_SHARE, PREEMPTIONS, TRIES = 0.02, 4, 3
 PATIENCE = 30  # seconds for a stream to arrive
@@ -57,12 +57,12 @@ class Sender:
         return self._process.stdout.readline().strip()
 
     def start(self, packets: int, interval_ns: int) -> None:
-        """Begin to send."""
+        """Start to send."""
         assert self._process.stdin is not None
         print(packets, interval_ns, file=self._process.stdin, flush=True)
 
     def finish(self) -> tuple[int, int]:
-        """When all are sent: those that the kernel took, and those that were late."""
+        """Wait until all are sent. Returns how many the kernel accepted, and how many were late."""
         taken, late = map(int, self._line().split())
         return taken, late
 
@@ -72,10 +72,10 @@ class Sender:
 
 
 class Stream(Queue):
-    """A TAP queue that a sender paces packets into while somebody receives."""
+    """A TAP queue into which a sender sends at a fixed rate while a reader receives."""
 
     def __init__(self, queue: Queue, source: linkrx.TunTap, sender: Sender, packets: int, rate: int) -> None:
-        """So many at so many a second. There is room for all, so that who is slow loses none."""
+        """Send `packets` at `rate` per second. The queue has room for all, so a slow reader loses none."""
         super().__init__(queue.frames, queue.injector, packets)
         self.sender, self.rate = sender, rate
         Device(source.name).set(txqlen=packets + 64)
@@ -85,7 +85,7 @@ class Stream(Queue):
 
 
 class Counted:
-    """What is called with each packet shows it, counts it, and behind the last one calls `over`."""
+    """A callback that checks and counts each packet, and calls `over` after the last one."""
 
     def __init__(self, check: Check | None, packets: int) -> None:
         self.timed, self.count = check is None, 0
@@ -114,7 +114,7 @@ class Timed(OwnClock):
         self._stream, self._counted, self._receive = stream, counted, receive
 
     def __call__(self) -> int:
-        """One stream; again, if others had the processors meanwhile, so that it was not paced."""
+        """Receive one stream. Repeat it if other processes disturbed it."""
         for _ in range(TRIES if self._counted.timed else 1):
             packets = self._once()
             if not self.disturbed:
@@ -138,7 +138,7 @@ class Timed(OwnClock):
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """TimeoutError after PATIENCE seconds."""
+    """Raise TimeoutError after PATIENCE seconds."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"a stream did not arrive within {PATIENCE} seconds")
@@ -154,7 +154,7 @@ def bounded() -> Iterator[None]:
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Within, this thread runs before others, where that is allowed."""
+    """Within this context, this thread has real-time priority, if that is allowed."""
     set_scheduler()
     try:
         yield
@@ -190,7 +190,7 @@ def polled(stream: Stream, fd: int) -> Reader:
 
 
 def run(stream: Stream, source: Source, **options: Any) -> Reader:
-    """`run()`, which `stop()` ends behind the last packet; opened anew for each stream."""
+    """`run()`, which `stop()` ends after the last packet. It is opened anew for each stream."""
     try:
         linkrx.open(source, lambda *_: None, **options).close()
     except (linkrx.UnsupportedOption, ValueError) as refused:

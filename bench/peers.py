@@ -1,4 +1,4 @@
-"""What people use today, each as a reader that drains a queue beside linkrx. Where one is not installed: Missing."""
+"""Readers of other libraries, which are compared with linkrx. A library that is not installed raises Missing."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from linkrx.kernel.uapi import SO_RCVBUFFORCE
 
 ROOM = 65_600
 GO_PATH = Path(os.environ.get("LINKRX_GOPATH", "/usr/share/gocode"))  # where Debian puts Go packages
-GVISOR_FRAMES = 32  # that its ring holds
+GVISOR_FRAMES = 32  # in its ring
 BUILD_SECONDS = 600
 
 
 class Missing(Exception):
-    """Why a reader cannot be measured here."""
+    """The reason why a reader cannot be measured here."""
 
 
 class Field:
-    """The readers that take part, and the reasons of those that do not."""
+    """The readers to measure, and the reasons for those that are missing."""
 
     def __init__(self) -> None:
         self.readers: dict[str, Reader] = {}
         self.left_out: dict[str, str] = {}
 
     def add(self, name: str, make: Callable[[], Reader]) -> None:
-        """Make a reader, if it can be made."""
+        """Add a reader, or the reason why it is missing."""
         try:
             self.readers[name] = make()
         except Missing as missing:
@@ -48,7 +48,7 @@ class Field:
 
 
 def package(name: str, install: str) -> Any:
-    """A module that need not be there."""
+    """Import an optional module. Raises Missing."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -56,7 +56,7 @@ def package(name: str, install: str) -> Any:
 
 
 def loop(queue: Queue, bare: Drain, one: Callable[[], Buffer]) -> Reader:
-    """A loop over a source that is open already: `bare` drains it once, `one` receives one packet."""
+    """A loop over an open source: `bare` drains it once, `one` receives one packet."""
 
     def opened(check: Check | None) -> AbstractContextManager[Drain]:
         def checked(check: Check) -> int:
@@ -70,7 +70,7 @@ def loop(queue: Queue, bare: Drain, one: Callable[[], Buffer]) -> Reader:
 
 
 def os_read(queue: Queue, fd: int) -> Reader:
-    """os.read and nothing else."""
+    """A loop of os.read alone."""
 
     def bare() -> int:
         for _ in range(queue.packets):
@@ -81,7 +81,7 @@ def os_read(queue: Queue, fd: int) -> Reader:
 
 
 def socket_recv_into(queue: Queue, source: socket.socket) -> Reader:
-    """socket.recv_into one buffer, over and over."""
+    """A loop of socket.recv_into one buffer."""
     memory = bytearray(ROOM)
 
     def bare() -> int:
@@ -94,7 +94,7 @@ def socket_recv_into(queue: Queue, source: socket.socket) -> Reader:
 
 @contextmanager
 def pytun_device() -> Iterator[Any]:
-    """A TAP device of python-pytun's."""
+    """A TAP device of python-pytun."""
     pytun = package("pytun", "python-pytun")
     device = pytun.TunTapDevice(flags=pytun.IFF_TAP | pytun.IFF_NO_PI)
     try:
@@ -115,7 +115,7 @@ def pytun_read(queue: Queue, device: Any) -> Reader:
 
 
 def scapy_listener(near: str) -> Any:
-    """scapy's listening socket, with the small buffer that it comes with."""
+    """scapy's listening socket, with its default buffer."""
     package("scapy", "scapy")
     linux: Any = import_module("scapy.arch.linux")
     import_module("scapy.layers.inet")
@@ -123,7 +123,7 @@ def scapy_listener(near: str) -> Any:
 
 
 def scapy_reader(queue: Queue, near: str, *, dissect: bool) -> Reader:
-    """scapy's listening socket: the bytes, or the packet taken apart."""
+    """scapy's listening socket, with bytes or with dissected packets."""
     package("scapy", "scapy")
 
     @contextmanager
@@ -180,7 +180,7 @@ def pcapy_on(near: str) -> Any:
 
 
 def cypcap_on(near: str) -> Any:
-    """The same of cypcap."""
+    """A reader of cypcap that does not wait, with a ring as large as linkrx's."""
     reader = package("cypcap", "cypcap").create(near)
     reader.set_snaplen(65_536)
     reader.set_promisc(False)
@@ -198,7 +198,7 @@ def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
     `loop_to_buffer` (all into one buffer: no object per packet).
     """
     wanted = queue.packets
-    package("pcapy", "pcapy-ng")  # says at once if it is not there
+    package("pcapy", "pcapy-ng")  # raises Missing at once
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -266,7 +266,7 @@ def pcapy_reader(queue: Queue, near: str, call: str) -> Reader:
 
 @cache
 def gvisor_program() -> Path:
-    """gvisor.go, compiled with the gVisor that the system has. Missing where it has none, or no Go."""
+    """Compile gvisor.go with the system's gVisor. Raises Missing without gVisor or Go."""
     go = shutil.which("go")
     packages = GO_PATH / "src/gvisor.dev/gvisor/pkg/tcpip/link/fdbased"
     if go is None or not packages.is_dir():
@@ -291,10 +291,10 @@ def gvisor_program() -> Path:
 
 
 class Gvisor(OwnClock):
-    """A process in which gVisor's dispatchers receive from a descriptor: see gvisor.go."""
+    """A process of gvisor.go, in which gVisor's dispatchers receive from a descriptor."""
 
     def __init__(self, fd: int, mode: str, packets: int) -> None:
-        """With 0 packets it counts, and never pauses."""
+        """Start the process. With 0 packets it counts, and never pauses."""
         self._packets = packets
         self._check: Check | None = None
         self._process = subprocess.Popen(
@@ -314,21 +314,21 @@ class Gvisor(OwnClock):
         return self._process.stdout.readline().strip()
 
     def ask(self, line: str) -> list[int]:
-        """Send a line, and return the numbers of the answer."""
+        """Send a line, and return the numbers in the answer."""
         assert self._process.stdin is not None
         print(line, file=self._process.stdin, flush=True)
         return [int(word) for word in self._line().split()]
 
     def warm(self) -> None:
-        """Wait for the first delivery of all packets, behind which it pauses."""
+        """Wait until all packets were delivered once. Then the process pauses."""
         assert self._line() == "warm"
 
     def watch(self, check: Check | None) -> None:
-        """From now on show what is received to `check`, or to nobody."""
+        """From now on pass received frames to `check`, if it is given."""
         self._check = check
 
     def __call__(self) -> int:
-        """Let it drain a filled queue."""
+        """Let the process drain a filled queue."""
         self.took_ns, size, check, switches = self.ask("drain" if self._check is None else "check")
         self.disturbed = switches > 0
         if self._check is not None:
@@ -341,12 +341,12 @@ class Gvisor(OwnClock):
 
 
 def gvisor_reader(queue: Queue, fd: int, mode: str) -> Reader:
-    """gVisor's dispatcher of that mode (`readv`, `recvmmsg`, `mmap`) on a descriptor."""
+    """gVisor's dispatcher of a mode (`readv`, `recvmmsg`, `mmap`) on a descriptor."""
     gvisor_program()
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
-        # What gVisor has done to a descriptor (fanout, a ring) it cannot do again: one process, first watched, then timed.
+        # gVisor cannot set fanout or a ring on a descriptor twice. So one process is first checked and then timed.
         if not running:
             running.append(Gvisor(fd, mode, queue.packets))
             queue.fill()

@@ -1,4 +1,4 @@
-"""Bars as SVG: text, that can be read and compared like any other."""
+"""Draws bars as SVG."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from html import escape
 COLOURS = {"floor": "#8b949e", "linkrx": "#1f6feb", "peer": "#d29922"}
 LEGEND = {"floor": "by hand", "linkrx": "linkrx", "peer": "what else there is"}
 WIDTH, NAMES, VALUES, LINE, GAP = 880, 300, 170, 20, 46
-WIDE = 10  # times as much as the least: beyond that a scale is logarithmic
+WIDE = 10  # if the largest value is more than this many times the smallest, a scale is logarithmic
 
 
 def number(value: float) -> str:
-    """Three digits or more."""
+    """A number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 @dataclass
 class Bar:
-    """A reader: its name, nanoseconds per packet, times what it is compared with, and a key of COLOURS."""
+    """One reader: its name, nanoseconds per packet, ratio to the reader that it is compared with, and a key of COLOURS."""
 
     name: str
     ns: float
@@ -29,14 +29,14 @@ class Bar:
 
 @dataclass
 class Panel:
-    """Readers of one source and size."""
+    """The readers of one source and size."""
 
     title: str
     bars: list[Bar]
 
 
 class Scale:
-    """Where on the page a number of nanoseconds is."""
+    """Maps nanoseconds to a position on the page."""
 
     def __init__(self, values: list[float]) -> None:
         least, most = min(values), max(values)
@@ -53,7 +53,7 @@ class Scale:
             self.marks = [step * k for k in range(int(most / step) + 1)]
 
     def __call__(self, value: float) -> float:
-        """The place of a value."""
+        """The position of a value."""
         return NAMES + (math.log10(value) - self._from if self.logarithmic else value) * self._each
 
 

@@ -1,9 +1,9 @@
-"""One program that receives, as it is or on linkrx: what bench/programs.py starts.
+"""Runs one program that receives, with its own receive path or on linkrx. bench/programs.py starts it.
 
     python bench/ported.py PROGRAM HOW INTERFACE
 
-Prints "ready" when it receives. For each line that comes in it prints how many packets it has had, the seconds of processor time it
-has used, and whether it still receives.
+It prints "ready" when it receives. For each line on standard input it prints how many packets it has received, its processor time in
+seconds, and whether it still receives.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ over = threading.Event()
 
 
 def count(_: object = None) -> None:
-    """One more."""
+    """Count a packet."""
     seen.append(None)
 
 
 def serve(packets: Callable[[], int], receives: Callable[[], bool]) -> None:
-    """Answer until nobody asks."""
+    """Answer each line until standard input ends."""
     print("ready", flush=True)
     for _ in sys.stdin:
         print(packets(), time.process_time(), int(receives()), flush=True)
@@ -42,13 +42,13 @@ def serve(packets: Callable[[], int], receives: Callable[[], bool]) -> None:
 
 
 async def serve_beside(receives: Callable[[], bool]) -> None:
-    """The same in a thread, while the event loop runs."""
+    """Answer in a thread, while the event loop runs."""
     threading.Thread(target=serve, args=[seen.__len__, receives], daemon=True).start()
     await asyncio.get_running_loop().run_in_executor(None, over.wait)
 
 
 def run_scapy(how: str, name: str) -> None:
-    """sniff, with a filter, keeping nothing."""
+    """scapy's sniff, with a filter and without storing packets."""
     import scapy.all
     from scapy.config import conf
 
@@ -66,7 +66,7 @@ def run_scapy(how: str, name: str) -> None:
 
 
 def run_ptf(how: str, name: str) -> None:
-    """The data plane, with one port and a queue that is long enough."""
+    """ptf's data plane, with one port and a queue that is long enough."""
     from ptf.dataplane import DataPlane
 
     config: dict[str, Any] = {"platform": "eth", "qlen": 10**6}
@@ -78,7 +78,7 @@ def run_ptf(how: str, name: str) -> None:
 
 
 def run_pytcp(how: str, name: str) -> None:
-    """A host that answers pings."""
+    """PyTCP as a host that answers pings."""
     from pytcp import TcpIpStack, config
     from pytcp.lib import stack
 
@@ -92,7 +92,7 @@ def run_pytcp(how: str, name: str) -> None:
 
 
 def run_aiodhcpwatcher(how: str, name: str) -> None:
-    """The watcher, with scapy's socket or linkrx's; or that of docs/ports."""
+    """aiodhcpwatcher with scapy's socket or linkrx's, or the watcher of docs/ports."""
 
     async def watch() -> None:
         indexes = [socket.if_nametoindex(name)]
@@ -114,21 +114,21 @@ def run_aiodhcpwatcher(how: str, name: str) -> None:
 
 
 class Delivered(asyncio.Protocol):
-    """Who has the packets of a transport."""
+    """The protocol that receives the packets of a transport."""
 
     lost = False
 
     def data_received(self, data: bytes) -> None:
-        """One packet."""
+        """Count a packet."""
         count()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The device is gone."""
+        """Record that the device was deleted."""
         self.lost = True
 
 
 def run_asyncssh(how: str, name: str) -> None:
-    """The transport of a TUN device."""
+    """asyncssh's transport of a TUN device."""
     from asyncssh import tuntap
 
     if how == "linkrx":
@@ -143,7 +143,7 @@ def run_asyncssh(how: str, name: str) -> None:
 
 
 def run_pymobiledevice3(how: str, name: str) -> None:
-    """The loop that reads a kernel TUN."""
+    """pymobiledevice3's loop that reads a TUN device."""
     import linkrx
 
     if how == "linkrx":

@@ -1,8 +1,8 @@
-"""Programs that receive, as they are and on linkrx: `python bench/programs.py [--write docs/ports.md] [PROGRAM...]`.
+"""Measures programs with their own receive path and on linkrx: `python bench/programs.py [--write docs/ports.md] [PROGRAM...]`.
 
-Needs `pip install linkrx[ports]`, and pymobiledevice3 for its row; what is missing is left out. Each program runs in a process of its own and gets, on a
-device of its own: a stream of 2,000 packets per second for two seconds, 4,000 packets while the process is stopped, twenty packets
-after its link was down and up, and the deletion of its device. Rounds are interleaved.
+It needs `pip install linkrx[ports]`, and pymobiledevice3 for its row. Missing programs are left out. Each program runs in a process
+of its own, on a device of its own. It gets a stream of 2,000 packets per second for two seconds, 4,000 packets while the process is
+stopped, twenty packets after its link was down and up, and the deletion of its device. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TUN = "tun71"
 
 @dataclass
 class Program:
-    """A program, the ways to run it, what it is sent, and the source of what the ports take the place of."""
+    """A program, the variants to run, the packets that it is sent, and the source code that the ports replace."""
 
     title: str
     module: str
@@ -60,7 +60,7 @@ class Program:
 
 
 def source_of(*names: str) -> Callable[[], str]:
-    """The Python source of these: `module:name`."""
+    """The Python source of these members, each given as `module:name`."""
 
     def read() -> str:
         parts = []
@@ -76,14 +76,14 @@ def source_of(*names: str) -> Callable[[], str]:
 
 
 def text_of(name: str, *members: str) -> Callable[[], str]:
-    """The source of docs/ports/NAME.py, or of members of it."""
+    """The source of docs/ports/NAME.py, or of members in it."""
     return lambda: "\n".join(
         inspect.getsource(getattr(port(name), one) if one else port(name)) for one in members
     )
 
 
 def lines_of(read: Callable[[], str]) -> str:
-    """How many lines it has, as Python would write them, without comments and docstrings."""
+    """The number of lines as `ast.unparse` writes them, without comments and docstrings."""
     try:
         tree = ast.parse(read())
     except ImportError:
@@ -177,19 +177,19 @@ PROGRAMS = {
 
 @dataclass
 class Round:
-    """What one process did."""
+    """The measurements of one process."""
 
-    stream: float  # of the stream, the part that was received
+    stream: float  # fraction of the stream that was received
     cpu: float  # microseconds of processor time per packet received
     burst: int
     flap: int
-    busy: float  # of a processor, in the second after its device was deleted
-    receives: bool  # after that
+    busy: float  # fraction of a processor, in the second after the device was deleted
+    receives: bool  # whether it still receives after that
 
 
 @contextmanager
 def device_for(program: Program) -> Iterator[tuple[str, str | None]]:
-    """The name of the device, and of its other end."""
+    """Make a device. Yields its name and that of its other end."""
     if program.source == "veth":
         with veth() as (near, far):
             yield near, far
@@ -206,7 +206,7 @@ def device_for(program: Program) -> Iterator[tuple[str, str | None]]:
 
 
 def measured(name: str, how: str) -> Round:
-    """One process, one device."""
+    """Measure one process on one device."""
     program = PROGRAMS[name]
     with device_for(program) as (near, far):
         command = [sys.executable, str(HERE / "ported.py"), name, how, near]
@@ -224,7 +224,7 @@ def measured(name: str, how: str) -> Round:
 
 
 def of_process(program: Program, process: Any, near: str, far: str | None) -> Round:
-    """Everything that is done to a process."""
+    """Run all steps on a process."""
 
     def ask() -> tuple[int, float, bool]:
         process.stdin.write("\n")
@@ -233,7 +233,7 @@ def of_process(program: Program, process: Any, near: str, far: str | None) -> Ro
         return int(packets), float(cpu), receives == "1"
 
     def settled(due: int) -> tuple[int, float, bool]:
-        """Once so many have come, or no more come."""
+        """Wait until `due` packets have come, or no more come."""
         found, since = ask(), time.monotonic()
         while found[0] < due and time.monotonic() < since + QUIET:
             time.sleep(0.05)

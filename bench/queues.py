@@ -1,4 +1,4 @@
-"""The queues that are drained, of every kind of source, and linkrx draining them in every way."""
+"""The queues of every kind of source, and linkrx readers that drain them with every call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import TAP_MTU, veth
 
 SIZES = (64, 576, 1514, 9014, 65535)
-BUFFER = 64 * 1024 * 1024  # bytes of socket buffer, of which every queued frame takes more than its size
+BUFFER = 64 * 1024 * 1024  # bytes of socket buffer; a queued frame takes more than its size
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
-# A TAP queue holds 1000 frames by default. A ring takes frames in some 20 ns each: enough of them that the first misses
-# of a cold cache do not count. Of large frames fewer: a drain is to take no more than a millisecond, or it is interrupted
-# by whatever else runs on the processor, and a median of such rounds says little.
+# A TAP queue holds 1000 frames by default. Reading a ring takes some 20 ns per frame, so a fill has enough frames that the
+# first cache misses do not matter. There are fewer large frames: a drain should take at most a millisecond, or other
+# processes interrupt it, and the median says little.
 PACKETS, FILL_BYTES = 512, 1024 * 1024
 RING_PACKETS, RING_FILL_BYTES = 4096, 6 * 1024 * 1024
-BYTE = 23  # that is looked at: the protocol, in the header of IPv4
+BYTE = 23  # the offset of the byte that is read: the protocol in the IPv4 header
 RING_SETTLE = 0.004  # four times the default latency
 
 
@@ -40,7 +40,7 @@ Opened = tuple[Queue, Source, Reader]
 
 @contextmanager
 def tap(frames: Frames) -> Iterator[Opened]:
-    """A TAP queue; its floor is read() into a packed arena."""
+    """A TAP queue. Its floor is read() into a packed arena."""
     with linkrx.TunTap() as source:
         os.set_blocking(source.fileno(), False)
         device = Device(source.name)
@@ -53,14 +53,14 @@ def tap(frames: Frames) -> Iterator[Opened]:
 
 @contextmanager
 def packet_socket(frames: Frames) -> Iterator[Opened]:
-    """An AF_PACKET socket on a veth; its floor is recvmmsg() with the metadata that linkrx asks for."""
+    """An AF_PACKET socket on a veth. Its floor is recvmmsg() with the metadata that linkrx asks for."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as source,
     ):
         source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-        # The kernel tells these only where they are asked for, and then each packet has 72 bytes more to copy.
+        # The kernel adds these only if they are asked for, and then copies 72 bytes more for each packet.
         source.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         source.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         source.bind((near, ETH_P_ALL))
@@ -70,7 +70,7 @@ def packet_socket(frames: Frames) -> Iterator[Opened]:
 
 @contextmanager
 def ring(frames: Frames) -> Iterator[Opened]:
-    """An interface on which everyone has a ring of his own; the floor is a bare walk of one."""
+    """An interface on which each reader has its own ring. The floor is a bare walk of a ring."""
     with veth() as (near, far), injector_on(far) as injector:
         queue = Queue(
             frames,
@@ -84,18 +84,18 @@ def ring(frames: Frames) -> Iterator[Opened]:
 
 @contextmanager
 def unix(frames: Frames) -> Iterator[Opened]:
-    """An AF_UNIX datagram pair; its floor is recvmmsg() without metadata."""
+    """An AF_UNIX datagram pair. Its floor is recvmmsg() without metadata."""
     source, injector = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with source, injector:
         source.setblocking(False)
         injector.setblocking(False)
-        # What is queued counts against the sender's buffer.
+        # Queued frames count against the sender's buffer.
         injector.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
         queue = Queue(frames, injector, packets_of(frames.size))
         yield queue, source, loop_floor(queue, source.fileno(), "drain_recvmmsg")
 
 
-# Where a backend does not stand the kernel has no such mechanism: see the table of backends in the README.
+# A missing backend does not support the source: see the first table of tests/README.md.
 SOURCES: dict[str, tuple[Callable[[Frames], AbstractContextManager[Opened]], tuple[str, ...]]] = {
     "tap": (tap, ("readv", "os_readv")),
     "packet": (packet_socket, ("recvmmsg", "readv", "os_readv")),
@@ -202,7 +202,7 @@ def deliver(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
 
 
 def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
-    """A deliver that does nothing: what remains is linkrx."""
+    """A deliver that does nothing, so the time is linkrx's."""
 
 
 Way = Callable[[linkrx.Dispatcher, int, Check | None], Drain]
@@ -210,7 +210,7 @@ WAYS: dict[str, Way] = {"columns": columns, "batch": batch, "each": each, "deliv
 
 
 def linkrx_reader(queue: Queue, source: Source, way: Way, **options: Any) -> Reader:
-    """linkrx on a source, in one way."""
+    """linkrx on a source, with one call."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:

@@ -1,4 +1,4 @@
-"""Readers that drain filled queues side by side, round by round in random order, and what is asserted of each."""
+"""Measures readers that drain filled queues, round by round in random order, and checks their packets."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from typing import Any, Protocol
 from linkrx import _core
 
 ROUNDS = 9
-DRAINS = 5  # of each reader in a round; their median is its figure for the round
-ENOUGH = 3  # undisturbed rounds to take a median of, or else all rounds count
+DRAINS = 5  # drains of each reader in a round; their median is its figure for the round
+ENOUGH = 3  # undisturbed rounds for a median; with fewer, all rounds count
 WARMUP = 3  # drains before the first round
-CHECKED = 2  # drains in which all bytes are looked at, before any is timed
+CHECKED = 2  # drains in which all bytes are checked, before the timed ones
 
 Buffer = bytes | bytearray | memoryview
 Drain = Callable[[], int]
@@ -32,51 +32,51 @@ Drained = tuple[float, bool]  # ns per packet, and whether another process had t
 
 
 class Sendable(Protocol):
-    """What a queue is filled with: `floors.Frames`."""
+    """Frames that fill a queue: `floors.Frames`."""
 
     size: int
 
     def send(self, injector: socket.socket, packets: int) -> int:
-        """Send so many; returns those that the kernel took."""
+        """Send `packets` frames. Returns how many the kernel accepted."""
 
     def numbered(self, packets: int) -> Iterator[bytes]:
-        """What `send` sends."""
+        """The frames that `send` sends."""
 
     def check(self, packets: int) -> int:
-        """The checksum of that many, in order."""
+        """The Adler-32 checksum of `packets` frames, in order."""
 
 
 @dataclass
 class Queue:
-    """What readers drain. A `shared` one is an interface on which each reader has a socket: one fill reaches all."""
+    """A queue that readers drain. A `shared` one is an interface on which each reader has a socket: one fill reaches all."""
 
     frames: Sendable
     injector: socket.socket
     packets: int
     shared: bool = False
-    settle: float = 0.0  # seconds after which a ring has closed the block that the last frames are in
+    settle: float = 0.0  # seconds after which a ring has closed the block of the last frames
 
     def fill(self) -> None:
-        """Put the frames in, untimed."""
+        """Send the frames, untimed."""
         sent = self.frames.send(self.injector, self.packets)
         assert sent == self.packets, f"{sent} of {self.packets} frames fit into the queue"
         until = time.monotonic() + self.settle
         while time.monotonic() < until:
-            pass  # awake: what a sleep does to the caches is not what is measured here
+            pass  # busy-wait: a sleep would change the caches
 
 
 class Check:
-    """What a reader was given: packets, bytes, and the Adler-32 of all the bytes in order."""
+    """Checks the frames of a reader: counts packets and bytes, and computes the Adler-32 of all bytes in order."""
 
     def __init__(self) -> None:
         self.set(0, 0, 1)
 
     def set(self, packets: int, size: int, check: int) -> None:
-        """What someone else has counted."""
+        """Set the counts of another process."""
         self.packets, self.bytes, self.check = packets, size, check
 
     def __call__(self, frame: Buffer) -> None:
-        """Another frame."""
+        """Add a frame."""
         self.packets += 1
         self.bytes += len(frame)
         self.check = zlib.adler32(frame, self.check)
@@ -84,10 +84,10 @@ class Check:
 
 @dataclass
 class Reader:
-    """One way to drain a queue.
+    """One reader that drains a queue.
 
-    `open` is given a Check, to which all that is received is to be shown, or None when it is the time that is wanted;
-    the context it returns yields the function that drains the queue once and returns the number of packets.
+    `open` takes a Check, to which the reader passes all frames, or None for timed drains. It returns a context, which yields the
+    function that drains the queue once and returns the number of packets.
     """
 
     queue: Queue
@@ -95,7 +95,7 @@ class Reader:
 
 
 class OwnClock:
-    """A Drain in another process, which knows better how long it took and whether it was disturbed."""
+    """A drain in another process, which measures its own time and disturbance."""
 
     took_ns = 0.0
     disturbed = False
@@ -115,17 +115,17 @@ def race(
     warmup: int = WARMUP,
     **facts: object,
 ) -> None:
-    """Measure readers beside each other; `subject` is the one that pytest-benchmark gets the time of.
+    """Measure readers in turn. pytest-benchmark gets the time of `subject`.
 
     There are ROUNDS rounds. In a round each reader drains its queue `per_round` times, in turn with all others and in
-    random order; the median of these is its figure for the round. Filling is not timed. What is drained must be what
-    was put in: the number every time, in CHECKED drains before also the order and every byte. A drain in which the
-    kernel took the processor away for another process does not count, unless all of its round are such; such a round
-    does not count where ENOUGH others are left.
+    random order. The median of these is its figure for the round. Filling is not timed. Each drain must return all frames.
+    CHECKED drains before also check the order and every byte. A drain during which the kernel gave the processor to another
+    process does not count, unless the round has no other. A round with only such drains does not count if there are ENOUGH
+    other rounds.
 
-    The figures are in `extra_info`. `readers` has for each the nanoseconds per packet of every round, which of these were
-    disturbed, their median, the least, and the median of the ratios to `floor` in the same round. `ns`, `floor_ns` and
-    `ratio` are the subject's.
+    The figures are in `extra_info`. For each reader, `readers` has the nanoseconds per packet of every round, the disturbed
+    rounds, the median, the minimum, and the median of the ratios to `floor` in the same round. `ns`, `floor_ns` and `ratio`
+    are the subject's.
     """
     for name, reader in readers.items():
         verify(name, reader)
@@ -187,7 +187,7 @@ def race(
 
 
 def verify(name: str, reader: Reader) -> None:
-    """Drain CHECKED fills and look at every byte."""
+    """Drain CHECKED fills and check every byte."""
     check, queue = Check(), reader.queue
     wanted = (queue.packets, queue.packets * queue.frames.size, queue.frames.check(queue.packets))
     with reader.open(check) as drain:
@@ -200,12 +200,12 @@ def verify(name: str, reader: Reader) -> None:
 
 
 def preemptions() -> int:
-    """How often the kernel has taken the processor away from this thread for another."""
+    """The involuntary context switches of this thread so far."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def rounds_of(took: list[Drained], drains: int = DRAINS) -> Figures:
-    """The figures of a reader. Of a round: the median of its drains that nobody disturbed, or else of all."""
+    """The figures of a reader. A round's figure is the median of its undisturbed drains, or of all if there are none."""
     rounds: list[float] = []
     disturbed: list[int] = []
     for first in range(0, len(took), drains):
@@ -220,7 +220,7 @@ def rounds_of(took: list[Drained], drains: int = DRAINS) -> Figures:
 
 
 def _calm(*readers: Figures) -> list[Any]:
-    """The rounds in which none of them was disturbed, where ENOUGH are left, or else all: of two, their ratios."""
+    """The rounds in which no reader was disturbed, if these are at least ENOUGH, or else all rounds."""
     lines = list(zip(*(one["rounds"] for one in readers), strict=True))
     disturbed = {number for one in readers for number in one["disturbed"]}
     calm = [line for number, line in enumerate(lines) if number not in disturbed]
@@ -235,7 +235,7 @@ def ratio_of(one: Figures, other: Figures) -> float:
 
 
 def figures(readers: dict[str, Figures], subject: str, floor: str) -> dict[str, object]:
-    """Of all readers, with the ratio to the floor; and those of the subject."""
+    """The figures of all readers, with the ratio to the floor, and those of the subject."""
     for one in readers.values():
         one["ratio"] = ratio_of(one, readers[floor])
     return {
@@ -247,7 +247,7 @@ def figures(readers: dict[str, Figures], subject: str, floor: str) -> dict[str, 
 
 
 def note(benchmark: Any, **facts: object) -> None:
-    """Write facts, and those of the machine, beside the figures."""
+    """Add facts, and those of the machine, to `extra_info`."""
     benchmark.extra_info.update(
         kernel=platform.release(),
         cpu=processor(),

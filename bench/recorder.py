@@ -7,11 +7,11 @@ import sys
 
 import linkrx
 
-LATENCY = 0.1  # seconds that the ring may hold a packet back; of tcpdump's it is one second
+LATENCY = 0.1  # seconds that the ring may hold back a packet; tcpdump's ring: one second
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     name, path, packets = sys.argv[1], sys.argv[2], int(sys.argv[3])
     with (
         linkrx.open(name, backend="packet_mmap", timestamps=True, latency=LATENCY) as rx,
@@ -23,7 +23,7 @@ def main() -> None:
             if out.packets >= packets:
                 break
         assert rx.stats().kernel_drops == 0
-    os._exit(0)  # how long an interpreter takes to end is not what is measured
+    os._exit(0)  # the end of the interpreter is not measured
 
 
 if __name__ == "__main__":

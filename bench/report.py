@@ -1,9 +1,9 @@
-"""Tables and a plot of what `pytest bench --benchmark-json=FILE` has measured.
+"""Prints tables and a plot of the results in FILEs of `pytest bench --benchmark-json=FILE`.
 
     python bench/report.py FILE... [--svg bench/speed.svg] [--write README.md docs/super-packets.md bench/README.md]
 
-Prints Markdown. With --write, what stands in those files between `<!-- report: NAME -->` and `<!-- end -->` is replaced by
-the table of that name. Of a benchmark that is in several FILEs the last counts.
+It prints Markdown. With --write, it replaces the text in those files between `<!-- report: NAME -->` and `<!-- end -->` with the
+table of that name. If a benchmark is in several FILEs, the last one counts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def race_table(results: Results, source: str) -> Lines:
 
 
 def ratios_table(results: Results, head: str, by: str, columns: dict[Any, str], **fixed: object) -> Lines:
-    """The ratio to the floor, of every backend, by one fact where the others are fixed."""
+    """The ratio to the floor of every backend, by one fact, with the others fixed."""
     measured = results.of("test_receive", **fixed)
     cells = {(one["source"], one["backend"], one[by]): one.get("ratio") for one in measured}
     lines = dict.fromkeys((one["source"], one["backend"]) for one in measured)
@@ -57,17 +57,17 @@ def ratios_table(results: Results, head: str, by: str, columns: dict[Any, str], 
 
 
 def ways_table(results: Results, size: int) -> Lines:
-    """By ways to receive."""
+    """Ratios by call."""
     return ratios_table(results, f"{size} B", "way", WAYS, size=size)
 
 
 def sizes_table(results: Results, way: str) -> Lines:
-    """By sizes."""
+    """Ratios by size."""
     return ratios_table(results, WAYS[way], "size", {size: f"{size} B" for size in SIZES}, way=way)
 
 
 def floors_table(results: Results) -> Lines:
-    """The floors themselves, the medians over all benchmarks they were part of."""
+    """The floors: medians over all benchmarks that measured them."""
     found: dict[tuple[str, int], list[float]] = {}
     for one in results.of("test_receive"):
         if "floor_ns" in one:
@@ -86,7 +86,7 @@ def floors_table(results: Results) -> Lines:
 
 
 def batch_table(results: Results) -> Lines:
-    """The ratio to the floor, of batch sizes."""
+    """The ratio to the floor by batch size."""
     measured = results.of("test_batch_size")
     sizes = sorted({one["batch_size"] for one in measured})
     lines = dict.fromkeys((one["source"], one["backend"], one["way"]) for one in measured)
@@ -104,7 +104,7 @@ def batch_table(results: Results) -> Lines:
 
 
 def flood_table(results: Results, size: int) -> Lines:
-    """Live floods."""
+    """The table of live floods."""
     rows = []
     for one in results.of("test_flood", size=size):
         flood = one["flood"]
@@ -144,7 +144,7 @@ SPLITTING = {
 
 
 def split_table(results: Results) -> Lines:
-    """Nanoseconds per frame of super-packets, and the ratios that there are aims for."""
+    """Nanoseconds per frame of super-packets, and the ratios that have targets."""
     races = {one["transport"]: one for one in results.of("test_super_packets") if "readers" in one}
     rows = [
         [title, *(number(one["readers"][name]["ns"]) for one in races.values())]
@@ -156,7 +156,7 @@ def split_table(results: Results) -> Lines:
 
 
 def stream_table(results: Results) -> Lines:
-    """A TCP connection of the kernel's: speed, and processor time per megabyte."""
+    """TCP connections from the kernel: speed, and processor time per megabyte."""
     rows = [
         [f"{one['transport']}: {mode}", *(number(value) for value in cost.values())]
         for one in results.of("test_stream")
@@ -167,7 +167,7 @@ def stream_table(results: Results) -> Lines:
 
 
 def import_table(results: Results) -> Lines:
-    """Milliseconds of a process that imports a library and ends."""
+    """The milliseconds of a process that imports a library and ends."""
     rows = [
         [name, number(took / 1000)]
         for one in results.of("test_import")
@@ -211,7 +211,7 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
 
 
 def write(file: Path, tables: dict[str, Lines]) -> None:
-    """Put the tables between their marks. Those that were not measured stay as they are."""
+    """Write the tables between their marks. Tables without results stay as they are."""
 
     def replaced(match: re.Match[str]) -> str:
         lines = tables.get(match[1])
@@ -226,7 +226,7 @@ def write(file: Path, tables: dict[str, Lines]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What `pytest bench --benchmark-json=FILE` has measured, and how it is shown in Markdown."""
+"""Reads the results of `pytest bench --benchmark-json=FILE`, and formats them as Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOURCES = {
 
 
 class Results:
-    """What was measured, by the name of the test and what it was measured for."""
+    """Results, by the name of the test and its facts."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.machines: list[str] = []
@@ -44,7 +44,7 @@ class Results:
                     self.machines.append(machine)
 
     def of(self, test: str, **wanted: object) -> list[Facts]:
-        """All of a test for which these facts hold."""
+        """All results of a test that have these facts."""
         return [
             facts
             for facts in self.facts.values()
@@ -52,12 +52,12 @@ class Results:
         ]
 
     def one(self, test: str, **wanted: object) -> Facts | None:
-        """The first of them."""
+        """The first of these results, or None."""
         return next(iter(self.of(test, **wanted)), None)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Lines:
-    """In Markdown; nothing where there are no rows."""
+    """A Markdown table. Without rows, no lines."""
     head, body = list(head), [list(row) for row in rows]
     if not body:
         return []
@@ -70,7 +70,7 @@ def row_of(cells: Iterable[str]) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Nothing for what was not measured."""
+    """A number as text. Empty without a result."""
     return "" if value is None else number(value)
 
 
@@ -81,7 +81,7 @@ def ns_of(facts: Facts | None, name: str) -> float | None:
 
 
 def quotient(facts: Facts | None, name: str, other: str) -> float | None:
-    """How many times the time of `other` a reader takes: the median of the rounds."""
+    """The median of the rounds' ratios of a reader's time to that of `other`."""
     readers = (facts or {}).get("readers", {})
     if name not in readers or other not in readers:
         return None
@@ -89,7 +89,7 @@ def quotient(facts: Facts | None, name: str, other: str) -> float | None:
 
 
 def why_not(facts: Facts | None, name: str) -> str:
-    """Why a reader was not measured: the first line."""
+    """The first line of the reason why a reader was not measured."""
     if facts is None or "readers" not in facts:
         return "not measured"
     return str(facts.get("left_out", {}).get(name, "not measured")).partition("\n")[0].rstrip(":")

@@ -1,7 +1,7 @@
-"""Sends paced streams from a process of its own, on a processor of its own: `sender.py FD SIZE PROCESSOR`.
+"""Sends streams at a fixed rate, in its own process on its own processor: `sender.py FD SIZE PROCESSOR`.
 
-A line on standard input is the number of packets and the nanoseconds from one to the next; the answer is how many the
-kernel took, and how many of them were sent an interval or more behind their time.
+Each line on standard input has the number of packets, and the nanoseconds from one to the next. The answer is how many the kernel
+accepted, and how many of them were sent late by an interval or more.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from contextlib import suppress
 
 from floors import Frames
 
-FIRST = 1  # the lowest real-time priority: before all that has none
+FIRST = 1  # the lowest real-time priority, above all threads without one
 
 
 def set_scheduler(policy: int = os.SCHED_FIFO) -> None:
-    """Have this thread run before others, where that is allowed: a stream that others interrupt is not paced."""
+    """Give this thread real-time priority, if that is allowed, so that other processes do not delay the stream."""
     with suppress(PermissionError):
         os.sched_setscheduler(0, policy, os.sched_param(FIRST if policy == os.SCHED_FIFO else 0))
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     fd, size, processor = map(int, sys.argv[1:])
     os.sched_setaffinity(0, {processor})
     set_scheduler()

@@ -1,7 +1,7 @@
-"""Disturb linkrx for minutes under floods, and account for every frame: `.venv/bin/python bench/soak.py`.
+"""Disturbs linkrx for minutes under load, and accounts for every frame: `.venv/bin/python bench/soak.py`.
 
-Exits with 1, and says what is wrong, when one frame is unaccounted for, changed, or came twice or out of order, or when
-a descriptor, a thread or memory leaks. Everything happens in a network namespace of its own.
+It exits with 1 and prints the errors if a frame is in no counter, was changed, or came twice or out of order, or if a
+descriptor, a thread or memory leaks. It runs in its own network namespace.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from traffic import FAULTS_MOST, KINDS, Account, Wire, wire
 import linkrx
 from linkrx.kernel.namespace import enter_private_network
 
-# Beyond what it was after warming up. One arena more would be half a megabyte; what the allocator and the interpreter
-# keep to themselves comes and goes by some hundred kilobytes.
+# Allowed growth after warming up. One arena more would be half a megabyte. The memory that the allocator and the
+# interpreter keep varies by some hundred kilobytes.
 FLAT_KIB = 1024
-# The same between two disturbed roads, each of which held and gave back dozens of arenas.
+# Allowed growth between two disturbed roads. Each held and released dozens of arenas.
 SETTLED_KIB = 8 * 1024
-FLAT_SECONDS = 600  # at most, for one flat run
+FLAT_SECONDS = 600  # maximum for one flat run
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process holds."""
+    """The resources of this process."""
 
     rss_kib: int
-    descriptors: tuple[str, ...]  # what they refer to
+    descriptors: tuple[str, ...]  # the targets of the open descriptors
     threads: int
 
     def __str__(self) -> str:
         return f"{self.rss_kib / 1024:.1f} MiB, {len(self.descriptors)} descriptors, {self.threads} threads"
 
     def leaked_since(self, before: Usage) -> str:
-        """What is open now and was not, or was and is not; and the threads."""
+        """The descriptors that were opened or closed since `before`, and the change of threads."""
         if (len(self.descriptors), self.threads) == (len(before.descriptors), before.threads):
             return ""
         more = set(self.descriptors) ^ set(before.descriptors)
@@ -50,19 +50,19 @@ class Usage:
 
 
 def usage() -> Usage:
-    """Now. The resident set from smaps_rollup: statm's is gathered per processor, and late."""
+    """The current usage. The resident set is from smaps_rollup, because the counters of statm are per processor and late."""
     gc.collect()
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
     rss = next(int(line.split()[1]) for line in rollup if line.startswith("Rss:"))
     descriptors = []
     for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that lists them
+        with suppress(FileNotFoundError):  # the descriptor that lists the folder
             descriptors.append(f"{link.name} {link.readlink()}")
     return Usage(rss, tuple(descriptors), sum(1 for _ in Path("/proc/self/task").iterdir()))
 
 
 def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
-    """Disturb dispatchers on each kind of source with each of its backends, for `seconds` in all. Returns what is wrong."""
+    """Disturb dispatchers on each kind of source with each of its backends, for `seconds` in all. Returns the errors."""
     cells = [(kind, backend) for kind in kinds for backend in KINDS[kind]]
     print(
         f"{'source':<8} {'backend':<11} {'sent':>9} {'delivered':>9} {'unknown':>8} {'after stop':>10} "
@@ -90,7 +90,7 @@ def disturbed(kinds: list[str], seconds: float, seed: int) -> list[str]:
 
 
 def print_row(kind: str, backend: str, account: Account, holds: Usage) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     happened, kernel = account.happened, account.kernel
     print(
         f"{kind:<8} {backend:<11} {account.sent:>9} {account.delivered:>9} "
@@ -105,7 +105,7 @@ def print_row(kind: str, backend: str, account: Account, holds: Usage) -> None:
 
 
 class Steady:
-    """One dispatcher that receives a given number of small frames, and is looked at ten times on the way."""
+    """One dispatcher that receives a given number of small frames. Its resources are checked ten times."""
 
     def __init__(self, on: Wire, backend: str, packets: int, *, deliver: bool) -> None:
         self._wire, self._packets = on, packets
@@ -122,7 +122,7 @@ class Steady:
         self._in_order(remote or b"")
 
     def _in_order(self, remote: bytes) -> None:
-        """The number is in the sender's address."""
+        """Whether the frames are in order. Their number is in the sender's address."""
         if remote <= self._last and len(self._faults) < FAULTS_MOST:
             self._faults.append(f"{remote!r} came behind {self._last!r}")
         self._last = remote
@@ -140,7 +140,7 @@ class Steady:
                     break
 
     def run(self) -> tuple[list[Usage], list[str]]:
-        """What was held after each tenth of the packets, and what is wrong."""
+        """Receive the packets. Returns the usage after each tenth of them, and the errors."""
         end = time.monotonic() + FLAT_SECONDS
         traffic = self._wire.traffic
         held = []
@@ -152,9 +152,9 @@ class Steady:
                 held.append(usage())
             traffic.quiet()
             traffic.finish()
-            self._receive(1 << 60, time.monotonic() + 0.5)  # what is queued, and in the backlog
+            self._receive(1 << 60, time.monotonic() + 0.5)  # frames in the queue and in the backlog
             stats, kernel = rx.stats(), self._wire.counted()
-            if rx.backend == "packet_mmap":  # of a ring the kernel tells only its reader
+            if rx.backend == "packet_mmap":  # the kernel reports a ring's drops only to its reader
                 drops = stats.kernel_drops or 0
                 handed = traffic.control.accepted - drops - kernel.no_link
                 kernel = replace(kernel, handed=handed, no_room=drops)
@@ -178,7 +178,7 @@ class Steady:
 
 
 def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
-    """So many packets through one dispatcher, in each way and on the fastest backend of each source of Ethernet."""
+    """Receive `packets` with one dispatcher, with each call, on the fastest backend of each Ethernet source."""
     kinds = [kind for kind in ("tap", "packet", "ring") if kind in kinds]
     if not kinds or not packets:
         return []
@@ -192,7 +192,7 @@ def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if all is well."""
+    """Run the soak. Returns 0 without errors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=2.0, help="of disturbance, all sources together")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 100_000)

@@ -1,8 +1,8 @@
-"""What linkrx aims at, and what this machine has of it: `python bench/targets.py [--json FILE]`, in four to five minutes.
+"""Measures the targets of linkrx: `python bench/targets.py [--json FILE]`, in four to five minutes.
 
-Prints Markdown: every target with what was reached, and the tables behind it. A target is met when the median of nine
-interleaved rounds is within 3 % of it. --json keeps all that was measured, every round of it, in the form that
-pytest-benchmark writes; `report.py` reads that too. --from FILE measures nothing, and shows what such a file has.
+It prints Markdown: every target with its measured value, and the tables with the details. A target is met when the median of nine
+interleaved rounds is within 3 % of it. --json writes every round, in the format of pytest-benchmark, which `report.py` reads too.
+--from FILE measures nothing, and shows the results in such a file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FILES = (
     "test_sending.py",
     "test_capture_files.py",
 )
-LEFT_OUT = ("--deselect", str(HERE / "test_peers.py::test_unix"))  # nothing is aimed at there
-RING_WORK = {  # times as fast as pcapy-ng's dispatch
+LEFT_OUT = ("--deselect", str(HERE / "test_peers.py::test_unix"))  # it has no target
+RING_WORK = {  # how many times as fast as pcapy-ng's dispatch
     "nothing": 1.8,
     "len": 1.6,
     "one byte": 1.5,
@@ -52,16 +52,16 @@ GVISOR = {
 
 @dataclass
 class Target:
-    """One line: a bound, and what was reached, once or at 64 and at 1514 bytes."""
+    """One target: a bound, and the measured value, or two values at 64 and at 1514 bytes."""
 
     what: str
     wanted: float
-    least: bool = False  # the bound is the least; otherwise it is the most
+    least: bool = False  # whether the bound is a minimum; else it is a maximum
     reached: list[float | None] = field(default_factory=list)
-    why: str = "not measured"  # where nothing was reached
+    why: str = "not measured"  # the reason if there is no value
 
     def met(self) -> str:
-        """Whether all that was measured is."""
+        """Whether all measured values meet the bound."""
         found = [value for value in self.reached if value is not None]
         if not found:
             return ""
@@ -72,14 +72,14 @@ class Target:
         return "yes" if all(held) and len(found) == len(self.reached) else "no"
 
     def row(self) -> list[str]:
-        """Of the table."""
+        """The row of the table."""
         bound = f"at {'least' if self.least else 'most'} {self.wanted:g}"
         found = [figure(value) or "-" for value in self.reached if self.met()]
         return [self.what, bound, "; ".join(found) or self.why, self.met() or "-"]
 
 
 def lone(results: Results) -> Iterator[Target]:
-    """A packet that comes alone."""
+    """Targets for a packet that comes alone."""
     facts = results.one("test_lone", source="tap")
     for backend, most in (("readv", 0.8), ("os_readv", 4)):
         for way in ("dispatch", "recv", "next"):
@@ -88,7 +88,7 @@ def lone(results: Results) -> Iterator[Target]:
 
 
 def paced(results: Results) -> Iterator[Target]:
-    """Paced streams."""
+    """Targets for paced streams."""
     streams = {rate: results.one("test_paced", rate=rate) for rate in RATES}
     for rate, facts in streams.items():
         ratio = quotient(facts, "run, readv", "poll, os.read")
@@ -109,7 +109,7 @@ def paced(results: Results) -> Iterator[Target]:
 
 
 def work(results: Results) -> Iterator[Target]:
-    """Work in `deliver`."""
+    """Targets for work in `deliver`."""
     for source, peer, title in (
         ("ring", "pcapy-ng dispatch", "ring: times as fast as pcapy-ng, 64 and 1514 B"),
         ("tap", "os.read", "TAP: linkrx / `os.read`, 64 and 1514 B"),
@@ -127,7 +127,7 @@ def work(results: Results) -> Iterator[Target]:
 
 
 def full_queues(results: Results) -> Iterator[Target]:
-    """A queue that is full."""
+    """Targets for full queues."""
     tap = [results.one("test_tap", size=size) for size in WORK_SIZES]
     interface = [results.one("test_interface", size=size) for size in WORK_SIZES]
 
@@ -179,7 +179,7 @@ def full_queues(results: Results) -> Iterator[Target]:
 
 
 def super_packets(results: Results) -> Iterator[Target]:
-    """Super-packets."""
+    """Targets for super-packets."""
     for what, least, kernel, segment in (
         ("super-packets: by the kernel / `segment=True`", 5, "kernel", "segment"),
         ("the same, both with `deliver`", 2.5, "kernel, deliver", "segment, deliver"),
@@ -190,7 +190,7 @@ def super_packets(results: Results) -> Iterator[Target]:
 
 
 def kept(results: Results) -> Iterator[Target]:
-    """Memory."""
+    """Targets for memory."""
     tap = {size: results.one("test_kept", source="tap", size=size) for size in WORK_SIZES}
     for size, facts in tap.items():
         found = facts["kept"] if facts else {}
@@ -206,7 +206,7 @@ def kept(results: Results) -> Iterator[Target]:
 
 
 def sending(results: Results) -> Iterator[Target]:
-    """Sending."""
+    """Targets for sending."""
     for source, by_hand, title in (
         ("packet", "socket.send", "packet socket"),
         ("tap", "os.write", "TAP"),
@@ -228,7 +228,7 @@ def sending(results: Results) -> Iterator[Target]:
 
 
 def capture_files(results: Results) -> Iterator[Target]:
-    """Files read and written."""
+    """Targets for capture files."""
     reads = [results.one("test_read", size=size) for size in WORK_SIZES]
     writes = [results.one("test_write", size=size) for size in WORK_SIZES]
     for what, least, ours, theirs in (
@@ -251,7 +251,7 @@ def capture_files(results: Results) -> Iterator[Target]:
 
 
 def elsewhere(results: Results) -> Iterator[Target]:
-    """What takes longer."""
+    """Targets that are measured elsewhere, because they take longer."""
     yield Target("memory after ten million packets / before", 1, why="`bench/soak.py` asserts it")
     yield Target("the README's test command, minutes", 3, why="run it")
 
@@ -260,15 +260,15 @@ GROUPS = (lone, paced, work, full_queues, super_packets, kept, sending, capture_
 
 
 def targets_table(results: Results) -> Lines:
-    """Every target, what was reached, and whether that is enough."""
+    """Every target, its measured value, and whether it is met."""
     rows = [target.row() for group in GROUPS for target in group(results)]
     return table(["target", "", "reached", "met"], rows)
 
 
 def measure(file: Path) -> None:
-    """Run the benchmarks that the targets are about."""
+    """Run the benchmarks of the targets."""
     names = [str(HERE / name) for name in FILES]
-    # What is said while they run is not for those who want a table.
+    # Their output goes to standard error, because standard output is the table.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *names, *LEFT_OUT, f"--benchmark-json={file}"],
         stdout=subprocess.PIPE,
@@ -283,7 +283,7 @@ def measure(file: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

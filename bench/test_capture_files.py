@@ -1,6 +1,6 @@
-"""Capture files: read beside pcapy-ng's offline reader, and written beside `tcpdump -w` on the same interface.
+"""Measures capture files: reading against pcapy-ng's offline reader, and writing against `tcpdump -w` on the same interface.
 
-The file is in the page cache. The time of a reader is that from opening it to its end.
+The file is in the page cache. The time of a reader is from opening the file to its end.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from linkrx.testing.devices import injector_on
 from linkrx.testing.rigs import veth
 
 FRAMES, SHORT_FRAMES = 1_000_000, 5_000
-RECORDED, SHORT_RECORDED = {64: 800_000, 1514: 100_000}, 4_000  # by a writer in a round
+RECORDED, SHORT_RECORDED = {64: 800_000, 1514: 100_000}, 4_000  # packets that a writer records in a round
 BURST = 2_000  # frames that are sent at once
-AHEAD = 4  # bursts that may be on their way into the file: a ring of 32 MiB has room for them, and nothing is dropped
-PATIENCE = 60.0  # seconds until a recorder that does not get on never will
-# A disk makes who writes wait, and is not what is compared.
+AHEAD = 4  # bursts that may not be in the file yet; a ring of 32 MiB has room for them, so none is dropped
+PATIENCE = 60.0  # seconds after which a recorder without progress counts as hanging
+# On a disk, writers would wait. That is not compared.
 MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 PIECE = 256 * 1024
 FLOOR = "read(2) alone"
@@ -42,14 +42,14 @@ HERE = Path(__file__).parent
 
 
 class FileQueue(Queue):
-    """A file needs no filling."""
+    """A capture file as a queue."""
 
     def fill(self) -> None:
-        """It is as it was."""
+        """Do nothing: the file does not change."""
 
 
 def pcap_of(frames: Frames, packets: int, path: Path) -> Path:
-    """A pcap file of so many frames."""
+    """A pcap file of `packets` frames."""
     head = struct.pack("=IIII", 1_700_000_000, 5, frames.size, frames.size)
     with path.open("wb") as out:
         out.write(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262_144, 1))
@@ -59,7 +59,7 @@ def pcap_of(frames: Frames, packets: int, path: Path) -> Path:
 
 
 def by_linkrx(queue: Queue, path: Path, way: str) -> Reader:
-    """Open, read all, close."""
+    """linkrx: open, read all packets, close."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -94,7 +94,7 @@ def by_linkrx(queue: Queue, path: Path, way: str) -> Reader:
 
 
 def by_hand(queue: Queue, path: Path) -> Reader:
-    """The system calls alone, with the pieces that linkrx reads: nobody who reads a file takes less."""
+    """The system calls alone, with pieces as large as linkrx reads: a lower bound for reading a file."""
     piece, record = bytearray(PIECE), 16 + queue.frames.size
 
     @contextmanager
@@ -119,7 +119,7 @@ def by_hand(queue: Queue, path: Path) -> Reader:
 
 
 def by_pcapy(queue: Queue, path: Path, way: str) -> Reader:
-    """Open, read all."""
+    """pcapy-ng: open, read all packets."""
     pcapy = package("pcapy", "pcapy-ng")
 
     @contextmanager
@@ -129,7 +129,7 @@ def by_pcapy(queue: Queue, path: Path, way: str) -> Reader:
             return queue.packets
 
         def nothing(_header: Any, _data: bytes) -> None:
-            """As little as there can be."""
+            """A callback that does nothing."""
 
         def byte() -> int:
             total = 0
@@ -150,11 +150,11 @@ def by_pcapy(queue: Queue, path: Path, way: str) -> Reader:
 
 @SIZED
 def test_read(benchmark: Any, tmp_path: Path, size: int) -> None:
-    """A million frames: their columns, and `deliver` with a byte of each."""
+    """Each reader reads a million frames: linkrx by columns, and by `deliver` with a byte of each."""
     packets = FRAMES if benchmark.enabled else SHORT_FRAMES
     frames = Frames(size)
     path = pcap_of(frames, packets, tmp_path / "frames.pcap")
-    queue = FileQueue(frames, None, packets)  # type: ignore[arg-type] # nothing is sent
+    queue = FileQueue(frames, None, packets)  # type: ignore[arg-type] # sends no frames
     readers = {f"linkrx, {way}": by_linkrx(queue, path, way) for way in ("columns", "byte")}
     readers[FLOOR] = by_hand(queue, path)
     left_out = {}
@@ -171,18 +171,18 @@ def test_read(benchmark: Any, tmp_path: Path, size: int) -> None:
 
 
 def recorder(near: str, path: Path, packets: int) -> list[str]:
-    """A program that records so many packets from batches of a ring."""
+    """The command that records `packets` packets from batches of a ring."""
     return [sys.executable, str(HERE / "recorder.py"), near, str(path), str(packets)]
 
 
 def tcpdump(near: str, path: Path, packets: int) -> list[str]:
-    """The same, with a ring of the same size."""
+    """tcpdump's command, with a ring of the same size."""
     options = ["-i", near, "-w", str(path), "-c", str(packets), "-s", "0", "-n", "-B", "65536", "-Z", "root"]
     return ["tcpdump", *options, "--time-stamp-precision=nano"]
 
 
 def cpu_of(command: list[str], ready: str, send: Callable[[], None]) -> float:
-    """Nanoseconds of processor time, user's and kernel's, that a program takes from when it is ready to its end."""
+    """Nanoseconds of processor time, user and system, of a program from when it is ready to its end."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         while ready not in (line := process.stdout.readline()):
@@ -196,7 +196,7 @@ def cpu_of(command: list[str], ready: str, send: Callable[[], None]) -> float:
 
 
 def until_recorded(path: Path, size: int) -> None:
-    """Wait until a file has so many bytes."""
+    """Wait until a file has `size` bytes."""
     deadline = time.monotonic() + PATIENCE
     while size > 0 and (not path.exists() or path.stat().st_size < size):
         assert time.monotonic() < deadline, f"{path} does not grow"
@@ -204,15 +204,16 @@ def until_recorded(path: Path, size: int) -> None:
 
 
 def spent(pid: int) -> float:
-    """Nanoseconds of processor time of a process, by the scheduler's clock; also of one that nobody has waited for."""
+    """Nanoseconds of processor time of a process, by the scheduler's clock. It works for a zombie too."""
     return float(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
 
 
 @SIZED
 @pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump")
 def test_write(benchmark: Any, size: int) -> None:
-    """So many frames on an interface, recorded by one program and then by the other, round by round. What it costs a program to
-    record only a few, and to end, is not counted.
+    """The two programs record the same frames on an interface in turn, round by round.
+
+    The cost of recording a few frames and ending is subtracted.
     """
     packets = RECORDED[size] if benchmark.enabled else SHORT_RECORDED
     frames = Frames(size)

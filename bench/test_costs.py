@@ -1,4 +1,4 @@
-"""What it costs to open and close, to wake up, and to import. In microseconds; on a ring the least wake-up is `latency`."""
+"""Measures opening and closing, waking up, and importing, in microseconds. On a ring the shortest wake-up is `latency`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import linkrx
 
 CELLS = [(source, backend) for source, (_, backends) in SOURCES.items() for backend in backends]
 ROUNDS = 50
-SINGLE = 20  # packets of a round
-PAUSE_NS = (300_000, 900_000)  # before each of them, in which the receiver falls asleep
+SINGLE = 20  # packets in a round
+PAUSE_NS = (300_000, 900_000)  # pause before each packet, in which the receiver falls asleep
 WAKE_ROUNDS = 15
 IMPORTS = 7
 LIBRARIES = {
@@ -36,14 +36,14 @@ LIBRARIES = {
 def report(
     benchmark: Any, took_us: dict[str, list[float]], subject: str, floor: str, **facts: object
 ) -> None:
-    """Medians of each, in microseconds, and how many times the floor's the subject's is."""
+    """Report the medians in microseconds, and the ratio of the subject to the floor."""
     medians = {name: round(statistics.median(took), 1) for name, took in took_us.items()}
     note(benchmark, cost_us=medians, ratio=round(medians[subject] / medians[floor], 3), **facts)
 
 
 @pytest.mark.parametrize(("source", "backend"), CELLS)
 def test_open_and_close(benchmark: Any, source: str, backend: str) -> None:
-    """Opening and closing a dispatcher on a source that is there; its probe and its choice are part of it."""
+    """Opening and closing a dispatcher on an existing source is timed, including the probe and the choice."""
     took: list[float] = []
     with SOURCES[source][0](Frames(64)) as (_, opened, _):
 
@@ -64,12 +64,12 @@ def test_open_and_close(benchmark: Any, source: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("source", "backend"), CELLS)
 def test_wake_up(benchmark: Any, processors: list[int], source: str, backend: str) -> None:
-    """From send() on another processor to the return of recv(), asleep in between, beside poll() and read() in C."""
+    """The time from send() on another processor to the return of recv(), which sleeps in between, is compared with poll() and read() in C."""
     if len(processors) < 2:
         pytest.skip("waking up from another processor takes two")
     chance = random.Random(1)
     rounds: dict[str, list[float]] = {"C floor": [], "linkrx": []}
-    # A ring must be given time to close its blocks by itself; poll() and read() are the floor of all other sources.
+    # A ring needs time until its timer closes a block. poll() and read() are the floor of all other sources.
     floor_of = SOURCES["packet" if source == "ring" else source][0]
     with (
         SOURCES[source][0](Frames(64)) as (queue, opened, _),
@@ -114,7 +114,7 @@ def test_wake_up(benchmark: Any, processors: list[int], source: str, backend: st
 
 
 def test_import(benchmark: Any) -> None:
-    """A Python that imports the library and ends, beside one that imports nothing, side by side in random order."""
+    """A Python process that imports the library and ends is compared with one that imports nothing, in random order."""
     programs = {name: code for name, code in LIBRARIES.items() if runs(code)}
     left_out = {name: "not installed" for name in LIBRARIES if name not in programs}
     took: dict[str, list[float]] = {name: [] for name in programs}
@@ -130,10 +130,10 @@ def test_import(benchmark: Any) -> None:
 
 
 def run(code: str) -> int:
-    """Of a Python of its own, the exit status."""
+    """Run a Python process. Returns its exit status."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
 
 
 def runs(code: str) -> bool:
-    """Whether it can be imported here."""
+    """Whether a library can be imported here."""
     return run(code) == 0

@@ -1,4 +1,4 @@
-"""How much memory a packet takes that is kept: all of many, and one of each few hundred."""
+"""Measures the memory of kept packets: all of many, and one of each few hundred."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY = 512
 @pytest.mark.parametrize("size", [64, 1514])
 @pytest.mark.parametrize("source", ["tap", "ring"])
 def test_kept(benchmark: Any, source: str, size: int) -> None:
-    """Each kind in a process of its own, whose memory nothing else has been in."""
+    """Each kind is measured in a process of its own."""
     packets = PACKETS if benchmark.enabled else SHORT_PACKETS
     kept: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""How soon stop() is heeded, and how soon a deleted device is an end. Timed assertions stand here and nowhere else."""
+"""Measures the time from stop() to the end, and from a deletion to the end. Only this file has timed assertions."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import until
 
 ROUNDS = 20
-STOP_MS = 10.0  # at most, from the call of stop() to the return of who receives
-GONE_MS = 100.0  # at most, from the deletion of the device; the request itself takes the kernel some of it
+STOP_MS = 10.0  # maximum from the call of stop() to the return of the receiving call
+GONE_MS = 100.0  # maximum from the request to delete the device, including the kernel's work
 SLOW = 0.05  # seconds that a slow deliver takes
-LEAD = 0.02  # seconds for who receives to fall asleep, and up to four times as much: at any point of a slow delivery
+LEAD = 0.02  # seconds in which the receiver falls asleep; up to four times as many hit any point of a slow delivery
 
 _chance = random.Random(1)
 
@@ -36,7 +36,7 @@ Receive = Callable[[linkrx.Dispatcher], object]
 
 
 def dispatch(rx: linkrx.Dispatcher) -> None:
-    """`dispatch()` until it is over."""
+    """`dispatch()` until the end."""
     rx.run()
 
 
@@ -57,7 +57,7 @@ def asynchronous(rx: linkrx.Dispatcher) -> None:
 
 
 def foreign(rx: linkrx.Dispatcher) -> None:
-    """An event loop that linkrx knows nothing of: it polls `fileno()` and calls `drain()`."""
+    """Another event loop: it polls `fileno()` and calls `drain()`."""
     with selectors.DefaultSelector() as selector:
         selector.register(rx.fileno(), selectors.EVENT_READ)
         while rx.end is None:
@@ -98,9 +98,9 @@ def latency(rx: linkrx.Dispatcher, receive: Receive, end: Callable[[], object]) 
 
 
 def repeat(benchmark: Any, once: Callable[[], float], most: float) -> None:
-    """Report median and maximum of what `once` returns, and hold the maximum to the target, unless timing is off.
+    """Report median and maximum of the results of `once`, and assert that the maximum meets the target, unless timing is off.
 
-    The figures of pytest-benchmark itself have opening and closing in them, and the time to fall asleep.
+    pytest-benchmark's own figures include opening, closing, and falling asleep.
     """
     rounds: list[float] = []
     benchmark.pedantic(lambda: rounds.append(once()), rounds=ROUNDS)
@@ -133,7 +133,7 @@ def test_stop_while_idle(benchmark: Any, backend: str, way: str) -> None:
     ("kind", "backend"), [("tap", "readv"), ("packet", "recvmmsg"), ("packet", "os_readv")]
 )
 def test_stop_under_a_flood(benchmark: Any, kind: str, backend: str) -> None:
-    """Under a flood with a slow deliver, at most the delivery under way outlasts stop()."""
+    """Under load with a slow deliver, stop() waits at most for the current delivery."""
     stopped = threading.Event()
     begun_after = 0
 
@@ -169,7 +169,7 @@ Doomed = tuple["linkrx.TunTap | socket.socket | str", str]
 
 @contextmanager
 def doomed(kind: str) -> Iterator[Doomed]:
-    """A source whose device is up, and the name of the device to delete."""
+    """A source whose device is up. Yields the source and the name of the device to delete."""
     with ExitStack() as stack:
         if kind in ("tap", "tun"):
             queue = stack.enter_context(linkrx.TunTap(mode=kind))
@@ -194,7 +194,7 @@ def test_a_deleted_device_is_an_end(benchmark: Any, kind: str, way: str) -> None
     def once() -> float:
         with doomed(kind) as (source, device), linkrx.open(source, ignore) as rx, IPRoute() as route:
             index = socket.if_nametoindex(device)
-            request = delete_request(index)  # pyroute2 is not for threads: this one only sends these bytes
+            request = delete_request(index)  # pyroute2 is not thread-safe: the thread only sends these bytes
             with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
                 took = latency(rx, WAYS[way], lambda: kernel.send(request))
             assert rx.end is linkrx.End.LINK_GONE
@@ -205,5 +205,5 @@ def test_a_deleted_device_is_an_end(benchmark: Any, kind: str, way: str) -> None
 
 
 def delete_request(index: int) -> bytes:
-    """RTM_DELLINK (linux/rtnetlink.h) for the device of that index: struct nlmsghdr, struct ifinfomsg."""
+    """An RTM_DELLINK request (linux/rtnetlink.h) for the device with that index: struct nlmsghdr, struct ifinfomsg."""
     return struct.pack("=IHHIIBxHiII", 32, 17, 1, 1, 0, socket.AF_UNSPEC, 0, index, 0, 0)

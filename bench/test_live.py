@@ -1,7 +1,7 @@
-"""A flood from one processor to another: what each reader receives of it, what is dropped, and what a packet costs.
+"""Measures floods from one processor to another: received packets, drops, and the cost per packet, for each reader.
 
-Every frame that send() took was delivered or is in a counter of the kernel's, or the benchmark fails. Work that the
-kernel does for the receiver in the sender's system call (all of it on a veth) is the sender's processor time.
+The benchmark fails unless every frame that send() accepted was delivered or is in a counter of the kernel. The kernel's work for
+the receiver in the sender's system call (all of it on a veth) is the sender's processor time.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import veth
 
 ROUNDS, SECONDS, SHORT_SECONDS = 3, 0.3, 0.05
-QUIET = 0.1  # seconds without a packet, the sender having ended, behind which nothing is left
-MANY = 256  # packets between looks at the clock, of those who receive one at a time
+QUIET = 0.1  # seconds without a packet, after the sender's end, after which the queue is empty
+MANY = 256  # packets between two reads of the clock, for readers that receive one at a time
 
 Done = Callable[[], bool]
-Consumed = tuple[int, int]  # packets, and when the last of them was there
+Consumed = tuple[int, int]  # packets, and the time of the last one
 
 
 @dataclass
 class Lane:
-    """A source under flood: where frames are sent, who receives them until it is quiet, and the kernel's counters."""
+    """A source under a flood: the frames, the reader, and the kernel's counters."""
 
     injector: socket.socket
     consume: Callable[[Done], Consumed]
@@ -50,7 +50,7 @@ class Lane:
 
 
 def consume(some: Callable[[], int]) -> Callable[[Done], Consumed]:
-    """Call `some`, which waits QUIET seconds for packets and returns how many it got, until it is quiet."""
+    """Call `some`, which waits QUIET seconds for packets and returns their number, until no more come."""
 
     def until_quiet(done: Done) -> Consumed:
         packets, last, ended = 0, time.perf_counter_ns(), False
@@ -58,21 +58,21 @@ def consume(some: Callable[[], int]) -> Callable[[Done], Consumed]:
             if got:
                 packets, last = packets + got, time.perf_counter_ns()
             else:
-                ended = done()  # and once more, for what came after `some` had given up
+                ended = done()  # and once more, for packets that came after `some` returned
         return packets, last
 
     return until_quiet
 
 
 def patient(drain: Callable[[], int], wait: Callable[[], bool]) -> Callable[[Done], Consumed]:
-    """A reader that takes what is there and never waits; `wait` does, and is true when there is something."""
+    """Make a waiting reader from one that never waits. `wait` waits, and returns whether there is a packet."""
     return consume(lambda: drain() or (drain() if wait() else 0))
 
 
 def singly(
     receive: Callable[[], object], nothing: type[Exception], wait: Callable[[], bool]
 ) -> Callable[[Done], Consumed]:
-    """A loop around a call that receives one packet and raises `nothing` for want of one; `wait` is true when there is."""
+    """A loop of a call that receives one packet, and raises `nothing` without one. `wait` returns whether there is a packet."""
 
     def some() -> int:
         got = 0
@@ -81,7 +81,7 @@ def singly(
                 for got in range(1, MANY):  # noqa: B007
                     receive()
             except nothing:
-                # The last was not received. Unless it was the first, the others count before anyone waits.
+                # The last one was not received. The others count before the next wait.
                 if got > 1 or not wait():
                     return got - 1
             else:
@@ -98,7 +98,7 @@ def polled(fd: int) -> Callable[[], bool]:
 
 
 def socket_drops(source: socket.socket) -> Callable[[], int]:
-    """Of a packet socket, which starts anew with every look."""
+    """The drops of a packet socket. Reading them resets them."""
     dropped = 0
 
     def drops() -> int:
@@ -111,7 +111,7 @@ def socket_drops(source: socket.socket) -> Callable[[], int]:
 
 
 def linkrx_consumer(rx: linkrx.Dispatcher, way: str) -> Callable[[Done], Consumed]:
-    """linkrx, by columns or by `deliver`."""
+    """linkrx by columns or by `deliver`."""
 
     def columns(done: Done) -> Consumed:
         packets, last, ended = 0, time.perf_counter_ns(), False
@@ -136,7 +136,7 @@ def linkrx_on_tap(size: int, backend: str, way: str) -> Iterator[Lane]:
 
 
 def tap_drops(name: str) -> int:
-    """Frames that a TAP's queue had no room for."""
+    """Frames for which a TAP's queue had no room."""
     return device_counters(name)["tx_dropped"]
 
 
@@ -172,7 +172,7 @@ def read_on_tap(size: int, peer: str, mode: str) -> Iterator[Lane]:
 
 @contextmanager
 def gvisor(injector: socket.socket, fd: int, mode: str, drops: Callable[[], int]) -> Iterator[Lane]:
-    """gVisor's dispatcher of that mode, in a process of its own on the receiver's processor."""
+    """gVisor's dispatcher of a mode, in a separate process on the receiver's processor."""
     process = peers.Gvisor(fd, mode, 0)
     counted = 0
 
@@ -207,7 +207,7 @@ def linkrx_on_interface(size: int, backend: str, way: str) -> Iterator[Lane]:
 
 @contextmanager
 def peer_on_interface(size: int, peer: str, call: str) -> Iterator[Lane]:
-    """An interface read by someone else."""
+    """An interface read by another library."""
     with ExitStack() as stack:
         if peer == "floor":
             queue, near, floor = stack.enter_context(ring(Frames(size)))
@@ -245,7 +245,7 @@ def peer_on_interface(size: int, peer: str, call: str) -> Iterator[Lane]:
 
 
 def pcapy(near: str, call: str) -> tuple[Callable[[Done], Consumed], Callable[[], int]]:
-    """pcapy-ng with a ring as large as linkrx's. Its calls wait with the GIL held, so they are not left to wait."""
+    """pcapy-ng with a ring as large as linkrx's. Its calls hold the GIL while they wait, so they are called without waiting."""
     reader = peers.pcapy_on(near)
     received, wait = 0, polled(reader.getfd())
 
@@ -321,7 +321,7 @@ def test_flood(benchmark: Any, processors: list[int], lane: str, size: int) -> N
 
 
 def flood(lane: Lane, frames: Frames, seconds: float, processor: int) -> dict[str, float]:
-    """One flood, and the account of it."""
+    """Run one flood, and account for its frames."""
     results: list[Flood] = []
 
     def send() -> None:

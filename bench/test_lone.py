@@ -1,4 +1,4 @@
-"""A packet that comes alone and is ready: every way to receive and backend, beside the loop by hand."""
+"""Measures a packet that comes alone and is queued: every call and backend against the loop by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKETS, SHORT_PACKETS = 200, 8  # in a drain
 
 @pytest.mark.parametrize("source", ["tap", "packet"])
 def test_lone(benchmark: Any, source: str) -> None:
-    """Everyone on a queue of his own."""
+    """Each reader receives from its own queue."""
     make, backends = SOURCES[source]
     packets = PACKETS if benchmark.enabled else SHORT_PACKETS
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A stream at a fixed rate on a TAP: processor time per packet of who receives, asleep in between where there is time."""
+"""Measures a stream at a fixed rate on a TAP: the receiver's processor time per packet. It may sleep in between."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATENCY, LATENCY_RATE = 0.0005, 50_000
 
 @pytest.mark.parametrize("rate", [5_000, 50_000, 200_000])
 def test_paced(benchmark: Any, processors: list[int], rate: int) -> None:
-    """Every packet that was sent is received: by hand, by `run()`, and under asyncio."""
+    """Every sent packet is received: by hand, by `run()`, and under asyncio."""
     if len(processors) < 2:
         pytest.skip("to send on another processor takes two")
     packets = int(rate * (SECONDS if benchmark.enabled else SHORT_SECONDS))

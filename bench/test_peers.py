@@ -1,6 +1,6 @@
-"""linkrx beside what people use today: every reader drains the same frames, round by round in random order.
+"""Compares linkrx with other libraries: every reader drains the same frames, round by round in random order.
 
-The time that pytest-benchmark shows is that of linkrx's `deliver`; the others' are below its table, and in the JSON.
+pytest-benchmark shows the time of linkrx's `deliver`. The others' times are below its table, and in the JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import TAP_MTU, veth
 
 SIZED = pytest.mark.parametrize("size", [64, 1514])
-SLOW_PACKETS = 64  # in a fill for those that take many microseconds for each
+SLOW_PACKETS = 64  # in a fill for readers that take many microseconds per packet
 PCAPY = {
     "loop_to_buffer": "pcapy-ng loop_to_buffer",
     "next_batch": "pcapy-ng next_batch",
@@ -39,7 +39,7 @@ PCAPY = {
 
 @SIZED
 def test_tap(benchmark: Any, size: int) -> None:
-    """A TAP queue for everyone."""
+    """Each reader drains its own TAP queue."""
     with ExitStack() as stack:
         field = Field()
 
@@ -76,7 +76,7 @@ def test_tap(benchmark: Any, size: int) -> None:
 
 @SIZED
 def test_unix(benchmark: Any, size: int) -> None:
-    """An AF_UNIX datagram pair for everyone."""
+    """Each reader drains its own AF_UNIX datagram pair."""
     with ExitStack() as stack:
         field = Field()
 
@@ -101,7 +101,7 @@ def test_unix(benchmark: Any, size: int) -> None:
 
 @SIZED
 def test_interface(benchmark: Any, size: int) -> None:
-    """An interface: all rings on one, with frames enough that they fit in no cache, and each socket on one of its own."""
+    """All rings are on one interface, with more frames than fit in a cache. Each socket is on its own interface."""
     with ExitStack() as stack:
         field, frames = Field(), Frames(size)
         queue, near, field.readers["C floor"] = stack.enter_context(ring(frames))
@@ -144,7 +144,7 @@ def test_interface(benchmark: Any, size: int) -> None:
 
 
 def compare(benchmark: Any, field: Field, source: str, subject: str, size: int) -> None:
-    """Race them."""
+    """Measure the readers."""
     race(
         benchmark,
         field.readers,

@@ -1,4 +1,4 @@
-"""Draining a filled queue: every backend, source, size and way to receive beside the bare C loop that does the same."""
+"""Measures draining a filled queue: every backend, source, size and call against a bare C loop that does the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure(
     neighbours: int = 1,
     **options: Any,
 ) -> None:
-    """One way to receive beside its floor."""
+    """Compare one call with its floor."""
     with SOURCES[source][0](Frames(size, neighbours)) as (queue, opened, floor):
         subject = linkrx_reader(queue, opened, WAYS[way], backend=backend, **options)
         race(
@@ -44,13 +44,13 @@ def measure(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("source", "backend"), CELLS)
 def test_receive(benchmark: Any, source: str, backend: str, size: int, way: str) -> None:
-    """linkrx beside the floor of its source, with default options."""
+    """linkrx with default options is compared with the floor of its source."""
     measure(benchmark, source, backend, size, way)
 
 
 @pytest.mark.parametrize(("source", "backend"), CELLS)
 def test_deliver_from_four_neighbours(benchmark: Any, source: str, backend: str) -> None:
-    """`deliver` when link addresses change with every packet."""
+    """`deliver` is measured with link addresses that change with every packet."""
     measure(benchmark, source, backend, 64, "deliver", neighbours=4)
 
 
@@ -58,5 +58,5 @@ def test_deliver_from_four_neighbours(benchmark: Any, source: str, backend: str)
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize(("source", "backend"), SWEPT)
 def test_batch_size(benchmark: Any, source: str, backend: str, batch_size: int, way: str) -> None:
-    """64-byte frames with other batch sizes."""
+    """64-byte frames are received with other batch sizes."""
     measure(benchmark, source, backend, 64, way, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Sending: one frame at a time and in batches, beside os.write, socket.send and the same system call in a C loop."""
+"""Measures sending one frame at a time and in batches, against os.write, socket.send and the same system call in a C loop."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SINGLY = {"tap": "os.write", "packet": "socket.send"}
 
 
 class FarEnd(Queue):
-    """Where what is sent comes out. Nobody looks there while it is measured."""
+    """The far end, which receives the sent frames. It does not read while sending is measured."""
 
     def fill(self) -> None:
-        """Nothing is put in ahead."""
+        """Send nothing: the reader sends."""
 
 
 def sender(queue: FarEnd, name: str, send: Send) -> Reader:
-    """Who sends all frames in one call, while they are checked at the far end, or not."""
+    """A function that sends all frames, with or without a check at the far end."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -64,7 +64,7 @@ def sender(queue: FarEnd, name: str, send: Send) -> Reader:
 
 
 def ways(source: str, opened: Any, out: socket.socket, frames: list[bytes]) -> Iterator[tuple[str, Send]]:
-    """Everyone who sends these frames, `opened` by linkrx and `out` by hand."""
+    """All senders of these frames: linkrx on `opened`, and by hand on `out`."""
     fd = opened.fileno() if source == "tap" else out.fileno()
     rx = linkrx.open(opened)
 
@@ -100,7 +100,7 @@ def ways(source: str, opened: Any, out: socket.socket, frames: list[bytes]) -> I
 @pytest.mark.parametrize("size", [64, 1514])
 @pytest.mark.parametrize("source", ["packet", "tap"])
 def test_sending(benchmark: Any, source: str, size: int) -> None:
-    """Everyone out of the same device; the floor is sendmmsg() of 64 frames, or write()."""
+    """All senders send to the same device. The floor is sendmmsg() of 64 frames, or write()."""
     made = Frames(size)
     frames = list(made.numbered(PACKETS))
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A few seconds of the soak, so that it keeps working. The soak itself is `python bench/soak.py`."""
+"""Runs a few seconds of the soak, `python bench/soak.py`, to test the program."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 @pytest.mark.parametrize("source", ["tap", "tun", "packet", "cooked", "ring", "borrowed"])
 def test_every_frame_is_accounted_for(source: str) -> None:
-    """A short soak, in a process and namespace of its own, finds nothing wrong."""
+    """A short soak, in its own process and namespace, finds no error."""
     soak = [sys.executable, str(Path(__file__).with_name("soak.py")), "--sources", source]
-    # The benchmarks are tied to one processor, and a soak wants the sender on another.
+    # The benchmarks are tied to one processor. A soak needs another for the sender.
     every = range(os.cpu_count() or 1)
     done = subprocess.run(
         [*soak, "--minutes", "0.05", "--packets", "50000", "--seed", "1"],

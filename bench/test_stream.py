@@ -1,4 +1,4 @@
-"""A TCP connection of the kernel's at full speed into linkrx: megabytes per second, and what receiving them costs."""
+"""Measures a TCP connection from the kernel to linkrx at full speed: megabytes per second, and processor time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SUBJECT = "segment"
 
 
 class Cost(NamedTuple):
-    """Of one stream: megabytes per second, and microseconds of processor time per megabyte. Those of the receiver's thread
-    have in them what the kernel does when it is handed an acknowledgement, which is to send.
+    """The cost of one stream: megabytes per second, and microseconds of processor time per megabyte.
+
+    The time of the receiver's thread includes the kernel's sending after each acknowledgement.
     """
 
     mb_per_s: float
@@ -34,7 +35,7 @@ class Cost(NamedTuple):
 
 
 def measured(mode: str, version: int) -> Cost:
-    """One connection, received in this thread; the other end is in another."""
+    """Measure one connection, received in this thread. The other end is in another thread."""
     with stream(mode, version, STREAM, timestamps=True) as (rx, sink):
         start, usage, cpu = (
             time.perf_counter(),
@@ -59,7 +60,7 @@ def measured(mode: str, version: int) -> Cost:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_stream(benchmark: Any, version: int) -> None:
-    """Every byte of it checked: cut by the kernel, cut by linkrx, and whole, in turn and in random order."""
+    """A stream is received segmented by the kernel, segmented by linkrx, and whole, in random order, and every byte is checked."""
     processors = os.sched_getaffinity(0)
     costs: dict[str, list[Cost]] = defaultdict(list)
 

@@ -1,4 +1,4 @@
-"""Super-packets of a TAP as frames: linkrx beside the kernel's own segmentation, and beside a bare loop in C."""
+"""Measures segmentation of super-packets of a TAP: linkrx against the kernel's own segmentation, and a bare loop in C."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from linkrx.memory.columns import align
 from linkrx.testing.devices import Device
 
 SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
-SUPER_PACKETS = 32  # of one fill: two megabytes, more than a core's second-level cache
-SEGMENTS = 44  # of each
+SUPER_PACKETS = 32  # in a fill: two megabytes, more than a core's second-level cache
+SEGMENTS = 44  # in each
 QUEUE = 2 * SUPER_PACKETS * SEGMENTS
 MTU = 1500
 TIMESTAMPS = b"\x01\x01\x08\x0a" + bytes(range(8))
 
-ROUNDS, DRAINS = 9, 7  # as in race.py: a round's figure is the median of so many drains
+ROUNDS, DRAINS = 9, 7  # as in race.py: a round's figure is the median of its drains
 WARMUP = 5
 
 READ_ROOM = 65_600  # split_floor.c
@@ -55,7 +55,7 @@ def _library() -> ctypes.CDLL:
 
 
 class Floor:
-    """A bare loop on a descriptor. Each call drains it and returns how many frames or super-packets there were."""
+    """A bare C loop on a descriptor. Each call drains it and returns the number of frames or super-packets."""
 
     def __init__(self, function: str, fd: int) -> None:
         self.memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
@@ -71,12 +71,12 @@ class Floor:
         return count
 
     def size(self) -> int:
-        """Bytes in all."""
+        """The bytes so far."""
         return self._size.value
 
 
 class Queue:
-    """A TAP queue, and what puts the same super-packets into it; without `offload` the kernel cuts them on their way."""
+    """A TAP queue, and a sender of the same super-packets. Without `offload` the kernel segments them."""
 
     def __init__(self, kept: ExitStack, case: Super, *, offload: bool) -> None:
         self.tap = kept.enter_context(linkrx.TunTap(vnet_header=offload, offload=offload))
@@ -96,16 +96,16 @@ class Queue:
 
 @dataclass
 class Reader:
-    """One way to drain a queue: `drain` returns how many came, `size` how many bytes there have been since it was made."""
+    """One reader of a queue: `drain` returns the number of packets, `size` the bytes since the reader was made."""
 
     queue: Queue
     drain: Callable[[], int]
     size: Callable[[], int]
-    wanted: tuple[int, int]  # what comes out of a filled queue
+    wanted: tuple[int, int]  # packets and bytes in a filled queue
     sized: int = 0
 
     def check(self, came: int) -> None:
-        """Untimed: counters are asked of the kernel, too."""
+        """Check the counters, untimed, because that also reads the kernel's."""
         before, self.sized = self.sized, self.size()
         got = came, self.sized - before
         assert got == self.wanted, f"drained {got} of {self.wanted}"
@@ -137,11 +137,11 @@ def delivery(rx: linkrx.Dispatcher, packets: int) -> Callable[[], int]:
 
 
 def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: linkrx.Packet) -> None:
-    """A deliver that does nothing: what remains is linkrx."""
+    """A deliver that does nothing, so the time is linkrx's."""
 
 
 def super_packet(protocol: int, version: int) -> Super:
-    """Of as many full frames as a sender of the kernel puts into one."""
+    """A super-packet of as many full frames as the kernel puts into one."""
     case = Super(version, protocol, tcp_options=TIMESTAMPS if protocol == TCP else b"")
     size = MTU - (case.headers - len(case.link))
     return Super(version, protocol, SEGMENTS * size, size, tcp_options=case.tcp_options)
@@ -149,7 +149,7 @@ def super_packet(protocol: int, version: int) -> Super:
 
 @contextmanager
 def readers(case: Super) -> Iterator[dict[str, Reader]]:
-    """All ways, on a queue that hands over super-packets and on one that does not."""
+    """All readers, on a queue with super-packets and on one without."""
     frames = SUPER_PACKETS * SEGMENTS, SUPER_PACKETS * sum(map(len, case.frames()))
     wholes = SUPER_PACKETS, SUPER_PACKETS * len(case.frame())
     with ExitStack() as kept:
@@ -180,7 +180,7 @@ def readers(case: Super) -> Iterator[dict[str, Reader]]:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("protocol", [TCP, UDP], ids=["TCP", "UDP"])
 def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
-    """Each way drains its queue once in every round, in random order, and gets every frame and byte."""
+    """Each reader drains its queue in every round, in random order, and receives every frame and byte."""
     case = super_packet(protocol, version)
     verify(case)
     spent: dict[str, list[float]] = defaultdict(list)
@@ -227,7 +227,7 @@ def test_super_packets(benchmark: Any, protocol: int, version: int) -> None:
 
 
 def report(benchmark: Any, timed: dict[str, Figures]) -> None:
-    """Nanoseconds per frame of each way, and the ratios between them."""
+    """Report nanoseconds per frame of each reader, and the ratios between them."""
     note(benchmark, **figures(timed, "segment", "C floor"))
 
     def ratio(name: str, other: str) -> float:
@@ -242,7 +242,7 @@ def report(benchmark: Any, timed: dict[str, Figures]) -> None:
 
 
 def verify(case: Super) -> None:
-    """The kernel's frames, those of the bare loop and those of linkrx are the same, byte for byte."""
+    """Assert that the kernel, the bare loop and linkrx give the same frames, byte for byte."""
     with ExitStack() as kept:
         whole, cut = Queue(kept, case, offload=True), Queue(kept, case, offload=False)
         cut.fill(1)

@@ -1,6 +1,6 @@
-"""`deliver` that does something with each packet, beside everyone else doing the same with the same frames.
+"""Compares a `deliver` that processes each packet with peers that do the same work on the same frames.
 
-Everyone calls a function for each packet. What it looked at is added up, and the sum is compared in every drain.
+Each reader calls a function for each packet. The function adds up the values that it reads, and every drain checks the sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CELLS = {"ring": "packet_mmap", "tap": "readv", "packet": "recvmmsg"}
 @pytest.mark.parametrize("size", [64, 1514])
 @pytest.mark.parametrize("source", CELLS)
 def test_work(benchmark: Any, source: str, size: int, work: str) -> None:
-    """One kind of work on a ring, a TAP queue and a packet socket."""
+    """One kind of work is measured on a ring, a TAP queue and a packet socket."""
     does, backend, field = WORKS[work], CELLS[source], Field()
     with ExitStack() as stack:
 

@@ -1,7 +1,7 @@
-"""Numbered frames that can be told from their numbers alone, sources to send them to, and what the kernel counts there.
+"""Frames whose bytes follow from their numbers, sources to which they are sent, and the kernel's counters of these sources.
 
-Comments on what the kernel counts were found out on Linux 6.18, flapping links hundreds of times a minute under floods
-of a million frames a second.
+The comments on the kernel's counters were verified on Linux 6.18, with links that flapped hundreds of times a minute under
+floods of a million frames a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VLAN = 0x8100
 PACKET_STATISTICS = 6  # linux/if_packet.h
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914  # linux/sockios.h
 _WORD = (1 << 64) - 1
-FAULTS_MOST = 20  # of an account: what follows is a consequence, or more of the same
+FAULTS_MOST = 20  # in an account; later faults are mostly consequences
 
 
 class _Control(ctypes.Structure):
@@ -55,7 +55,7 @@ class Traffic:
     """One thread that sends numbered frames in bursts, without the GIL, until `finish`."""
 
     def __init__(self, injector: socket.socket, seed: int, kind: str, *, strange: bool) -> None:
-        """`strange`: of every length from LEAST to MTU, and hostile ones among them."""
+        """With `strange`, frames have every length from LEAST to the MTU, and some are hostile."""
         self._block = random.Random(seed).randbytes(65536 + LONGEST)
         self._injector = injector
         self.control = _Control(
@@ -64,10 +64,10 @@ class Traffic:
             ethernet=kind not in ("tun", "cooked"),
             prefix=kind == "cooked",
             strange=strange,
-            # Not to a packet socket, of which rx_dropped is to tell what the link ate: a tagged frame that the socket
-            # got is counted there as well, where no VLAN device takes it; and one with a length for a type is not
-            # counted when no socket gets it, for the kernel's LLC takes it. Nor, to a cooked one, a link header with
-            # nothing behind it: packet_rcv() takes a length of 0 for a filter's refusal, and counts nothing.
+            # Packet sockets get no tagged frames and no 802.3 frames, because rx_dropped must count the frames that were lost
+            # with the link. The kernel also counts a tagged frame there that the socket received, if no VLAN device takes
+            # it. It does not count an 802.3 frame that no socket received, because its LLC takes it. Cooked sockets get no
+            # bare link header: packet_rcv() takes a length of 0 for a filter's refusal, and counts nothing.
             handled=kind == "tap",
             block=self._block,
         )
@@ -75,22 +75,22 @@ class Traffic:
         self._thread = threading.Thread(target=self._run, name="traffic")
 
     def _run(self) -> None:
-        # A signal must end the system call of the thread that receives, not of this one.
+        # A signal must interrupt the system call of the receiving thread, not of this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         library("traffic").send_numbered(self._injector.fileno(), ctypes.byref(self.control))
 
     def start(self) -> None:
-        """Until `pace` says how, nothing is sent."""
+        """Start the thread. It sends nothing until `pace` is called."""
         library("traffic")
         self._thread.start()
 
     def pace(self, burst: int, pause_us: int) -> None:
-        """From now on send this many frames, pause, and so on."""
+        """From now on send bursts of `burst` frames, with a pause after each."""
         self.control.pause_us = pause_us
         self.control.burst = burst
 
     def quiet(self) -> None:
-        """Stop sending until the next `pace`; on return no frame is under way from here."""
+        """Stop sending until the next `pace`. After the return no send() is running."""
         self.control.burst = self.control.idle = 0
         while not self.control.idle and self._thread.is_alive():
             time.sleep(0.0005)
@@ -102,7 +102,7 @@ class Traffic:
             self._thread.join()
 
     def frame(self, number: int) -> bytes:
-        """The frame of that number, as it is put on the wire behind the link header that a cooked socket does not show."""
+        """The frame of a number, without the link header that a cooked socket does not show."""
         z = ((number + 1) * 0x9E3779B97F4A7C15 + self._seed) & _WORD
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -124,8 +124,9 @@ class Traffic:
         return head + self._block[start + len(head) : start + length]
 
     def fault(self, packet: linkrx.Packet | bytes, last: int = -1) -> tuple[int, str]:
-        """The number that a packet claims, and what is wrong with it: nothing, if it is the frame of that number, and
-        that is beyond `last`.
+        """The number in a packet, and its fault.
+
+        There is no fault if the packet is the frame of that number, and the number is greater than `last`.
         """
         got = bytes(packet)
         at = 7 if self.control.ethernet else 1
@@ -141,7 +142,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Counted:
-    """What became of the frames that send() took, as the kernel counts: handed over to who reads, or dropped."""
+    """The frames that send() accepted, by the kernel's counters: passed to a reader, or dropped."""
 
     handed: int
     no_room: int
@@ -150,7 +151,7 @@ class Counted:
 
 @dataclass
 class Account:
-    """What became of the frames that send() took for one source."""
+    """The account of the frames that send() accepted for one source."""
 
     sent: int = 0
     kernel: Counted = field(default_factory=lambda: Counted(0, 0, 0))
@@ -159,7 +160,7 @@ class Account:
     empty: int = 0
     unknown: int = 0
     undelivered: int = 0
-    no_room: int = 0  # of rings, by their dispatchers' own count
+    no_room: int = 0  # for rings, by their dispatchers' counters
     left: int = 0  # in rings that were closed
     unread: int = 0  # while there was no ring
     faults: list[str] = field(default_factory=list)
@@ -167,37 +168,37 @@ class Account:
 
     @property
     def lost_by_kernel(self) -> int:
-        """Frames that send() took, and that the kernel neither handed over nor counted as dropped."""
+        """Frames that send() accepted, and that the kernel neither passed on nor counted as dropped."""
         return self.sent - self.kernel.handed - self.kernel.no_room - self.kernel.no_link - self.unread
 
     @property
     def lost_by_linkrx(self) -> int:
-        """Frames that the kernel handed over, and that were neither delivered nor counted."""
+        """Frames that the kernel passed on, and that were neither delivered nor counted."""
         counted = self.runts + self.empty + self.unknown + self.undelivered
         return self.kernel.handed - self.delivered - counted - self.left
 
     def blame(self, fault: str) -> None:
-        """Note what is wrong."""
+        """Record a fault."""
         if len(self.faults) < FAULTS_MOST:
             self.faults.append(fault)
 
 
 @dataclass
 class Wire:
-    """A source, the links to it, the traffic on them, and what the kernel counts of it."""
+    """A source, the links to it, the traffic on them, and the kernel's counters."""
 
     name: str
     source: HasFileno | str
     traffic: Traffic
     links: tuple[str, ...]
     counted: Callable[[], Counted]
-    drops: Callable[[], int]  # what `Stats.kernel_drops` counts from
-    # Frames that came since this was last asked, if `nobody` was there to read them.
+    drops: Callable[[], int]  # the kernel's counter behind `Stats.kernel_drops`
+    # Frames that came since the last call. `nobody`: whether no socket listened.
     unread: Callable[[bool], int] = lambda nobody: 0
 
 
 def device_counters(name: str) -> dict[str, int]:
-    """Of a device in this network namespace, from /proc/self/net/dev."""
+    """The counters of a device in this network namespace, from /proc/self/net/dev."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         device, colon, numbers = line.partition(":")
         if colon and device.strip() == name:
@@ -207,7 +208,7 @@ def device_counters(name: str) -> dict[str, int]:
 
 
 def set_link(name: str, up: bool) -> None:
-    """Take a link up or down. By ioctl: pyroute2 is not for threads."""
+    """Set a link up or down, by ioctl, because pyroute2 is not thread-safe."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = bytearray(struct.pack("16s24x", name.encode()))
         fcntl.ioctl(any_socket, SIOCGIFFLAGS, request)
@@ -224,19 +225,19 @@ def _queue(mode: str, seed: int, *, strange: bool) -> Iterator[Wire]:
         index = socket.if_nametoindex(queue.name)
         with IPRoute() as route:
             route.link("set", index=index, state="up", mtu=MTU)
-            # The queueing discipline decides whether a flap can be accounted for. With the default, pfifo_fast, a frame
-            # that send() took just as the link goes down may lie in a queue that is then emptied without counting:
-            # up to eight in 150 flaps. pfifo takes a lock for each frame: what comes too late is refused with ENOBUFS
-            # and is in no counter, all else reaches the ring or is in tx_dropped. (noqueue is exact as well, but its
-            # send() fails with ENOBUFS for a full ring, and counts that in tx_dropped.)
+            # Whether counters are exact over a flap depends on the queueing discipline. With the default, pfifo_fast, a frame
+            # that send() accepted as the link goes down may be in a queue that the kernel then empties without counting:
+            # up to eight in 150 flaps. pfifo takes a lock for each frame. It refuses late frames with ENOBUFS, which are in
+            # no counter. All others reach the ring or are in tx_dropped. (noqueue is exact as well, but its send() fails
+            # with ENOBUFS for a full ring, and counts that in tx_dropped.)
             route.tc("replace", "pfifo", index, limit=1000)
         injector = stack.enter_context(injector_on(queue.name))
         traffic = Traffic(injector, seed, mode, strange=strange)
         stack.callback(traffic.finish)
 
         def counted() -> Counted:
-            # tun counts as transmitted what was read from the ring, and keeps the ring while the link is down. A full
-            # ring and a link that went away meanwhile are the same counter.
+            # tun counts frames as transmitted when they are read from the ring, and keeps the ring while the link is down.
+            # tx_dropped counts frames lost to a full ring and frames lost to a link that went down.
             now = device_counters(queue.name)
             return Counted(handed=now["tx"], no_room=now["tx_dropped"], no_link=0)
 
@@ -252,7 +253,7 @@ def _socket(kind: str) -> socket.socket:
 
 
 def _wire(stack: ExitStack, kind: str, seed: int, *, strange: bool) -> tuple[str, str, Traffic]:
-    """Near end, far end, and what is sent from the far one."""
+    """Near end, far end, and the traffic from the far end."""
     near, far = stack.enter_context(veth())
     with IPRoute() as route:
         for name in (near, far):
@@ -263,11 +264,11 @@ def _wire(stack: ExitStack, kind: str, seed: int, *, strange: bool) -> tuple[str
 
 
 def _eaten(near: str, far: str, traffic: Traffic) -> int:
-    # Where the link eats frames, by the time it takes to notice: the sender's carrier is off and its queueing
-    # discipline a noop (far end's tx_dropped, send() succeeds); the near end is no longer up (far end's tx_dropped and
-    # near end's rx_dropped, send() fails with ENOBUFS: so twice those that failed are not frames that send() took); the
-    # near end's frames are in the CPU's backlog, but the hook of the packet socket is gone (near end's rx_dropped,
-    # send() succeeded).
+    # A link that goes down loses frames at three places. (1) The sender's carrier is off and its queueing discipline is noop:
+    # the far end's tx_dropped counts, and send() succeeds. (2) The near end is no longer up: the far end's tx_dropped and
+    # the near end's rx_dropped count, and send() fails with ENOBUFS, so each failed send() is counted twice. (3) The near
+    # end's frames are in the CPU's backlog, but the packet socket's hook is removed: the near end's rx_dropped counts, and
+    # send() has succeeded.
     eaten = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
     return eaten - 2 * int(traffic.control.full)
 
@@ -288,8 +289,8 @@ def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
 
         def counted() -> Counted:
             nonlocal queued, dropped
-            # tp_packets has what was queued on the socket and what found no room, tp_drops the latter; reading clears
-            # both.
+            # tp_packets counts frames that were queued on the socket and frames without room, tp_drops only the latter.
+            # Reading clears both.
             packets, drops = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             queued, dropped = queued + packets - drops, dropped + drops
             return Counted(handed=queued, no_room=dropped, no_link=_eaten(near, far, traffic))
@@ -311,7 +312,7 @@ def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
             return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic))
 
         def unread(nobody: bool) -> int:
-            # Without a ring frames come into the socket's queue, until that is full; the next ring empties it.
+            # Without a ring, frames go to the socket's queue until it is full. The next ring empties it.
             packets, _ = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             return int(packets) if nobody else 0
 
@@ -328,8 +329,8 @@ def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
             return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic) - unheard)
 
         def unread(nobody: bool) -> int:
-            # What comes while no socket listens is in the near end's rx_packets; and in rx_dropped, with what the link
-            # ate.
+            # Frames that come while no socket listens are in the near end's rx_packets, and in its rx_dropped, which also
+            # counts frames lost with the link.
             nonlocal arrived, dropped, unheard
             now, arrived_before, dropped_before = device_counters(near), arrived, dropped
             arrived, dropped = now["rx"], now["rx_dropped"] - traffic.control.full
@@ -342,11 +343,11 @@ def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
 
 
 def _not_told() -> int:
-    return 0  # only the ring knows, and tells it once
+    return 0  # only the ring has the counter, and reading resets it
 
 
 def wire(kind: str, seed: int, *, strange: bool = True) -> AbstractContextManager[Wire]:
-    """Of a kind in KINDS: devices, source and traffic of its own. The traffic waits to be started."""
+    """Make devices, a source and its traffic, of a kind in KINDS. The caller starts the traffic."""
     if kind in ("tap", "tun"):
         return _queue(kind, seed, strange=strange)
     if kind == "ring":
@@ -361,7 +362,7 @@ KINDS = {
     "tun": ("readv", "os_readv"),
     "packet": ("recvmmsg", "readv", "os_readv"),
     "cooked": ("recvmmsg", "readv", "os_readv"),
-    # An interface by name, and a socket that linkrx puts a ring on.
+    # An interface by name, and a borrowed socket on which linkrx makes a ring.
     "ring": ("packet_mmap",),
     "borrowed": ("packet_mmap",),
 }

@@ -1,4 +1,4 @@
-"""What is done with each packet, as statements that are the same for everyone, and the readers that do it."""
+"""The work for each packet, as statements that are the same for all readers, and these readers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import linkrx
 
 IPV4 = struct.Struct("!B8xB2x4s4s")  # version and header length, protocol, source, destination
 UDP = struct.Struct("!HHH")  # source port, destination port, length
-PATIENCE = 10.0  # seconds until a fill must have been drained
+PATIENCE = 10.0  # seconds within which a fill must be drained
 
 
 @dataclass(frozen=True)
 class Work:
-    """Statements on `packet`: a linkrx.Packet, and the `bytes` that everyone else hands out."""
+    """Statements on `packet`, which is a linkrx.Packet, or the `bytes` of other readers."""
 
     ours: str
     theirs: str
-    needs: str = ""  # what linkrx.Packet must have for it
+    needs: str = ""  # an attribute of linkrx.Packet that it needs
 
     def missing(self) -> str | None:
-        """Why linkrx cannot do it, if it cannot."""
+        """The reason if linkrx cannot do this work, else None."""
         there = not self.needs or hasattr(linkrx.Packet, self.needs)
         return None if there else f"linkrx.Packet has no {self.needs}"
 
@@ -76,10 +76,10 @@ Handle = Callable[..., None]
 
 
 class Worker:
-    """A function that does the work with every packet, and the sum of what it looked at."""
+    """A function that does the work for every packet, and the sum of the values that it reads."""
 
     def __init__(self, statements: str, arguments: str, queue: Queue, check: Check | None = None) -> None:
-        """With `check`, which is shown every byte as well, it is not to be timed."""
+        """With `check`, which also gets every byte, the worker must not be timed."""
         names: dict[str, Any] = {"IPV4": IPV4, "UDP": UDP}
         exec(TEMPLATE.format(arguments=arguments, statements=statements), names)
         handle: Handle
@@ -96,35 +96,35 @@ class Worker:
         self.queue = queue
 
     def expect(self, work: Work) -> None:
-        """From now on `result` must be what the work makes of the frames that go into the queue."""
+        """From now on `result` must be the sum for the frames in the queue."""
         judge = Worker(work.theirs, BYTES, self.queue)
         for frame in self.queue.frames.numbered(self.queue.packets):
             judge.handle(frame)
         self.wanted = judge._result()
 
     def result(self) -> int:
-        """The sum; what was kept is let go of."""
+        """The sum. Kept packets are dropped."""
         if self._check is not None:
             for packet in self._kept:
                 self._check(bytes(packet))
         return self._result()
 
     def finish(self) -> int:
-        """Assert that the work was done; the number of packets."""
+        """Assert that the work was done. Returns the number of packets."""
         got = self.result()
         assert got == self.wanted, f"the sum of what was looked at is {got}, and should be {self.wanted}"
         return self.queue.packets
 
 
 def worker(work: Work, statements: str, arguments: str, queue: Queue, check: Check | None) -> Worker:
-    """One that knows what must come out."""
+    """A worker with its expected result."""
     made = Worker(statements, arguments, queue, check)
     made.expect(work)
     return made
 
 
 def linkrx_work(queue: Queue, source: Source, work: Work, **options: Any) -> Reader:
-    """linkrx's `deliver`. Missing where linkrx has not what the work takes."""
+    """linkrx's `deliver`. Raises Missing if linkrx cannot do the work."""
     if why := work.missing():
         raise Missing(why)
 
@@ -145,7 +145,7 @@ def linkrx_work(queue: Queue, source: Source, work: Work, **options: Any) -> Rea
 
 
 def hand_work(queue: Queue, receive: Callable[[int], bytes], work: Work) -> Reader:
-    """A loop by hand around a call that takes a size and returns `bytes`: `source.recv`."""
+    """A loop by hand of a call that takes a size and returns `bytes`, like `source.recv`."""
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -163,8 +163,8 @@ def hand_work(queue: Queue, receive: Callable[[int], bytes], work: Work) -> Read
 
 
 def pcap_work(queue: Queue, near: str, work: Work, module: str) -> Reader:
-    """`dispatch` of pcapy-ng (`pcapy`) or of `cypcap`, on a ring as large as linkrx's."""
-    package(module, {"pcapy": "pcapy-ng"}.get(module, module))  # says at once if it is not there
+    """`dispatch` of pcapy-ng (`pcapy`) or `cypcap`, on a ring as large as linkrx's."""
+    package(module, {"pcapy": "pcapy-ng"}.get(module, module))  # raises Missing at once
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
@@ -180,7 +180,7 @@ def pcap_work(queue: Queue, near: str, work: Work, module: str) -> Reader:
                 return does.finish()
 
             def cypcap() -> int:
-                # Its dispatch does not tell how many there were. Once is enough when all blocks are closed.
+                # Its dispatch does not return the number of packets. One call is enough when all blocks are closed.
                 reader.dispatch(-1, does.handle)
                 got, until = does.result(), time.monotonic() + PATIENCE
                 while got != does.wanted and time.monotonic() < until:
@@ -195,6 +195,6 @@ def pcap_work(queue: Queue, near: str, work: Work, module: str) -> Reader:
 
 
 def socket_of(source: Source) -> socket.socket:
-    """For type checkers."""
+    """The source as a socket, for type checkers."""
     assert isinstance(source, socket.socket)
     return source

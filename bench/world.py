@@ -1,4 +1,4 @@
-"""The user's world in tables and a picture: packets that come alone, paced streams, and work in `deliver`."""
+"""Tables and a picture for users: packets that come alone, paced streams, and work in `deliver`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAID = {
 
 
 def lone_table(results: Results) -> Lines:
-    """Every way and backend on TAP and packet socket: nanoseconds, and times the loop by hand."""
+    """Every call and backend on TAP and packet socket: nanoseconds, and the ratio to the loop by hand."""
     rows = []
     for facts in results.of("test_lone"):
         backends = list(dict.fromkeys(name.rpartition(", ")[2] for name in facts.get("readers", {})))
@@ -55,7 +55,7 @@ def lone_table(results: Results) -> Lines:
 
 
 def paced_table(results: Results) -> Lines:
-    """Processor time of the receiver at every rate, and times the loop by hand."""
+    """The receiver's processor time at every rate, and the ratio to the loop by hand."""
     streams = {rate: results.one("test_paced", rate=rate) for rate in RATES}
     measured = {rate: facts for rate, facts in streams.items() if facts and "readers" in facts}
     names = dict.fromkeys(name for facts in measured.values() for name in facts["readers"])
@@ -80,7 +80,7 @@ def paced_table(results: Results) -> Lines:
 
 
 def work_table(results: Results, source: str) -> Lines:
-    """All kinds of work on a source at both sizes: nanoseconds of linkrx, and how many times those the others take."""
+    """All kinds of work on a source at both sizes: nanoseconds of linkrx, and the ratio of the other readers to it."""
     cells = {
         (facts["work"], facts["size"]): facts
         for facts in results.of("test_work", source=source)
@@ -104,12 +104,12 @@ def work_table(results: Results, source: str) -> Lines:
 
 
 def times(value: float | None) -> str:
-    """As people say it."""
+    """A ratio as text."""
     return "" if value is None else f"{number(value)} times"
 
 
 def kept_table(results: Results) -> Lines:
-    """Memory of packets that are kept."""
+    """The memory of kept packets."""
     rows = [
         [
             f"{SOURCES[facts['source']]}, {facts['size']} B",
@@ -122,12 +122,10 @@ def kept_table(results: Results) -> Lines:
     return table(head, rows)
 
 
-Row = tuple[
-    str, "Facts | None", str, str
-]  # what, where, and the names of linkrx and of who it is compared with
+Row = tuple[str, "Facts | None", str, str]  # work, source, and the names of linkrx and of the other reader
 
 
-# Of world_rows(), what the README has room for.
+# The rows of world_rows() for the README.
 IN_README = (
     "one packet waiting on a TAP: `dispatch`",
     "5,000 packets/s on a TAP: `run`",
@@ -138,7 +136,7 @@ IN_README = (
 
 
 def world_rows(results: Results) -> list[Row]:
-    """The user's world in a dozen rows."""
+    """A dozen rows for users."""
     lone = results.one("test_lone", source="tap")
     slow, fast = results.one("test_paced", rate=5_000), results.one("test_paced", rate=50_000)
 
@@ -164,18 +162,18 @@ def world_rows(results: Results) -> list[Row]:
 
 
 def world_table(results: Results) -> Lines:
-    """A dozen rows."""
+    """The table of world_rows()."""
     return compared(world_rows(results))
 
 
 def speed_table(results: Results) -> Lines:
-    """Those that the README shows."""
+    """The table of the rows for the README."""
     rows = {row[0]: row for row in world_rows(results)}
     return compared([rows[name] for name in IN_README])
 
 
 def compared(measured: list[Row]) -> Lines:
-    """Nanoseconds of both, and the ratio."""
+    """The nanoseconds of two readers, and their ratio."""
     rows = []
     for what, facts, ours, theirs in measured:
         ratio = quotient(facts, ours, theirs)
@@ -224,7 +222,7 @@ def panels(results: Results) -> list[Panel]:
 
 
 def bar(name: str, facts: Facts | None, other: str, kind: str, title: str = "") -> Bar:
-    """A reader of whom it is known that he was measured."""
+    """A bar for a reader that was measured."""
     ns, ratio = ns_of(facts, name), quotient(facts, name, other)
     assert ns is not None
     assert ratio is not None
