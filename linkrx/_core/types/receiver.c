@@ -371,7 +371,7 @@ PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
     (void)unused;
     if (!enter(r))
         return NULL;
-    outcome = lrx_await(r, 0, false); /* the loop calls again while more is there */
+    outcome = lrx_await(r, 0, r->latency > 0); /* the loop calls again while more is there, and holds that back too */
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 
