@@ -1,0 +1,83 @@
+"""close() in several threads, in a forked child, and on a dispatcher that was never opened."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from support.pairs import frame, pair
+
+import linkrx
+
+
+def test_threads_that_close_at_once() -> None:
+    """Each of two close() calls at once returns after everything is released, while another thread receives."""
+    for _ in range(200):
+        with pair() as (receiver, _):
+            rx = linkrx.open(receiver, lambda *_: None)
+            together = threading.Barrier(3)
+            released: list[bool] = []
+
+            def close(
+                rx: linkrx.Dispatcher = rx,
+                together: threading.Barrier = together,
+                released: list[bool] = released,
+            ) -> None:
+                together.wait()
+                rx.close()
+                released.append(rx._released)
+
+            def dispatch(rx: linkrx.Dispatcher = rx, together: threading.Barrier = together) -> None:
+                together.wait()
+                try:
+                    rx.dispatch(0)
+                except (linkrx.Closed, linkrx.Busy):
+                    return
+
+            threads = [threading.Thread(target=step, daemon=True) for step in (close, close, dispatch)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+            assert released == [True, True]
+
+
+def test_a_dispatcher_that_was_never_opened() -> None:
+    """Every member of a dispatcher that was never opened raises a Python exception or returns; none crashes the process."""
+    made = linkrx.Dispatcher.__new__(linkrx.Dispatcher)
+    for name in dir(type(made)):
+        if name.startswith("__"):
+            continue
+        try:
+            member = getattr(made, name)
+            if callable(member):
+                member()
+        except (TypeError, ValueError, AttributeError, linkrx.LinkrxError):
+            continue
+
+
+def test_a_child_that_closes_inside_deliver_leaves_other_files_alone(tmp_path: Path) -> None:
+    """After a child forked inside deliver has closed its dispatcher, linkrx does not write to files that reuse its descriptors."""
+    forked = False
+    files: list[int] = []
+    with pair() as (receiver, sender):
+
+        def deliver(*_: object) -> None:
+            nonlocal forked
+            forked = os.fork() == 0
+            if forked:
+                rx.close()
+                files.extend(os.open(tmp_path / str(n), os.O_RDWR | os.O_CREAT) for n in range(8))
+
+        rx = linkrx.open(receiver, deliver)
+        rx.fileno()
+        sender.send(frame(0))
+        try:
+            rx.dispatch()
+        finally:
+            if forked:
+                os._exit(any(os.fstat(file).st_size for file in files))
+        _, status = os.wait()
+        rx.close()
+    assert os.waitstatus_to_exitcode(status) == 0
