@@ -1,4 +1,4 @@
-"""Iteration over a running event loop: asyncio's own and uvloop, and foreign loops that poll."""
+"""Asynchronous iteration under asyncio and uvloop, and other event loops that poll."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ Run = Callable[[Awaitable[None]], None]
 
 
 def uvloop_run(work: Awaitable[None]) -> None:
-    """Run under uvloop."""
+    """Run a coroutine under uvloop."""
     if uvloop is None:
         pytest.skip("uvloop is not installed")
     uvloop.run(work)
 
 
 def asyncio_run(work: Awaitable[None]) -> None:
-    """Run under asyncio's default loop."""
+    """Run a coroutine under asyncio's default loop."""
     asyncio.run(work)  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=[asyncio_run, uvloop_run], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Both loops."""
+    """Runs a coroutine under each of the two loops."""
     chosen: Run = request.param
     return chosen
 
 
 def has_reader(rx: linkrx.Dispatcher) -> bool:
-    """Whether a loop calls when packets come; uvloop never tells. Takes it out."""
+    """Remove the reader of a descriptor. Returns whether the loop had one; under uvloop always False."""
     fd = rx._reader._fd if rx._reader else -1
     return fd >= 0 and asyncio.get_running_loop().remove_reader(fd) is True
 
 
 def test_packets(run: Run, seqpacket: Pair) -> None:
-    """`async for packet in rx` gives every packet in order, waits for those that come later, and ends at EOF."""
+    """`async for packet in rx` gives every packet in order, waits for later packets, and ends at EOF."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -91,7 +91,7 @@ def test_batches(run: Run, seqpacket: Pair) -> None:
 
 
 def test_bounded_work_per_wake_up(run: Run, seqpacket: Pair) -> None:
-    """Under a flood other tasks get their turn after every batch."""
+    """Under load, other tasks run after every batch."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -119,7 +119,7 @@ def test_bounded_work_per_wake_up(run: Run, seqpacket: Pair) -> None:
 
 
 def test_stop_and_cancel(run: Run, seqpacket: Pair) -> None:
-    """stop() ends an iteration that waits; cancelling its task leaves the dispatcher usable and no reader behind."""
+    """stop() ends a waiting iteration. After a waiting task is cancelled, the dispatcher is usable and the loop has no reader."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -150,7 +150,7 @@ def test_stop_and_cancel(run: Run, seqpacket: Pair) -> None:
 
 
 def test_breaking_out_keeps_the_rest(run: Run, seqpacket: Pair) -> None:
-    """Packets behind a break out of `async for` come first in the next iteration."""
+    """After a break out of `async for`, the next iteration starts with the next packet."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -169,7 +169,7 @@ def test_breaking_out_keeps_the_rest(run: Run, seqpacket: Pair) -> None:
 
 
 def test_close_wakes_the_task_that_waits(run: Run, seqpacket: Pair) -> None:
-    """A task that waits in `async for` when another closes the dispatcher gets Closed, and leaves no reader."""
+    """If another task closes the dispatcher, a task that waits in `async for` gets Closed, and the loop has no reader."""
 
     async def work() -> None:
         rx = linkrx.open(seqpacket[0])
@@ -189,7 +189,7 @@ def test_close_wakes_the_task_that_waits(run: Run, seqpacket: Pair) -> None:
 
 
 def test_a_second_task_gets_a_clear_error(run: Run, seqpacket: Pair) -> None:
-    """While one task waits for packets, another that wants some gets Busy, and the first goes on undisturbed."""
+    """While one task waits for packets, another task that receives gets Busy, and the first still receives."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -212,7 +212,7 @@ def test_a_second_task_gets_a_clear_error(run: Run, seqpacket: Pair) -> None:
 
 
 def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair) -> None:
-    """close() in one thread while a task waits in another thread's loop raises Busy; stop() is what ends it."""
+    """close() raises Busy while a task waits in another thread's loop. stop() ends the wait."""
     with linkrx.open(seqpacket[0]) as rx:
 
         async def work() -> None:
@@ -226,7 +226,7 @@ def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair)
 
 
 def test_a_packet_that_is_waited_for_in_vain(run: Run, seqpacket: Pair) -> None:
-    """wait_for(anext(packets)) that runs out, again and again, loses nothing of what comes afterwards, and leaves no reader."""
+    """Repeated timeouts of wait_for(anext(packets)) lose no later packet, and the loop has no reader afterwards."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -243,7 +243,7 @@ def test_a_packet_that_is_waited_for_in_vain(run: Run, seqpacket: Pair) -> None:
 
 
 def test_cancelled_in_the_turn_in_which_it_would_go_on(run: Run, seqpacket: Pair) -> None:
-    """A task that is cancelled while packets wait already is cancelled, and the next one gets them all, in order."""
+    """A task can be cancelled while packets are queued, and the next task gets them all, in order."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -275,7 +275,7 @@ def test_cancelled_in_the_turn_in_which_it_would_go_on(run: Run, seqpacket: Pair
 def test_an_error_reaches_the_task_that_waits(
     run: Run, seqpacket: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What goes wrong in a receive that the event loop makes is raised in the task, which may go on afterwards."""
+    """An error of a receive in the event loop is raised in the task, which can receive again afterwards."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -294,7 +294,7 @@ def test_an_error_reaches_the_task_that_waits(
 
 
 def test_an_iterator_in_another_event_loop(seqpacket: Pair) -> None:
-    """An asynchronous iterator that was used in one event loop goes on in the next one."""
+    """An asynchronous iterator that was used in one event loop can be used in another."""
     receiver, sender = seqpacket
     with linkrx.open(receiver) as rx:
         packets = aiter(rx)
@@ -309,7 +309,7 @@ def test_an_iterator_in_another_event_loop(seqpacket: Pair) -> None:
 
 
 def test_hostile_use_of_an_iterator(seqpacket: Pair) -> None:
-    """What is for asyncio alone may be called by anybody in any order: it says so, or does nothing."""
+    """Methods that only asyncio should call work or raise an error, in any order of calls."""
     with linkrx.open(seqpacket[0]) as rx:
         packets: Any = aiter(rx)
         for wrong in (3, None, object()):
@@ -349,7 +349,7 @@ def test_hostile_use_of_an_iterator(seqpacket: Pair) -> None:
 
 
 def test_a_second_task_on_the_same_iterator(run: Run, seqpacket: Pair) -> None:
-    """While one task waits at an iterator, another at the same one gets Busy, and the first one gets the packet."""
+    """While one task waits for an iterator, another task gets Busy from it, and the first gets the packet."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -366,7 +366,7 @@ def test_a_second_task_on_the_same_iterator(run: Run, seqpacket: Pair) -> None:
 
 
 def test_thrown_out_while_it_waits(seqpacket: Pair) -> None:
-    """A coroutine that is closed, or gets an exception, while it waits leaves the dispatcher to the next one."""
+    """After a waiting coroutine was closed or got an exception, another one can receive."""
     with linkrx.open(seqpacket[0]) as rx:
         packets = aiter(rx)
 
@@ -387,7 +387,7 @@ def test_thrown_out_while_it_waits(seqpacket: Pair) -> None:
 
 
 def test_the_users_own_reader_stays(run: Run, seqpacket: Pair) -> None:
-    """`async for` and add_reader(rx.fileno()) are two readers: neither takes the other's place, nor its packets twice."""
+    """`async for` and add_reader(rx.fileno()) are separate readers: both stay, and each packet is received once."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -423,7 +423,7 @@ def test_the_users_own_reader_stays(run: Run, seqpacket: Pair) -> None:
 
 @pytest.mark.parametrize("mute", [True, False])
 def test_a_task_goes_on_when_somebody_else_sees_the_end(run: Run, seqpacket: Pair, mute: bool) -> None:
-    """A call that sees the end makes fileno() quiet: a task that waits in `async for` ends all the same."""
+    """A task that waits in `async for` ends, even if another call has already reported the end."""
 
     async def work() -> None:
         with linkrx.open(seqpacket[0], lambda *_: None) as rx:
@@ -444,9 +444,7 @@ def test_a_task_goes_on_when_somebody_else_sees_the_end(run: Run, seqpacket: Pai
 
 @pytest.mark.parametrize("way", ["packets", "batches"])
 def test_latency(run: Run, seqpacket: Pair, way: str) -> None:
-    """With latency= what comes while a packet is held back comes with it, in one batch, in `async for` as well, also behind a
-    packet that came alone.
-    """
+    """With latency=, `async for` returns a held-back packet and later ones in one batch, also after a packet that came alone."""
 
     async def work() -> None:
         receiver, sender = seqpacket
@@ -529,7 +527,7 @@ with linkrx.open(receiver, batch_size=8) as rx:
 @pytest.mark.parametrize("when", ["in a wait", "under load"])
 @pytest.mark.parametrize("way", ["packets", "batches"])
 def test_ctrl_c(way: str, when: str) -> None:
-    """Ctrl-C ends asyncio.run(), which cancels the task; the next run() goes on, with each packet once and none lost."""
+    """Ctrl-C ends asyncio.run(), which cancels the task. With the next run(), each packet is received once and none is lost."""
     done = subprocess.run(
         [sys.executable, "-c", CTRL_C, way, when], stdout=subprocess.PIPE, text=True, timeout=60, check=True
     )

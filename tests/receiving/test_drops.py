@@ -1,4 +1,4 @@
-"""Lost packets are told of in the log, once per interval and not when there are none."""
+"""The log reports drops, once per interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linkrx.testing import rigs
 def test_drops_are_told_of(
     backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While drops rise there is one warning per interval, with the numbers and what to type; none while they do not."""
+    """While drops increase, each interval has one warning, with the numbers and the remedy. Otherwise there is none."""
     monkeypatch.setattr(dropwatch, "INTERVAL", 0.0)
     with rigs.interface() as rig, rig.open(backend, receive_buffer=2304) as rx:
         for _ in range(2):
@@ -38,7 +38,7 @@ def test_drops_are_told_of(
 
 @pytest.mark.usefixtures("devices")
 def test_not_more_often_than_that(caplog: pytest.LogCaptureFixture) -> None:
-    """Within an interval nothing is said, whatever is lost."""
+    """Within an interval no further warning is logged."""
     with rigs.interface() as rig, rig.open("auto", receive_buffer=2304) as rx:
         for _ in range(3000):
             rig.send(rig.frame(1000))

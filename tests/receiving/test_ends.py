@@ -1,4 +1,4 @@
-"""Ends, and what looks like one: peers that close, links that go down, move and vanish."""
+"""Ends, and events that are no end: peers that close, links that go down, devices that are deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUEUE_BACKENDS = that_take("tap")
 
 @pytest.fixture(params=that_take("unix_seqpacket"))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that takes sockets of all kinds."""
+    """Each backend that accepts sockets of all kinds."""
     name: str = request.param
     return name
 
@@ -36,7 +36,7 @@ def sizes(rx: linkrx.Dispatcher) -> list[int]:
 def test_a_peer_that_closes_is_eof_once_behind_its_data(
     backend: str, seqpacket: tuple[socket.socket, socket.socket]
 ) -> None:
-    """Queued records come first, an empty one among them is no end, and EOF stays the answer."""
+    """After the peer closed, queued records come first, also behind an empty one. Then every call reports EOF."""
     receiver, sender = seqpacket
     with linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
         for body in (b"a", b"bc"):
@@ -55,7 +55,7 @@ def test_a_peer_that_closes_is_eof_once_behind_its_data(
 def test_a_batch_that_ends_in_an_empty_record_is_no_end(
     backend: str, seqpacket: tuple[socket.socket, socket.socket]
 ) -> None:
-    """An empty record at the end of a batch is counted, even when the peer is gone and data follows it."""
+    """An empty record at the end of a batch is counted if data follows it, also after the peer has closed."""
     receiver, sender = seqpacket
     with linkrx.open(receiver, backend=backend, batch_size=2) as rx:
         sender.send(HEADER + b"a")
@@ -70,7 +70,7 @@ def test_a_batch_that_ends_in_an_empty_record_is_no_end(
 def test_an_empty_record_before_records_that_wait_for_room(
     backend: str, seqpacket: tuple[socket.socket, socket.socket]
 ) -> None:
-    """Records that a backend has received but not yet handed over come before the end, behind an empty one too."""
+    """Records that a backend holds are delivered before the end, also behind an empty record."""
     receiver, sender = seqpacket
     sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
     sizes_sent = [150_000] * 6 + [0, 150_000, 100]
@@ -84,7 +84,7 @@ def test_an_empty_record_before_records_that_wait_for_room(
 
 
 def test_empty_records_alone_are_no_end(backend: str, seqpacket: tuple[socket.socket, socket.socket]) -> None:
-    """While the peer lives, empty records are counted and reception goes on."""
+    """While the peer is open, empty records are counted and reception continues."""
     receiver, sender = seqpacket
     with linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
         for _ in range(5):
@@ -97,7 +97,7 @@ def test_empty_records_alone_are_no_end(backend: str, seqpacket: tuple[socket.so
 def test_a_peer_that_closes_with_our_data_unread(
     backend: str, seqpacket: tuple[socket.socket, socket.socket]
 ) -> None:
-    """The ECONNRESET that this leaves is passed over: what the peer sent is delivered, then EOF."""
+    """If a peer closes with unread data, linkrx skips the ECONNRESET and delivers the peer's records, then EOF."""
     receiver, sender = seqpacket
     receiver.send(b"never read")
     sender.send(HEADER + b"last words")
@@ -108,7 +108,7 @@ def test_a_peer_that_closes_with_our_data_unread(
 
 
 def test_a_datagram_peer_that_closes_is_no_end(backend: str) -> None:
-    """A datagram socket has no end: its peer's close changes nothing."""
+    """The close of a datagram socket's peer does not end reception."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
         sender.send(HEADER)
@@ -120,7 +120,7 @@ def test_a_datagram_peer_that_closes_is_no_end(backend: str) -> None:
 
 
 def test_a_pipe_whose_writer_closes_is_eof(backend: str) -> None:
-    """A packet pipe ends when its last writing end is closed, behind what is in it."""
+    """A packet pipe ends after its last writing end was closed and its packets were delivered."""
     reader, writer = os.pipe2(os.O_DIRECT)
     try:
         if backend == "recvmmsg":
@@ -139,7 +139,7 @@ def test_a_pipe_whose_writer_closes_is_eof(backend: str) -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_icmp_errors_on_udp_pass(backend: str) -> None:
-    """ECONNREFUSED from an earlier send of the same UDP socket ends nothing."""
+    """ECONNREFUSED from an earlier send on the same UDP socket does not end reception."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
@@ -164,7 +164,7 @@ def test_icmp_errors_on_udp_pass(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", PACKET_BACKENDS)
 def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> None:
-    """The kernel tells of the link before it hands over what was queued: none of that is lost."""
+    """The kernel reports that a link is down before it returns queued packets. None of these is lost."""
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
         device = Device(near, far)
         for _ in range(5):
@@ -177,7 +177,7 @@ def test_packets_queued_when_the_link_goes_down_are_delivered(backend: str) -> N
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", PACKET_BACKENDS)
 def test_packets_queued_when_the_interface_is_deleted_are_delivered(backend: str) -> None:
-    """An interface that is gone is the end behind the packets that were queued, not before them."""
+    """After an interface was deleted, queued packets are delivered before the end."""
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
         for _ in range(5):
             injector.send(HEADER)
@@ -189,7 +189,7 @@ def test_packets_queued_when_the_interface_is_deleted_are_delivered(backend: str
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", PACKET_BACKENDS)
 def test_a_link_that_is_down_at_open(backend: str) -> None:
-    """open on an interface that is down waits for it to come up, counts no link down, and sees its deletion."""
+    """A dispatcher on an interface that is down at open receives once it is up, counts no link down, and notices its deletion."""
     with veth() as (near, far):
         device = Device(near, far)
         device.set_down()

@@ -1,4 +1,4 @@
-"""Filters on open sources: who runs them, and that nothing comes which they reject."""
+"""Filters on open sources: where they run, and that rejected packets are not delivered."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def borrowed(wire: Wire) -> Iterator[socket.socket]:
 
 
 def numbers(rx: linkrx.Dispatcher, count: int) -> list[int]:
-    """Those of so many packets."""
+    """The numbers of the next `count` packets."""
     return [packet.u32(14) for packet in collect(rx, count)]
 
 
 def nothing_more(rx: linkrx.Dispatcher) -> None:
-    """What was sent has all been received."""
+    """Assert that no packet is queued."""
     with pytest.raises(TimeoutError):
         rx.recv(0)
 
 
 @pytest.mark.parametrize("backend", ON_PACKET)
 def test_who_filters_an_interface(wire: Wire, backend: str) -> None:
-    """The kernel, from before the socket is bound; linkrx counts nothing then."""
+    """For an interface the kernel filters, from before the socket is bound, and linkrx counts no rejected packets."""
     near, injector = wire
     assert "the kernel" in (linkrx.choose(near, backend=backend, filter=EVEN).filter or "")
     with linkrx.open(near, backend=backend, filter=EVEN) as rx:
@@ -84,7 +84,7 @@ def test_who_filters_an_interface(wire: Wire, backend: str) -> None:
 
 
 def test_who_filters_other_sources() -> None:
-    """linkrx, and what it rejects is counted."""
+    """For other sources linkrx filters, and counts rejected packets."""
     with pair() as (receiver, sender), linkrx.open(receiver, filter=EVEN) as rx:
         for number in range(4):
             sender.send(frame(number))
@@ -97,7 +97,7 @@ def test_who_filters_other_sources() -> None:
 
 @devices
 def test_nothing_comes_before_the_filter() -> None:
-    """In a flood, no packet comes of an interface that is opened with a filter that rejects all, however often."""
+    """Under load, no packet of an interface is received if each open has a filter that rejects all."""
     with veth() as (near, far), injector_on(far) as injector:
         running_on = True
 
@@ -117,7 +117,7 @@ def test_nothing_comes_before_the_filter() -> None:
 
 @pytest.mark.parametrize("backend", [name for name in ON_PACKET if name != "packet_mmap"])
 def test_what_was_queued_before(wire: Wire, borrowed: socket.socket, backend: str) -> None:
-    """Packets that a borrowed socket had queued are judged by linkrx, the others by the kernel; none is drained away."""
+    """linkrx filters the packets that a borrowed socket had queued, and the kernel the others. None is discarded unfiltered."""
     for number in range(6):
         wire[1].send(frame(number))
     with linkrx.open(borrowed, backend=backend, filter=EVEN) as rx:
@@ -126,7 +126,7 @@ def test_what_was_queued_before(wire: Wire, borrowed: socket.socket, backend: st
         assert numbers(rx, 5) == [0, 2, 4, 6, 8]
         assert rx.stats().filtered == 3
         nothing_more(rx)
-        # The queue was empty: from now on the kernel is alone.
+        # The queue was empty once: from now on only the kernel filters.
         attach(borrowed.fileno(), b"")
         wire[1].send(frame(11))
         assert numbers(rx, 1) == [11]
@@ -134,7 +134,7 @@ def test_what_was_queued_before(wire: Wire, borrowed: socket.socket, backend: st
 
 @pytest.mark.parametrize("backend", [name for name in ON_PACKET if name != "packet_mmap"])
 def test_a_filter_of_the_owner_is_put_back(borrowed: socket.socket, backend: str) -> None:
-    """By close(), and by set_filter(None): instruction for instruction."""
+    """close() and set_filter(None) restore the owner's filter, instruction for instruction."""
     fd = borrowed.fileno()
     attach(fd, packed(ODD))
     with linkrx.open(borrowed, backend=backend, filter=EVEN) as rx:
@@ -153,7 +153,7 @@ def test_a_filter_of_the_owner_is_put_back(borrowed: socket.socket, backend: str
 
 
 def test_a_locked_filter(wire: Wire, borrowed: socket.socket) -> None:
-    """What the kernel does not let go of is an error that says so, in open and in set_filter, and the filter stays."""
+    """A locked filter makes open and set_filter raise an error that says so, and it stays attached."""
     attach(borrowed.fileno(), packed(EVEN))
     borrowed.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
     with pytest.raises(linkrx.UnsupportedOption, match=r"Operation not permitted; its owner has locked"):
@@ -167,7 +167,7 @@ def test_a_locked_filter(wire: Wire, borrowed: socket.socket) -> None:
 
 
 def _ebpf() -> int:
-    """A socket filter of eBPF that takes every packet: bpf(2), BPF_PROG_LOAD."""
+    """A socket filter in eBPF that accepts every packet: bpf(2), BPF_PROG_LOAD."""
     call = {"x86_64": 321, "aarch64": 280}[platform.machine()]
     code = ctypes.create_string_buffer(
         struct.pack("=BBhi", 0xB7, 0, 0, 0xFFFF) + struct.pack("=BBhi", 0x95, 0, 0, 0)
@@ -183,7 +183,7 @@ def _ebpf() -> int:
 
 @pytest.mark.superuser
 def test_a_filter_that_cannot_be_read(borrowed: socket.socket) -> None:
-    """One of eBPF the kernel does not show, so it could not be put back: the option is refused."""
+    """The kernel does not show an eBPF filter, so linkrx could not restore it and refuses the option."""
     program = _ebpf()
     try:
         borrowed.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
@@ -194,7 +194,7 @@ def test_a_filter_that_cannot_be_read(borrowed: socket.socket) -> None:
 
 
 def test_what_only_the_kernel_can_tell(wire: Wire, borrowed: socket.socket) -> None:
-    """A program that asks for the receive hash runs in the kernel of an own socket; where packets may be queued it is refused."""
+    """A program that reads the receive hash runs in the kernel for an interface by name, and is refused if packets may be queued."""
     with linkrx.open(wire[0], filter=RXHASH) as rx:
         wire[1].send(frame(1))
         assert numbers(rx, 1) == [1]
@@ -206,7 +206,7 @@ def test_what_only_the_kernel_can_tell(wire: Wire, borrowed: socket.socket) -> N
 
 @pytest.mark.parametrize("backend", ON_PACKET)
 def test_tags(wire: Wire, backend: str) -> None:
-    """An expression that speaks of tags is judged on the frame as it was on the wire; a double tag and none are told apart."""
+    """An expression with `vlan` is applied to the frame as it was on the wire. It distinguishes double tags and no tag."""
     near, injector = wire
     with linkrx.open(near, backend=backend, filter="vlan 5 and udp port 53") as rx:
         assert (rx.choice.filter or "").startswith("linkrx: the filter is about VLAN tags")
@@ -230,7 +230,7 @@ def test_tags(wire: Wire, backend: str) -> None:
 
 @contextmanager
 def unbound(kind: str) -> Iterator[str | socket.socket]:
-    """What sees every device: a packet socket of a type, or "any"."""
+    """A source that receives from every device: a packet socket of a type, or "any"."""
     if kind == "any":
         yield "any"
         return
@@ -242,8 +242,9 @@ def unbound(kind: str) -> Iterator[str | socket.socket]:
 @devices
 @pytest.mark.parametrize("kind", ["any", "SOCK_RAW", "SOCK_DGRAM"])
 def test_any_device(kind: str) -> None:
-    """An expression on a socket that sees lo, a veth and a TUN device at once takes the same packets of each, and no others; so
-    does one that takes its place, of what is queued.
+    """On a socket that receives from lo, a veth and a TUN device, an expression accepts the same packets of each.
+
+    The same is true of an expression that replaces it, for queued packets.
     """
     with (
         veth() as (near, far),
@@ -282,7 +283,7 @@ def test_any_device(kind: str) -> None:
 
 @devices
 def test_a_tap_queue() -> None:
-    """An expression on a TAP queue is judged on the frame behind a virtio-net header."""
+    """An expression on a TAP queue is applied to the frame behind the virtio-net header."""
     for make in (tap, tap_vnet):
         with make() as rig, rig.open("auto", filter="udp port 53") as rx:
             for port in (53, 54, 53):
@@ -312,7 +313,7 @@ with pair() as (receiver, sender), linkrx.open(receiver, filter=even) as rx:
 
 @needs_core
 def test_the_filter_goes_along() -> None:
-    """With a fallback to another backend the filter stays, and so does what explain() says."""
+    """After a fallback to another backend the filter is still applied, and explain() says so."""
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(DEMOTED)],
         cwd=TESTS,
@@ -325,7 +326,7 @@ def test_the_filter_goes_along() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_a_wait(backend: str) -> None:
-    """set_filter from another thread wakes a wait, which goes on; what comes then is judged by the new one."""
+    """set_filter from another thread during a wait takes effect: later packets are judged by the new filter, and the wait continues."""
     with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, filter=ODD) as rx:
         got: list[int] = []
         with running(lambda: got.append(number_of(rx.recv(PATIENCE)))):
@@ -338,7 +339,7 @@ def test_in_a_wait(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_from_a_signal_handler(backend: str) -> None:
-    """set_filter from a handler on the thread that receives takes effect before anything more is handed over."""
+    """set_filter from a signal handler on the receiving thread takes effect before the next packet is delivered."""
     changed: list[bool] = []
     with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, filter=ODD) as rx:
 
@@ -355,7 +356,7 @@ def test_from_a_signal_handler(backend: str) -> None:
 
 
 def test_closed() -> None:
-    """After close() there is nothing to filter."""
+    """After close(), set_filter raises Closed."""
     with pair() as (receiver, _):
         rx = linkrx.open(receiver)
         rx.close()
@@ -364,7 +365,7 @@ def test_closed() -> None:
 
 
 def test_runts_that_a_filter_makes() -> None:
-    """A frame that is cut into its link header is a runt, in the batch at hand too."""
+    """A frame that a filter cuts within its link header is counted as a runt, in the current batch too."""
     with pair() as (receiver, sender), linkrx.open(receiver, filter=[(6, 0, 0, 13)]) as rx:
         sender.send(frame(1))
         nothing_more(rx)
@@ -380,6 +381,6 @@ def test_runts_that_a_filter_makes() -> None:
 
 
 def test_tags_with_a_protocol(wire: Wire) -> None:
-    """Of a socket that is bound to an EtherType the kernel forgets tags, so an expression that speaks of them is refused."""
+    """The kernel discards tags on a socket that is bound to an EtherType, so linkrx refuses an expression with `vlan` there."""
     with pytest.raises(linkrx.UnsupportedOption, match="with protocol= the kernel drops them"):
         linkrx.open(wire[0], protocol=0x0800, filter="vlan 5")

@@ -1,4 +1,4 @@
-"""Sending where there is no room: behind a device that lets almost nothing through, on every kind of source that sends on one."""
+"""Sending to a full queue, on every kind of source that sends through a device. The device is slow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FULL = "its queue is full"
 
 @contextmanager
 def slow(name: str, limit: int) -> Iterator[Callable[[], None]]:
-    """Until it is called, or at the end, the device lets a few kilobytes through, and keeps as many as `limit` bytes."""
+    """Make a device slow: it sends a few kilobytes, and queues up to `limit` bytes. The yielded call makes it fast again."""
 
     def tc(what: str, *parameters: str) -> None:
         subprocess.run(["tc", "qdisc", what, "dev", name, "root", *parameters], check=True)
@@ -54,7 +54,7 @@ def slow(name: str, limit: int) -> Iterator[Callable[[], None]]:
 
 @dataclass
 class Narrow:
-    """A dispatcher that is open, what it sends, what makes room again, and what sends to it."""
+    """An open dispatcher on a slow device, a frame to send, a call that makes room, and a call that sends to it."""
 
     rx: linkrx.Dispatcher
     frame: bytes
@@ -87,7 +87,7 @@ def packet_socket(stack: ExitStack, backend: str, deliver: Any, limit: int) -> N
 
 
 def tap(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
-    """A TAP queue with a small send buffer, bridged to an interface that lets nothing through."""
+    """A TAP queue with a small send buffer, bridged to a slow interface."""
     near, _ = stack.enter_context(veth())
     queue = stack.enter_context(linkrx.TunTap())
     fcntl.ioctl(queue, TUNSETSNDBUF, struct.pack("i", SMALL))
@@ -114,7 +114,7 @@ def udp(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
     borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
     borrowed.bind(("192.0.2.1", 4000))
     borrowed.connect(("192.0.2.2", 5000))
-    # What comes to it, comes by itself: from the peer's address.
+    # Packets to the source are sent from the peer's address.
     peer = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW))
     rx = stack.enter_context(linkrx.open(borrowed, deliver, backend=backend))
     head = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(FRAME), 0, 0, 64, socket.IPPROTO_UDP, 0)
@@ -127,7 +127,7 @@ LARGE = 1 << 30
 
 
 def cells() -> list[object]:
-    """Every way to send with every backend."""
+    """Every kind of source with every backend."""
     kinds = {by_name: "packet", packet_socket: "packet", tap: "tap", udp: "udp"}
     return [
         pytest.param(make, backend, id=f"{backend}-{make.__name__}")
@@ -141,7 +141,7 @@ def ignore(*_: object) -> None:
 
 
 def refused(rx: linkrx.Dispatcher, frame: bytes) -> bool:
-    """Whether there was no room."""
+    """Whether send raises BlockingIOError."""
     try:
         rx.send(frame)
     except BlockingIOError as error:
@@ -153,7 +153,7 @@ def refused(rx: linkrx.Dispatcher, frame: bytes) -> bool:
 
 @pytest.mark.parametrize(("make", "backend"), cells())
 def test_a_queue_that_is_full(make: Make, backend: str) -> None:
-    """`send` raises BlockingIOError, `send_batch` tells how many were taken, all is counted, reception and what follows go on."""
+    """On a full queue `send` raises BlockingIOError, and `send_batch` returns how many frames were accepted. All accepted frames are counted, and reception and later sends work."""
     with ExitStack() as stack:
         narrow = make(stack, backend, ignore, LARGE)
         rx, frame = narrow.rx, narrow.frame
@@ -177,7 +177,7 @@ def test_a_queue_that_is_full(make: Make, backend: str) -> None:
 
 @pytest.mark.parametrize(("make", "backend"), cells())
 def test_full_in_a_flood_both_ways(make: Make, backend: str) -> None:
-    """Threads that send into what is full, `deliver` and a signal handler too, are told so, and what comes is received meanwhile."""
+    """Threads, `deliver` and a signal handler that send to a full queue get BlockingIOError, while packets are received."""
     told: dict[str, int] = {"deliver": 0, "signal": 0, "thread": 0}
     over: list[bool] = []
 
@@ -217,7 +217,7 @@ def test_full_in_a_flood_both_ways(make: Make, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_a_queue_of_the_device_that_is_full(backend: str) -> None:
-    """Where the device's queue has no room and drops the frame (ENOBUFS) that is BlockingIOError too, and it is not counted."""
+    """If the device's queue drops the frame (ENOBUFS), `send` raises BlockingIOError too, and the frame is not counted."""
     with ExitStack() as stack:
         narrow = by_name(stack, backend, ignore, 1000)
         rx = narrow.rx

@@ -1,4 +1,4 @@
-"""An exception at any point of what is no receive: a deletion, a demotion, a close, a source that yields nothing."""
+"""Exceptions at any point of rare operations: a deletion, a demotion, a close, the pause of a source without packets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.only(3, 11)
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) -> None:
-    """The kernel tells once that a link is down: wherever an interruption comes, it counts, and its deletion ends it."""
+    """The kernel reports once that a link is down. With an interruption at any point, it is counted, and the deletion ends reception."""
     for point in points(2000):
         with kind() as rig, rig.open(backend, lambda *_: None, **FEW) as rx:
             assert rig.device is not None
@@ -53,7 +53,7 @@ def test_a_deletion_is_noticed_all_the_same(backend: str, kind: rigs.MakeRig) ->
 @pytest.mark.skipif(len(BACKENDS) < 3, reason="the C core was not built")
 @pytest.mark.parametrize("ladder", ["", "os_readv"])
 def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever an interruption comes in a demotion, the next backend takes over, and none behind it."""
+    """With an interruption at any point of a demotion, exactly the next backend takes over."""
     monkeypatch.setenv("LINKRX_AVOID", ladder)
     for point in range(2000):
         with rigs.unix_dgram() as rig, linkrx.open(rig.source, lambda *_: None) as rx:
@@ -62,7 +62,7 @@ def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch)
             def refuse(*_: object) -> int:
                 raise OSError(errno.ENOSYS, "refused")
 
-            rx._use(0)  # by Python: the mechanism's own fill is C
+            rx._use(0)  # use the mechanism through Python, because its own fill is C
             refused.fill = refuse  # type: ignore[method-assign,assignment]
             rig.send(rig.frame(60))
             try:
@@ -83,7 +83,7 @@ def test_a_demotion_takes_one_step(ladder: str, monkeypatch: pytest.MonkeyPatch)
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_close_can_be_done_again(backend: str, kind: rigs.MakeRig) -> None:
-    """Wherever an interruption comes in close, another close releases and restores the rest."""
+    """With an interruption at any point of close(), another close() releases and restores the rest."""
     if backend == "packet_mmap" and kind is rigs.unix_dgram:
         return  # refused, as the conformance cells show
     with kind() as rig:
@@ -100,7 +100,7 @@ def test_close_can_be_done_again(backend: str, kind: rigs.MakeRig) -> None:
                     rx.close()
                 break
             except Interrupted:
-                pass  # its traceback holds on to what was at work: look when that has gone
+                pass  # its traceback holds objects, so check after it is gone
             rx.close()
             assert descriptors() == before, point
             assert settings_of(rig.source) == settings, point
@@ -108,7 +108,7 @@ def test_close_can_be_done_again(backend: str, kind: rigs.MakeRig) -> None:
 
 
 def test_pausing_a_source_can_be_interrupted() -> None:
-    """Wherever an interruption comes while a source is left alone that yields nothing, packets still come later."""
+    """With an interruption at any point while a source without packets is paused, later packets are received."""
     for point in range(4000):
         receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         receiver.shutdown(socket.SHUT_RD)

@@ -1,4 +1,4 @@
-"""An exception at any point where a signal handler may raise: nothing is lost, repeated, uncounted or kept silent."""
+"""Exceptions at any point where a signal handler may raise lose, repeat or hide no packet."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ RUNTS = 2
 
 
 class Unreachable(ConnectionRefusedError):
-    """The same of a handler that uses a socket of its own: an OSError, with an errno that means nothing to reception."""
+    """An OSError of a signal handler, with an errno that reception does not handle."""
 
     def __init__(self) -> None:
         super().__init__(errno.ECONNREFUSED, "somebody else's")
 
 
 def is_generator(frame: FrameType | None) -> bool:
-    """Which may be being closed: what is raised then is lost."""
+    """Whether a frame is of a generator. While a generator is closed, exceptions are lost."""
     return frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
 def number_of(packet: linkrx.Packet) -> int:
-    """The number of a packet: behind the link header, or where the payload of a UDP super-packet's frames starts."""
+    """The number in a packet: behind the link header, or in the UDP payload of a super-packet's frame."""
     return packet.data[0] if packet.data[0] != 0x45 else packet.data[28]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of socket, how it is opened, and what is in front of each frame."""
+    """A kind of socket, the options of open, and the header in front of each frame."""
 
     name: str
     kind: socket.SocketKind = socket.SOCK_DGRAM
@@ -69,7 +69,7 @@ class Way:
     split: bool = False
 
     def send_numbers(self, sender: socket.socket) -> None:
-        """A frame for each, or a super-packet that stands for them."""
+        """Send a frame for each number, or one super-packet for all."""
         if self.split:
             size = 8
             data = b"".join(bytes([number] * size) for number in NUMBERS)
@@ -80,7 +80,7 @@ class Way:
                 sender.send(self.prefix + HEADER + bytes([number]))
 
 
-# Room for a few more than are sent: os_readv makes buffers for all of them, and each is a point to stop at.
+# The batch size is small, because os_readv makes a buffer for each row, and each is a point to interrupt.
 FEW: dict[str, Any] = {"batch_size": 8}
 DGRAM, SEQPACKET = Way("dgram", options=FEW), Way("seqpacket", socket.SOCK_SEQPACKET, FEW)
 SEGMENT: dict[str, Any] = {"vnet_header": True, "segment": True, "batch_size": 2}
@@ -98,7 +98,7 @@ Pull = Callable[[linkrx.Dispatcher, Taken], None]
 
 
 def numbers_of(taken: Taken) -> list[int]:
-    """The numbers of packets, and of those in batches."""
+    """The numbers of packets, or of packets in batches."""
     packets = [[one] if isinstance(one, linkrx.Packet) else list(one) for one in taken]
     return [number_of(packet) for packet in chain(*packets)]
 
@@ -114,18 +114,18 @@ def dispatch(rx: linkrx.Dispatcher, _: Taken) -> None:
 
 
 def recv(rx: linkrx.Dispatcher, got: Taken) -> None:
-    """Take one packet."""
+    """Receive one packet."""
     got.append(rx.recv(0))
 
 
 def batches(rx: linkrx.Dispatcher, got: Taken) -> None:
-    """Take all batches, and look at none before that is done."""
+    """Receive all batches before reading any of them."""
     for batch in rx.batches(0):
         got.append(batch)
 
 
 def end(rx: linkrx.Dispatcher, got: Taken) -> None:
-    """Stop with packets at hand."""
+    """Stop while packets wait."""
     got.append(rx.recv(0))
     rx.stop()
     rx.dispatch(0)
@@ -136,7 +136,7 @@ PULLS = (drain, dispatch, recv, batches)
 
 @dataclass
 class Cut:
-    """A dispatcher whose call was cut short, with both ends of its source and what was delivered."""
+    """A dispatcher after an interrupted call, both ends of its source, and the delivered packets."""
 
     rx: linkrx.Dispatcher
     taken: Taken
@@ -144,17 +144,17 @@ class Cut:
 
     @property
     def got(self) -> list[int]:
-        """The numbers of what was delivered."""
+        """The numbers of the delivered packets."""
         return numbers_of(self.taken)
 
     def readable(self) -> bool:
-        """Whether an event loop would call."""
+        """Whether fileno() is readable."""
         poll = select.poll()
         poll.register(self.rx.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
     def queued(self) -> int:
-        """Take what is still in the source, and say how many packets that was."""
+        """Read the packets that are still in the source. Returns their number."""
         assert self.receiver is not None
         self.receiver.setblocking(False)
         for number in range(len(NUMBERS) + RUNTS + 1):
@@ -166,7 +166,7 @@ class Cut:
 
 
 def each_point(way: Way, backend: str, pull: Pull, error: type[Exception] = Interrupted) -> Iterator[Cut]:
-    """One that was interrupted at its first event, one at its second, and so on."""
+    """Yield dispatchers that were interrupted at the first point, at the second, and so on."""
     for point in range(5000):
         receiver, sender = socket.socketpair(socket.AF_UNIX, way.kind)
         got: Taken = []
@@ -195,7 +195,7 @@ def each_point(way: Way, backend: str, pull: Pull, error: type[Exception] = Inte
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
-    """After an interruption fileno() is readable until all is delivered, each packet once, and silent from then on."""
+    """After an interruption, fileno() is readable until each packet was delivered once, and not afterwards."""
     for cut in each_point(way, backend, pull):
         turns = 0
         while cut.readable() and cut.rx.end is None:
@@ -212,7 +212,7 @@ def test_an_event_loop_goes_on(way: Way, backend: str, pull: Pull) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_an_oserror_of_a_handler_is_not_the_kernels(way: Way, backend: str, pull: Pull) -> None:
-    """What a signal handler raises costs no packet, also where it looks like what the kernel says instead of packets."""
+    """An OSError of a signal handler loses no packet, although it looks like an error of the kernel."""
     for cut in each_point(way, backend, pull, Unreachable):
         for _ in range(20):
             cut.rx.drain()
@@ -227,7 +227,7 @@ def test_an_oserror_of_a_handler_is_not_the_kernels(way: Way, backend: str, pull
     "way", [way for way in WAYS if way.name in ("dgram", "segment")], ids=lambda way: way.name
 )
 def test_a_stop_counts_what_is_left(way: Way, backend: str, pull: Pull) -> None:
-    """After an interruption and stop() every packet was delivered, is counted, or is still in the source."""
+    """After an interruption and stop(), every packet was delivered, is counted, or is still in the source."""
     for cut in each_point(way, backend, pull):
         cut.rx.stop()
         assert cut.rx.dispatch(0) is False
@@ -242,7 +242,7 @@ needs_ring = pytest.mark.skipif("packet_mmap" not in PACKET_BACKENDS, reason="th
 
 
 def send_into_ring(rig: rigs.Rig) -> None:
-    """All numbers, and wait until the kernel has handed them over."""
+    """Send a frame for each number, and wait until the kernel has closed their blocks."""
     for number in NUMBERS:
         rig.send((HEADER + bytes([number])).ljust(60, b"\0"))
     until(lambda: sum(ring.waiting()) == len(NUMBERS))
@@ -252,7 +252,7 @@ def send_into_ring(rig: rigs.Rig) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("pull", PULLS, ids=lambda pull: pull.__name__)
 def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
-    """The same on a ring, again and again on the same one: each packet once, and silent when it is empty."""
+    """On a ring, after repeated interruptions, each packet is delivered once, and fileno() is not readable when the ring is empty."""
     packets: Taken = []
 
     def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
@@ -290,7 +290,7 @@ def test_an_event_loop_goes_on_with_a_ring(pull: Pull) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("pull", [*PULLS, end], ids=lambda pull: pull.__name__)
 def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
-    """After an interruption and stop() every packet was delivered, is counted, or is still in the ring."""
+    """After an interruption and stop(), every packet was delivered, is counted, or is still in the ring."""
     with rigs.interface() as rig:
         for point in points(2000):
             packets: Taken = []
@@ -312,7 +312,7 @@ def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
                 assert rx.dispatch(0) is False
                 stats = rx.stats()
                 assert stats.packets == len(numbers_of(packets))
-                # What is held of the block that was begun is counted already.
+                # Packets of the block that was begun are counted already.
                 left = ring.waiting()[1 if rx._mechanism.held else 0 :]
                 assert stats.packets + stats.undelivered + sum(left) == len(NUMBERS)
             if not interrupted:
@@ -323,7 +323,7 @@ def test_a_stop_counts_what_is_left_of_a_ring(pull: Pull) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", PACKET_BACKENDS)
 def test_a_link_that_goes_down_leaves_no_descriptor(backend: str) -> None:
-    """Wherever an interruption comes while a link goes down and up, it is counted once, and no descriptor is left."""
+    """With an interruption at any point while a link goes down and up, it is counted once, and no descriptor leaks."""
     with rigs.interface() as rig, rig.open(backend, lambda *_: None, **FEW) as rx:
         device = rig.device
         assert device is not None
@@ -353,7 +353,7 @@ def test_a_link_that_goes_down_leaves_no_descriptor(backend: str) -> None:
 @pytest.mark.samples
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_queue_is_read_anew(backend: str) -> None:
-    """Wherever an interruption comes while nothing waits, the next packet is there for who does not wait."""
+    """With an interruption at any point while the queue is empty, a call that does not wait receives the next packet."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, lambda *_: None, backend=backend) as rx:
         for point in points(2000):
@@ -402,7 +402,7 @@ for point in range(1, 30):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_audit_hook_that_raises_costs_no_packet(backend: str) -> None:
-    """Audit hooks (sys.addaudithook) run in Python, and so signal handlers do, too: wherever one raises, the packet comes later."""
+    """If an audit hook (sys.addaudithook) raises at any point, the packet is received later. Signal handlers run in these hooks too."""
     done = subprocess.run(
         [sys.executable, "-c", AUDITED, backend], capture_output=True, text=True, check=False
     )
@@ -411,7 +411,7 @@ def test_an_audit_hook_that_raises_costs_no_packet(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_iteration_gives_each_packet_once(backend: str) -> None:
-    """A handler that raises anywhere in `for packet in rx`, jumps back included, costs no packet."""
+    """A handler that raises anywhere in `for packet in rx`, backward jumps included, loses no packet."""
     armed = False
 
     def handler(_: int, frame: FrameType | None) -> None:
@@ -425,7 +425,7 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
     try:
         with receiver, sender, linkrx.open(receiver, batch_size=300, backend=backend) as rx:
             interrupted = 0
-            # Few of them come while the loop itself is at work, and not what it calls or its caller.
+            # Few signals arrive in the loop itself; most arrive in its callees or its caller.
             for turn in range(20_000):
                 if turn >= 600 and interrupted >= 5:
                     break
@@ -454,6 +454,6 @@ def test_an_iteration_gives_each_packet_once(backend: str) -> None:
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.split], ids=lambda way: way.name)
 def test_splitting_in_python(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever an exception comes while a super-packet is split without the core, each frame is delivered once."""
+    """With an exception at any point while a super-packet is split without the core, each frame is delivered once."""
     monkeypatch.setattr(segmenting, "segmenter", segment.PythonSegmenter)
     test_an_event_loop_goes_on(way, "os_readv", drain)

@@ -1,4 +1,4 @@
-"""Limits of run() and batches(), and stop(flush=True), where conformance does not look."""
+"""Limits of run() and batches(), and stop(flush=True), beyond the conformance checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ends() -> Iterator[Pair]:
 
 @pytest.mark.parametrize("count", LIMITS)
 def test_no_count(ends: Pair, count: object) -> None:
-    """A count that is no number above 0 is an error that shows it, and nothing is received."""
+    """A count that is not a positive integer raises an error that shows it, and nothing is received."""
     ends[1].send(frame(1))
     with linkrx.open(ends[0], lambda *_: None) as rx:
         with pytest.raises((TypeError, ValueError), match=f"count={count!r}"):
@@ -45,7 +45,7 @@ def test_no_count(ends: Pair, count: object) -> None:
 
 @pytest.mark.parametrize("duration", [-1, float("nan"), "2"])
 def test_no_duration(ends: Pair, duration: object) -> None:
-    """A duration that is no time is an error that names it, of run() and of batches()."""
+    """An invalid duration of run() and of batches() raises an error that names it."""
     with linkrx.open(ends[0], lambda *_: None) as rx:
         for call in (rx.run, rx.batches):
             with pytest.raises((TypeError, ValueError), match=f"duration={duration!r}"):
@@ -53,7 +53,7 @@ def test_no_duration(ends: Pair, duration: object) -> None:
 
 
 def test_a_count_of_any_size(ends: Pair) -> None:
-    """A count that no machine can count to is no limit that is reached."""
+    """A count that does not fit in 64 bits is accepted, and is never reached."""
     with linkrx.open(ends[0], lambda *_: rx.stop()) as rx:
         ends[1].send(frame(1))
         assert rx.run(count=10**30) is linkrx.End.STOPPED
@@ -61,7 +61,7 @@ def test_a_count_of_any_size(ends: Pair) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_counts_add_up(ends: Pair, backend: str) -> None:
-    """Each packet is delivered once, in order, however the counts cut the batches, with other ways in between."""
+    """Each packet is delivered once, in order, for any counts, also with other receiving calls in between."""
     got: list[int] = []
     with linkrx.open(ends[0], lambda *received: got.append(number_of(received[3])), backend=backend) as rx:
         for number in range(100):
@@ -76,7 +76,7 @@ def test_counts_add_up(ends: Pair, backend: str) -> None:
 
 
 def test_a_count_that_an_exception_cuts_short(ends: Pair) -> None:
-    """What deliver raises comes out of run(count=), and the next run() goes on behind that packet."""
+    """An exception of deliver propagates out of run(count=), and the next run() continues after that packet."""
     got: list[int] = []
 
     def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
@@ -94,7 +94,7 @@ def test_a_count_that_an_exception_cuts_short(ends: Pair) -> None:
 
 
 def test_a_stop_in_the_last_packet_of_a_count(ends: Pair) -> None:
-    """Where both a count is reached and it is over, run() returns the End."""
+    """If a count is reached and reception is over, run() returns the End."""
     with linkrx.open(ends[0], lambda *_: rx.stop()) as rx:
         ends[1].send(frame(1))
         assert rx.run(count=1) is linkrx.End.STOPPED
@@ -106,7 +106,7 @@ def test_a_duration_looks_at_the_clock_behind_each_packet(ends: Pair) -> None:
 
     def deliver(_remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
         got.append(number_of(packet))
-        signal.sigtimedwait([], 0.02)  # what takes time; nothing waits for it
+        signal.sigtimedwait([], 0.02)  # takes time; nothing depends on how much
 
     with linkrx.open(ends[0], deliver) as rx:
         for number in range(5):
@@ -120,7 +120,7 @@ def test_a_duration_looks_at_the_clock_behind_each_packet(ends: Pair) -> None:
 
 
 def test_a_duration_leaves_what_waits(ends: Pair) -> None:
-    """Behind its duration batches() gives nothing, though packets wait; another iteration has them."""
+    """After its duration batches() ends, although packets wait. Another iteration returns them."""
     with linkrx.open(ends[0]) as rx:
         over = rx.batches(duration=0)
         for number in range(3):
@@ -130,7 +130,7 @@ def test_a_duration_leaves_what_waits(ends: Pair) -> None:
 
 
 def test_asynchronous_durations(ends: Pair) -> None:
-    """Under asyncio too a duration ends the iteration while packets never stop, and while none come."""
+    """Under asyncio too, a duration ends the iteration under load, and without packets."""
 
     async def work() -> int:
         received = 0
@@ -149,11 +149,11 @@ def test_asynchronous_durations(ends: Pair) -> None:
         assert rx.end is None
 
 
-# stop(flush=True) where the source never is empty.
+# stop(flush=True) on a source that is never empty.
 
 
 def never_empty(rx: linkrx.Dispatcher, send: object) -> int:
-    """Receive until the end, with more sent behind each packet than was taken. Returns how many packets came."""
+    """Receive until the end, while more packets are sent than received. Returns the number of received packets."""
     received = 0
     rx.stop(flush=True)
     for _ in rx:
@@ -167,7 +167,7 @@ def never_empty(rx: linkrx.Dispatcher, send: object) -> int:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_a_flush_of_a_queue_that_is_never_empty(backend: str) -> None:
-    """It ends when a queue of a thousand packets and a batch were taken, not before; what is left is not counted as lost."""
+    """A flush ends after a queue of a thousand packets and a batch were received, and not before. Packets in the source are not counted as lost."""
     with rigs.tap() as rig, rig.open(backend) as rx:
         assert rig.device is not None
         rig.device.set(txqlen=1000)
@@ -181,8 +181,9 @@ def test_a_flush_of_a_queue_that_is_never_empty(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_a_flush_of_an_interface_that_is_never_quiet(backend: str) -> None:
-    """It ends when as many packets were taken as the socket's buffer holds; of a ring also earlier, for what comes last is in
-    a block that cannot be read yet.
+    """A flush ends after as many packets as the socket's buffer holds were received.
+
+    On a ring it may end earlier, because the last packets are in a block that the kernel has not closed.
     """
     with (
         veth() as (near, far),
@@ -197,7 +198,7 @@ def test_a_flush_of_an_interface_that_is_never_quiet(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.skipif("packet_mmap" not in that_take("packet"), reason="rings need the C core")
 def test_a_flush_waits_for_an_open_block() -> None:
-    """With a ring that holds packets back for a long time, what came before the stop is delivered all the same."""
+    """On a ring with a long latency, a flush delivers the packets that came before the stop."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -211,7 +212,7 @@ def test_a_flush_waits_for_an_open_block() -> None:
 
 
 def test_a_flush_in_an_event_loop(ends: Pair) -> None:
-    """fileno() stays readable until drain() has delivered what had come, and the end."""
+    """During a flush fileno() stays readable until drain() has delivered the queued packets and reported the end."""
     got: list[int] = []
     with (
         linkrx.open(ends[0], lambda *received: got.append(number_of(received[3])), batch_size=2) as rx,
@@ -228,7 +229,7 @@ def test_a_flush_in_an_event_loop(ends: Pair) -> None:
 
 
 def test_a_flush_under_asyncio(ends: Pair) -> None:
-    """`async for` ends behind what had come, also where it waits when stop(flush=True) is called."""
+    """After stop(flush=True), `async for` returns the queued packets and ends, also if it waits at the call."""
 
     async def work() -> list[int]:
         got = []
@@ -249,7 +250,7 @@ class Counting(selectors.DefaultSelector):
     wakes = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """One more."""
+        """Count a wake-up."""
         self.wakes += 1
         return super().select(timeout)
 
@@ -258,7 +259,7 @@ class Counting(selectors.DefaultSelector):
 def slow_ring(
     devices: None, request: pytest.FixtureRequest
 ) -> Iterator[tuple[linkrx.Dispatcher, list[int], socket.socket]]:
-    """A ring that holds packets back for 400 ms, or as long as is asked for; what it has delivered, and what sends to it."""
+    """A dispatcher on a ring with a latency of 400 ms or of the parameter; its delivered packets; a socket that sends to it."""
     if "packet_mmap" not in that_take("packet"):
         pytest.skip("without the C core there is no ring")
     got: list[int] = []
@@ -280,7 +281,7 @@ def slow_ring(
 def test_a_flush_of_a_slow_ring_in_an_event_loop(
     slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket], sent: int
 ) -> None:
-    """While a ring holds back what it flushes the event loop sleeps: a few wake-ups for packets, the end, and a timer."""
+    """While a flush waits for a ring's block, the event loop sleeps, and has few wake-ups: for packets, the end, and a timer."""
     rx, got, injector = slow_ring
     with closing(Counting()) as selector:
         selector.register(rx, selectors.EVENT_READ)
@@ -297,7 +298,7 @@ def test_a_flush_of_a_slow_ring_in_an_event_loop(
 def test_a_flush_of_a_slow_ring_under_asyncio(
     slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket],
 ) -> None:
-    """The same where a task waits, and where stop() comes while it flushes, which ends that at once."""
+    """Under asyncio a flush of a slow ring delivers the packets to a waiting task. stop() during the flush ends it at once."""
     rx, _, injector = slow_ring
 
     async def work() -> list[int]:
@@ -316,7 +317,7 @@ def test_a_flush_of_a_slow_ring_under_asyncio(
 def test_a_stop_while_a_slow_ring_flushes(
     slow_ring: tuple[linkrx.Dispatcher, list[int], socket.socket],
 ) -> None:
-    """stop() without flush makes fileno() readable at once, whatever the flush waits for."""
+    """stop() during a flush of a slow ring makes fileno() readable at once."""
     rx, got, _ = slow_ring
     with closing(Counting()) as selector:
         selector.register(rx, selectors.EVENT_READ)
@@ -336,7 +337,7 @@ def test_a_stop_while_a_slow_ring_flushes(
 
 
 def test_a_flush_behind_the_end_and_after_close() -> None:
-    """It changes nothing there."""
+    """stop(flush=True) after the end and after close() has no effect."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with receiver, linkrx.open(receiver, lambda *_: None) as rx:
         with sender:
@@ -361,7 +362,7 @@ def test_a_flush_in_a_forked_child(ends: Pair) -> None:
 
 
 def test_a_flush_of_a_capture_file(tmp_path: Path) -> None:
-    """All that a file has was there before: every packet comes, and more of them than any queue holds."""
+    """A flush of a capture file delivers every packet, also more of them than any queue holds."""
     path = tmp_path / "many.pcap"
     head = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65_535, 1)
     path.write_bytes(head + (struct.pack("<IIII", 0, 0, 60, 60) + bytes(60)) * FILE_RECORDS)

@@ -1,4 +1,4 @@
-"""The loop on what every machine has, AF_UNIX pairs: how it waits, ends, raises, and who may come in."""
+"""The receive loop on AF_UNIX pairs: timeouts, stops, errors, and calls from deliver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ends() -> Iterator[Pair]:
 
 
 def test_dispatch_returns_true_after_a_timeout_with_nothing(ends: Pair) -> None:
-    """A timeout is no end: dispatch says call again, and nothing was delivered."""
+    """After a timeout dispatch returns True, and nothing was delivered."""
     with linkrx.open(ends[0], ignore) as rx:
         assert rx.dispatch(0.01) is True
         assert rx.dispatch(0) is True
@@ -40,14 +40,14 @@ def test_dispatch_returns_true_after_a_timeout_with_nothing(ends: Pair) -> None:
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e12])
 def test_any_timeout_can_be_waited(ends: Pair, timeout: float) -> None:
-    """A timeout longer than the kernel can count waits all the same, until stop."""
+    """A timeout longer than the kernel supports waits until stop."""
     with linkrx.open(ends[0], ignore) as rx, running(lambda: rx.dispatch(timeout)):
         until(lambda: asleep(rx))
         rx.stop()
 
 
 def test_recv_raises_timeouterror(ends: Pair) -> None:
-    """recv raises TimeoutError when nothing comes, and gives the packet when something does."""
+    """recv raises TimeoutError if no packet comes, and returns a packet that comes."""
     with linkrx.open(ends[0]) as rx:
         with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
             rx.recv(0.01)
@@ -56,7 +56,7 @@ def test_recv_raises_timeouterror(ends: Pair) -> None:
 
 
 def test_batches_end_after_the_timeout(ends: Pair) -> None:
-    """batches(timeout) gives what comes and ends after that long without a packet, runts not counted."""
+    """batches(timeout) returns batches and ends after that many seconds without a packet. Runts do not count as packets."""
     with linkrx.open(ends[0]) as rx:
         ends[1].send(frame(1))
         ends[1].send(b"runt")
@@ -66,7 +66,7 @@ def test_batches_end_after_the_timeout(ends: Pair) -> None:
 
 
 def test_a_flood_of_runts_does_not_stop_the_clock(ends: Pair) -> None:
-    """recv(timeout) times out although something arrives all the time, as long as it is no packet."""
+    """recv(timeout) times out while only runts arrive."""
     stop = threading.Event()
 
     def flood() -> None:
@@ -87,7 +87,7 @@ def test_a_flood_of_runts_does_not_stop_the_clock(ends: Pair) -> None:
 
 
 def test_it_sleeps_once_per_wait_and_never_while_packets_flow(ends: Pair) -> None:
-    """Packets that are there already cost no wait; an empty queue costs one."""
+    """Receiving queued packets takes no wait, and an empty queue takes one."""
     with linkrx.open(ends[0], ignore, batch_size=4) as rx:
         for number in range(12):
             ends[1].send(frame(number))
@@ -99,7 +99,7 @@ def test_it_sleeps_once_per_wait_and_never_while_packets_flow(ends: Pair) -> Non
 
 
 def test_a_datagram_socket_shut_down_for_reading_burns_no_processor(ends: Pair) -> None:
-    """Such a socket says for ever that it is readable and has nothing: it is asked now and then, not in a spin."""
+    """linkrx polls a socket that is shut down for reading only now and then, although it is always readable without a packet."""
     ends[0].shutdown(socket.SHUT_RD)
     with linkrx.open(ends[0], ignore) as rx:
         assert rx.dispatch(0.2) is True
@@ -108,7 +108,7 @@ def test_a_datagram_socket_shut_down_for_reading_burns_no_processor(ends: Pair) 
 
 
 def test_what_is_no_timeout(ends: Pair) -> None:
-    """A negative timeout is a ValueError and a string a TypeError, each with what to give."""
+    """A negative timeout raises ValueError and a string TypeError. Both messages say what is valid."""
     with linkrx.open(ends[0], ignore) as rx:
         for wait in (rx.recv, rx.dispatch, lambda timeout: next(rx.batches(timeout))):
             with pytest.raises(ValueError, match="timeout=-1: give seconds, or None"):
@@ -118,7 +118,7 @@ def test_what_is_no_timeout(ends: Pair) -> None:
 
 
 def test_deliver_must_be_callable(ends: Pair) -> None:
-    """What cannot be called is refused when it is given, not at the first packet."""
+    """open refuses a deliver that is not callable."""
     with pytest.raises(TypeError, match="deliver=5: give a callable"):
         linkrx.open(ends[0], 5)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_deliver_must_be_callable(ends: Pair) -> None:
 
 
 def test_stop_before_the_first_dispatch(ends: Pair) -> None:
-    """A stop that comes first wins: packets that wait are not delivered."""
+    """After a stop before the first dispatch, queued packets are not delivered."""
     got: list[object] = []
     with linkrx.open(ends[0], lambda *call: got.append(call)) as rx:
         ends[1].send(frame(1))
@@ -171,11 +171,11 @@ with linkrx.open(receiver) as rx:
     assert result.returncode == 0
 
 
-# Who may come in.
+# Calls from deliver, mixed calls, and close.
 
 
 def test_receiving_from_inside_deliver_is_refused(ends: Pair) -> None:
-    """A deliver that calls its own dispatcher gets Busy out of dispatch, and the packets behind are kept."""
+    """A deliver that receives from its own dispatcher raises Busy out of dispatch, and later packets are not lost."""
     got: list[int] = []
 
     def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
@@ -193,7 +193,7 @@ def test_receiving_from_inside_deliver_is_refused(ends: Pair) -> None:
 
 
 def test_ways_to_receive_can_be_mixed(ends: Pair) -> None:
-    """recv, iteration, batches and dispatch take from one stream, in order, whatever each left behind."""
+    """recv, iteration, batches and dispatch can be mixed, and receive one stream in order."""
     got: list[int] = []
     with linkrx.open(ends[0], lambda *call: got.append(number_of(call[3]))) as rx:
         for number in range(20):
@@ -212,7 +212,7 @@ def test_ways_to_receive_can_be_mixed(ends: Pair) -> None:
 
 
 def test_without_deliver_dispatch_says_what_to_do(ends: Pair) -> None:
-    """dispatch, drain and run need a deliver, and say so."""
+    """Without a deliver, dispatch, drain and run raise an error that says so."""
     with linkrx.open(ends[0]) as rx:
         for method in (rx.dispatch, rx.drain, rx.run):
             with pytest.raises(linkrx.LinkrxError, match="pass deliver="):
@@ -220,7 +220,7 @@ def test_without_deliver_dispatch_says_what_to_do(ends: Pair) -> None:
 
 
 def test_closing_is_final_and_idempotent(ends: Pair) -> None:
-    """After close every use raises Closed, stop and close do nothing, and what is known stays readable."""
+    """After close every method raises Closed, stop and close do nothing, and attributes stay readable."""
     rx = linkrx.open(ends[0], ignore)
     ends[1].send(frame(1))
     kept = rx.recv()
@@ -249,7 +249,7 @@ def test_closing_is_final_and_idempotent(ends: Pair) -> None:
 
 
 def test_close_inside_an_iteration(ends: Pair) -> None:
-    """An iteration whose body closes the dispatcher raises Closed at the next packet, also one that was received."""
+    """If the body of an iteration closes the dispatcher, the next step raises Closed, also if a packet was received."""
     rx = linkrx.open(ends[0])
     for number in range(3):
         ends[1].send(frame(number))
@@ -262,7 +262,7 @@ def test_close_inside_an_iteration(ends: Pair) -> None:
 
 
 def test_close_from_inside_deliver(ends: Pair) -> None:
-    """A deliver may close its dispatcher: dispatch returns False and nothing more is delivered."""
+    """If deliver closes its dispatcher, dispatch returns False and nothing more is delivered."""
     got: list[object] = []
 
     def deliver(*call: object) -> None:
@@ -277,7 +277,7 @@ def test_close_from_inside_deliver(ends: Pair) -> None:
 
 
 def test_the_source_object_is_kept_alive() -> None:
-    """A socket that only linkrx refers to is not collected, and so not closed, while it is received from."""
+    """A socket that only linkrx refers to is not closed while linkrx receives from it."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with sender, linkrx.open(receiver) as rx:
         held = receiver
@@ -289,7 +289,7 @@ def test_the_source_object_is_kept_alive() -> None:
 
 
 def test_a_borrowed_socket_gets_its_options_back(ends: Pair) -> None:
-    """What was set on a borrowed socket is set back by close; O_NONBLOCK was never touched."""
+    """close restores the options of a borrowed socket. linkrx never changes O_NONBLOCK."""
     receiver = ends[0]
     size = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     with linkrx.open(receiver, receive_buffer=3 * size) as rx:
@@ -301,7 +301,7 @@ def test_a_borrowed_socket_gets_its_options_back(ends: Pair) -> None:
 
 
 def test_a_closed_descriptor_is_an_error_that_names_the_source() -> None:
-    """Receiving from a descriptor that its owner closed raises OSError with source and backend in it."""
+    """Receiving from a descriptor that its owner closed raises OSError, which names source and backend."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with sender, linkrx.open(receiver, ignore) as rx:
         receiver.close()
@@ -310,7 +310,7 @@ def test_a_closed_descriptor_is_an_error_that_names_the_source() -> None:
 
 
 def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever step of open fails, the steps before it are undone."""
+    """If a step of open fails, the earlier steps are undone."""
     receiver = ends[0]
     size = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     before = sorted(os.listdir("/proc/self/fd"))
@@ -342,7 +342,7 @@ def test_open_that_fails_leaves_nothing_behind(ends: Pair, monkeypatch: pytest.M
 @pytest.mark.parametrize("ethernet", [True, False])
 @pytest.mark.parametrize("size", [100, 1000])
 def test_upstream_delivery(backend: str, ethernet: bool, size: int) -> None:
-    """One packet of random bytes is one delivery, with what the header says, or IPv4 where there is none."""
+    """A packet of random bytes is delivered once, with the fields of its Ethernet header, or as IPv4 without one."""
     payload = b"\x40" + os.urandom(size - 1)
     calls: list[tuple[bytes | None, bytes | None, int, linkrx.Packet]] = []
     with pair() as (receiver, sender):
@@ -357,7 +357,7 @@ def test_upstream_delivery(backend: str, ethernet: bool, size: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_upstream_short_body(backend: str) -> None:
-    """A datagram of an Ethernet header and four bytes is one delivery with a body of four bytes."""
+    """A datagram of an Ethernet header and four bytes is delivered once, with a payload of four bytes."""
     calls: list[tuple[object, object, int, linkrx.Packet]] = []
     with (
         pair() as (receiver, sender),
@@ -371,7 +371,7 @@ def test_upstream_short_body(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ip_packets_with_almost_nothing_behind_the_header(backend: str) -> None:
-    """Without Ethernet a packet of 1 byte upwards is delivered, if its first nibble is 4 or 6."""
+    """Without Ethernet a packet of at least one byte is delivered if its first nibble is 4 or 6."""
     with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, ethernet=False) as rx:
         for size in range(1, 25):
             for version, protocol in ((0x45, 0x0800), (0x60, 0x86DD)):
@@ -387,7 +387,7 @@ def test_ip_packets_with_almost_nothing_behind_the_header(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_virtio_net_header_is_kept(backend: str) -> None:
-    """packet.vnet shows the header that was stripped, and a message no longer than it is an empty packet."""
+    """packet.vnet is the header that was stripped. A message that is not longer than the header counts as empty."""
     header = bytes([1, 4]) + b"".join(n.to_bytes(2, "little") for n in (66, 1448, 34, 16)) + b"\x00\x00"
     with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, vnet_header=12) as rx:
         sender.send(header)

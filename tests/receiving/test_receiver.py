@@ -1,4 +1,4 @@
-"""How the receiver waits, learns, is shared and is ended: what it promises beside every packet once and in order."""
+"""The receiver: waits, adaptive reading, threads, signals and ends."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def ends() -> Iterator[Pair]:
 
 
 def suppressed(error: type[Exception], call: Callable[..., object], *arguments: object) -> None:
-    """Call it; that error is none."""
+    """Call a function and ignore one type of error."""
     with suppress(error):
         call(*arguments)
 
 
-# Nobody can make a call block.
+# No other process can make a call block.
 
 
 @pytest.mark.usefixtures("devices")
@@ -50,7 +50,7 @@ def suppressed(error: type[Exception], call: Callable[..., object], *arguments: 
     + [(rigs.tap, backend) for backend in that_take("tap")],
 )
 def test_somebody_makes_the_open_file_block(kind: rigs.MakeRig, backend: str) -> None:
-    """Who shares the open file can clear O_NONBLOCK: no call blocks, with nothing there, or behind what is there."""
+    """If another owner of the open file clears O_NONBLOCK, no call blocks, with an empty queue or after the last packet."""
     with kind() as rig, rig.open(backend, ignore) as rx:
         fd = rig.source if isinstance(rig.source, int) else rig.source.fileno()  # type: ignore[union-attr]
         assert not os.get_blocking(fd)
@@ -76,7 +76,7 @@ def test_somebody_makes_the_open_file_block(kind: rigs.MakeRig, backend: str) ->
 @pytest.mark.skipif(_core.types is None, reason=f"what Python reads gives the lock up: {_core.reason}")
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "os_readv"])
 def test_a_lone_packet_beside_a_busy_thread(backend: str, ends: Pair) -> None:
-    """The reads of packets that come one by one keep the interpreter's lock: a thread that wants it gets no turn meanwhile."""
+    """Reads of packets that come one by one keep the GIL, so a thread that waits for it does not run meanwhile."""
     over = False
     turns = 0
 
@@ -90,7 +90,7 @@ def test_a_lone_packet_beside_a_busy_thread(backend: str, ends: Pair) -> None:
 
     interval = sys.getswitchinterval()
     with linkrx.open(ends[0], ignore, backend=backend) as rx:
-        for number in range(20):  # until it has learned that they come one by one
+        for number in range(20):  # until the receiver has learned that packets come one by one
             ends[1].send(frame(number))
             assert number_of(rx.recv(0)) == number
             with pytest.raises(TimeoutError):
@@ -99,7 +99,7 @@ def test_a_lone_packet_beside_a_busy_thread(backend: str, ends: Pair) -> None:
             ends[1].send(frame(number))
         with running(spin):
             try:
-                sys.setswitchinterval(1000)  # from its next turn on, nothing takes the lock away
+                sys.setswitchinterval(1000)  # from the next switch on, no thread is forced to release the GIL
                 seen = turns
                 until(lambda: turns > seen + 1)
                 before = turns
@@ -113,7 +113,7 @@ def test_a_lone_packet_beside_a_busy_thread(backend: str, ends: Pair) -> None:
 
 
 def test_close_from_another_thread(ends: Pair) -> None:
-    """It ends a call that waits, comes back when that has left, and all is released; twice does no harm."""
+    """close() from another thread ends a waiting call, returns after it, and releases everything. A second close() has no effect."""
     before = sorted(os.listdir("/proc/self/fd"))
     for way in (
         lambda rx: rx.run(),
@@ -131,7 +131,7 @@ def test_close_from_another_thread(ends: Pair) -> None:
 
 
 def test_close_from_two_threads_at_once(ends: Pair) -> None:
-    """Both come back when the thread inside has left."""
+    """Two close() calls at once both return after the receiving thread has left."""
     rx = linkrx.open(ends[0], ignore)
     with running(lambda: suppressed(linkrx.Closed, rx.run)):
         until(lambda: asleep(rx))
@@ -141,7 +141,7 @@ def test_close_from_two_threads_at_once(ends: Pair) -> None:
 
 
 def test_close_waits_for_deliver(ends: Pair) -> None:
-    """close() comes back when the deliver that runs in another thread has, and no other follows."""
+    """close() returns after the deliver that runs in another thread, and no other deliver follows."""
     started, may_go_on = threading.Event(), threading.Event()
     events: list[str] = []
 
@@ -168,7 +168,7 @@ def test_close_waits_for_deliver(ends: Pair) -> None:
 
 
 def test_stats_beside_close(ends: Pair) -> None:
-    """A thread that asks for statistics while another closes gets them, or Closed, and nothing else."""
+    """stats() in one thread during close() in another returns the counters or raises Closed."""
     for _ in range(200):
         rx = linkrx.open(ends[0])
 
@@ -186,7 +186,7 @@ def test_stats_beside_close(ends: Pair) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", ["run", "recv", "next"])
 def test_ctrl_c_under_a_load_that_yields_nothing(backend: str, way: str, ends: Pair) -> None:
-    """A signal handler that raises comes through where a call never waits: runts without end, or a deliver in C."""
+    """An exception of a signal handler propagates out of a call that never waits: with endless runts, or with a deliver in C."""
 
     class Interrupt(Exception):
         pass
@@ -204,7 +204,7 @@ def test_ctrl_c_under_a_load_that_yields_nothing(backend: str, way: str, ends: P
     caught = False
 
     def interrupt(frame: FrameType | None) -> None:
-        # Neither upon callbacks of the collector nor upon a generator that is being closed: both swallow exceptions.
+        # Not in callbacks of the collector, and not while a generator is closed: both ignore exceptions.
         ours = frame and frame.f_globals.get("__name__", "").startswith(("linkrx", "test_"))
         if ours and not caught and not frame.f_code.co_flags & inspect.CO_GENERATOR:  # type: ignore[union-attr]
             raise Interrupt
@@ -225,12 +225,12 @@ def test_ctrl_c_under_a_load_that_yields_nothing(backend: str, way: str, ends: P
         assert rx.end is None
 
 
-# What is learned.
+# Adaptive reading.
 
 
 @pytest.mark.skipif(_core.types is None, reason=f"plain Python asks for all each time: {_core.reason}")
 def test_packets_that_come_one_by_one(ends: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A packet that is awaited costs one wait and, once that was learned, little more than one read."""
+    """A packet that comes during a wait takes one wait and, after the receiver has adapted, little more than one read."""
     reads = 0
     recvmsg = messages._libc.recvmsg
 
@@ -260,7 +260,7 @@ def test_packets_that_come_one_by_one(ends: Pair, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(_core.types is None, reason=f"plain Python asks for all each time: {_core.reason}")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backlog_is_found(backend: str, ends: Pair) -> None:
-    """After packets that came one by one, a queue that has filled up comes in large batches within 31 packets."""
+    """After packets that came one by one, a full queue is received in large batches after at most 31 packets."""
     sizes: list[int] = []
     ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     with linkrx.open(ends[0], ignore, backend=backend) as rx:
@@ -282,7 +282,7 @@ def test_a_backlog_is_found(backend: str, ends: Pair) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_latency_holds_back(backend: str, ends: Pair) -> None:
-    """With latency= a wait that a packet ends goes on so long that those behind it come with it; a timeout of 0 does not."""
+    """With latency=, a wait continues after the first packet, and later packets come in the same batch. A timeout of 0 does not wait."""
     got: list[int] = []
     with linkrx.open(
         ends[0], lambda *call: got.append(number_of(call[3])), backend=backend, latency=0.2
@@ -306,7 +306,7 @@ def test_latency_holds_back(backend: str, ends: Pair) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_latency_holds_back_on_a_tap(backend: str) -> None:
-    """With latency= what comes into a TAP queue while a packet is held back is delivered with it, behind one wait."""
+    """With latency= on a TAP queue, packets that come while one is held back are delivered with it, after one wait."""
     got: list[int] = []
     with (
         rigs.tap() as rig,
@@ -329,7 +329,7 @@ def test_latency_holds_back_on_a_tap(backend: str) -> None:
 @pytest.mark.parametrize("skipped", [1, 3, 20])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_waiting_a_packet_is_found_behind_runts(backend: str, skipped: int, ends: Pair) -> None:
-    """A call with timeout 0 goes on behind what is skipped, as many frames as a batch has rows and no more."""
+    """A call with timeout 0 skips runts in front of a packet, at most as many as a batch has rows."""
     got: list[int] = []
     rows = 4
     with linkrx.open(
@@ -365,7 +365,7 @@ def test_without_waiting_a_packet_is_found_behind_runts(backend: str, skipped: i
 
 
 def test_fileno_after_the_end(ends: Pair) -> None:
-    """fileno() is readable once it is over until a call has seen that, whether it was asked for before or after."""
+    """After the end fileno() is readable until a call has reported it, also if fileno() is first called after the end."""
     for early in (True, False):
         with linkrx.open(ends[0], ignore) as rx, selectors.DefaultSelector() as selector:
             if early:
@@ -388,7 +388,7 @@ def test_fileno_after_the_end(ends: Pair) -> None:
 
 
 def test_recv_behind_the_end() -> None:
-    """Ended is an OSError with the errno of a socket, an EOFError, and a LinkrxError."""
+    """recv() after the end raises Ended: an OSError with the errno of a socket, an EOFError, and a LinkrxError."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with receiver, linkrx.open(receiver) as rx:
         sender.close()
@@ -405,7 +405,7 @@ def test_recv_behind_the_end() -> None:
 
 
 def test_reentry_from_a_finalizer(ends: Pair) -> None:
-    """An object that is collected inside deliver, and receives in its `__del__`, gets Busy, and no packet is lost."""
+    """A `__del__` that runs inside deliver and receives gets Busy, and no packet is lost."""
     refused: list[linkrx.Busy] = []
 
     class Receives:
@@ -432,7 +432,7 @@ def test_reentry_from_a_finalizer(ends: Pair) -> None:
 
 
 def test_reentry_from_what_deliver_returns(ends: Pair) -> None:
-    """What deliver returns is given up while the call is inside: its `__del__` gets Busy."""
+    """The object that deliver returns is released inside the receiving call, so its `__del__` gets Busy."""
     refused: list[linkrx.Busy] = []
 
     class Receives:

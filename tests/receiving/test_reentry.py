@@ -1,4 +1,4 @@
-"""Who may come in, and when: signal handlers, other threads and forked children, at the worst of moments."""
+"""Calls from signal handlers, other threads and forked children while a dispatcher receives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from linkrx.testing.waiting import asleep, running
 
 @contextmanager
 def alarms(handler: Callable[[], object], interval: float) -> Iterator[None]:
-    """Call `handler` from a signal handler every so many seconds."""
+    """Call `handler` in a signal handler, periodically."""
     before = signal.signal(signal.SIGALRM, lambda *_: handler())
     signal.setitimer(signal.ITIMER_REAL, interval, interval)
     try:
@@ -40,7 +40,7 @@ def ends() -> Iterator[Pair]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_receiving_from_a_signal_handler(backend: str) -> None:
-    """A handler that drains gets Busy while its own thread is inside, and every packet comes once, in order."""
+    """A signal handler that drains gets Busy while its thread receives, and every packet is delivered once, in order."""
     total = 20_000
     got: list[int] = []
     refused = 0
@@ -70,7 +70,7 @@ def test_receiving_from_a_signal_handler(backend: str) -> None:
 
 
 def test_recv_passes_every_interrupt_on(ends: Pair) -> None:
-    """What a signal handler raises while recv is at work comes out of recv: none is swallowed."""
+    """Each exception that a signal handler raises inside recv propagates out of recv."""
 
     class Interrupt(Exception):
         pass
@@ -85,7 +85,7 @@ def test_recv_passes_every_interrupt_on(ends: Pair) -> None:
     def receive() -> None:
         # Not in the try below: CPython 3.13.0 does not cover the jump back of a loop in there.
         while raised == seen:
-            # One that comes just before the system call that waits is heeded behind the wait.
+            # A signal just before the system call that waits is handled after the wait.
             with suppress(TimeoutError):
                 rx.recv(0.01)
 
@@ -110,7 +110,7 @@ def test_recv_passes_every_interrupt_on(ends: Pair) -> None:
 
 
 def test_two_threads_that_both_receive_share_without_a_repeat(ends: Pair) -> None:
-    """Threads that call recv at once get Busy, or packets that nobody else got."""
+    """Threads that call recv at once get Busy, or packets that no other thread gets."""
     total = 5_000
     got: list[int] = []
     done = threading.Event()
@@ -134,7 +134,7 @@ def test_two_threads_that_both_receive_share_without_a_repeat(ends: Pair) -> Non
 
 
 def test_a_stop_during_the_receive_is_seen_before_the_first_deliver(ends: Pair) -> None:
-    """A stop() that returns while packets are being received lets none of them be delivered."""
+    """After a stop() during a receive, none of the received packets is delivered."""
     got: list[object] = []
     with linkrx.open(ends[0], lambda *call: got.append(call), backend="os_readv") as rx:
         mechanism = rx._mechanism
@@ -155,7 +155,7 @@ def test_a_stop_during_the_receive_is_seen_before_the_first_deliver(ends: Pair) 
 
 
 def test_close_from_a_signal_handler_in_a_wait(ends: Pair) -> None:
-    """A handler that closes while its thread waits ends the wait: dispatch returns False, and all is released."""
+    """A signal handler that closes during a wait ends the wait: dispatch returns False, and everything is released."""
     before = len(os.listdir("/proc/self/fd"))
     rx = linkrx.open(ends[0], lambda *_: None)
 
@@ -171,7 +171,7 @@ def test_close_from_a_signal_handler_in_a_wait(ends: Pair) -> None:
 
 
 def test_undelivered_counts_what_a_backend_still_holds() -> None:
-    """After a stop from deliver every packet that was taken from the kernel is delivered or counted."""
+    """After a stop from deliver, every packet that was received from the kernel is delivered or counted."""
     with pair() as (receiver, sender):
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 20)
         receiver.setblocking(False)
@@ -192,7 +192,7 @@ def test_undelivered_counts_what_a_backend_still_holds() -> None:
 
 
 def test_fork_inside_deliver_and_close_in_the_child(ends: Pair) -> None:
-    """A child that closes leaves the parent undisturbed: it sleeps as before, and is not woken by the child."""
+    """After a forked child closes, the parent still waits, and the child does not wake it."""
 
     def deliver(*_: object) -> None:
         with child() as forked:
@@ -209,7 +209,7 @@ def test_fork_inside_deliver_and_close_in_the_child(ends: Pair) -> None:
 
 
 def test_a_child_cannot_go_on_with_an_iteration(ends: Pair) -> None:
-    """A forked child that goes on with `for packet in rx` gets Closed, and the parent gets the packets."""
+    """A forked child that continues `for packet in rx` gets Closed, and the parent gets the packets."""
     with linkrx.open(ends[0]) as rx:
         for number in range(3):
             ends[1].send(frame(number))
@@ -223,7 +223,7 @@ def test_a_child_cannot_go_on_with_an_iteration(ends: Pair) -> None:
 
 
 def test_options_are_not_set_back_on_a_stranger() -> None:
-    """When the owner has closed its socket and another got the number, close changes nothing of that other."""
+    """If the owner has closed its socket and another socket reuses the number, close does not change the other socket."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with sender:
         usual = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
@@ -240,7 +240,7 @@ def test_options_are_not_set_back_on_a_stranger() -> None:
 
 
 def test_packets_taken_one_by_one_leave_nothing_to_poll(ends: Pair) -> None:
-    """fileno() is readable while packets of a batch wait inside, and falls silent once they are taken."""
+    """fileno() is readable while packets of a batch wait inside linkrx, and not after they are received."""
     with linkrx.open(ends[0], lambda *_: None) as rx:
         poll = select.poll()
         poll.register(rx.fileno(), select.POLLIN)
@@ -254,7 +254,7 @@ def test_packets_taken_one_by_one_leave_nothing_to_poll(ends: Pair) -> None:
 
 
 def test_a_wait_sleeps_after_someone_polled(ends: Pair) -> None:
-    """Once fileno() was asked for, a blocking recv with nothing to receive still sleeps once, and does not spin."""
+    """After fileno() was called, a blocking recv with an empty queue sleeps once, and does not spin."""
     with linkrx.open(ends[0]) as rx:
         rx.fileno()
         ends[1].send(frame(1))
@@ -266,7 +266,7 @@ def test_a_wait_sleeps_after_someone_polled(ends: Pair) -> None:
 
 
 def test_a_polled_source_that_yields_nothing_is_left_alone(ends: Pair) -> None:
-    """An event loop that polls a datagram socket shut down for reading is woken now and then, not all the time."""
+    """An event loop that polls a datagram socket that is shut down for reading is woken only now and then."""
     ends[0].shutdown(socket.SHUT_RD)
     with linkrx.open(ends[0], lambda *_: None) as rx:
         poll = select.poll()

@@ -1,4 +1,4 @@
-"""What linkrx takes from the machine: flat over thousands of cycles, nothing left of an open that fails anywhere."""
+"""Resources: thousands of cycles leak nothing, and an open that fails at any step leaves nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKET_VERSION = 10  # linux/if_packet.h
 
 
 class Failed(Exception):
-    """What a step of open was made to raise."""
+    """The exception that a step of open is made to raise."""
 
 
 THROUGH_CTYPES = [
@@ -42,9 +42,9 @@ THROUGH_CTYPES = [
 
 
 class FailingStep:
-    """Inside `with`, the n-th call into C raises Failed instead of being made.
+    """Inside `with`, the n-th call into C raises Failed instead of running.
 
-    Closing cannot fail, and neither can noting what is to be undone.
+    Calls that close, and calls that register a cleanup, cannot fail.
     """
 
     def __init__(self, step: int) -> None:
@@ -52,7 +52,7 @@ class FailingStep:
         self.reached = False
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        # ctypes calls C in a way that is not told: there the function around it stands in.
+        # The profiler does not see ctypes' calls into C. The Python function around such a call fails instead.
         if event == "call" and frame.f_code in THROUGH_CTYPES:
             event = "c_call"
         if event != "c_call" or getattr(argument, "__name__", "") in ("setprofile", "close"):
@@ -74,7 +74,7 @@ class FailingStep:
 
 @contextmanager
 def collected() -> Iterator[None]:
-    """No collection inside: a `__del__` of somebody else must not be made to fail."""
+    """Collect before, and disable collection inside, so that no unrelated `__del__` fails."""
     gc.collect()
     gc.disable()
     try:
@@ -99,13 +99,13 @@ KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet, rigs.packet_seg
 def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
     backend: str, kind: rigs.MakeRig
 ) -> None:
-    """Each call that open makes is made to fail in turn: no descriptor, thread, ring, membership or option is left."""
+    """If any call of open fails, no descriptor, thread, ring, membership or option is left."""
     options = {} if kind is rigs.tap else {"receive_buffer": 123_456}
     if kind in (rigs.interface, rigs.packet, rigs.packet_segment):
         options |= {"promiscuous": True}
     with kind() as rig, IPRoute() as route, collected():
         settings = settings_of(rig.source)
-        rig.open(backend, **options).close()  # what is imported and cached on first use
+        rig.open(backend, **options).close()  # imports modules and fills caches
         before, threads = descriptors(), threading.active_count()
         for step in points(5000):
             with FailingStep(step) as failing:
@@ -129,14 +129,14 @@ def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """The resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_thousands_of_dispatchers(backend: str) -> None:
-    """Opening, receiving and closing thousands of times leaves descriptors, threads and memory as they were."""
+    """Opening, receiving and closing thousands of times leaks no descriptor, thread or memory."""
     with rigs.unix_dgram() as rig:
 
         def cycle() -> None:
@@ -152,7 +152,7 @@ def test_thousands_of_dispatchers(backend: str) -> None:
         gc.collect()
         assert descriptors() == before
         assert threading.active_count() == threads
-        # A descriptor's worth of memory each would be 8 MB, an arena's 1.5 GB.
+        # A leak of a small object each would be 8 MB, of an arena each 1.5 GB.
         assert resident() - memory < 2_000_000
 
 
@@ -166,7 +166,7 @@ def test_thousands_of_dispatchers(backend: str) -> None:
     ],
 )
 def test_a_dispatcher_refers_to_nothing_that_refers_to_it(backend: str, kind: rigs.MakeRig) -> None:
-    """A closed dispatcher that nobody holds any more is gone at once, with its arenas, without a collection."""
+    """A closed dispatcher without references is freed at once, with its arenas, without a collection."""
     with kind() as rig, collected():
         with rig.open(backend) as rx:
             rig.send(rig.frame(100))
@@ -179,7 +179,7 @@ def test_a_dispatcher_refers_to_nothing_that_refers_to_it(backend: str, kind: ri
 @pytest.mark.repeats
 @pytest.mark.usefixtures("devices")
 def test_hundreds_of_queues() -> None:
-    """TAP queues opened, received from and closed hundreds of times leave descriptors and memory as they were."""
+    """Opening, receiving from and closing TAP queues hundreds of times leaks no descriptor or memory."""
 
     def cycle(name: str) -> None:
         with linkrx.TunTap(name) as queue, linkrx.open(queue) as rx:
@@ -196,7 +196,7 @@ def test_hundreds_of_queues() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_descriptors_left(backend: str) -> None:
-    """At whichever descriptor the limit strikes, open raises EMFILE, leaves nothing, and works once there is room."""
+    """If any descriptor of open exceeds the limit, open raises EMFILE and leaves nothing. It works after the limit is raised."""
     with rigs.unix_dgram() as rig:
         rig.open(backend).close()
         before = descriptors()
@@ -222,7 +222,7 @@ def test_no_descriptors_left(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_memory_may_be_locked(backend: str) -> None:
-    """Nothing that linkrx maps is locked, so that RLIMIT_MEMLOCK, which binds all but root, never comes in."""
+    """linkrx locks no memory, so RLIMIT_MEMLOCK, which applies to all users but root, has no effect."""
     with rigs.unix_dgram() as rig, rig.open(backend) as rx:
         rig.send(rig.frame(100))
         assert len(rx.recv(0)) == 100

@@ -1,4 +1,4 @@
-"""Sending, where conformance does not look: what goes in front of frames, what is refused, and what another call breaks."""
+"""Sending, beyond the conformance checks: headers in front of frames, refused frames, and concurrent calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TCP = (1, 1, 54, 1448, 34, 16)
 
 
 def packet(body: bytes, **fields: Any) -> linkrx.Packet:
-    """A packet of which that is known."""
+    """A packet with this frame and metadata."""
     order = fields.get("order", LITTLE) if "vnet" in fields else 0
     vnet = struct.pack(">BBHHHH" if order == BIG else "<BBHHHH", *fields["vnet"]) if order else b""
     tag = fields.get("tag", (0, 0))
@@ -65,11 +65,11 @@ def ends() -> Iterator[Pair]:
         yield found
 
 
-# What goes in front of a frame, and into it.
+# Headers in front of a frame, and VLAN tags.
 
 
 def test_a_packet_is_sent_tagged(ends: Pair) -> None:
-    """The VLAN tag that the kernel took out is put back behind the addresses, alone and in a batch."""
+    """A packet is sent with the VLAN tag that the kernel took out, behind the addresses, alone and in a batch."""
     one = packet(ETHERNET + b"body", tag=(0x88A8, 0x2005))
     with linkrx.open(ends[0]) as rx:
         rx.send(one)
@@ -79,7 +79,7 @@ def test_a_packet_is_sent_tagged(ends: Pair) -> None:
 
 
 def test_without_addresses_there_is_no_tag(ends: Pair) -> None:
-    """A tag that came with a packet of a cooked socket has no place in it: it is sent, and `tagged()`, as it is."""
+    """A packet of a cooked socket has no place for its tag, so `tagged()` is the frame, and it is sent without a tag."""
     one = packet(b"\x45" + bytes(30), link_header=0, tag=(0x8100, 5))
     with linkrx.open(ends[0], ethernet=False) as rx:
         rx.send(one)
@@ -89,7 +89,7 @@ def test_without_addresses_there_is_no_tag(ends: Pair) -> None:
 @pytest.mark.parametrize("size", [10, 12, 4096])
 @pytest.mark.parametrize("order", [LITTLE, BIG])
 def test_a_packet_keeps_its_virtio_net_header(ends: Pair, size: int, order: int) -> None:
-    """It is put in front, in the order of bytes and the length of the source, counted on behind a tag; bytes get zeroes."""
+    """A packet is sent with its virtio-net header, in the byte order and length of the source, with offsets moved by a tag. The header of `bytes` is all zeroes."""
     one = packet(ETHERNET + bytes(60), vnet=TCP, order=order)
     two = packet(ETHERNET + bytes(60), vnet=TCP, order=order, tag=(0x8100, 5))
     plain = packet(ETHERNET + bytes(60), vnet=(0, 0, 0, 0, 0, 0), order=order, tag=(0x8100, 5))
@@ -104,7 +104,7 @@ def test_a_packet_keeps_its_virtio_net_header(ends: Pair, size: int, order: int)
 
 
 def test_what_needs_a_virtio_net_header(ends: Pair) -> None:
-    """Where there is none, super-packets and unfinished checksums are a ValueError that says so, and others are sent."""
+    """On a source without virtio-net header, super-packets and unfinished checksums raise ValueError, and other packets are sent."""
     unsendable = {
         "super-packet": packet(ETHERNET + bytes(60), vnet=TCP),
         "checksum is unfinished": packet(ETHERNET + bytes(60), vnet=(1, 0, 0, 0, 34, 16)),
@@ -121,11 +121,11 @@ def test_what_needs_a_virtio_net_header(ends: Pair) -> None:
         rx.send(packet(ETHERNET, vnet=(2, 0x80, 0, 0, 0, 0)))  # a valid checksum, and no kind of super-packet
         assert rx.stats().sent == 4
     with linkrx.open(ends[0], vnet_header=True) as rx, pytest.raises(ValueError, match="unfinished"):
-        rx.send(packet(ETHERNET, flags=CHECKSUM_UNFINISHED))  # nothing tells where it is
+        rx.send(packet(ETHERNET, flags=CHECKSUM_UNFINISHED))  # no header has the checksum's offset
 
 
 def queue(mode: int, flags: int = 0) -> tuple[int, str]:
-    """A queue of a device of its own, with packet information unless the flags say otherwise."""
+    """The queue of a new device, with packet information by default."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     answer = fcntl.ioctl(fd, TUNSETIFF, struct.pack(f"{IFNAMSIZ}sH22x", b"", mode | flags))
     name = os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
@@ -134,7 +134,7 @@ def queue(mode: int, flags: int = 0) -> tuple[int, str]:
 
 
 def seen_on(name: str) -> socket.socket:
-    """A cooked socket, which tells each packet's protocol."""
+    """A cooked socket, which reports each packet's protocol."""
     seen = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     seen.bind((name, ETH_P_ALL))
     seen.settimeout(PATIENCE)
@@ -142,7 +142,7 @@ def seen_on(name: str) -> socket.socket:
 
 
 def incoming(seen: socket.socket, ending: bytes) -> tuple[bytes, int]:
-    """The next packet that ends so, and its protocol."""
+    """The next packet that ends with these bytes, and its protocol."""
     while True:
         data, (_, protocol, *_rest) = seen.recvfrom(2000)
         if data.endswith(ending):
@@ -151,7 +151,7 @@ def incoming(seen: socket.socket, ending: bytes) -> tuple[bytes, int]:
 
 @pytest.mark.usefixtures("devices")
 def test_packet_information() -> None:
-    """struct tun_pi in front of a TUN packet has its EtherType: a packet's own, else the IP version's; nothing else goes."""
+    """struct tun_pi in front of a TUN packet has the packet's EtherType, or that of the IP version for bytes. Other bytes raise an error."""
     fd, name = queue(IFF_TUN)
     with os.fdopen(fd, "r+b", buffering=0), seen_on(name) as seen, linkrx.open(fd, packet_info=True) as rx:
         rx.send(b"\x45" + b"four")
@@ -168,7 +168,7 @@ def test_packet_information() -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("little", [False, True])
 def test_packet_information_and_a_virtio_net_header(little: bool) -> None:
-    """Both go in front of a TAP frame, in the order of bytes that the queue was set to."""
+    """Packet information and virtio-net header are sent in front of a TAP frame, in the byte order of the queue."""
     fd, name = queue(IFF_TAP, IFF_VNET_HDR)
     with os.fdopen(fd, "r+b", buffering=0), seen_on(name) as seen:
         if little:
@@ -185,7 +185,7 @@ def test_packet_information_and_a_virtio_net_header(little: bool) -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_a_super_packet_goes_through_packet_sockets() -> None:
-    """One that was received with its virtio-net header is sent with it on a socket that has one: the peer's TCP gets it whole."""
+    """A super-packet that was received with a virtio-net header is sent with it, and the peer's TCP receives it whole."""
     with veth() as (near, far), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as seen:
         seen.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         seen.bind((far, ETH_P_ALL))
@@ -202,12 +202,12 @@ def test_a_super_packet_goes_through_packet_sockets() -> None:
             assert struct.unpack_from("=BBHHHH", wire)[1::2][:2] == (1, 1448)
 
 
-# What sends nothing.
+# Sources that cannot send.
 
 
 @pytest.mark.usefixtures("devices")
 def test_sources_that_send_nothing() -> None:
-    """Each refuses with a sentence of its own, and an UnsupportedSource."""
+    """Each source that cannot send raises UnsupportedSource with its own reason."""
     with veth() as (near, _):
 
         def refused(source: Any) -> str:
@@ -252,7 +252,7 @@ def test_a_socket_that_is_connected_later(ends: Pair) -> None:
 
 
 def test_a_peer_that_has_closed() -> None:
-    """Sending to it is the kernel's error, and raises no signal."""
+    """Sending to a peer that has closed raises the kernel's error, and no SIGPIPE."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with receiver, linkrx.open(receiver) as rx:
         sender.close()
@@ -262,12 +262,12 @@ def test_a_peer_that_has_closed() -> None:
             rx.send_batch([frame(1), frame(2)])
 
 
-# What is no frame.
+# Objects that are no frame.
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_no_buffer(ends: Pair, backend: str) -> None:
-    """It is a TypeError, or left to the next call behind frames that are sent."""
+    """An object that is no buffer raises TypeError. If frames before it were sent, the next call raises."""
     with linkrx.open(ends[0], backend=backend) as rx:
         for wrong in ("frame", 5, None, [frame(1)]):
             with pytest.raises(TypeError):
@@ -286,7 +286,7 @@ def test_what_is_no_buffer(ends: Pair, backend: str) -> None:
 
 
 def test_an_iterable_that_raises_sends_nothing(ends: Pair) -> None:
-    """What raises before the first frame is given to the kernel comes out, and no frame was sent."""
+    """If an iterable raises before the first frame is sent, the exception propagates and no frame is sent."""
 
     def frames() -> Iterator[bytes]:
         yield frame(1)
@@ -302,7 +302,7 @@ def test_an_iterable_that_raises_sends_nothing(ends: Pair) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_a_frame_that_is_refused_among_others(backend: str) -> None:
-    """Those in front of it are sent, it is told by the next call, and those behind are not sent."""
+    """Frames before a refused frame are sent. The next call raises its error, and the frames after it are not sent."""
     with veth() as (near, far), seen_on(far) as seen:
         Device(near).set(mtu=1500)
         with linkrx.open(near, backend=backend) as rx:
@@ -323,7 +323,7 @@ def test_a_frame_that_is_refused_among_others(backend: str) -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_own_frames_come_back_on_lo_only() -> None:
-    """On `lo` the kernel brings each frame back, once; the far end of a pair sees it, and the near end does not."""
+    """On `lo` each sent frame is received once. On a veth pair the far end receives it, and the near end does not."""
     with socket.socket() as any_socket:
         bring_up("lo", any_socket)
     with linkrx.open("lo", timestamps=False) as rx:
@@ -333,11 +333,11 @@ def test_own_frames_come_back_on_lo_only() -> None:
         assert [one for one in rx if bytes(one.data) in (b"one", b"two")] == []
 
 
-# What happens meanwhile.
+# Concurrent events.
 
 
 def test_close_in_another_thread(ends: Pair) -> None:
-    """A thread that sends gets Closed when another one closes, and no frame goes into a file that has got the same number."""
+    """A sending thread gets Closed when another one closes, and no frame is written to a file that reuses the descriptor."""
     sent = threading.Event()
 
     def work() -> None:
@@ -378,8 +378,9 @@ def test_threads_that_send_at_once(ends: Pair) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_a_send_does_not_take_the_news_of_a_flap(backend: str) -> None:
-    """The kernel tells a packet socket once that its link went down. Where a send is told, the waiting receiver hears it too,
-    the frame is sent, and the deletion of the interface is an end still.
+    """If a send gets the kernel's only report that the link went down, the waiting receiver counts it too.
+
+    The frame is sent, and the deletion of the interface still ends reception.
     """
     with veth() as (near, _), linkrx.open(near, lambda *_: None, backend=backend) as rx:
         device = Device(near)
@@ -416,7 +417,7 @@ with linkrx.TunTap() as tap, linkrx.open(a) as rx, linkrx.open(tap) as queue:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("code", ["ENOSYS", "EPERM"])
 def test_without_sendmmsg_and_pwritev2(code: str) -> None:
-    """Where a seccomp filter refuses them, frames are sent one by one, and written when poll() says that there is room."""
+    """If a seccomp filter refuses sendmmsg and pwritev2, frames are sent one by one, and written when poll() reports room."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSED.format(tests=str(TESTS), code=code)],
         capture_output=True,

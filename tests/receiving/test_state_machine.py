@@ -1,4 +1,4 @@
-"""linkrx against a model that is a list: whatever is done in whatever order, every frame is accounted for."""
+"""Random sequences of calls are compared with a model that is a list, and account for every frame."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LADDERS: tuple[tuple[int, ...] | None, ...] = (
 
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 
-# Around every header and every step of these ladders, and of any length.
+# Lengths around every header and every step of these ladders, and any length.
 LENGTHS = st.one_of(
     st.integers(0, 13),
     st.sampled_from([10, 11, 12, 13, 14, 15, 23, 24, 25, 26, 27, 37, 38, 128, 384, 895, 896, 897, 906, 907]),
@@ -51,25 +51,25 @@ class Datagrams(Machine):
     lengths = LENGTHS
 
     def make(self, draw: st.DataObject) -> tuple[Any, Callable[[bytes], object]]:
-        """The receiver is blocking or not, and receiving must not depend on it; the sender never is."""
+        """Make a pair. The receiver blocks or not, which must not matter. The sender never blocks."""
         receiver, self.sender = socket.socketpair(socket.AF_UNIX, self.kind)
         self.stack.enter_context(receiver)
         self.stack.enter_context(self.sender)
         receiver.setblocking(draw.draw(st.booleans()))
         self.sender.setblocking(False)
-        with suppress(PermissionError):  # then only fewer of the long frames fit
+        with suppress(PermissionError):  # then fewer long frames fit
             self.sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 16 * 1024 * 1024)
         return receiver, self.sender.send
 
     def setups(self, draw: st.DataObject) -> tuple[Setup, dict[str, Any]]:
-        """Any framing: a datagram says nothing about itself."""
+        """Any framing, because a datagram does not report it."""
         ethernet = draw.draw(st.booleans())
         prefix = draw.draw(st.sampled_from([0, 0, 10, 12]))
         ladder = draw.draw(st.sampled_from(LADDERS))
         return Setup(ethernet, prefix, ladder, True), {"ethernet": ethernet, "vnet_header": prefix}
 
     def read_raw(self) -> bytes | None:
-        """Past linkrx."""
+        """Read without linkrx."""
         with suppress(BlockingIOError):
             raw: bytes = self.source.recv(1 << 17, socket.MSG_DONTWAIT)
             return raw
@@ -77,7 +77,7 @@ class Datagrams(Machine):
 
 
 class Records(Datagrams):
-    """An AF_UNIX seqpacket pair, whose peer can hang up."""
+    """An AF_UNIX seqpacket pair whose peer can close."""
 
     kind = socket.SOCK_SEQPACKET
     queue = 80
@@ -85,13 +85,13 @@ class Records(Datagrams):
     @rule()
     @precondition(lambda self: not self.hung_up and self.sent > 5)
     def hang_up(self) -> None:
-        """What was sent before is still there."""
+        """Close the peer. Frames that were sent before stay queued."""
         self.sender.close()
         self.hung_up = True
 
 
 class TapQueue(Machine):
-    """A TAP queue, blocking or not, with a virtio-net header or without."""
+    """A TAP queue, blocking or not, with or without a virtio-net header."""
 
     queue = 100
     lengths = st.one_of(
@@ -101,30 +101,30 @@ class TapQueue(Machine):
     )
 
     def make(self, draw: st.DataObject) -> tuple[Any, Callable[[bytes], object]]:
-        """A device for each run of the machine."""
+        """Make a device for each run of the machine."""
         make = draw.draw(st.sampled_from([rigs.tap, rigs.tap_blocking, rigs.tap_vnet]))
         rig = self.stack.enter_context(make())
         self.prefix = 10 if make is rigs.tap_vnet else 0
         return rig.source, rig.send
 
     def as_received(self, raw: bytes) -> bytes:
-        """Behind a header of zeroes, for nothing is to be done to such a frame."""
+        """The frame behind a virtio-net header of zeroes, because it needs no offload."""
         return bytes(self.prefix) + raw
 
     def setups(self, draw: st.DataObject) -> tuple[Setup, dict[str, Any]]:
-        """The probe knows it all."""
+        """The probe detects all settings."""
         ladder = draw.draw(st.sampled_from(LADDERS))
         return Setup(True, self.prefix, ladder, False), {}
 
     def read_raw(self) -> bytes | None:
-        """Past linkrx."""
+        """Read without linkrx."""
         if select.select([self.source], [], [], 0)[0]:
             return os.read(self.source.fileno(), 1 << 17)
         return None
 
 
 def run(machine: type[Machine], examples: int) -> None:
-    """That often with --all, else a third of it; LINKRX_EXAMPLES sets another number."""
+    """Run that many examples with --all, else a third. LINKRX_EXAMPLES sets another number."""
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -138,18 +138,18 @@ def run(machine: type[Machine], examples: int) -> None:
 
 @pytest.mark.samples
 def test_datagrams() -> None:
-    """On AF_UNIX datagrams every frame is delivered in order or counted, and what is kept stays true."""
+    """On AF_UNIX datagrams every frame is delivered in order or counted, and kept packets do not change."""
     run(Datagrams, 120)
 
 
 @pytest.mark.samples
 def test_records() -> None:
-    """The same on seqpacket, where the peer may hang up at any time."""
+    """On seqpacket records, where the peer may close at any time, every frame is delivered in order or counted."""
     run(Records, 120)
 
 
 @pytest.mark.samples
 @pytest.mark.usefixtures("devices")
 def test_tap_queue() -> None:
-    """The same on TAP, with its frames from a real interface."""
+    """On TAP queues, with frames from a real interface, every frame is delivered in order or counted."""
     run(TapQueue, 60)
