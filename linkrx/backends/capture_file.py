@@ -1,4 +1,4 @@
-"""C: a walk over the records of pcap and pcapng files, which are read in large pieces."""
+"""C: parses the records of pcap and pcapng files, which are read in large pieces."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from linkrx.backend import Backend, Capabilities, Descriptors, Owner, ReceiveCon
 from linkrx.errors import DamagedCapture, UnsupportedOption
 from linkrx.sources.capture_file import CaptureReader, Got
 
-# Pieces that one fill reads without a packet in them, 16 MiB: whoever wants to stop is looked for in between.
+# The most pieces without a packet that one fill reads: 16 MiB. The receiver handles stop() between fills.
 PIECES_MOST = 64
 
 PIECE_NUMBERS = 2**32 - 1
 
 
 class CaptureWalk(Backend):
-    """The only choice for a capture file. A piece of the file is read into the arena, and frames stay where they are."""
+    """The only backend for capture files. It reads a piece of the file into the arena, and does not copy frames."""
 
     name = "capture_file"
-    rank = 5  # no other takes one
+    rank = 5  # no other backend takes a capture file
     batch_size = 4096  # a piece of 256 KiB has 3276 frames of 64 bytes
 
     @classmethod
     def missing(cls) -> str | None:
-        """The core may not have been built."""
+        """The reason why the core is missing."""
         return _core.reason
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """All but capture files."""
+        """Other sources than capture files."""
         if capabilities.kind == "capture_file":
             return None
         return f"capture_file reads linkrx.CaptureFile only, and the source is {capabilities.a_title}"
@@ -42,16 +42,16 @@ class CaptureWalk(Backend):
         self._name = receive.capabilities.title
         self._descriptors, self._rows = descriptors, descriptors.rows
         self._address = descriptors.address()
-        self._got: Got = []  # a piece that was read and not walked over yet: one at most
+        self._got: Got = []  # at most one piece that was read and not parsed yet
         self._piece = 1
         self._failure: Exception | None = None
-        self._refused: Exception | None = None  # by a filter, which may be exchanged
+        self._refused: Exception | None = None  # the filter does not suit the next packet; it may be replaced
         self._state: Any = _core.lib.lrx_capture_open()
         if not self._state:
-            raise MemoryError("a buffer for a capture file: there is no memory")
+            raise MemoryError("no memory for the buffer of a capture file")
 
     def fill(self, arena: Owner, room: int) -> int:
-        """The packets of one piece. What `report.most` says is for mechanisms that would wait for more."""
+        """Read the packets of one piece. Ignores `report.most`, which is for mechanisms that could wait for more."""
         try:
             return self._fill(arena)
         finally:
@@ -62,7 +62,7 @@ class CaptureWalk(Backend):
         region = arena.address + arena.cursor
         for _ in range(PIECES_MOST):
             if state.asked and not self._meet():
-                return self._tell(errno.EBADMSG)
+                return self._report_error(errno.EBADMSG)
             if not got:
                 count: int = lib.lrx_capture_again(state, self._address, self._rows, region)
                 if count:
@@ -70,8 +70,8 @@ class CaptureWalk(Backend):
                 if state.asked:
                     continue
                 if state.damage or self._failure:
-                    return self._tell(errno.EBADMSG)
-                if self._piece == state.piece:  # which was walked over
+                    return self._report_error(errno.EBADMSG)
+                if self._piece == state.piece:  # it was parsed
                     self._piece = self._piece % PIECE_NUMBERS + 1
                 try:
                     self._read(arena)
@@ -92,15 +92,15 @@ class CaptureWalk(Backend):
         return 0
 
     def _meet(self) -> bool:
-        """Tell the filters of the link type of an interface whose first packet comes next. False: there is one that cannot judge it."""
+        """Add the link type of the next packet's interface to the filters. False if the filter does not suit it."""
         state = self._state
         interface = state.interfaces[state.asked - 1]
         try:
             self._file.filters.meet(interface.file_type)
         except ValueError as error:
             self._refused = UnsupportedOption(
-                f"the next packet of the {self._name} comes from interface {state.asked}, which the filter cannot judge: {error}\n"
-                "It is the next one still: set another filter with set_filter()"
+                f"the filter does not suit the next packet of the {self._name}, which comes from interface {state.asked}: {error}\n"
+                "Set another filter with set_filter(). No packet is lost"
             )
             return False
         interface.met, state.asked = 1, 0
@@ -116,51 +116,51 @@ class CaptureWalk(Backend):
             raise OSError(errno.EBADMSG, str(error)) from error
 
     def _end(self) -> int:
-        """The file has no more."""
+        """Handle the end of the file: the end of reception, or damage if the file ends within a record."""
         self._file.finish()
-        return self._tell(errno.ENODATA if _core.lib.lrx_capture_end(self._state) else errno.EBADMSG)
+        return self._report_error(errno.ENODATA if _core.lib.lrx_capture_end(self._state) else errno.EBADMSG)
 
-    def _tell(self, code: int) -> int:
+    def _report_error(self, code: int) -> int:
         self._descriptors.report.error = code
         return 0
 
     def explain(self, code: int) -> Exception | None:
-        """What is wrong with the file."""
+        """The exception for EBADMSG: DamagedCapture, or UnsupportedOption for a filter that does not suit the next packet."""
         if code != errno.EBADMSG:
             return None
         state = self._state
         return self._refused or self._failure or DamagedCapture(self._name, state.offset, _sentence(state))
 
     def interface_name(self, index: int) -> str | None:
-        """The name of an interface of a pcapng file, once its block was read."""
+        """The name of an interface of a pcapng file. None before its block is read."""
         state = self._state
         if not (state.pcapng and 1 <= index <= state.first + state.count):
             return None
         return _core.text(state.interfaces[index - 1].name) or None
 
     def close(self) -> None:
-        """Give the buffer back. The file is the source's."""
+        """Free the buffer. The source closes the file."""
         state, self._state = self._state, None
         if state is not None:
             _core.lib.lrx_capture_close(state)
 
 
 def _sentence(state: Any) -> str:
-    """What is wrong at `offset`: see LRX_CAPTURE_MAGIC and on in _core/capture_file.h."""
+    """The sentence about the damage at `offset`. See LRX_CAPTURE_MAGIC and the next lines of _core/capture_file.h."""
     lib, value = _core.lib, state.value
     return {
-        lib.LRX_CAPTURE_MAGIC: f"it begins with 0x{value:08x}, and neither pcap nor pcapng does",
-        lib.LRX_CAPTURE_VERSION: f"version {value >> 16}.{value & 0xFFFF} of the format is not known",
-        lib.LRX_CAPTURE_LENGTH: f"a packet of {value} bytes, which is more than the record or any packet has",
-        lib.LRX_CAPTURE_BLOCK_LENGTH: f"a block of {value} bytes: too few for its kind, too many, or no multiple of 4",
-        lib.LRX_CAPTURE_TRAILER: f"behind the block its length is {value} bytes, and another in front of it",
+        lib.LRX_CAPTURE_MAGIC: f"the magic number 0x{value:08x} is not that of pcap or pcapng",
+        lib.LRX_CAPTURE_VERSION: f"version {value >> 16}.{value & 0xFFFF} of the format is unknown",
+        lib.LRX_CAPTURE_LENGTH: f"a packet of {value} bytes is longer than its record, or than any packet",
+        lib.LRX_CAPTURE_BLOCK_LENGTH: f"a block of {value} bytes is too short for its type, too long, or no multiple of 4",
+        lib.LRX_CAPTURE_TRAILER: f"the length at the end of a block is {value} bytes, which differs from that at its beginning",
         lib.LRX_CAPTURE_BYTE_ORDER: f"the byte-order magic of a section is 0x{value:08x}",
-        lib.LRX_CAPTURE_INTERFACE: f"a packet of interface {value}, which no block has described",
+        lib.LRX_CAPTURE_INTERFACE: f"a packet of interface {value}, but no block describes that interface",
         lib.LRX_CAPTURE_OPTION: f"option {value} of an interface is longer than its block",
-        lib.LRX_CAPTURE_TOO_MANY: f"more than {value} interfaces",
+        lib.LRX_CAPTURE_TOO_MANY: f"the file has more than {value} interfaces",
         lib.LRX_CAPTURE_MEMORY: f"no memory for more than {value} interfaces",
-        lib.LRX_CAPTURE_LINK_TYPE: f"link type {value}, and a link type has 16 bits",
-        lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, and the record does not"
+        lib.LRX_CAPTURE_LINK_TYPE: f"link type {value} does not fit into 16 bits",
+        lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, within a record"
         if value
         else _nothing(state),
     }[state.damage]

@@ -1,5 +1,5 @@
-"""Pure Python: `os.preadv`, or of a socket recvmsg(2), one packet per system call. Needs no compiled core, and is read first by
-whoever writes a backend.
+"""Pure Python: `os.preadv`, or recvmsg(2) on sockets, one packet per system call. Needs no compiled core. Authors of backends can
+begin here.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC
 _AUXDATA = struct.Struct("=IIIHHHH")  # struct tpacket_auxdata
 
 STRIDE_LEAST = 64
-ARENAS = 2  # of a receiver: for no more are buffers kept, for they keep the arena
-MADE_MOST = 4  # strides and counts of each
+ARENAS = 2  # the arenas of a receiver; cached buffers keep an arena alive, so no more are cached
+MADE_MOST = 4  # pairs of stride and count that are cached for each arena
 
 
 class OsReadv(Backend):
-    """Works on every source. Cut packets are flagged; their true length is known of sockets."""
+    """Works on every source but capture files. Cut packets are flagged; on sockets their length before cutting is known."""
 
     name = "os_readv"
     rank = 10
@@ -52,7 +52,7 @@ class OsReadv(Backend):
 
     @classmethod
     def refuses(cls, capabilities: Capabilities) -> str | None:
-        """A stream of bytes."""
+        """Capture files, which are byte streams."""
         if capabilities.kind == "capture_file":
             return "os_readv reads one packet per system call, and a capture file is a stream of bytes"
         return None
@@ -61,15 +61,15 @@ class OsReadv(Backend):
         self._fd = receive.fd
         self._layout = receive.layout
         self._descriptors = descriptors
-        self._taken: list[int] = []  # the length of each packet that was read; -1 last: no message came
-        # A socket's messages tell the true length of each packet, and of packet sockets all that the kernel knows about it.
+        self._taken: list[int] = []  # the length of each packet that was read; a last -1: recvmsg failed
+        # recvmsg(2) reports the length before cutting, and on packet sockets all metadata of a packet.
         self._messages = receive.capabilities.socket
         self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
-        self._used: list[Any] = []  # the buffers of the last fill; what was read is in the first of these
-        self._starts = range(0)  # of their memory
-        self._ready_for: tuple[Owner, int, int, int] | None = None  # what that fill was asked for
-        # The call, and its arguments behind the descriptor and the buffers. O_NONBLOCK is no help: it belongs to all who have
-        # the open file, and any of them may clear it at any time. With RWF_NOWAIT no read waits, whatever they do.
+        self._used: list[Any] = []  # the buffers of the last fill; the first of these hold the packets that were read
+        self._starts = range(0)  # their places in the memory of the fill
+        self._ready_for: tuple[Owner, int, int, int] | None = None  # the arguments for which these are the buffers
+        # The call, and its arguments after descriptor and buffers. RWF_NOWAIT applies to one read. O_NONBLOCK would apply to all
+        # processes that have the file open, and each of them could clear it.
         self._read: Callable[..., int]
         self._arguments: tuple[Iterator[int], ...]
         self._ready: select.poll | None = None
@@ -80,10 +80,10 @@ class OsReadv(Backend):
         self._flagged = False
 
     def fill(self, arena: Owner, room: int) -> int:
-        """Read until nothing is there, the descriptors are full, or a further packet might not fit."""
+        """Read until the queue is empty, the descriptors are full, or another packet might not fit."""
         taken = self._taken
         if taken and taken[0] < 0 and messages.last_errno() in _NOTHING:
-            taken.clear()  # an exception came when the queue was empty, and that was then
+            taken.clear()  # an exception came when the queue was empty; packets may have come since
         if not taken:
             self._receive(arena, room)
         if taken and taken[-1] < 0:
@@ -97,12 +97,12 @@ class OsReadv(Backend):
 
     @property
     def held(self) -> int:
-        """Packets that were read when an exception came, and not reported yet."""
+        """The number of packets that were read and not reported, because an exception came."""
         taken = self._taken
         return len(taken) - (taken[-1] < 0) if taken else 0
 
     def close(self) -> None:
-        """Let go of the arenas."""
+        """Release the arenas."""
         self._forget_buffers()
 
     def _forget_buffers(self) -> None:
@@ -110,8 +110,8 @@ class OsReadv(Backend):
         self._used, self._ready_for = [], None
 
     def _receive(self, arena: Owner, room: int) -> None:
-        # Each length goes into the list in the same C call that read the packet: a signal handler that raises,
-        # such as Ctrl-C, can run between two packets but never between a packet and its length.
+        # The C call that reads a packet also appends its length to the list. So an exception of a signal handler, such as Ctrl-C,
+        # never comes between the two.
         buffers = self._buffers(arena, room)
         if self._messages:
             self._taken.extend(messages.receive(self._fd, buffers, _FLAGS))
@@ -122,15 +122,15 @@ class OsReadv(Backend):
             pass  # the queue is empty
         except OSError as error:
             if self._taken:
-                self._descriptors.report.error = error.errno or 0  # behind what was read
+                self._descriptors.report.error = error.errno or 0  # it follows the packets
             elif error.errno in NOWAIT_UNKNOWN and self._arguments:
-                self._ask_first()  # the driver knows no RWF_NOWAIT
+                self._poll_first()  # the driver does not support RWF_NOWAIT
                 self._receive(arena, room)
             else:
                 raise
 
     def _end(self, arena: Owner, room: int) -> None:
-        """What the kernel says in place of a message: behind those that came before."""
+        """Handle the errno of recvmsg(2). It follows the packets that were read before."""
         taken, code = self._taken, messages.last_errno()
         if code in FORBIDDEN and not self._packets and len(taken) == 1:
             taken.clear()
@@ -144,25 +144,23 @@ class OsReadv(Backend):
     def _use_reads(self) -> None:
         self._read, self._arguments = partial(os.preadv, self._fd), (repeat(-1), repeat(RWF_NOWAIT or 0))
         if RWF_NOWAIT is None:
-            self._ask_first()
+            self._poll_first()
         self._forget_buffers()
         self._messages = False
 
-    def _ask_first(self) -> None:
-        """Poll before each read, which cannot be told not to wait. Another reader of the same queue could still take the
-        packet between the two, and make the read wait.
-        """
+    def _poll_first(self) -> None:
+        """Without RWF_NOWAIT, poll before each read. The read still waits if another reader takes the packet in between."""
         ready = select.poll()
         ready.register(self._fd, select.POLLIN)
-        self._ready = ready  # first: without it a read would wait
+        self._ready = ready  # set before `_read`, because an exception may come between
         self._read, self._arguments = partial(os.readv, self._fd), ()
 
     def _buffers(self, arena: Owner, room: int) -> Iterator[Any]:
         """The buffers of each read: a stride apart, and each with room for the largest packet.
 
-        They overlap, so a packet longer than the stride must be the last. One byte more than what is kept: a packet
-        that reaches it was cut. Making them costs more than the read, so they are kept for the next fill, which is in
-        the same place when nothing is held.
+        They overlap, so a packet longer than the stride must be the last. A read has room for one byte more than the capacity: a
+        packet that fills it was cut. Making the buffers costs more than the read. So they are kept for the next fill, which is in
+        the same place when no packets are held.
         """
         wanted = (arena, room, self._descriptors.report.most, self._stride)
         if wanted != self._ready_for:
@@ -171,7 +169,7 @@ class OsReadv(Backend):
         return self._places(arena) if self._messages else self._ladders()
 
     def _find_buffers(self, arena: Owner, room: int, most: int, stride: int) -> None:
-        """Those of the same arena, stride and number, made before or made now."""
+        """Take the buffers that an earlier fill made for this arena, stride and number of packets, or make them."""
         starts = range(0, room - self._layout.capacity, stride)[: most or self._descriptors.rows]
         if arena not in self._made and len(self._made) == ARENAS:
             self._made.clear()
@@ -185,7 +183,7 @@ class OsReadv(Backend):
         self._starts, self._used = starts, made[key]
 
     def _places(self, arena: Owner) -> Iterator[Any]:
-        """Those that are missing are made when they are needed: a packet that comes alone needs one."""
+        """The places for messages. They are made when they are needed, because a packet that comes alone needs one only."""
         taken, stride, places = self._taken, self._stride, self._used
         for number, start in enumerate(self._starts):
             if number == len(places):
@@ -208,7 +206,7 @@ class OsReadv(Backend):
                 return
 
     def _report_one(self, length: int) -> None:
-        """A packet that came alone, and was not cut."""
+        """Report one packet that is not cut."""
         columns, report = self._descriptors.columns, self._descriptors.report
         if self._flagged:
             columns.flags[0] = 0
@@ -246,7 +244,7 @@ class OsReadv(Backend):
         self._learn_stride(longest)
 
     def _describe(self) -> None:
-        """What the kernel tells about each packet: struct sockaddr_ll, and struct tpacket_auxdata of linux/if_packet.h."""
+        """Write the metadata of each packet: struct sockaddr_ll and struct tpacket_auxdata of linux/if_packet.h."""
         columns = self._descriptors.columns
         for row, place in enumerate(self._used[: len(self._taken)]):
             index, protocol, kind, link_type, address = place.sender()
@@ -261,18 +259,18 @@ class OsReadv(Backend):
                 if (level, what) != (SOL_PACKET, PACKET_AUXDATA) or len(data) < _AUXDATA.size:
                     continue
                 status, length, kept, _, _, tci, tpid = _AUXDATA.unpack_from(data)
-                # A socket filter may have cut the packet; only here is its true length told.
+                # A socket filter may have cut the packet. Only tp_len has its length before that.
                 columns.wire_lengths[row] += max(0, length - kept)
                 if status & TP_STATUS_CSUMNOTREADY:
                     flags |= CHECKSUM_UNFINISHED
-                if status & TP_STATUS_VLAN_VALID:  # a tag of 0 is legal
+                if status & TP_STATUS_VLAN_VALID:  # the flag, because a TCI of 0 is valid
                     flags |= VLAN
                     columns.vlan_tcis[row] = tci
                     columns.vlan_tpids[row] = tpid if status & TP_STATUS_VLAN_TPID_VALID else ETH_P_8021Q
             columns.flags[row] |= flags
 
     def _learn_stride(self, longest: int) -> None:
-        """Room for the longest just seen, and towards shorter ones by halves: what is kept should lie close together."""
+        """Set the stride to the longest packet of this receive, but at least to half the last stride, so that packets lie close."""
         needed = -(-longest // STRIDE_LEAST) * STRIDE_LEAST
         self._stride = max(needed, self._stride // 2 // STRIDE_LEAST * STRIDE_LEAST, STRIDE_LEAST)
 

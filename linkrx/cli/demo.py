@@ -32,7 +32,7 @@ KERNEL = IPv4Address("10.77.0.1")
 RESPONDER = IPv4Address("10.77.0.2")
 PREFIX_LENGTH = 24
 RESPONDER_MAC = bytes.fromhex("020000000002")  # locally administered
-PATIENCE = 10.0  # seconds to wait for the answer to a ping; the kernel repeats an ARP request after one second
+PATIENCE = 10.0  # seconds to wait for a ping's answer; the kernel repeats an ARP request after one second
 
 _NAMES = {ETHERTYPE_ARP: "ARP", ETHERTYPE_IPV4: "IPv4"}
 _LINE = "{:>9}  {:<{}}  {:<8}  {:<17} > {:<17}  {:>6}"

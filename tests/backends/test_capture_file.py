@@ -119,7 +119,7 @@ def test_what_is_no_capture_file(tmp_path: Path) -> None:
     other.write_bytes(b"text, not packets")
     with pytest.raises(linkrx.UnsupportedSource, match="begins with 74 65 78 74"):
         linkrx.open(other)
-    with pytest.raises(linkrx.DamagedCapture, match="damaged at byte 0: it begins with 0x"):
+    with pytest.raises(linkrx.DamagedCapture, match="damaged at byte 0: the magic number 0x"):
         read(io.BytesIO(other.read_bytes()))
     with pytest.raises(linkrx.UnsupportedSource, match="No such file"):
         linkrx.probe(tmp_path / "none")
@@ -466,7 +466,7 @@ def body(length: int, interface: int = 0) -> bytes:
         (record(6, body(20), length=53), "a block of 53 bytes"),
         (record(6, body(20), length=2**32 - 4), "a block of 4294967292 bytes"),
         (record(6, body(20), length=16 * 2**20 + 4), "a block of 16777220 bytes"),
-        (record(6, body(20), behind=56), "behind the block its length is 56 bytes"),
+        (record(6, body(20), behind=56), "the length at the end of a block is 56 bytes"),
         (record(6, body(21)), "a packet of 21 bytes"),
         (record(6, body(2**32 - 1)), "a packet of 4294967295 bytes"),
         (record(6, body(20, interface=1)), "a packet of interface 1"),
@@ -481,7 +481,7 @@ def body(length: int, interface: int = 0) -> bytes:
         (record(0x0A0D0D0A, struct.pack("<IHHq", 0x1A2B3C4D, 2, 7, -1)), "version 2.7 of the format"),
         (
             record(0x0A0D0D0A, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1), behind=0),
-            "behind the block its length is 0",
+            "the length at the end of a block is 0",
         ),
         (record(5, bytes(20), length=400_000), "the file ends"),
     ],
