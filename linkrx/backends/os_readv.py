@@ -65,9 +65,13 @@ class OsReadv(Backend):
         # recvmsg(2) reports the length before cutting, and on packet sockets all metadata of a packet.
         self._messages = receive.capabilities.socket
         self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
-        self._used: list[Any] = []  # the buffers of the last fill; the first of these hold the packets that were read
+        self._used: list[
+            Any
+        ] = []  # the buffers of the last fill; the first of these hold the packets that were read
         self._starts = range(0)  # their places in the memory of the fill
-        self._ready_for: tuple[Owner, int, int, int] | None = None  # the arguments for which these are the buffers
+        self._ready_for: tuple[Owner, int, int, int] | None = (
+            None  # the arguments for which these are the buffers
+        )
         # The call, and its arguments after descriptor and buffers. RWF_NOWAIT applies to one read. O_NONBLOCK would apply to all
         # processes that have the file open, and each of them could clear it.
         self._read: Callable[..., int]
@@ -158,9 +162,9 @@ class OsReadv(Backend):
     def _buffers(self, arena: Owner, room: int) -> Iterator[Any]:
         """The buffers of each read: a stride apart, and each with room for the largest packet.
 
-        They overlap, so a packet longer than the stride must be the last. A read has room for one byte more than the capacity: a
-        packet that fills it was cut. Making the buffers costs more than the read. So they are kept for the next fill, which is in
-        the same place when no packets are held.
+        Buffers overlap, so a packet longer than the stride must be the last. Each has one byte more than the layout keeps: a
+        packet that reaches it is cut. Making buffers takes longer than the read, so they are cached. The next receive is at the
+        same place in the arena if no packet of this one is kept.
         """
         wanted = (arena, room, self._descriptors.report.most, self._stride)
         if wanted != self._ready_for:

@@ -78,7 +78,7 @@ def test_a_wrong_byte_is_seen() -> None:
                     frame[500] ^= 1
                     assert not checksums_are_right(bytes(frame), 4)
                     sink.pattern = right[:999] + b"wrong"
-                    with pytest.raises(AssertionError, match="in the 1000 behind 0"):
+                    with pytest.raises(AssertionError, match="in the 1000 bytes after byte 0"):
                         sink.take(batch)
                     sink.pattern = right
             sink.take(batch)
