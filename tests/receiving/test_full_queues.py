@@ -38,7 +38,8 @@ def slow(name: str, limit: int) -> Iterator[Callable[[], None]]:
     def tc(what: str, *parameters: str) -> None:
         subprocess.run(["tc", "qdisc", what, "dev", name, "root", *parameters], check=True)
 
-    tc("add", "tbf", "rate", "1kbit", "burst", "2000", "limit", str(limit))
+    # A frame in 14 seconds: whoever is kept off the processor for one must find it as full as before.
+    tc("add", "tbf", "rate", "64bit", "burst", "2000", "limit", str(limit))
     deleted: list[bool] = []
 
     def let_through() -> None:
