@@ -216,8 +216,10 @@ def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) 
                 for size in sizes:
                     sender.sendto(bytes(size), ("10.77.0.2", 9))
         flows: dict[bytes, set[int]] = {}
+        for rx in members:
+            rx.stop(flush=True)
         for number, rx in enumerate(members):
-            for packet in [packet for batch in rx.batches(0.1) for packet in batch]:
+            for packet in rx:
                 ip = bytes(packet.data)
                 if packet.protocol == 0x0800 and ip[9] == 17 and not int.from_bytes(ip[6:8], "big") & 0x1FFF:
                     flows.setdefault(ip[20:22], set()).add(number)
@@ -235,8 +237,8 @@ def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
     near, _, injector = wire
     for asked in (mode, f"{mode}+rollover"):
         with (
-            linkrx.open(near, fanout=(78, asked), receive_buffer=1) as small,
-            linkrx.open(near, fanout=(78, asked)) as large,
+            linkrx.open(near, fanout=(78, asked), receive_buffer=1, latency=LATENCY) as small,
+            linkrx.open(near, fanout=(78, asked), latency=LATENCY) as large,
         ):
             for number in range(12_000):
                 injector.send(frame(number if mode == "lb" else number % 64))
@@ -264,7 +266,8 @@ def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
             leaves.close()
             for number in range(100):
                 injector.send(frame(number))
-            got = [number for batch in stays.batches(0.1) for number in map(number_in, batch)]
+            stays.stop(flush=True)
+            got = [number_in(packet) for packet in stays]
             assert got == list(range(100))
         finally:
             for end in (writing, reading, up, tells):

@@ -13,6 +13,7 @@ import linkrx
 from linkrx.kernel.rtnetlink import RouteSocket
 from linkrx.testing.devices import Device
 from linkrx.testing.rigs import veth
+from linkrx.testing.waiting import until
 
 pytestmark = pytest.mark.usefixtures("devices")
 MANY = 300  # more than one answer of the kernel holds
@@ -28,6 +29,7 @@ def test_every_interface_is_told() -> None:
     """Names, indices, states, MTUs, addresses and link types are those that the kernel tells elsewhere, in order."""
     with veth() as (near, far), linkrx.TunTap(mode="tun") as tun:
         Device(far).set_down()
+        until(lambda: of(near).state != "up")  # which a worker of the kernel changes: net/core/link_watch.c
         found = linkrx.interfaces()
         assert [(one.index, one.name) for one in found] == sorted(socket.if_nameindex())
         by_name = {one.name: one for one in found}
