@@ -19,6 +19,7 @@ from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.sources import libpcap
 from linkrx.testing import differences, ends
 from linkrx.testing.network import End, Network, Tap
+from linkrx.testing.waiting import patiently
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -43,6 +44,12 @@ def failure(call: Any, *arguments: Any, **options: Any) -> list[str]:
     with pytest.raises(AssertionError) as caught:
         call(*arguments, **options)
     return str(caught.value).splitlines()
+
+
+def arrived(end: End, count: int) -> None:
+    """Wait until so many packets are there that nobody has expected yet: a ring hands them over when its timer runs."""
+    for _ in patiently(lambda: len(end._came) >= count):
+        end.record_the_rest()
 
 
 # What comes.
@@ -72,6 +79,7 @@ def test_what_was_not_expected_waits(linkrx_veth: Pair) -> None:
     assert far.expect(frame(3)) == frame(3)
     assert far.expect(lambda packet: packet.u32(14) == 1) == frame(1)
     assert far.collect(2) == [frame(0), frame(2)]
+    arrived(far, 1)
     assert failure(far.expect_nothing, 0)[0] == "veth1 should have got nothing within 0 s, but got:"
     far.expect_nothing(0, frame(2))
     far.expect_nothing(0, lambda packet: packet.u32(14) < 4)
@@ -146,10 +154,11 @@ def test_both_directions_are_recorded() -> None:
         near.inject(frame(1))
         far.expect(frame(1))
         far.inject(frame(2))
-        near.record_the_rest()
+        arrived(near, 1)
         near.expect(frame(2), timeout=0)
         near.expect_nothing(0)
-        far.record_the_rest()
+        for _ in patiently(lambda: len(far.recorded) == 2):
+            far.record_the_rest()
     assert [(packet.outgoing, bytes(packet)) for packet in near.recorded] == [
         (True, frame(1)),
         (False, frame(2)),
@@ -167,6 +176,7 @@ def test_a_frame_that_did_not_come(linkrx_veth: Pair) -> None:
     """It is told what was expected, what came, and in which bytes the most similar differs."""
     near, far = linkrx_veth
     near.inject([frame(), arp("10.0.0.3")])
+    arrived(far, 2)
     assert failure(far.expect, arp("10.0.0.2"), timeout=0.05) == [
         "veth1 did not get this frame within 0.05 s:",
         "  02:00:5e:00:00:01 > 02:00:5e:00:00:02, ARP request of 10.0.0.1 (02:00:5e:00:00:01) to 10.0.0.2, 42 bytes",
@@ -192,6 +202,7 @@ def test_a_predicate_that_was_never_true(linkrx_veth: Pair) -> None:
         "Nothing came at all.",
     ]
     near.inject(frame(number) for number in range(12))
+    arrived(far, 12)
     lines = failure(far.expect, is_arp, timeout=0.05)
     assert lines[1] == "What came instead:"
     assert lines[-1] == "  ... and 2 more"
@@ -201,6 +212,7 @@ def test_too_few(linkrx_veth: Pair) -> None:
     """`collect` tells how many came, and which."""
     near, far = linkrx_veth
     near.inject(frame())
+    arrived(far, 1)
     assert failure(far.collect, 2, timeout=0.05) == [
         "1 of 2 packets came in on veth1 within 0.05 s:",
         "  1. 02:00:5e:00:00:01 > 02:00:5e:00:00:02, protocol 0x88b5, 60 bytes",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -324,17 +325,23 @@ def test_pytest_is_killed(folder: Path) -> None:
         + "    os.read(linkrx_bridge.port()._injector.fileno(), 1)\n"
     )
     before = interfaces()
-    with subprocess.Popen(
-        pytest_command("-s", "test_suite.py"), cwd=folder, env=inherited(), stdout=subprocess.PIPE
-    ) as process:
+    with (
+        subprocess.Popen(
+            pytest_command("-s", "test_suite.py"), cwd=folder, env=inherited(), stdout=subprocess.PIPE
+        ) as process,
+        ExitStack() as stack,
+    ):
         while not (folder / "network").exists() or not (folder / "network").read_text():
             assert process.poll() is None
             os.sched_yield()
         network = (folder / "network").read_text()
         assert network in networks()
+        # While this is open the kernel gives the number to no other namespace, as other processes of this run make them all the time.
+        stack.callback(os.close, os.open(f"/proc/{process.pid}/ns/net", os.O_RDONLY))
+        assert str(Path(f"/proc/{process.pid}/ns/net").readlink()) == network
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
-    assert network not in networks()
+        assert network not in networks()
     assert interfaces() == before
 
 
