@@ -67,7 +67,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint32_t flags = take(&in, 255);
         put(in_table, rows, k, FLAGS, flags < 248 ? flags % 32 : LRX_MALFORMED | flags % 32);
         put(in_table, rows, k, TIMESTAMP, (uint64_t)take(&in, 0xFFFF) << 48 | k);
-        put(in_table, rows, k, INTERFACE, k % 3 * 1000); /* 0: not told */
+        put(in_table, rows, k, INTERFACE, k % 3 * 1000); /* 0: not reported */
         put(in_table, rows, k, FILE_TYPE, k % 5);
         put(in_table, rows, k, VLAN_TCI, take(&in, 0xFFFF));
         put(in_table, rows, k, VLAN_TPID, take(&in, 0xFFFF));

@@ -34,8 +34,8 @@ static int fake_madvise(void *memory, size_t size, int advice);
 #define IN_PLACE 0x5A
 #define PAGE 4096           /* of the guard */
 
-/* What must be told about a packet. */
-struct told {
+/* The metadata that the core must report for a packet. */
+struct reported {
     const uint8_t *frame;   /* in the copy */
     uint32_t block;         /* which one it lies in */
     uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
@@ -49,7 +49,7 @@ struct block {
     uint32_t claimed;       /* num_pkts */
     uint32_t good;          /* packets until numbers point out of the block */
     uint32_t begun, taken;
-    struct told told[PACKETS_MOST];
+    struct reported reported[PACKETS_MOST];
     uint8_t copy[BLOCK_MOST]; /* as the kernel left it */
 };
 
@@ -246,7 +246,7 @@ static void walk(struct block *block)
     block->claimed = number_at(block, 12, 4);
     block->good = block->begun = block->taken = 0;
     while (block->good < block->claimed) {
-        struct told *told = &block->told[block->good];
+        struct reported *reported = &block->reported[block->good];
         const struct tpacket3_hdr *header;
         uint64_t mac, next;
 
@@ -255,38 +255,38 @@ static void walk(struct block *block)
             break;
         header = (const void *)(block->copy + at);
         mac = number_at(block, at + 24, 2);
-        told->snaplen = number_at(block, at + 12, 4);
-        if (mac < 48 + 20 + lead || at + mac + told->snaplen > kernel.block_size)
+        reported->snaplen = number_at(block, at + 12, 4);
+        if (mac < 48 + 20 + lead || at + mac + reported->snaplen > kernel.block_size)
             break;
         MUST(block->good < PACKETS_MOST);
-        told->frame = block->copy + at + mac;
-        told->block = (uint32_t)(block - kernel.block);
-        told->wire_length = kernel.vnet + header->tp_len;
-        told->flags = 0;
+        reported->frame = block->copy + at + mac;
+        reported->block = (uint32_t)(block - kernel.block);
+        reported->wire_length = kernel.vnet + header->tp_len;
+        reported->flags = 0;
         if (header->tp_status & TP_STATUS_CSUMNOTREADY)
-            told->flags |= LRX_CHECKSUM_UNFINISHED;
+            reported->flags |= LRX_CHECKSUM_UNFINISHED;
         if (header->tp_status & TP_STATUS_VLAN_VALID) {
-            told->flags |= LRX_VLAN;
-            told->vlan_tci = header->hv1.tp_vlan_tci & 0xFFFF;
-            told->vlan_tpid = header->tp_status & TP_STATUS_VLAN_TPID_VALID ? header->hv1.tp_vlan_tpid : 0x8100;
+            reported->flags |= LRX_VLAN;
+            reported->vlan_tci = header->hv1.tp_vlan_tci & 0xFFFF;
+            reported->vlan_tpid = header->tp_status & TP_STATUS_VLAN_TPID_VALID ? header->hv1.tp_vlan_tpid : 0x8100;
         }
         if (kernel.wanted & LRX_TIMESTAMP) {
-            told->flags |= LRX_TIMESTAMP;
-            told->timestamp = header->tp_sec * INT64_C(1000000000) + header->tp_nsec;
+            reported->flags |= LRX_TIMESTAMP;
+            reported->timestamp = header->tp_sec * INT64_C(1000000000) + header->tp_nsec;
         }
-        told->interface = number_at(block, at + 48 + 4, 4); /* sll_ifindex */
+        reported->interface = number_at(block, at + 48 + 4, 4); /* sll_ifindex */
         if (kernel.wanted & LRX_WANT_SENDER) {
             const uint8_t *from = block->copy + at + 48;
             uint32_t halen = from[11];
 
-            told->protocol = from[2] * 256u + from[3];
-            told->link_type = number_at(block, at + 48 + 8, 2);
-            told->address_length = halen < 8 ? halen : 8;
-            told->address = 0;
-            memcpy(&told->address, from + 12, told->address_length);
+            reported->protocol = from[2] * 256u + from[3];
+            reported->link_type = number_at(block, at + 48 + 8, 2);
+            reported->address_length = halen < 8 ? halen : 8;
+            reported->address = 0;
+            memcpy(&reported->address, from + 12, reported->address_length);
         }
         if (kernel.wanted & LRX_OUTGOING && block->copy[at + 48 + 10] == PACKET_OUTGOING)
-            told->flags |= LRX_OUTGOING;
+            reported->flags |= LRX_OUTGOING;
         block->good++;
         next = number_at(block, at, 4);
         at = next < 48 + 20 || next > kernel.block_size ? kernel.block_size : at + next;
@@ -385,9 +385,9 @@ static void let_kernel_work(void)
     kernel.error_asked = take(kernel.in, 31) == 1 ? EBADF : 0;
 }
 
-static uint32_t kept(const struct told *told)
+static uint32_t kept(const struct reported *reported)
 {
-    uint32_t length = kernel.vnet + told->snaplen;
+    uint32_t length = kernel.vnet + reported->snaplen;
 
     return length < kernel.capacity ? length : kernel.capacity;
 }
@@ -412,7 +412,7 @@ static void release_slot(uint32_t slot)
 
 struct expected {
     uint32_t count, begun;
-    const struct told *told[ROWS_MOST];
+    const struct reported *reported[ROWS_MOST];
 };
 
 /* What a fill must receive; and so it is taken to have done. `begun`: blocks, of which each is looked at but once. */
@@ -425,7 +425,7 @@ static struct expected expect(uint32_t rows, uint32_t room)
     kernel.slots[kernel.turn].first = kernel.read;
     while (found.count < rows) {
         struct block *block = &kernel.block[kernel.read];
-        const struct told *told = &block->told[block->taken];
+        const struct reported *reported = &block->reported[block->taken];
 
         if (block->owner != CLOSED)
             break;
@@ -446,10 +446,10 @@ static struct expected expect(uint32_t rows, uint32_t room)
             to_next(block);
             break;
         }
-        if (!kernel.in_place && used + kept(told) > room)
+        if (!kernel.in_place && used + kept(reported) > room)
             break;
-        used = (used + kept(told) + 7) & ~UINT64_C(7);
-        found.told[found.count++] = told;
+        used = (used + kept(reported) + 7) & ~UINT64_C(7);
+        found.reported[found.count++] = reported;
         if (++block->taken == block->claimed)
             to_next(block);
     }
@@ -466,28 +466,28 @@ static void check_rows(const uint8_t *table, uint32_t rows, const struct expecte
     uint32_t free_from = 0;
 
     for (uint32_t k = 0; k < due->count; k++) {
-        const struct told *told = due->told[k];
+        const struct reported *reported = due->reported[k];
         uint32_t start = (uint32_t)get(table, rows, k, START), length = (uint32_t)get(table, rows, k, LENGTH);
 
-        MUST(length == kept(told));
-        MUST(get(table, rows, k, WIRE_LENGTH) == told->wire_length);
-        MUST(get(table, rows, k, FLAGS) == told->flags);
-        MUST(!(told->flags & LRX_TIMESTAMP) || get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
-        MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TCI) == told->vlan_tci);
-        MUST(!(told->flags & LRX_VLAN) || get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
+        MUST(length == kept(reported));
+        MUST(get(table, rows, k, WIRE_LENGTH) == reported->wire_length);
+        MUST(get(table, rows, k, FLAGS) == reported->flags);
+        MUST(!(reported->flags & LRX_TIMESTAMP) || get(table, rows, k, TIMESTAMP) == (uint64_t)reported->timestamp);
+        MUST(!(reported->flags & LRX_VLAN) || get(table, rows, k, VLAN_TCI) == reported->vlan_tci);
+        MUST(!(reported->flags & LRX_VLAN) || get(table, rows, k, VLAN_TPID) == reported->vlan_tpid);
         if (kernel.in_place) {
-            MUST(region + start + kernel.vnet == at_block(told->block) + (told->frame - kernel.block[told->block].copy));
+            MUST(region + start + kernel.vnet == at_block(reported->block) + (reported->frame - kernel.block[reported->block].copy));
         } else {
             MUST(start % 8 == 0 && start >= free_from && start + length <= end);
             free_from = start + length;
         }
-        MUST(get(table, rows, k, INTERFACE) == told->interface);
-        MUST(get(table, rows, k, PROTOCOL) == told->protocol && get(table, rows, k, LINK_TYPE) == told->link_type);
-        MUST(get(table, rows, k, ADDRESS) == told->address);
-        MUST(get(table, rows, k, ADDRESS_LENGTH) == told->address_length);
+        MUST(get(table, rows, k, INTERFACE) == reported->interface);
+        MUST(get(table, rows, k, PROTOCOL) == reported->protocol && get(table, rows, k, LINK_TYPE) == reported->link_type);
+        MUST(get(table, rows, k, ADDRESS) == reported->address);
+        MUST(get(table, rows, k, ADDRESS_LENGTH) == reported->address_length);
         for (uint32_t i = 0; i < length; i++) {
             /* The ten bytes of struct virtio_net_hdr, zeroes up to its size, the frame. */
-            uint8_t due_byte = i >= kernel.vnet ? told->frame[i - kernel.vnet] : i < 10 ? told->frame[(int)i - 10] : 0;
+            uint8_t due_byte = i >= kernel.vnet ? reported->frame[i - kernel.vnet] : i < 10 ? reported->frame[(int)i - 10] : 0;
             MUST(region[start + i] == due_byte);
         }
     }
@@ -509,18 +509,18 @@ static void check_blocks(void)
     }
 }
 
-/* An error is told behind all packets that came before it: then, and not a moment earlier. */
-static void check_error(uint32_t told, const struct expected *due, int was_due, int asked_wrong)
+/* An error must be reported after all packets that came before it, and no later than that. */
+static void check_error(uint32_t error, const struct expected *due, int was_due, int asked_wrong)
 {
     const struct block *block = &kernel.block[kernel.read];
     /* What is read already may be begun anew by the kernel only once it is released. */
     int comes = header_of(kernel.read)->num_pkts > 0 || block->owner == READ;
 
-    if (told == (uint32_t)asked_wrong && told)
+    if (error == (uint32_t)asked_wrong && error)
         return;
-    MUST(!told || (!comes && was_due));
-    MUST(told || due->count || comes || !was_due);
-    MUST(!told || block->owner != CLOSED || !block->claimed);
+    MUST(!error || (!comes && was_due));
+    MUST(error || due->count || comes || !was_due);
+    MUST(!error || block->owner != CLOSED || !block->claimed);
 }
 
 /* In place: what stands before a fill. Some releases come late, and some early. */
@@ -557,7 +557,7 @@ static void run(struct lrx_ring *s)
 
     memset(report, 0, table_bytes);
     for (int fills = 0; fills < 40; fills++) {
-        uint32_t room, told, read;
+        uint32_t room, error, read;
         uint8_t *region;
         struct expected due;
         int got, was_due;
@@ -572,33 +572,33 @@ static void run(struct lrx_ring *s)
         was_due = known || kernel.error;
         due = expect(rows, room);
         got = lrx_packet_mmap_fill(s, (uintptr_t)report, rows, (uintptr_t)region, room);
-        told = report->error;
+        error = report->error;
         was_due = was_due || kernel.damaged;
         check_blocks();
-        MUST(report->count == due.count && got == (due.count ? (int)due.count : -(int)told));
+        MUST(report->count == due.count && got == (due.count ? (int)due.count : -(int)error));
         if (due.count) {
             MUST(report->receives == due.begun && report->end <= room + 7);
             check_rows((uint8_t *)(report + 1), rows, &due,
                        kernel.in_place ? (const uint8_t *)kernel.slots_in_place->frames[kernel.slots_in_place->turn ^ 1] : region, report->end);
             MUST(!kernel.in_place || kernel.slots_in_place->turn == kernel.turn);
         }
-        check_error(told, &due, was_due, kernel.error_asked);
-        MUST(!told || told == EIO || told == ENETDOWN || told == EBADF);
-        if (told && told != (uint32_t)kernel.error_asked)
+        check_error(error, &due, was_due, kernel.error_asked);
+        MUST(!error || error == EIO || error == ENETDOWN || error == EBADF);
+        if (error && error != (uint32_t)kernel.error_asked)
             known = kernel.damaged = 0;
         else
             known = was_due && !kernel.error; /* taken off the socket, it waits inside */
         MUST(!report->classified && !report->rows);
         const struct block *block = &kernel.block[kernel.read];
         MUST(lrx_ring_held(s) == (block->owner == CLOSED && block->begun ? block->claimed - block->taken : 0));
-        MUST(due.count || told || read != kernel.read || block->owner != CLOSED || room < 4096);
+        MUST(due.count || error || read != kernel.read || block->owner != CLOSED || room < 4096);
         free(region);
         report->count = report->end = report->receives = report->error = 0; /* as who takes it does */
         if (take(kernel.in, 7) == 1) {
             MUST(lrx_ring_drops(s) == kernel.drops);
             MUST((uint64_t)lrx_ring_freezes(s) == kernel.freezes);
         }
-        if (!kernel.in->left && !due.count && !told && read == kernel.read)
+        if (!kernel.in->left && !due.count && !error && read == kernel.read)
             break;
     }
     free(report);

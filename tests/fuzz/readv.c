@@ -40,7 +40,7 @@ static struct {
     int readable; /* poll() said so, and nothing was read since */
     int error;    /* what ended this fill; nothing may be asked for behind it */
     uint32_t handed, first;
-    uint32_t tags[HANDED_MOST];    /* of an AF_PACKET socket: what it told of each, a link type and a VLAN tag */
+    uint32_t tags[HANDED_MOST];    /* the metadata of each packet of an AF_PACKET socket: a number that is both link type and VLAN tag; 0: none */
     uint32_t cuts[HANDED_MOST];    /* and how much a filter had cut off */
     uint32_t lengths[HANDED_MOST]; /* of packets handed out in this fill, from number `first` on */
 } kernel;
@@ -86,7 +86,7 @@ static ssize_t hand_out(const struct iovec *iov, int count)
     return event->length;
 }
 
-/* Without MSG_TRUNC nobody is told more than was copied. */
+/* Without MSG_TRUNC the result counts only the bytes that were copied. */
 static ssize_t fake_readv(int fd, const struct iovec *iov, int count)
 {
     MUST(fd == FD && (kernel.plain || (kernel.method == LRX_POLL && kernel.readable)));
@@ -117,7 +117,7 @@ static int fake_fcntl(int fd, int command)
 }
 
 /* As an AF_PACKET socket does it, with a name and PACKET_AUXDATA, or with neither. */
-static ssize_t hand_out_told(struct msghdr *message)
+static ssize_t hand_out_with_metadata(struct msghdr *message)
 {
     struct sockaddr_ll name = {.sll_family = AF_PACKET};
     struct tpacket_auxdata aux = {.tp_status = TP_STATUS_VLAN_VALID};
@@ -145,7 +145,7 @@ static ssize_t fake_recvmsg(int fd, struct msghdr *message, int flags)
 {
     MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC));
     if (kernel.method == LRX_RECVMSG)
-        return hand_out_told(message);
+        return hand_out_with_metadata(message);
     MUST(kernel.method == LRX_RECV);
     MUST(!message->msg_name && !message->msg_control && !message->msg_namelen && !message->msg_controllen);
     return hand_out(message->msg_iov, (int)message->msg_iovlen);
@@ -190,14 +190,14 @@ static void check_rows(const uint8_t *table, uint32_t rows, const uint8_t *regio
         MUST(start % 8 == 0 && start >= free_from && start + length <= end);
         free_from = start + length;
         MUST(length == (cut ? kernel.capacity : kernel.lengths[k]));
-        int told = kernel.method == LRX_RECVMSG && kernel.tags[k], socket = kernel.method == LRX_RECV || kernel.method == LRX_RECVMSG;
+        int has_metadata = kernel.method == LRX_RECVMSG && kernel.tags[k], socket = kernel.method == LRX_RECV || kernel.method == LRX_RECVMSG;
 
-        MUST(get(table, rows, k, WIRE_LENGTH) == (socket ? kernel.lengths[k] : length) + (told ? kernel.cuts[k] : 0));
-        MUST(get(table, rows, k, FLAGS) == (uint64_t)((cut ? LRX_TRUNCATED : 0) | (told ? LRX_VLAN : 0)));
+        MUST(get(table, rows, k, WIRE_LENGTH) == (socket ? kernel.lengths[k] : length) + (has_metadata ? kernel.cuts[k] : 0));
+        MUST(get(table, rows, k, FLAGS) == (uint64_t)((cut ? LRX_TRUNCATED : 0) | (has_metadata ? LRX_VLAN : 0)));
         MUST(!get(table, rows, k, TIMESTAMP));
-        MUST(get(table, rows, k, VLAN_TCI) == (told ? kernel.tags[k] : 0));
-        MUST(get(table, rows, k, VLAN_TPID) == (told ? 0x8100 : 0));
-        MUST(get(table, rows, k, LINK_TYPE) == (told ? kernel.tags[k] : 0));
+        MUST(get(table, rows, k, VLAN_TCI) == (has_metadata ? kernel.tags[k] : 0));
+        MUST(get(table, rows, k, VLAN_TPID) == (has_metadata ? 0x8100 : 0));
+        MUST(get(table, rows, k, LINK_TYPE) == (has_metadata ? kernel.tags[k] : 0));
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.first + k, i));
     }

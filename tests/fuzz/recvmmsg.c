@@ -21,8 +21,8 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 #define FD 77
 #define MESSAGES_MOST 8
 
-/* What is to be told about a packet. */
-struct told {
+/* The metadata that the core must report for a packet. */
+struct reported {
     uint32_t length, wire_length, flags, vlan_tci, vlan_tpid, interface, protocol, link_type, address_length;
     uint64_t address;
     int64_t timestamp;
@@ -38,7 +38,7 @@ static struct {
     int error;                 /* what the last call ended with */
     int kept_error;            /* behind packets: for the next call, as the kernel's sk_err */
     uint32_t handed, taken;    /* packets that it handed out, and of these those that rows showed */
-    struct told told[MESSAGES_MOST]; /* of packet `number`, at its remainder */
+    struct reported reported[MESSAGES_MOST]; /* of packet `number`, at its remainder */
     int allocations_left;
     const uint8_t *region;     /* of this fill */
     uint32_t room, places; /* that the room has, no more than rows */
@@ -95,7 +95,7 @@ static size_t claim(size_t size)
     }
 }
 
-static void write_control(struct msghdr *message, struct told *told)
+static void write_control(struct msghdr *message, struct reported *reported)
 {
     struct input *in = kernel.in;
     size_t used = 0;
@@ -139,17 +139,17 @@ static void write_control(struct msghdr *message, struct told *told)
             continue;
         }
         if (kind == 0) {
-            told->wire_length += aux.tp_len > aux.tp_snaplen ? aux.tp_len - aux.tp_snaplen : 0;
+            reported->wire_length += aux.tp_len > aux.tp_snaplen ? aux.tp_len - aux.tp_snaplen : 0;
             if (aux.tp_status & TP_STATUS_CSUMNOTREADY)
-                told->flags |= LRX_CHECKSUM_UNFINISHED;
+                reported->flags |= LRX_CHECKSUM_UNFINISHED;
             if (aux.tp_status & TP_STATUS_VLAN_VALID) {
-                told->flags |= LRX_VLAN;
-                told->vlan_tci = aux.tp_vlan_tci;
-                told->vlan_tpid = aux.tp_status & TP_STATUS_VLAN_TPID_VALID ? aux.tp_vlan_tpid : 0x8100;
+                reported->flags |= LRX_VLAN;
+                reported->vlan_tci = aux.tp_vlan_tci;
+                reported->vlan_tpid = aux.tp_status & TP_STATUS_VLAN_TPID_VALID ? aux.tp_vlan_tpid : 0x8100;
             }
         } else if (kind == 1) {
-            told->flags |= LRX_TIMESTAMP;
-            told->timestamp = when.tv_sec * INT64_C(1000000000) + when.tv_nsec;
+            reported->flags |= LRX_TIMESTAMP;
+            reported->timestamp = when.tv_sec * INT64_C(1000000000) + when.tv_nsec;
         }
     }
     message->msg_controllen = used;
@@ -157,7 +157,7 @@ static void write_control(struct msghdr *message, struct told *told)
 
 /* A packet socket tells 20 bytes, before Linux 5.1 only those that the address fills, 18 on Ethernet; and of a longer
  * address its full length, although only what there is room for is written. */
-static void write_name(struct msghdr *message, struct told *told)
+static void write_name(struct msghdr *message, struct reported *reported)
 {
     static const socklen_t lengths[] = {20, 18, 32, 0};
     struct sockaddr_ll name = {.sll_family = AF_PACKET, .sll_pkttype = (uint8_t)take(kernel.in, 6)};
@@ -171,17 +171,17 @@ static void write_name(struct msghdr *message, struct told *told)
     for (uint32_t i = 0; i < 8; i++)
         name.sll_addr[i] = content(name.sll_hatype, i);
     if (length) {
-        told->interface = (uint32_t)name.sll_ifindex;
-        told->protocol = ntohs(name.sll_protocol);
-        told->link_type = name.sll_hatype;
-        told->address_length = name.sll_halen < room ? name.sll_halen : room;
-        memcpy(&told->address, name.sll_addr, told->address_length);
+        reported->interface = (uint32_t)name.sll_ifindex;
+        reported->protocol = ntohs(name.sll_protocol);
+        reported->link_type = name.sll_hatype;
+        reported->address_length = name.sll_halen < room ? name.sll_halen : room;
+        memcpy(&reported->address, name.sll_addr, reported->address_length);
     }
 
     memcpy(message->msg_name, &name, length < sizeof name ? length : sizeof name);
     message->msg_namelen = length;
     if (length && name.sll_pkttype == PACKET_OUTGOING)
-        told->flags |= LRX_OUTGOING;
+        reported->flags |= LRX_OUTGOING;
 }
 
 static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int flags, struct timespec *timeout)
@@ -192,13 +192,13 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
 
     MUST(fd == FD && flags == (MSG_DONTWAIT | MSG_TRUNC) && !timeout && count);
     MUST(count == (left < kernel.messages ? left : kernel.messages)); /* no fewer than there is room for */
-    MUST(!kernel.empty); /* not asked again what was told already */
+    MUST(!kernel.empty); /* no call after one that found the queue empty */
     kernel.error = kernel.kept_error;
     for (kernel.kept_error = 0; n < count && !kernel.error; n++) {
         struct msghdr *message = &headers[n].msg_hdr;
         const struct event event = next_event(kernel.in, kernel.capacity);
         const uint32_t number = kernel.handed;
-        struct told told = {.length = event.length, .wire_length = event.length};
+        struct reported reported = {.length = event.length, .wire_length = event.length};
         size_t room = 0;
 
         if (event.kind != PACKET) {
@@ -221,13 +221,13 @@ static int fake_recvmmsg(int fd, struct mmsghdr *headers, unsigned count, int fl
         message->msg_flags = event.length > room ? MSG_TRUNC : 0;
         if (kernel.metadata) {
             MUST(message->msg_namelen == sizeof(struct sockaddr_ll) && message->msg_controllen == CONTROL);
-            write_name(message, &told);
-            write_control(message, &told);
+            write_name(message, &reported);
+            write_control(message, &reported);
         } else {
             MUST(!message->msg_name && !message->msg_control);
         }
         headers[n].msg_len = event.length;
-        kernel.told[number % MESSAGES_MOST] = told;
+        kernel.reported[number % MESSAGES_MOST] = reported;
         kernel.handed++;
     }
     if (n && kernel.error != EAGAIN && kernel.error != EINTR)
@@ -246,22 +246,22 @@ static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, cons
     uint32_t last = 0;
 
     for (uint32_t k = 0; k < count; k++, kernel.taken++) {
-        const struct told *told = &kernel.told[kernel.taken % MESSAGES_MOST];
+        const struct reported *reported = &kernel.reported[kernel.taken % MESSAGES_MOST];
         uint32_t start = (uint32_t)get(table, rows, k, START), length = (uint32_t)get(table, rows, k, LENGTH);
 
         MUST(start == place(k, length) && start + length <= end);
         last = last < start + length ? start + length : last;
-        MUST(length == (told->length < kernel.capacity ? told->length : kernel.capacity));
-        MUST(get(table, rows, k, WIRE_LENGTH) == told->wire_length);
-        MUST(get(table, rows, k, FLAGS) == told->flags);
-        MUST(get(table, rows, k, TIMESTAMP) == (uint64_t)told->timestamp);
-        MUST(get(table, rows, k, VLAN_TCI) == told->vlan_tci);
-        MUST(get(table, rows, k, VLAN_TPID) == told->vlan_tpid);
-        MUST(get(table, rows, k, INTERFACE) == told->interface);
-        MUST(get(table, rows, k, PROTOCOL) == told->protocol);
-        MUST(get(table, rows, k, LINK_TYPE) == told->link_type);
-        MUST(get(table, rows, k, ADDRESS) == told->address);
-        MUST(get(table, rows, k, ADDRESS_LENGTH) == told->address_length);
+        MUST(length == (reported->length < kernel.capacity ? reported->length : kernel.capacity));
+        MUST(get(table, rows, k, WIRE_LENGTH) == reported->wire_length);
+        MUST(get(table, rows, k, FLAGS) == reported->flags);
+        MUST(get(table, rows, k, TIMESTAMP) == (uint64_t)reported->timestamp);
+        MUST(get(table, rows, k, VLAN_TCI) == reported->vlan_tci);
+        MUST(get(table, rows, k, VLAN_TPID) == reported->vlan_tpid);
+        MUST(get(table, rows, k, INTERFACE) == reported->interface);
+        MUST(get(table, rows, k, PROTOCOL) == reported->protocol);
+        MUST(get(table, rows, k, LINK_TYPE) == reported->link_type);
+        MUST(get(table, rows, k, ADDRESS) == reported->address);
+        MUST(get(table, rows, k, ADDRESS_LENGTH) == reported->address_length);
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.taken, i));
     }

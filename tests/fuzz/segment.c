@@ -116,13 +116,13 @@ static void check_segment(const struct seen *s, uint32_t k, const uint8_t *out, 
     MUST(!memcmp(out + s->payload - cut, s->frame + s->payload + at, size));
     for (uint32_t i = 0; i < s->payload - cut; i++) {
         uint32_t n = i - s->network, m = i - l4, from = cut && i >= s->network + 40 ? i + cut : i;
-        int told = 0; /* checked below */
+        int differs = 0; /* checked below */
 
         if (i >= s->network && i < l4)
-            told = s->version == 4 ? (n >= 2 && n < 6) || n / 2 == 5 : n / 2 == 2 || (cut && n == 6);
+            differs = s->version == 4 ? (n >= 2 && n < 6) || n / 2 == 5 : n / 2 == 2 || (cut && n == 6);
         else if (i >= l4)
-            told = s->tcp ? (m >= 4 && m < 8) || m == 13 || m == 16 || m == 17 : m >= 4;
-        MUST(told || out[i] == s->frame[from]);
+            differs = s->tcp ? (m >= 4 && m < 8) || m == 13 || m == 16 || m == 17 : m >= 4;
+        MUST(differs || out[i] == s->frame[from]);
     }
     if (s->version == 4) {
         MUST(ip[2] * 256u + ip[3] == length - s->network);
@@ -371,7 +371,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint8_t *given = exactly(sizeof(struct lrx_report) + ROW_BYTES * given_rows);
     uint8_t *in_table = taken + sizeof(struct lrx_report), *out_table = given + sizeof(struct lrx_report);
     struct lrx_report made = {.count = count, .receives = count + 5, .error = take(&in, 200), .classified = 6, .rows = 7}, *report = &made;
-    struct lrx_report shown, *told = &shown;
+    struct lrx_report shown, *header = &shown;
     static uint8_t untouched[80000];
     uint32_t largest = 8, receives = 0, now = 0, k = 0;
 
@@ -404,17 +404,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         int n;
 
         /* One row at a time is shown, in memory of exactly its size. */
-        memcpy(told, taken, sizeof *told);
-        told->count = later;
-        told->error = later == count ? report->error : 0;
-        memcpy(taken, told, sizeof *told);
+        memcpy(header, taken, sizeof *header);
+        header->count = later;
+        header->error = later == count ? report->error : 0;
+        memcpy(taken, header, sizeof *header);
         if (s.next < count)
             put(in_table, rows, s.next, START, 0);
         n = lrx_segment(&s, s.next < count ? (uintptr_t)row[s.next].data : 0, (uintptr_t)region, room);
         MUST(n >= 0 && (uint32_t)n <= given_rows);
-        memcpy(told, given, sizeof *told);
-        MUST(told->count == (uint32_t)n && told->end <= room);
-        receives += told->receives;
+        memcpy(header, given, sizeof *header);
+        MUST(header->count == (uint32_t)n && header->end <= room);
+        receives += header->receives;
         for (int i = 0; i < n; i++) {
             uint32_t start = (uint32_t)get(out_table, given_rows, (size_t)i, START);
             uint32_t length = (uint32_t)get(out_table, given_rows, (size_t)i, LENGTH);
@@ -433,24 +433,24 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 k = 0;
             }
         }
-        MUST(end == told->end);
+        MUST(end == header->end);
         MUST(end == room || !memcmp(region + end, untouched, room - end));
         free(region);
-        memcpy(told, taken, sizeof *told);
-        MUST(!told->receives);
-        if (!told->count) { /* all that was shown is used up */
+        memcpy(header, taken, sizeof *header);
+        MUST(!header->receives);
+        if (!header->count) { /* all that was shown is used up */
             MUST(s.next == 0 && s.done == 0 && now == later && k == 0);
             s.next = now;
         } else {
-            MUST(told->count == later && s.next == now && s.done == k);
+            MUST(header->count == later && s.next == now && s.done == k);
             MUST(n > 0 || room < largest);
         }
-        if (now == count && !told->count)
+        if (now == count && !header->count)
             break;
         MUST(calls < CALLS_MOST);
     }
-    memcpy(told, given, sizeof *told);
-    MUST(receives == report->receives && told->error == report->error);
+    memcpy(header, given, sizeof *header);
+    MUST(receives == report->receives && header->error == report->error);
     for (uint32_t n = 0; n < count; n++)
         free(row[n].data);
     free(taken);
