@@ -1,7 +1,7 @@
-/* Classic BPF: a program that was checked runs as net/core/filter.c runs it.
+/* Classic BPF: runs checked programs as net/core/filter.c does.
  *
- * It has no jump backwards and ends in a return, so it ends, and it reads no scratch word that it has not written. What it
- * loads of a frame is looked at as it runs: a load that passes the end rejects the packet. */
+ * A checked program has no jump backwards and ends with a return, so it terminates. It reads no scratch word before it has
+ * written it. Loads are checked at run time: a load beyond the end of the frame rejects the packet. */
 #include <linux/filter.h>
 #include <stdbool.h>
 
@@ -22,7 +22,7 @@ static inline uint32_t number(const uint8_t *from, uint32_t size)
     }
 }
 
-/* Into `to`; what is not simply at its offset is left to lrx_load(). */
+/* Load into `to`. lrx_load() handles offsets relative to a header, and frames with a VLAN tag. */
 #define LOAD(to, at, size)                                \
     do {                                                  \
         const uint32_t offset = at;                       \
@@ -33,7 +33,7 @@ static inline uint32_t number(const uint8_t *from, uint32_t size)
             return 0;                                     \
     } while (0)
 
-/* Every operation of A with an operand, and every test of it: `with` is BPF_K and k, or BPF_X and x. */
+/* Every operation and comparison of A with an operand: K or X. */
 #define PLACES(with, name)                                                                             \
     [BPF_ALU | BPF_ADD | with] = &&add_##name, [BPF_ALU | BPF_SUB | with] = &&sub_##name,              \
     [BPF_ALU | BPF_MUL | with] = &&mul_##name, [BPF_ALU | BPF_DIV | with] = &&div_##name,              \
@@ -75,8 +75,8 @@ static inline uint32_t number(const uint8_t *from, uint32_t size)
     jset_##name : i += a & operand ? i->jt : i->jf; \
     NEXT
 
-/* A and X start at zero; a division by zero rejects, and a shift counts modulo 32, as the kernel's do. Each instruction jumps
- * to the next by itself, which a processor foresees better than one switch for all: `udp port 53` in 15 ns in place of 29. */
+/* As in the kernel, A and X start at zero, a division by zero rejects, and shifts count modulo 32. Each instruction jumps to the
+ * next. The processor predicts that better than one switch for all: `udp port 53` takes 15 ns instead of 29. */
 #define NEXT goto *places[(++i)->code]
 
 static uint32_t run(const struct lrx_instruction *i, const struct view *v)
@@ -107,7 +107,7 @@ static uint32_t run(const struct lrx_instruction *i, const struct view *v)
         PLACES(BPF_X, x),
     };
     const uint8_t *frame = v->packet->frame;
-    const uint32_t simple = v->tag ? 0 : v->length; /* bytes that are where their offset says */
+    const uint32_t simple = v->tag ? 0 : v->length; /* bytes at the offset that the program uses */
     uint32_t scratch[SCRATCH], a = 0, x = 0, value = 0;
 
     goto *places[i->code];
@@ -187,7 +187,7 @@ ret_a:
     OPERATIONS(x, x);
 }
 
-/* As the file has it: what tells about the packet stands in front of it. */
+/* Run the program of a link type on a packet with its pseudo-header. */
 static uint32_t run_on_record(const struct lrx_file_programs *files, const struct lrx_filtered *packet)
 {
     const struct lrx_instruction *program = lrx_file_program(files, packet->file_type);
@@ -217,7 +217,7 @@ uint32_t lrx_filter_run(const struct lrx_filter *filter, const struct lrx_filter
     if (filter->files)
         return run_on_record(filter->files, packet);
     kept = run(filter->program, &v);
-    if (tag && kept > TAG_AT) /* of the frame that has no tag */
+    if (tag && kept > TAG_AT) /* without the tag, which is not in the frame */
         kept = kept > TAG_AT + TAG ? kept - TAG : TAG_AT;
     return kept < packet->length ? kept : packet->length;
 }

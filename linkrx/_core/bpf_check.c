@@ -1,4 +1,4 @@
-/* What the kernel looks at before it takes a program: bpf_check_classic() of net/core/filter.c. */
+/* The kernel's checks of a program: bpf_check_classic() of net/core/filter.c. */
 #include <linux/filter.h>
 #include <stdbool.h>
 #include <string.h>
@@ -11,7 +11,7 @@ static bool is_ancillary(uint32_t k)
     return k >= AD(0) && k < AD(SKF_AD_MAX) && k % 4 == 0;
 }
 
-/* Whether there is such an instruction, with such an operand, `left` instructions before the last. */
+/* Whether an instruction is valid, with `left` instructions after it. */
 static bool is_legal(const struct lrx_instruction *i, uint32_t left)
 {
     switch (i->code) {
@@ -75,7 +75,7 @@ static bool is_legal(const struct lrx_instruction *i, uint32_t left)
     return false;
 }
 
-/* Which words are written on every way to each instruction: check_load_and_stores(). */
+/* Check that a scratch word is written on every path before it is read: check_load_and_stores(). */
 static uint32_t check_scratch(const struct lrx_instruction *program, uint32_t count)
 {
     uint16_t written[LRX_FILTER_MOST], now = 0;

@@ -1,4 +1,4 @@
-/* What a program asks about a packet beside the bytes at an offset. */
+/* Loads that are relative to a header, and ancillary loads. */
 #define _GNU_SOURCE
 #include <linux/filter.h>
 #include <linux/if_packet.h>
@@ -10,7 +10,7 @@
 #include "bpf.h"
 #include "bpf_view.inc"
 
-/* linux/if_ether.h, which clashes with the C library's. */
+/* linux/if_ether.h conflicts with the C library's headers. */
 #define ETHER_HEADER 14 /* linux/if_ether.h: ETH_HLEN */
 #define ETH_P_802_3 0x0001
 #define ETH_P_802_2 0x0004
@@ -51,7 +51,7 @@ bool lrx_load(const struct view *v, int32_t at, uint32_t size, uint32_t *value)
     return true;
 }
 
-/* eth_type_trans(): the EtherType, or what stands for a length there. */
+/* eth_type_trans(): the EtherType, or the kernel's number for a frame with a length instead. */
 static uint32_t protocol_of(const struct view *v)
 {
     const struct lrx_filtered *p = v->packet;
@@ -84,11 +84,11 @@ static uint32_t packet_type_of(const struct lrx_filtered *p)
     return memcmp(p->frame, broadcast, sizeof broadcast) == 0 ? PACKET_BROADCAST : PACKET_MULTICAST;
 }
 
-/* Behind the headers of the transport protocol; skb_get_poff(), which knows more protocols, and looks into tunnels. */
+/* The offset of the payload of the transport protocol. The kernel's skb_get_poff() knows more protocols, and tunnels. */
 static uint32_t payload_of(const struct view *v)
 {
     uint32_t type = protocol_of(v), at = v->packet->link_header, word, protocol = 0;
-    bool first = true; /* fragment, or not one */
+    bool first = true; /* the first fragment, or no fragment */
 
     while (type == ETH_P_8021Q || type == ETH_P_8021AD) {
         if (!lrx_load(v, (int32_t)at + 2, 2, &type))
@@ -146,12 +146,12 @@ static uint32_t payload_of(const struct view *v)
     return at;
 }
 
-/* bpf_skb_get_nlattr(): where in the frame the attribute of type X begins, of those from A on; nested: inside the one at A. */
+/* bpf_skb_get_nlattr(): the offset of the attribute of this type at or after `at`; nested: inside the attribute at `at`. */
 static uint32_t attribute_of(const struct view *v, uint32_t at, uint32_t type, bool nested)
 {
     const struct lrx_filtered *p = v->packet;
     uint64_t end = p->length;
-    uint16_t header[2]; /* struct nlattr: length and type, in the order of the host */
+    uint16_t header[2]; /* struct nlattr: length and type, in host byte order */
 
     if (end < sizeof header || at > end - sizeof header)
         return 0;
@@ -187,7 +187,7 @@ bool lrx_load_ancillary(const struct view *v, uint32_t k, uint32_t x, uint32_t *
         return true;
     case AD(SKF_AD_IFINDEX):
     case AD(SKF_AD_HATYPE):
-        if (!p->interface && !p->file_type) /* a file without interfaces is no reason to reject */
+        if (!p->interface && !p->file_type) /* a packet of a file may have no interface */
             return false;
         *a = k == AD(SKF_AD_IFINDEX) ? p->interface : p->link_type;
         return true;
@@ -219,7 +219,7 @@ bool lrx_load_ancillary(const struct view *v, uint32_t k, uint32_t x, uint32_t *
             *a = (uint32_t)now.tv_nsec * 2654435761u;
         }
         return true;
-    default: /* mark, queue and receive hash are the kernel's: outside of it no packet has any */
+    default: /* mark, queue and receive hash: outside of the kernel a packet has none */
         *a = 0;
         return true;
     }

@@ -1,18 +1,18 @@
-/* Capture files: pcap as in pcap-savefile(5), pcapng in pcapng.c, and what goes from one piece of a file to the next. What stands
- * in a file is believed only where it was looked at: every length is held against what is there and against what can be. */
+/* Capture files: pcap, as in pcap-savefile(5), and the pieces of a file. pcapng is in pcapng.c. Every length in a file is checked
+ * against the data that is there, and against a limit. */
 #include <stdlib.h>
 
 #include "classify.h"
 #include "capture_file.inc"
 #include "link_layer.inc"
 
-/* Magic numbers of pcap: microseconds, nanoseconds, and with a longer record header, of Alexey Kuznetzov's libpcap. */
+/* Magic numbers of pcap: microseconds, nanoseconds, and Alexey Kuznetzov's format, whose record header is longer. */
 #define PCAP_MICROSECONDS 0xA1B2C3D4
 #define PCAP_NANOSECONDS 0xA1B23C4D
 #define PCAP_KUZNETZOV 0xA1B2CD34
 #define PCAP_FILE_HEADER 24
 #define PCAP_RECORD_HEADER 16
-#define PCAP_KUZNETZOV_HEADER 24 /* with the interface's index, the protocol and linux/if_packet.h's packet type */
+#define PCAP_KUZNETZOV_HEADER 24 /* with interface index, protocol and packet type (linux/if_packet.h) */
 
 struct lrx_capture_interface *lrx_capture_add_interface(struct lrx_capture *c)
 {
@@ -47,15 +47,14 @@ static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t ma
 
     major = u16(c, at + 4);
     minor = u16(c, at + 6);
-    /* As sf-pcap.c of libpcap has it: before 2.3 the lengths stood the other way round, in 2.3 they may, and DG/UX called that
-     * 543.0. */
+    /* As in sf-pcap.c of libpcap: before 2.3 the two lengths are swapped, in 2.3 they may be. DG/UX has the version 543.0. */
     if (major == 543 || (major == 2 && minor < 3))
         c->lengths = 1;
     else if (major == 2 && minor == 3)
         c->lengths = 2;
     else if (major != 2)
         return damaged(c, LRX_CAPTURE_VERSION, (uint64_t)major << 16 | minor);
-    link_type = u32(c, at + 20) & 0x03FFFFFF; /* above are the length of the frame check sequence, and flags */
+    link_type = u32(c, at + 20) & 0x03FFFFFF; /* the upper bits are flags and the length of the frame check sequence */
     if (link_type > LRX_FILE_LINK_TYPE)
         return damaged(c, LRX_CAPTURE_LINK_TYPE, link_type);
     i = lrx_capture_add_interface(c);
@@ -102,7 +101,7 @@ static uint32_t pcap_record(struct lrx_capture *c, const uint8_t *at, uint32_t s
     return c->header + length;
 }
 
-/* The first record tells what file it is. */
+/* Recognise the format by the first bytes. */
 static uint32_t begin(struct lrx_capture *c, const uint8_t *at, uint32_t size)
 {
     uint32_t magic;
@@ -123,7 +122,7 @@ static uint32_t begin(struct lrx_capture *c, const uint8_t *at, uint32_t size)
     return damaged(c, LRX_CAPTURE_MAGIC, magic);
 }
 
-/* Until a record is not whole, an interface is not met, or `most` rows are filled. Returns how many bytes were walked over. */
+/* Parse records until one is not whole, an interface is new, or `most` rows are filled. Returns the number of bytes parsed. */
 static uint32_t walk(struct lrx_capture *c, const uint8_t *memory, uint32_t size, struct rows *r, uint32_t most)
 {
     uint32_t at = 0;
@@ -177,7 +176,7 @@ void lrx_capture_close(struct lrx_capture *c)
     free(c);
 }
 
-/* What became of a walk over what is the rest now: its packets lie in the first `walked` bytes of the region. */
+/* Report the packets of a walk. They lie in the first `walked` bytes of the region. */
 static int walked_over(struct lrx_capture *c, const struct rows *r, uintptr_t descriptors, uintptr_t region, uint32_t walked)
 {
     const uint32_t pieces = c->pieces;

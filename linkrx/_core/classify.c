@@ -1,4 +1,4 @@
-/* One pass over what a backend received: which are packets, and what is known about each. */
+/* Classification: decides which received frames are packets, and writes the columns of a batch in one pass. */
 #include <stdbool.h>
 #include <string.h>
 
@@ -11,10 +11,10 @@
 #define ETHERTYPE_IPV6 0x86DD
 #define ETHERTYPE_VLAN 0x8100
 #define ETHERTYPE_SERVICE_VLAN 0x88A8
-/* linux/if_tun.h: the queue cut the packet to the buffer. Told only with packet information. */
+/* linux/if_tun.h: the queue cut the packet to the buffer. Only packet information has this flag. */
 #define TUN_PKT_STRIP 0x0001
 
-/* How many bytes of a frame the filter keeps; 0: it rejects the packet. */
+/* The number of bytes of a frame that the filter keeps; 0 if it rejects the packet. */
 static uint32_t filtered(const struct lrx_classifier *c, const struct lrx_columns *in, uint32_t k, const uint8_t *frame,
                          uint32_t length, uint32_t wire_length, uint32_t link_header, uint32_t link_type, uint32_t protocol)
 {
@@ -41,10 +41,10 @@ static uint16_t word_at(const uint8_t *at)
     return (uint16_t)(at[0] << 8 | at[1]);
 }
 
-/* Of a frame with two tags the kernel takes out the outer one, and a cooked socket has what follows the type of the inner one:
- * its TCI, a type, and then the packet. Since Linux 6.10 the protocol that it tells is that of the packet behind the tag
- * (vlan_get_protocol_dgram() in net/packet/af_packet.c). Whether a tag is there shows the type, where the reported protocol's own
- * header is not. */
+/* Whether data of a cooked socket begin with the TCI and EtherType of an inner tag. The kernel takes out the outer tag of a frame
+ * with two, and its data begin after the TPID of the inner one. Since Linux 6.10 the reported protocol is that of the packet after
+ * the inner tag (vlan_get_protocol_dgram() in net/packet/af_packet.c). So there is a tag if the EtherType fits, and the header of
+ * the reported protocol is not at the beginning. */
 static bool has_inner_tag(const uint8_t *data, uint32_t length, uint32_t wire_length, uint16_t reported)
 {
     uint16_t type;
@@ -61,13 +61,13 @@ static bool has_inner_tag(const uint8_t *data, uint32_t length, uint32_t wire_le
     return true;
 }
 
-/* struct tun_pi in front of a packet, or what the backend reports. */
+/* The protocol in struct tun_pi, or the one that the backend reports. */
 static uint16_t reported_protocol(const struct lrx_classifier *c, const uint8_t *packet, uint16_t reported)
 {
     return c->packet_info ? (uint16_t)(packet[2] << 8 | packet[3]) : reported;
 }
 
-/* `per_packet` is known where this is compiled: who has packets that are all alike pays nothing for the others. */
+/* Inlined twice with a constant `per_packet`, so that other sources do not pay for the checks. */
 static inline __attribute__((always_inline)) void classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count,
                                                            uintptr_t table, const bool per_packet)
 {
@@ -110,7 +110,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             link_type = in.link_types[k] ? in.link_types[k] : (uint16_t)c->link_type;
             link_header = bare ? 0 : lrx_link_header_of(link_type, c->per_packet, c->link_header);
             protocol = reported_protocol(c, memory + in.starts[k], in.protocols[k]);
-            /* A socket of all interfaces is given what is sent on lo twice: as it leaves, and as it comes in. A file has what it has. */
+            /* A socket on every interface gets each packet of lo twice, outgoing and incoming. Drop the outgoing one; not in files. */
             if (flags & LRX_OUTGOING && link_type == ARPHRD_LOOPBACK && !c->interface && !bare) {
                 counters[LRX_FILTERED]++;
                 continue;
@@ -191,7 +191,7 @@ int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32
     struct lrx_report *report = lrx_report_at(descriptors);
     const struct lrx_classifier *c = report->classifier;
 
-    /* All is kept here as well: a signal handler that raises takes the return value from Python. */
+    /* The report has all of this, because an exception of a signal handler may discard the return value. */
     report->count = count;
     report->receives = receives;
     report->end = end;

@@ -1,7 +1,7 @@
 #pragma once
 #include <stdint.h>
 
-/* What the receiver calls of a mechanism that is written in C: see linkrx/_core/types/receive.c. */
+/* The functions of a mechanism in C, which the receiver calls: see linkrx/_core/types/receive.c. */
 struct lrx_mechanism {
     int (*fill)(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region, uint32_t size);
     void *state;

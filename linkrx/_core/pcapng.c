@@ -6,11 +6,11 @@
 #define BLOCK_PACKET 2 /* obsolete */
 #define BLOCK_SIMPLE 3
 #define BLOCK_ENHANCED 6
-#define BLOCK_LEAST 12 /* its type, and its length in front and behind */
+#define BLOCK_LEAST 12 /* the type, and the length twice */
 #define SECTION_LEAST 28
 #define BYTE_ORDER_MAGIC 0x1A2B3C4D
 
-/* Units of less than 10^-28 seconds, and so of 2^-96: 64 bits of them are no whole nanosecond. */
+/* 2^64 units of less than 10^-28 seconds, or of 2^-96, are less than a nanosecond. */
 #define NO_NANOSECOND 28
 #define SHIFT_TO_NOTHING 127
 
@@ -18,12 +18,12 @@
 #define IF_NAME 2
 #define IF_TSRESOL 9
 #define IF_TSOFFSET 14
-#define PACKET_FLAGS 2 /* epb_flags, and pack_flags of the obsolete block */
-#define OUTBOUND 2     /* of their two lowest bits */
+#define PACKET_FLAGS 2 /* epb_flags, and pack_flags of the obsolete packet block */
+#define OUTBOUND 2     /* in their two lowest bits */
 
 /* Times. */
 
-/* if_tsresol: a power of ten, or with the highest bit set of two. */
+/* if_tsresol: a power of ten, or with the highest bit a power of two. */
 static void set_resolution(struct lrx_capture_interface *i, uint8_t resolution)
 {
     uint32_t power = resolution & 0x7F;
@@ -48,7 +48,7 @@ static void set_resolution(struct lrx_capture_interface *i, uint8_t resolution)
     }
 }
 
-/* Nanoseconds since 1970. false and 0: too far away for 64 bits, and the packet has no time. */
+/* Nanoseconds since 1970. If they do not fit into 64 bits: false and 0, and the packet has no timestamp. */
 static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64_t *time)
 {
     int64_t offset, t;
@@ -64,7 +64,7 @@ static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64
         const uint32_t shift = i->shift;
         const uint64_t seconds = shift < 64 ? units >> shift : 0;
         const uint64_t fraction = shift < 64 ? units & ((UINT64_C(1) << shift) - 1) : units;
-        /* The fraction in nanoseconds, times 2^shift: what is above 32 bits, for that takes more than 64 in all. */
+        /* The fraction in nanoseconds times 2^shift needs more than 64 bits. These are the bits above the lowest 32. */
         const uint64_t high = (fraction >> 32) * LRX_SECOND + ((fraction & UINT32_MAX) * LRX_SECOND >> 32);
 
         if (seconds > (uint64_t)(INT64_MAX / LRX_SECOND) - 1)
@@ -83,7 +83,7 @@ static bool time_of(const struct lrx_capture_interface *i, uint64_t units, int64
 
 /* Blocks. */
 
-/* Whether a block is as long as it says, at its end as well. */
+/* Whether the two lengths of a block agree. */
 static bool ends_well(struct lrx_capture *c, const uint8_t *at, uint32_t total)
 {
     const uint32_t behind = u32(c, at + total - 4);
@@ -93,7 +93,7 @@ static bool ends_well(struct lrx_capture *c, const uint8_t *at, uint32_t total)
     return behind == total;
 }
 
-/* A section begins: its byte order, and its interfaces, are its own. */
+/* A section header block. Each section has its own byte order and interfaces. */
 uint32_t lrx_pcapng_section(struct lrx_capture *c, const uint8_t *at, uint32_t size)
 {
     uint32_t magic, total;
@@ -157,7 +157,7 @@ static uint32_t interface(struct lrx_capture *c, const uint8_t *at, uint32_t tot
     return total;
 }
 
-/* epb_flags, if the options of a packet have them. What is wrong there costs no packet. */
+/* The direction in epb_flags. 0 if the options have none or are malformed. */
 static uint16_t direction(const struct lrx_capture *c, const uint8_t *option, uint32_t size)
 {
     while (size >= 8) {
@@ -173,7 +173,7 @@ static uint16_t direction(const struct lrx_capture *c, const uint8_t *option, ui
     return 0;
 }
 
-/* A packet block, of which `there` bytes are: all, or all but the end of its options. */
+/* A packet block with `there` bytes in memory: all of it, or all but the end of its options. */
 static uint32_t packet(struct lrx_capture *c, const uint8_t *at, uint32_t type, uint32_t total, uint32_t there, struct rows *r)
 {
     const uint32_t head = type == BLOCK_SIMPLE ? 12 : 28;

@@ -1,5 +1,5 @@
-/* What software segmentation in the kernel does, for super-packets that were received whole: tcp_gso_segment,
- * __udp_gso_segment, inet_gso_segment, ipv6_gso_segment; and skb_checksum_help for what is no super-packet. */
+/* Software segmentation of super-packets, as in the kernel: tcp_gso_segment, __udp_gso_segment, inet_gso_segment,
+ * ipv6_gso_segment. Finishes the checksums of other packets as skb_checksum_help does. */
 #include <arpa/inet.h>
 #include <linux/if_ether.h>
 #include <linux/if_tun.h>
@@ -12,7 +12,7 @@
 #include "link.inc"
 #include "segment.h"
 
-/* linux/virtio_net.h, with names that only newer ones have. */
+/* linux/virtio_net.h. Older headers lack some of these names. */
 struct vnet {
     uint8_t flags, gso_type;
     uint16_t hdr_len, gso_size, csum_start, csum_offset;
@@ -41,7 +41,7 @@ struct vnet {
 #define IPV6_NEXT_AT 6
 #define IPV6_ADDRESSES_AT 8
 #define IP_LENGTH_MOST 65535
-/* RFC 2675, as the kernel puts it in front of TCP when the packet is longer than 65,536 bytes. */
+/* RFC 2675. The kernel inserts a jumbo payload option in front of TCP if the packet is longer than 65,536 bytes. */
 #define JUMBO_BYTES 8
 #define JUMBO_OPTION_AT 2
 #define JUMBO_OPTION 194
@@ -60,25 +60,25 @@ struct vnet {
 #define UDP_LENGTH_AT 4
 #define UDP_CHECKSUM_AT 6
 
-/* One super-packet, or one packet to be finished. Places count from the first byte of the frame. */
+/* A super-packet, or a packet with an unfinished checksum. Offsets are in the frame. */
 struct parsed {
     const uint8_t *frame;
     uint32_t length;
-    uint32_t network;   /* where the IP header starts */
-    uint32_t transport; /* where the TCP or UDP header starts */
-    uint32_t payload;   /* where its payload starts */
-    uint32_t size;      /* payload of every segment but the last */
+    uint32_t network;   /* the offset of the IP header */
+    uint32_t transport; /* the offset of the TCP or UDP header */
+    uint32_t payload;   /* the offset of its payload */
+    uint32_t size;      /* bytes of payload of every segment but the last */
     uint32_t segments;  /* at least two */
     uint32_t version;   /* 4 or 6 */
     uint32_t protocol;  /* IPPROTO_TCP or IPPROTO_UDP */
-    uint32_t left_out;  /* bytes behind the fixed IPv6 header that segments do not have: a jumbo option, or none */
-    uint64_t network_sum;   /* IPv4 header but for its length, id and checksum */
-    uint64_t transport_sum; /* pseudo-header and header, but for what differs from segment to segment */
+    uint32_t left_out;  /* bytes of a jumbo payload option after the fixed IPv6 header, which segments do not have */
+    uint64_t network_sum;   /* the sum of the IPv4 header without length, id and checksum */
+    uint64_t transport_sum; /* the sum of pseudo-header and header without the fields that differ between segments */
 };
 
 enum verdict { COPY, FINISH, SPLIT, MALFORMED };
 
-/* How long the IP header is, options and extension headers included; 0 if it is none that can be split. */
+/* The length of the IP header with options and extension headers; 0 if the packet cannot be split. */
 static uint32_t ip_header(struct parsed *p)
 {
     const uint8_t *ip = p->frame + p->network;
@@ -109,7 +109,7 @@ static uint32_t ip_header(struct parsed *p)
     return size;
 }
 
-/* Where the IP header starts, and its version as the link header tells it; 0 if there is none. */
+/* Find the IP header and its version by the link header. Returns 0 if there is none. */
 static int network_found(struct parsed *p, uint32_t link_header)
 {
     uint32_t at = 2 * ETH_ALEN, ethertype;
@@ -133,7 +133,7 @@ static int network_found(struct parsed *p, uint32_t link_header)
     return (ethertype == ETH_P_IP || ethertype == ETH_P_IPV6) && p->network < p->length;
 }
 
-/* Find the headers of a super-packet, all of them inside the frame, and see that they are what `v` says. */
+/* Find the headers of a super-packet. Returns 0 if they are not all inside the frame, or differ from the virtio-net header. */
 static int headers_found(struct parsed *p, const struct vnet *v, uint32_t link_header)
 {
     uint32_t size, room, checksum_at;
@@ -144,7 +144,7 @@ static int headers_found(struct parsed *p, const struct vnet *v, uint32_t link_h
     p->transport = p->network + size;
     room = p->length - p->transport;
     if (v->gso_type == GSO_UDP_L4) {
-        /* Without NEEDS_CSUM the kernel refuses them. */
+        /* The kernel refuses them without NEEDS_CSUM. */
         if (p->protocol != IPPROTO_UDP || room < UDP_HEADER || !(v->flags & NEEDS_CSUM))
             return 0;
         size = UDP_HEADER;
@@ -162,8 +162,8 @@ static int headers_found(struct parsed *p, const struct vnet *v, uint32_t link_h
     return !(v->flags & NEEDS_CSUM) || (v->csum_start == p->transport && v->csum_offset == checksum_at);
 }
 
-/* What the checksums of all segments have in common. With NEEDS_CSUM the sender left the pseudo-header's sum in the
- * field, with the length of the whole in it. Like the kernel, believe it: only the sender knows a route's last address. */
+/* Compute the sums that all segments share. With NEEDS_CSUM the checksum field has the sender's sum of the pseudo-header, with the
+ * length of the whole packet. Use it, as the kernel does: with a routing header, only the sender knows the final destination. */
 static void add_up(struct parsed *p, const struct vnet *v)
 {
     const uint8_t *ip = p->frame + p->network, *l4 = p->frame + p->transport;
@@ -212,14 +212,14 @@ static enum verdict judged(struct parsed *p, const struct vnet *v, uint32_t link
             add_up(p, v);
             return SPLIT;
         }
-        /* Nothing to split: for the kernel a packet like any other. */
+        /* One segment: the kernel treats it as an ordinary packet. */
     }
     if (!(v->flags & NEEDS_CSUM) || truncated)
         return COPY;
     return (uint32_t)v->csum_start + v->csum_offset + 2 <= p->length ? FINISH : MALFORMED;
 }
 
-/* skb_checksum_help: of whatever protocol, a sum of zero is written as 0xffff. */
+/* skb_checksum_help: for every protocol, a sum of zero is written as 0xffff. */
 static void finish(uint8_t *frame, uint32_t length, const struct vnet *v)
 {
     uint16_t sum = (uint16_t)~folded(sum_of(frame + v->csum_start, length - v->csum_start));
@@ -227,7 +227,7 @@ static void finish(uint8_t *frame, uint32_t length, const struct vnet *v)
     put_word(frame + v->csum_start + v->csum_offset, sum ? sum : 0xFFFF);
 }
 
-/* Segment k of the super-packet, `length` bytes with headers. */
+/* Write segment k of the super-packet: `length` bytes with headers. */
 static void write_segment(const struct parsed *p, uint32_t k, uint8_t *out, uint32_t length)
 {
     uint32_t headers = p->payload - p->left_out, payload = length - headers;
@@ -276,7 +276,7 @@ static void write_segment(const struct parsed *p, uint32_t k, uint8_t *out, uint
     }
 }
 
-/* What was written so far of what is given. */
+/* The frames that were written so far. */
 struct output {
     struct lrx_columns columns;
     uint8_t *memory;
@@ -284,7 +284,7 @@ struct output {
     uint32_t rows, n, cursor;
 };
 
-/* Place a frame of `length` bytes, prefix included, and describe it like row k of `in`. NULL: there is no room. */
+/* Reserve memory for a frame of `length` bytes with prefix, and copy its metadata from row k of `in`. NULL: there is no room. */
 static uint8_t *place(struct output *o, uint32_t length, const struct lrx_columns *in, uint32_t k)
 {
     uint64_t end = ((uint64_t)o->cursor + length + 7) & ~7ull;
@@ -320,7 +320,7 @@ static uint32_t link_header_of(const struct lrx_segmenter *s, uint16_t link_type
     return s->per_packet ? lrx_link_header_of(link_type ? link_type : (uint16_t)s->link_type, s->per_packet, s->link_header) : s->link_header;
 }
 
-/* Row k of what was taken, from segment s->done on. 0 when there is no room for all of it. */
+/* Write row k of `taken`, beginning with segment s->done. Returns 0 if there is no room for all of it. */
 static int give(struct lrx_segmenter *s, const uint8_t *received, const struct lrx_columns *in, uint32_t k,
                 struct output *o)
 {
@@ -377,7 +377,7 @@ static int give(struct lrx_segmenter *s, const uint8_t *received, const struct l
     return 1;
 }
 
-/* A few super-packets at a time, so that they are split while they are in the cache. False when there is nothing. */
+/* Receive a few super-packets, so that they are still in the cache when they are split. Returns 0 if there are none. */
 static int receive(const struct lrx_segmenter *s, uintptr_t staging, const struct output *o)
 {
     const struct lrx_mechanism *m = s->mechanism;
@@ -410,7 +410,7 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
         if (s->next < taken->count)
             break;
         taken->count = s->next = s->done = 0;
-        /* The errno came behind the last of the packets. */
+        /* The errno follows the last packet. */
         if (taken->error)
             given->error = taken->error;
         taken->error = 0;

@@ -1,4 +1,4 @@
-/* The packets of one receive, as columns over one memory. See memory.c for where the frames are. */
+/* The packets of one receive: columns, and the memory of the frames. memory.c explains where frames lie. */
 #include "types.h"
 
 #include <string.h>
@@ -34,7 +34,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     uint32_t end = 0, packed = 0;
 
     if (owner->batch) {
-        PyErr_SetString(PyExc_BufferError, "another batch reads here still: take_back() first");
+        PyErr_SetString(PyExc_BufferError, "another batch still uses this memory: call take_back() first");
         return NULL;
     }
     if (b && b->table->room >= count) {
@@ -62,8 +62,8 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
             end = place + length;
         packed += aligned(framing.vnet + length);
     }
-    /* A ring: `memory` will be a copy, without what else is in the blocks. And where most of the memory is between frames, a
-     * copy of them costs less than zeroes there, and less to keep. */
+    /* In a ring, `memory` is a copy of the frames, because blocks have other data. In an arena it is a copy if more than half of the
+     * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. */
     b->apart = !owner->mapped || end / 2 > packed;
     for (uint32_t k = 0, next = 0; b->apart && k < count; k++) {
         t->starts[k] = next + framing.vnet;
@@ -96,7 +96,8 @@ static void leave_owner(Batch *b)
     Py_DECREF((PyObject *)owner);
 }
 
-/* A view of a column refers to the table, one of the frames to the batch, and a copy is not used again. */
+/* Release a batch, or keep it as a spare. A view of a column refers to the table, and a view of the frames to the batch, so one with
+ * views is not reused. A copy is not reused either. */
 void lrx_batch_give_up(Batch *b, Batch **spare)
 {
     if (!*spare && Py_REFCNT((PyObject *)b) == 1 && Py_REFCNT((PyObject *)b->table) == 1 && !b->own) {
@@ -127,13 +128,13 @@ bool lrx_batch_is_readable(const Batch *b)
     return false;
 }
 
-/* Where frame k begins in `memory`, with the virtio-net header in front of it. */
+/* The offset of frame k in `memory`, with its virtio-net header. */
 static uint32_t begin_of(const Batch *b, Py_ssize_t k)
 {
     return b->table->starts[k] - b->framing.vnet;
 }
 
-/* Zeroes where no frame is: what an arena holds there is of other batches, or of frames that were skipped. */
+/* Zero the gaps between frames. They have data of other batches, or of frames that are no packets. */
 static void clear_gaps(const Batch *b, uint8_t *memory)
 {
     const Table *t = b->table;
@@ -147,7 +148,7 @@ static void clear_gaps(const Batch *b, uint8_t *memory)
     }
 }
 
-/* The frames as they lie in `memory`, each with its virtio-net header in front. */
+/* A copy of the frames as `memory` shows them, each with its virtio-net header in front. */
 static PyObject *copy_frames(const Batch *b)
 {
     const Table *t = b->table;
@@ -215,7 +216,7 @@ static PyObject *batch_column(PyObject *self, void *which)
     const int collects = PyGC_Disable(); /* a finalizer may make a view of another column */
     PyObject *view;
 
-    /* A new one each time: whoever has it may release it. */
+    /* A new view each time, because the caller may release it. */
     b->table->column = (enum column)(uintptr_t)which;
     if (b->table->column == COLUMN_LINK_TYPES && !b->framing.per_packet)
         for (Py_ssize_t k = 0; k < b->table->count; k++)
@@ -254,7 +255,7 @@ static PyObject *batch_item(PyObject *self, Py_ssize_t index)
 static PyObject *batch_subscript(PyObject *self, PyObject *key)
 {
     Batch *b = (Batch *)self;
-    Py_ssize_t index = PyNumber_AsSsize_t(key, NULL); /* beyond all bounds: the largest or the least */
+    Py_ssize_t index = PyNumber_AsSsize_t(key, NULL); /* clips integers that are too large */
     const Py_ssize_t count = b->table->count;
 
     if (index == -1 && PyErr_Occurred())
@@ -273,7 +274,7 @@ static PyObject *batch_frames(PyObject *self, PyObject *unused)
     PyObject *list;
 
     (void)unused;
-    list = PyList_New(count); /* the collector may run in here, and whatever it runs may take the memory back */
+    list = PyList_New(count); /* this may run the garbage collector, whose finalizers may make the batch copy its frames */
     if (!list)
         return NULL;
     if (!lrx_batch_is_readable(b)) {

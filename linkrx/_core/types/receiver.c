@@ -54,12 +54,12 @@ void lrx_set_readable(Receiver *r)
 }
 
 /* Keeps a pending exception. An exception of this call goes to sys.unraisablehook then. */
-static void tell(Receiver *r, const char *word)
+static void call(Receiver *r, const char *method)
 {
     PyObject *type, *value, *trace, *answer;
 
     PyErr_Fetch(&type, &value, &trace);
-    answer = PyObject_CallMethod((PyObject *)r, word, NULL);
+    answer = PyObject_CallMethod((PyObject *)r, method, NULL);
     Py_XDECREF(answer);
     if (PyErr_Occurred() && type)
         PyErr_WriteUnraisable((PyObject *)r);
@@ -72,13 +72,13 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
     if (r->polled && r->ended) {
         if (!r->quiet)
-            tell(r, "_disarm");
+            call(r, "_disarm");
     } else if (r->polled && lrx_has_something(r) != r->readable) {
         lrx_set_readable(r);
     }
     r->claimed = false;
     if (r->leaving || r->closed)
-        tell(r, "_last_left");
+        call(r, "_last_left");
     if (result && PyErr_Occurred())
         Py_CLEAR(result);
     return result;

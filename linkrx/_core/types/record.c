@@ -1,4 +1,4 @@
-/* Packets on their way into a capture file: one record behind the other in a buffer, for one write(2). */
+/* Writes packets as records of a capture file into a buffer, for one write(2). */
 #include "types.h"
 
 #include <string.h>
@@ -6,23 +6,23 @@
 #include "../link.inc"
 
 #define BLOCK_ENHANCED 6
-#define BLOCK_HEAD 28 /* type, length, interface, time in two halves, both lengths of the packet */
+#define BLOCK_HEAD 28 /* type, length, interface, time in two halves, captured and original length */
 #define BLOCK_TAIL 4  /* the length again */
 #define EPB_FLAGS 2   /* an option of four bytes */
 #define OUTBOUND 2
-#define DIRECTION 12  /* bytes of that option, and of the one that ends options */
-#define RECORD_HEAD 16 /* of pcap: seconds, nanoseconds, both lengths */
+#define DIRECTION 12  /* bytes of epb_flags and opt_endofopt */
+#define RECORD_HEAD 16 /* pcap: seconds, nanoseconds, captured and original length */
 
 #define SECOND 1000000000
 
-/* LINKTYPE_*, as the file has it. */
+/* LINKTYPE_* */
 #define ETHERNET 1
 #define RAW 101
 #define LINUX_SLL 113
 #define LINUX_SLL2 276
 #define UNKNOWN UINT32_MAX
 
-#define TAG_OFFSET 12 /* behind both addresses */
+#define TAG_OFFSET 12 /* after both addresses */
 #define TAG 4
 #define SLL2_HEAD 20
 #define PACKET_OUTGOING 4 /* linux/if_packet.h */
@@ -30,10 +30,10 @@
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86DD
 
-/* One packet. */
+/* A packet, from a Packet or a row of a Batch. */
 typedef struct {
     const uint8_t *frame;
-    const uint8_t *address; /* of the sender, where the kernel has told it */
+    const uint8_t *address; /* the sender's, if the kernel reported it */
     int64_t timestamp;
     uint32_t length, wire_length, interface, file_type;
     uint16_t flags, protocol, link_type, vlan_tci, vlan_tpid;
@@ -93,8 +93,8 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
     }
 }
 
-/* A packet without a link header that has told something about itself is recorded as libpcap does with a cooked socket's. One that
- * linkrx has not looked into is whole, and keeps the link type of the file that it came from. */
+/* The LINKTYPE_* of a packet. A packet without a link header, but with a known protocol, is recorded with LINUX_SLL2, as libpcap
+ * does for cooked sockets. A packet of a file that linkrx does not parse keeps the link type of the file. */
 static uint32_t link_type_of(const Row *row)
 {
     const uint32_t of_file = row->file_type & LRX_FILE_LINK_TYPE;
@@ -124,7 +124,7 @@ static uint32_t link_type_of(const Row *row)
     return LINUX_SLL2;
 }
 
-/* Packets of an interface with a link type: LINKTYPE_* and the interface's index; UNKNOWN and the ARPHRD_* number. */
+/* The key of a packet's interface in the file: LINKTYPE_* and interface index, or UNKNOWN and ARPHRD_*. */
 static uint64_t key_of(const Row *row)
 {
     const uint32_t link_type = link_type_of(row);
@@ -150,13 +150,13 @@ static bool is_tagged(const Row *row)
     return row->flags & LRX_VLAN && (!row->link_header || row->length >= TAG_OFFSET);
 }
 
-/* Bytes that the file has beside the frame: the tag that the kernel took out, and what is told about a packet without link header. */
+/* Bytes that are added to the frame: the tag that the kernel took out, and the header of LINUX_SLL2. */
 static uint32_t added(const Row *row)
 {
     return (is_tagged(row) ? TAG : 0) + (link_type_of(row) == LINUX_SLL2 ? SLL2_HEAD : 0);
 }
 
-/* LINKTYPE_LINUX_SLL2. A tag is recorded as libpcap does: its type is the protocol, and its TCI and the protocol follow. */
+/* The header of LINKTYPE_LINUX_SLL2. For a tagged packet, as in libpcap, its protocol is the TPID, and TCI and EtherType follow. */
 static uint8_t *put_sll2(uint8_t *to, const Row *row)
 {
     to = network16(to, is_tagged(row) ? row->vlan_tpid : row->protocol);
@@ -260,7 +260,7 @@ PyObject *lrx_record(PyObject *module, PyObject *args)
         goto done;
     }
     if (first < 0 || at < 0 || at > out.len) {
-        PyErr_SetString(PyExc_ValueError, "a place before the first packet, or outside of the buffer");
+        PyErr_SetString(PyExc_ValueError, "the first packet or the offset is negative, or the offset is beyond the buffer");
         goto done;
     }
     if (!readable(b ? b->owner : p->owner))
@@ -277,7 +277,7 @@ PyObject *lrx_record(PyObject *module, PyObject *args)
         else
             row_of_packet(p, &row);
         key = key_of(&row);
-        if (known >= interfaces || list[known] != key) /* most are of the same one as the packet before */
+        if (known >= interfaces || list[known] != key) /* most packets have the interface of the last one */
             for (known = 0; known < interfaces && list[known] != key; known++)
                 ;
         if (known == interfaces) {

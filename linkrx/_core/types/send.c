@@ -1,12 +1,11 @@
-/* Sending out of the source: from any thread, from `deliver`, and while another thread receives, for it touches nothing of the
- * receiver but a counter.
+/* Sending: from any thread, from `deliver`, and while another thread receives. It changes only a counter of the receiver.
  *
- * Nothing here waits, so the interpreter's lock is kept: close() cannot come in between a look at it and the system call, frames
- * that are read in place stay where they are, and a thread beside a busy one need not wait 5 ms to get the lock back. A batch
- * goes out AT_ONCE frames at a time, and between two of these others may run.
+ * Sending never waits, so it holds the GIL. Then close() cannot run between the check and the system call, frames that are read
+ * in place stay valid, and the thread does not have to get the GIL back from a busy one, which takes 5 ms. A batch is sent AT_ONCE
+ * frames at a time. Between these, other threads may run.
  *
- * What is rare is Python, in linkrx/receiving/reception.py: _refuse_send(code, length) raises, where code is an errno, 0 for a
- * dispatcher that is closed or a source that sends nothing, or one of `enum unsendable`. */
+ * Errors are raised in Python, in linkrx/receiving/reception.py: _refuse_send(code, length). `code` is an errno, 0 for a closed
+ * dispatcher or a source that cannot send, or one of `enum unsendable`. */
 #define _GNU_SOURCE
 #include "send.h"
 #include "../forbidden.inc"
@@ -17,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* musl has neither before 1.2.5. Both halves of the offset are -1: write where the file stands. */
+/* musl before 1.2.5 lacks both. The two halves of the offset are -1: the current position. */
 #ifndef RWF_NOWAIT
 #include <sys/syscall.h>
 #define RWF_NOWAIT 0x00000008 /* linux/fs.h, since Linux 4.14 */
@@ -27,7 +26,7 @@
 
 #define AT_ONCE 64
 
-/* One message. 0 or an errno. */
+/* Send one message. Returns 0 or an errno. */
 static int put(Receiver *r, const Message *m)
 {
     struct msghdr message = {.msg_iov = (struct iovec *)m->pieces, .msg_iovlen = m->count};
@@ -41,7 +40,7 @@ static int put(Receiver *r, const Message *m)
                        ? send(r->source, m->pieces[0].iov_base, m->pieces[0].iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
                        : sendmsg(r->source, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
             return done < 0 ? errno : 0;
-        case LRX_SENDS_WRITES: /* O_NONBLOCK belongs to all who have the open file: see readv.c */
+        case LRX_SENDS_WRITES: /* RWF_NOWAIT instead of O_NONBLOCK: see readv.c */
             done = pwritev2(r->source, m->pieces, (int)m->count, -1, RWF_NOWAIT);
             if (done >= 0 || (errno != EOPNOTSUPP && !is_forbidden(errno)))
                 break;
@@ -55,13 +54,13 @@ static int put(Receiver *r, const Message *m)
                 done = writev(r->source, m->pieces, (int)m->count);
         }
         if (done >= 0)
-            return done ? 0 : EINVAL; /* write(2) of nothing does nothing */
+            return done ? 0 : EINVAL; /* write(2) of 0 bytes sends nothing */
         if (errno != EINTR)
             return errno;
     }
 }
 
-/* Of `count` messages, in order. Returns how many were taken, and why not the next. */
+/* Send `count` messages in order. Returns how many were sent; `error` has the errno of the next. */
 static unsigned put_all(Receiver *r, const Message *messages, unsigned count, int *error)
 {
     struct mmsghdr headers[AT_ONCE];
@@ -77,14 +76,14 @@ static unsigned put_all(Receiver *r, const Message *messages, unsigned count, in
         }
         taken = sendmmsg(r->source, headers, count, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (taken >= 0) {
-            /* The kernel has forgotten why it did not take the next one. It is asked again by the next call. */
+            /* sendmmsg() does not return the error of the next message. The next call gets it. */
             *error = 0;
             return (unsigned)taken;
         }
         *error = errno;
         if (!is_forbidden(*error) && *error != EINTR)
             return 0;
-        r->sends_singly = *error != EINTR; /* a seccomp filter that knows no sendmmsg() */
+        r->sends_singly = *error != EINTR; /* a seccomp filter refuses sendmmsg() */
     }
     *error = 0;
     while (done < count && !(*error = put(r, &messages[done])))
@@ -92,8 +91,8 @@ static unsigned put_all(Receiver *r, const Message *messages, unsigned count, in
     return done;
 }
 
-/* A packet socket whose link went down keeps an ENETDOWN for the next call, be it a send after the link is up again. That is the
- * receiver's. */
+/* A packet socket whose link went down keeps ENETDOWN for its next call, which may be a send after the link is up again. Then send
+ * again, and leave the news to the receiver. */
 static unsigned transmit(Receiver *r, const Message *messages, unsigned count, int *error)
 {
     unsigned done = put_all(r, messages, count, error);
@@ -108,7 +107,7 @@ static unsigned transmit(Receiver *r, const Message *messages, unsigned count, i
     return done;
 }
 
-/* What raises. */
+/* Raise the exception for an error. */
 static PyObject *refuse(Receiver *r, int code, size_t length)
 {
     PyObject *answer;
@@ -131,11 +130,11 @@ static bool may_send(const Receiver *r)
     return r->prepared && !r->closed && r->sends && (!r->state->process || *r->state->process == r->process);
 }
 
-/* Where frames come from. */
+/* The frames of send_batch(). */
 typedef struct {
-    PyObject *tuple; /* of whatever has bytes, or NULL */
+    PyObject *tuple; /* of packets and bytes-like objects; NULL for a batch */
     const Batch *batch;
-    Py_buffer views[AT_ONCE]; /* of those that are neither bytes nor packets */
+    Py_buffer views[AT_ONCE]; /* the buffers of frames that are neither bytes nor packets */
     unsigned viewed;
 } Frames;
 
@@ -144,7 +143,7 @@ static bool has_its_bytes(const Receiver *r, PyObject *frame)
     return PyBytes_CheckExact(frame) || Py_TYPE(frame) == r->state->packet_type;
 }
 
-/* An exception of a frame behind others is left to the next call. Ctrl-C is not. */
+/* Clear the exception of a frame that follows sent ones: the next call raises it. KeyboardInterrupt stays. */
 static bool leave_to_next_call(void)
 {
     if (!PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_Exception))
@@ -153,8 +152,8 @@ static bool leave_to_next_call(void)
     return true;
 }
 
-/* Get the buffers of those frames that have others. This may run Python code, and nothing behind it does. Returns of how many
- * frames the bytes can be had; 0 and an exception. */
+/* Get the buffers of frames that are neither bytes nor packets. This may run Python code; later steps do not. Returns the number of
+ * frames whose bytes are available, or 0 with an exception. */
 static unsigned acquire(const Receiver *r, Frames *frames, Py_ssize_t first, unsigned count)
 {
     frames->viewed = 0;
@@ -186,7 +185,7 @@ static int packet_frame(const Packet *p, Frame *f)
         .vnet = p->has_vnet ? p->vnet : NULL,
         .big_endian = p->has_vnet == 2,
         .protocol = p->protocol,
-        .flags = p->link_header ? p->flags : (uint16_t)(p->flags & ~LRX_VLAN), /* no addresses, so no tag behind them */
+        .flags = p->link_header ? p->flags : (uint16_t)(p->flags & ~LRX_VLAN), /* without link header there is no tag */
         .vlan_tci = p->vlan_tci,
         .vlan_tpid = p->vlan_tpid,
     };
@@ -233,7 +232,8 @@ static int frame_of(const Receiver *r, const Frames *frames, Py_ssize_t index, u
     return 0;
 }
 
-/* As many of `count` frames as are taken; and why not the next: `error`, of a frame of `length` bytes, or an exception. */
+/* Send up to `count` frames. Returns how many were sent. `error` is that of the next frame, of `length` bytes; or there is an
+ * exception. */
 static unsigned send_some(Receiver *r, Frames *frames, Py_ssize_t first, unsigned count, int *error, size_t *length)
 {
     Message messages[AT_ONCE];

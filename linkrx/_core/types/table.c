@@ -1,9 +1,9 @@
-/* The columns of one batch, and how Python sees them. */
+/* The columns of a batch, and their buffers for Python. */
 #include "types.h"
 
 #include <string.h>
 
-/* Where a column is, its native format, and the bytes of one element. */
+/* A column, its format, and the bytes of one element. */
 static void *column_of(const Table *t, enum column column, char **format, Py_ssize_t *width)
 {
     static const char formats[][2] = {"H", "I", "q"};
@@ -112,7 +112,7 @@ static int table_getbuffer(PyObject *self, Py_buffer *view, int flags)
     if (view->format)
         view->format = format;
     if (view->shape)
-        view->shape = &t->count; /* FillInfo has set the number of bytes */
+        view->shape = &t->count; /* elements; PyBuffer_FillInfo has set bytes */
     return 0;
 }
 
@@ -136,7 +136,7 @@ PyType_Spec lrx_table_spec = {
     .slots = table_slots,
 };
 
-/* Columns that a copy has as well. */
+/* Copy the columns of a table, without offsets. */
 void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet)
 {
     const size_t count = (size_t)to->count;
