@@ -1,4 +1,4 @@
-"""A capture file as a source: files, pipes and what is neither, slow, growing, cut and damaged ones."""
+"""A capture file as a source: files, pipes and invalid files; slow, growing, cut and damaged ones."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def packets_of(count: int, size: int = 60) -> list[Recorded]:
-    """So many, a microsecond apart."""
+    """`count` packets, a microsecond apart."""
     return [Recorded(frame(size + n % 7, n), size + n % 7, n * 1000) for n in range(count)]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file of ten thousand packets: more than a batch, and several pieces."""
+    """A file of ten thousand packets, which is more than a batch and several reads."""
     made = tmp_path / "some.pcap"
     made.write_bytes(captures.pcap(packets_of(10_000)))
     return made
@@ -49,17 +49,17 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Both ends, without buffers."""
+    """Both ends of a pipe, without buffers."""
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as reader, open(writing, "wb", buffering=0) as writer:  # noqa: PTH123
         yield reader, writer
 
 
-# What is a capture file, and what is not.
+# Valid and invalid capture files.
 
 
 def test_ways_to_name_it(path: Path) -> None:
-    """A path, its short form, and files with and without a buffer, a descriptor or readinto() are read alike."""
+    """A path, a CaptureFile, and files with and without a buffer, a descriptor or readinto() give the same packets."""
     packets = packets_of(10_000)
     with linkrx.open(path) as rx:
         assert [Recorded.of(packet) for packet in rx] == packets
@@ -81,25 +81,25 @@ def test_ways_to_name_it(path: Path) -> None:
 
 
 def read_fails(file: object) -> str:
-    """The end of the sentence."""
+    """The end of the error message."""
     with pytest.raises(linkrx.DamagedCapture) as caught:
         read(file)
     return " ".join(str(caught.value).split()[-2:])
 
 
 class OnlyRead:
-    """A file that has nothing but read()."""
+    """A file whose only method is read()."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
 
     def read(self, size: int, /) -> bytes:
-        """At most 777 bytes."""
+        """Read at most 777 bytes."""
         return self._file.read(min(size, 777))
 
 
 def test_a_file_is_read_from_where_it_stands(path: Path) -> None:
-    """What a buffered file has read ahead is not lost, nor what was read of it before read again."""
+    """A file is read from its current position: bytes in its buffer are not lost, and bytes that were read before are not read again."""
     data = b"a header of somebody else" + path.read_bytes()
     path.write_bytes(data)
     with path.open("rb") as file:
@@ -114,7 +114,7 @@ def test_a_file_is_read_from_where_it_stands(path: Path) -> None:
 
 
 def test_what_is_no_capture_file(tmp_path: Path) -> None:
-    """What is no capture file is refused, by its path when it is opened, else when it is read; the error says what to type."""
+    """An invalid capture file is refused: a path at open, others at the first read. The error says what to type."""
     other = tmp_path / "other"
     other.write_bytes(b"text, not packets")
     with pytest.raises(linkrx.UnsupportedSource, match="begins with 74 65 78 74"):
@@ -146,7 +146,7 @@ def test_what_is_no_capture_file(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_it_has_not(path: Path, options: Any) -> None:
-    """An option that a file cannot honour is an error that names both."""
+    """An option that a file cannot honour raises an error that names both."""
     with pytest.raises(linkrx.UnsupportedOption) as caught:
         linkrx.open(path, **options)
     assert next(iter(options)) in str(caught.value)
@@ -154,7 +154,7 @@ def test_options_that_it_has_not(path: Path, options: Any) -> None:
 
 
 def test_other_backends_refuse_it(path: Path) -> None:
-    """Each other backend says why it does not read a file."""
+    """Each other backend refuses a file with a reason."""
     assert linkrx.choose(path).backend == "capture_file"
     for info in linkrx.backends():
         if info.name != "capture_file":
@@ -170,7 +170,7 @@ def test_other_backends_refuse_it(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["path", "bytes"])
 def test_poll_and_drain(path: Path, kind: str) -> None:
-    """fileno() is readable until all was delivered and the end was seen."""
+    """fileno() is readable until all packets were delivered and the end was reported."""
     got: list[bytes] = []
     source: Any = path if kind == "path" else linkrx.CaptureFile(io.BytesIO(path.read_bytes()))
     with linkrx.open(source, lambda *call: got.append(bytes(call[3])), batch_size=1000) as rx:
@@ -184,7 +184,7 @@ def test_poll_and_drain(path: Path, kind: str) -> None:
 
 
 def test_asyncio(path: Path) -> None:
-    """`async for` gives every packet, of a file and of a pipe that is slow, and other tasks run meanwhile."""
+    """`async for` gives every packet of a file and of a slow pipe, and other tasks run meanwhile."""
 
     async def count(source: Any) -> tuple[int, int]:
         turns = 0
@@ -214,7 +214,7 @@ def test_asyncio(path: Path) -> None:
 
 
 def test_a_slow_pipe() -> None:
-    """A packet comes when its last byte does, byte by byte as they come; the writer's end is the end."""
+    """A packet is received when its last byte arrives, also if bytes arrive one by one. Reception ends when the writer closes."""
     data = captures.pcap(packets_of(2))
     with pipe() as (reader, writer), linkrx.open(linkrx.CaptureFile(reader)) as rx:
         for place, byte in enumerate(data):
@@ -231,7 +231,7 @@ def test_a_slow_pipe() -> None:
 
 
 def test_a_pipe_and_small_batches() -> None:
-    """What was read and waits for the next batch is handed over without another byte: in a wait, and for who polls fileno()."""
+    """Packets that were read and did not fit in a batch are received without another byte, in a wait, and with fileno() readable."""
     packets = packets_of(40)
     for way in ("wait", "poll"):
         got: list[bytes] = []
@@ -241,7 +241,7 @@ def test_a_pipe_and_small_batches() -> None:
                 poll = select.poll()
                 poll.register(rx.fileno(), select.POLLIN)
                 writer.write(captures.pcap([]))
-                for _ in range(20):  # in vain: it learns to wait before it reads
+                for _ in range(20):  # no packet comes, so linkrx learns to wait before it reads
                     rx.run(duration=0.001)
                 rx.drain()
                 assert not poll.poll(0)
@@ -257,7 +257,7 @@ def test_a_pipe_and_small_batches() -> None:
 
 
 def compressed(data: bytes, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
-    """What gzip makes of it, so that all of it can be inflated, but not its end."""
+    """The gzip data of `data`, flushed but without its end."""
     made = zlib.compressobj(9, zlib.DEFLATED, 31)
     return made.compress(data) + made.flush(flush)
 
@@ -265,8 +265,9 @@ def compressed(data: bytes, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
 @pytest.mark.parametrize("size", [60, 60_000])
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_a_compressed_pipe(size: int, batch_size: int | None) -> None:
-    """Of what gzip writes to a pipe every packet comes that is whole in it, without another byte, however small it was made; then
-    fileno() is quiet, and the writer's end is the end.
+    """Each packet that is whole in gzip's output so far is received without another byte, at any compression level.
+
+    Then fileno() is not readable, and reception ends when the writer closes.
     """
     packets = packets_of(60, size)
     data = captures.pcap(packets)
@@ -288,7 +289,7 @@ def test_a_compressed_pipe(size: int, batch_size: int | None) -> None:
                 rx.drain()
             while rx.drain():
                 pass
-            while poll.poll(0):  # zlib may have held something back
+            while poll.poll(0):  # zlib may have buffered data
                 assert rx.drain() == 0
             assert rx.end is None
             writer.write(b"\x03\0" + whole[-8:])  # an empty last block, the checksum, the length
@@ -299,7 +300,7 @@ def test_a_compressed_pipe(size: int, batch_size: int | None) -> None:
 
 @pytest.mark.parametrize("kind", ["path", "fifo", "pipe", "buffered", "bytes", "read", "gzip.open"])
 def test_what_is_compressed_is_told_by_its_first_byte(tmp_path: Path, kind: str) -> None:
-    """Of whatever a file is: a path, a FIFO, a pipe, one that was looked into, memory, an object with `read` alone."""
+    """gzip is detected by its first byte on a path, a FIFO, a pipe, a file that was peeked, memory, and an object with `read` alone."""
     packets = packets_of(3000)
     data = captures.pcap(packets)
     packed, path = gzip.compress(data[:5000]) + bytes(512) + gzip.compress(data[5000:]), tmp_path / "some"
@@ -336,7 +337,7 @@ def test_what_is_compressed_is_told_by_its_first_byte(tmp_path: Path, kind: str)
 
 
 def test_a_compressed_pipe_byte_by_byte_and_cut() -> None:
-    """Byte by byte all comes as well; a writer that goes too early is an error behind what was whole."""
+    """A compressed pipe can arrive byte by byte. If the writer closes too early, an error follows the whole packets."""
     packets = packets_of(20)
     packed = gzip.compress(captures.pcap(packets), mtime=0)
     for end in (len(packed), len(packed) - 4, 1):
@@ -355,14 +356,14 @@ def test_a_compressed_pipe_byte_by_byte_and_cut() -> None:
 
 
 def dispatches(rx: linkrx.Dispatcher) -> None:
-    """Until it is over."""
+    """Dispatch until the end."""
     while rx.dispatch(30):
         pass
 
 
 @pytest.mark.parametrize("way", [list, linkrx.Dispatcher.run, dispatches, lambda rx: list(rx.batches())])
 def test_stop_ends_a_wait_for_a_pipe(way: Any) -> None:
-    """stop() from another thread ends a wait for a writer that says nothing, before the header, in a record and behind one."""
+    """stop() from another thread ends a wait for a silent writer: before the header, within a record and after one."""
     data = captures.pcap(packets_of(1))
     for cut in (0, 10, 30, len(data)):
         with pipe() as (reader, writer), linkrx.open(linkrx.CaptureFile(reader), lambda *_: None) as rx:
@@ -374,7 +375,7 @@ def test_stop_ends_a_wait_for_a_pipe(way: Any) -> None:
 
 
 def test_a_pipe_that_closes_in_a_record() -> None:
-    """A writer that goes in the middle of a record is an error behind what was whole, with the byte."""
+    """If the writer closes within a record, an error with the byte follows the whole packets."""
     data = captures.pcap(packets_of(3))
     with pipe() as (reader, writer), linkrx.open(linkrx.CaptureFile(reader)) as rx:
         writer.write(data[:-1])
@@ -389,7 +390,7 @@ def test_a_pipe_that_closes_in_a_record() -> None:
 
 
 def test_standard_input(path: Path) -> None:
-    """A program receives from sys.stdin.buffer what another one writes there."""
+    """A program receives from sys.stdin.buffer the packets that another program writes."""
     program = "import linkrx, sys\nwith linkrx.open(linkrx.CaptureFile(sys.stdin.buffer)) as rx: print(len(list(rx)))"
     with path.open("rb") as file, subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE) as cat:
         done = subprocess.run(
@@ -399,7 +400,7 @@ def test_standard_input(path: Path) -> None:
 
 
 def test_sockets() -> None:
-    """A stream socket's file is read without waiting for more than is there."""
+    """The file of a stream socket is read without waiting for more bytes than have arrived."""
     near, far = socket.socketpair()
     data = captures.pcap(packets_of(2))
     with near, far, near.makefile("rb") as file, linkrx.open(linkrx.CaptureFile(file)) as rx:
@@ -415,7 +416,7 @@ def test_sockets() -> None:
 
 
 def test_a_file_that_grows_and_one_that_is_cut(tmp_path: Path) -> None:
-    """What is added while a file is read is read; one that is cut meanwhile ends there, with an error if that is in a record."""
+    """Packets that are appended while a file is read are received. A file that is truncated ends there, with an error if that is within a record."""
     path = tmp_path / "grows"
     data = captures.pcap(packets_of(20_000))
     path.write_bytes(data[: len(data) // 2])
@@ -447,14 +448,14 @@ HEAD = captures.section() + Interface().block()
 
 
 def record(kind: int, body: bytes, length: int | None = None, behind: int | None = None) -> bytes:
-    """A block with lengths of choice."""
+    """A block with chosen lengths."""
     true = 12 + len(body)
     length = true if length is None else length
     return struct.pack("<II", kind, length) + body + struct.pack("<I", length if behind is None else behind)
 
 
 def body(length: int, interface: int = 0) -> bytes:
-    """Of an enhanced packet block that says so of itself, with 20 bytes of data."""
+    """The body of an enhanced packet block with these fields and 20 bytes of data."""
     return struct.pack("<IIIII", interface, 0, 0, length, length) + bytes(20)
 
 
@@ -487,7 +488,7 @@ def body(length: int, interface: int = 0) -> bytes:
     ],
 )
 def test_damaged_blocks(bad: bytes, said: str) -> None:
-    """A block that lies costs none in front of it, ends the file, and is told with its byte and what is wrong with it."""
+    """Packets before a damaged block are delivered. The block ends the file with an error that has its byte and the reason."""
     good = captures.enhanced("<", 0, 5, frame(60), 60)
     got: list[bytes] = []
     data = HEAD + good + bad + good
@@ -508,7 +509,7 @@ def test_damaged_blocks(bad: bytes, said: str) -> None:
 
 @pytest.mark.parametrize("length", [262_145, 2**31, 2**32 - 1])
 def test_damaged_records(length: int) -> None:
-    """The same for a pcap file, whose only lie is a length."""
+    """Packets before a pcap record with an invalid length are delivered, and the record ends the file with an error."""
     data = captures.pcap(packets_of(2)) + struct.pack("<IIII", 0, 0, length, length) + bytes(300_000)
     with (
         linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx,
@@ -522,7 +523,7 @@ def test_damaged_records(length: int) -> None:
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:
-    """Compressed data that are cut or changed deliver what is whole, and then say so."""
+    """With compressed data that are cut or changed, whole packets are delivered, and then an error is raised."""
     packets = packets_of(5000)
     packed = gzip.compress(captures.pcap(packets), mtime=0)
     path = tmp_path / "some.pcap.gz"
@@ -540,7 +541,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
 
 
 def test_a_failure_to_read() -> None:
-    """What the kernel or a file's own read() raises comes out, as an OSError with its number."""
+    """An error of the kernel or of a file's read() is raised as an OSError with its errno."""
 
     class Fails:
         def read(self, size: int, /) -> bytes:
@@ -555,7 +556,7 @@ def test_a_failure_to_read() -> None:
 
 
 def test_blocks_without_end_can_be_stopped() -> None:
-    """A file of nothing but blocks that are passed over ends by stop()."""
+    """stop() ends the reading of a file that has only skipped blocks."""
 
     class Endless(io.RawIOBase):
         began = False
@@ -581,12 +582,12 @@ def test_blocks_without_end_can_be_stopped() -> None:
 
 
 def take(got: list[bytes], _remote: object, _local: object, _protocol: int, packet: linkrx.Packet) -> None:
-    """A deliver."""
+    """A deliver that keeps packets."""
     got.append(packet.tobytes())
 
 
 def sources_of(path: Path) -> dict[str, Any]:
-    """One of each way to read."""
+    """One source for each way of reading."""
     data = path.read_bytes()
     packed = path.with_suffix(".gz")
     packed.write_bytes(gzip.compress(data[:2000]) + gzip.compress(data[2000:]))
@@ -603,7 +604,7 @@ def sources_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["path", "gzip", "bytes", "read", "pipe", "gzip pipe"])
 @pytest.mark.parametrize("batch_size", [7, 400])
 def test_interrupted_at_every_point(tmp_path: Path, kind: str, batch_size: int) -> None:
-    """What a signal handler raises, wherever it comes, costs no packet and repeats none, and the end follows them all."""
+    """If a signal handler raises at any point, no packet is lost or repeated, and the end follows the last one."""
     packets = packets_of(40, 200)
     path = tmp_path / "some.pcap"
     path.write_bytes(captures.pcap(packets))

@@ -1,4 +1,4 @@
-"""Filters on capture files: an expression takes what `tcpdump -r FILE EXPRESSION` takes, whatever the link types of the file."""
+"""Filters on capture files: an expression accepts the same packets as `tcpdump -r FILE EXPRESSION`, for all link types."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALL = [(6, 0, 0, 0xFFFFFFFF)]
 
 
 def head_of(frame: bytes, chosen: random.Random) -> tuple[int, bytes]:
-    """The protocol of an Ethernet frame, as Linux cooked has it, and what follows it."""
+    """The protocol of an Ethernet frame, as in Linux cooked, and the bytes after it."""
     kind = int.from_bytes(frame[12:14], "big")
     return (kind if kind >= 0x0600 else 4), frame[14:]
 
@@ -61,7 +61,7 @@ def sll2(frame: bytes, chosen: random.Random) -> bytes:
 
 
 def family(frame: bytes, order: str, chosen: random.Random) -> bytes:
-    """LINKTYPE_NULL and LINKTYPE_LOOP; IPv6 is another number on each system."""
+    """LINKTYPE_NULL and LINKTYPE_LOOP. The number of IPv6 differs between systems."""
     kind, body = head_of(frame, chosen)
     number = {0x0800: 2, 0x86DD: chosen.choice((10, 24, 28, 30))}.get(kind, 7)
     return struct.pack(order + "I", number) + body
@@ -87,13 +87,13 @@ def wlan(frame: bytes, chosen: random.Random) -> bytes:
 
 
 def ethernet(frame: bytes, chosen: random.Random) -> bytes:
-    """LINKTYPE_ETHERNET, some with a tag or two."""
+    """LINKTYPE_ETHERNET, some with one or two tags."""
     for tpid in chosen.choice(((), (), (0x8100,), (0x8100, 0x88A8))):
         frame = tagged(frame, chosen.choice((5, 6, 0x2005)), tpid)
     return frame
 
 
-# Link type, byte order of the file, and how a record is made of an Ethernet frame.
+# Link type, byte order of the file, and a function that makes a record from an Ethernet frame.
 KINDS: dict[str, tuple[int, str, Any]] = {
     "ethernet": (1, "<", ethernet),
     "ethernet, the other order": (1, ">", ethernet),
@@ -110,7 +110,7 @@ KINDS: dict[str, tuple[int, str, Any]] = {
     "802.11": (105, "<", wlan),
 }
 
-# Of which some suit one link type only: tcpdump refuses them on the others, and so does linkrx.
+# Some of them are valid for one link type only. tcpdump refuses them on the others, and so does linkrx.
 SPECIAL = (
     "vlan",
     "vlan 5",
@@ -143,13 +143,13 @@ SPECIAL = (
 
 
 def records_of(name: str, seed: int) -> list[bytes]:
-    """What a file of that kind has."""
+    """The records of a file of that kind."""
     chosen = random.Random(seed)
     return [KINDS[name][2](any_frame(chosen), chosen) for _ in range(FRAMES)]
 
 
 def pcap_of(name: str, records: list[bytes]) -> bytes:
-    """A pcap file of that kind; the seconds of a record are its number."""
+    """A pcap file of that kind. The seconds of a record's timestamp are its number."""
     link_type, order, _ = KINDS[name]
     packets = [
         Recorded(record, len(record) + number % 3, number * 10**9) for number, record in enumerate(records)
@@ -158,7 +158,7 @@ def pcap_of(name: str, records: list[bytes]) -> bytes:
 
 
 def by_tcpdump(path: Path, expression: str) -> set[int] | None:
-    """The numbers of what it takes; None where it refuses the expression."""
+    """The numbers of the packets that tcpdump accepts, or None if it refuses the expression."""
     ran = subprocess.run(
         ["tcpdump", "-r", str(path), "-w", "-", expression],
         capture_output=True,
@@ -172,7 +172,7 @@ def by_tcpdump(path: Path, expression: str) -> set[int] | None:
 
 
 def by_linkrx(file: Any, expression: str | None) -> set[int] | None:
-    """The same of linkrx."""
+    """The numbers of the packets that linkrx accepts, or None if it refuses the expression."""
     try:
         return {(one.timestamp_ns or 0) // 10**9 for one in captures.read(file, filter=expression)}
     except ValueError as error:
@@ -184,11 +184,11 @@ def by_linkrx(file: Any, expression: str | None) -> set[int] | None:
 @needs_tcpdump
 @pytest.mark.parametrize("name", KINDS)
 def test_tcpdump_agrees(name: str, tmp_path: Path) -> None:
-    """Of each of fifty expressions linkrx takes the packets that tcpdump takes of the same file, or both refuse it."""
+    """For each of fifty expressions, linkrx and tcpdump accept the same packets of a file, or both refuse the expression."""
     chosen = random.Random(name)
     records, path = records_of(name, 7), tmp_path / "some.pcap"
     path.write_bytes(pcap_of(name, records))
-    delivered = by_linkrx(path, None)  # runts and what has no protocol are not
+    delivered = by_linkrx(path, None)  # without runts and packets without protocol
     assert delivered is not None
     assert len(delivered) > FRAMES / 3
     taken = refused = 0
@@ -208,8 +208,9 @@ def test_tcpdump_agrees(name: str, tmp_path: Path) -> None:
 @needs_tcpdump
 @pytest.mark.parametrize("piece", [None, 700])
 def test_a_file_of_every_link_type(tmp_path: Path, piece: int | None) -> None:
-    """Of a pcapng file with an interface of each link type, in whatever pieces it comes, linkrx takes what tcpdump takes of as
-    many pcap files.
+    """Of a pcapng file with an interface of each link type, linkrx accepts the packets that tcpdump accepts of one pcap file each.
+
+    The pieces in which the file is read do not matter.
     """
     names = [name for name in KINDS if KINDS[name][1] == "<"]
     records = {name: records_of(name, number) for number, name in enumerate(names)}
@@ -218,7 +219,7 @@ def test_a_file_of_every_link_type(tmp_path: Path, piece: int | None) -> None:
     made = captures.section()
     for number, name in enumerate(names):
         made += Interface(KINDS[name][0], name=name, resolution=9).block()
-        # Some packets are there before the next interface is.
+        # Some packets come before the next interface.
         for index in range(0, FRAMES, 2):
             made += packet_block(number, index, records[name][index])
     for index in range(1, FRAMES, 2):
@@ -241,17 +242,17 @@ def test_a_file_of_every_link_type(tmp_path: Path, piece: int | None) -> None:
         for name in names:
             expected, delivered = by_tcpdump(tmp_path / name, expression), by_linkrx(tmp_path / name, None)
             assert delivered is not None
-            # "expression rejects all packets", says tcpdump of `ip6` on raw IPv4
+            # tcpdump says "expression rejects all packets" for `ip6` on raw IPv4
             assert found[name] == (expected or set()) & delivered, (expression, name)
 
 
 def packet_block(interface: int, number: int, record: bytes) -> bytes:
-    """An enhanced packet block with the time and the true length that pcap_of() gives."""
+    """An enhanced packet block with the timestamp and true length of pcap_of()."""
     return captures.enhanced("<", interface, number * 10**9, record, len(record) + number % 3)
 
 
 def test_as_in_the_manual(tmp_path: Path) -> None:
-    """`ether host ... and vlan 5` takes a file's frames with that tag from that host, by a path, a pipe and memory."""
+    """`ether host ... and vlan 5` accepts the frames with that tag from that host, in a file by path, in a pipe and in memory."""
     frames = [tagged(udp(53), tci) for tci in (5, 6, 5)] + [udp(53)]
     data = captures.pcap([Recorded(one, len(one), 0) for one in frames])
     path = tmp_path / "some.pcap"
@@ -264,7 +265,7 @@ def test_as_in_the_manual(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["pcap", "pcapng"])
 def test_direction_and_interface(form: str) -> None:
-    """Where the file tells them, `inbound`, `outbound` and `ifindex` are judged too: more than tcpdump does."""
+    """If the file has direction and interface, `inbound`, `outbound` and `ifindex` use them, although tcpdump does not."""
     frames = [udp(port) for port in (1, 2, 3, 4)]
     if form == "pcap":
         records = [
@@ -288,7 +289,7 @@ def test_direction_and_interface(form: str) -> None:
 
 
 def test_a_file_without_interfaces() -> None:
-    """A pcap file does not tell the interface of a packet: it is none that an expression names, and `not` takes it."""
+    """A packet of a pcap file has no interface, so `ifindex` rejects it for every index, and `not ifindex` accepts it."""
     data = captures.pcap([Recorded(udp(53), 60, 0)])
     assert len(captures.read(io.BytesIO(data), filter="not ifindex 2")) == 1
     assert captures.read(io.BytesIO(data), filter="ifindex 2") == []
@@ -304,8 +305,9 @@ def mixed() -> bytes:
 
 
 def test_a_link_type_that_the_expression_does_not_suit() -> None:
-    """Where the next packet has a link type that the filter cannot judge, that is an error behind those before; the packet waits for
-    another filter, and none passes by mistake.
+    """If the filter cannot be compiled for the next packet's link type, an error follows the packets before it.
+
+    The packet waits for another filter, and no packet passes unfiltered.
     """
     with linkrx.open(linkrx.CaptureFile(io.BytesIO(mixed())), filter="ether host 02:00:00:00:00:02") as rx:
         got = []
@@ -327,7 +329,7 @@ def test_a_link_type_that_the_expression_does_not_suit() -> None:
 
 @pytest.mark.parametrize("filtered", [True, False])
 def test_a_filter_that_comes_later(filtered: bool) -> None:
-    """What waits was met before, and set_filter judges it by the program of its link type, or refuses and changes nothing."""
+    """set_filter judges waiting packets by the program for their link type, or refuses and changes nothing."""
     options: dict[str, Any] = {"filter": "udp"} if filtered else {}
     with linkrx.open(linkrx.CaptureFile(io.BytesIO(mixed())), **options) as rx:
         assert [rx.recv(0).timestamp_ns for _ in range(3)] == [10**9, 2 * 10**9, 3 * 10**9]
@@ -341,7 +343,7 @@ def test_a_filter_that_comes_later(filtered: bool) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_waits_is_judged_with_its_header(name: str) -> None:
-    """A filter that is set while packets wait takes the same of them as one that was there from the start."""
+    """A filter that is set while packets wait accepts the same of them as a filter given to open."""
     data = pcap_of(name, records_of(name, 3))
     for expression in ("udp", "less 80", "ip6 or arp", "link[3] & 1 = 0"):
         expected = by_linkrx(io.BytesIO(data), expression)
@@ -354,8 +356,9 @@ def test_what_waits_is_judged_with_its_header(name: str) -> None:
 
 
 def test_instructions_read_the_record() -> None:
-    """Instructions are for what the file has, as `tcpdump -y` compiles them: with the cooked header in front of the packet. What
-    they cut is counted from there.
+    """Instructions read the record in the file, as `tcpdump -y` compiles them: with the cooked header in front of the packet.
+
+    The length that they return counts from there.
     """
     chosen = random.Random(1)
     record = sll(udp(53), chosen)
@@ -373,7 +376,7 @@ def test_instructions_read_the_record() -> None:
 
 @pytest.mark.parametrize("name", ["cooked", "loop", "raw", "ethernet", "unknown"])
 def test_ancillary_loads(name: str) -> None:
-    """What instructions ask beside the bytes is what the file tells: protocol, and nothing outside of a short record is read."""
+    """Ancillary loads give the protocol in the file, and no load reads outside a short record."""
     link_type = 147 if name == "unknown" else KINDS[name][0]
     chosen = random.Random(1)
     whole = udp(53) if name == "unknown" else KINDS[name][2](udp(53), chosen)
@@ -386,7 +389,7 @@ def test_ancillary_loads(name: str) -> None:
                 assert len(packet) <= len(whole)
     ip = [(0x28, 0, 0, 0xFFFFF000), (0x15, 0, 1, 0x0800), ALL[0], (6, 0, 0, 0)]
     data = captures.pcap([Recorded(whole, len(whole), 0)], link_type=link_type)
-    # Where nothing tells it, the packet's first half byte is taken for the IP version: here the destination address.
+    # Without a reported protocol, the first nibble is taken for the IP version. Here it is of the destination address.
     assert len(captures.read(io.BytesIO(data), filter=ip)) == (name != "unknown")
 
 
@@ -395,7 +398,7 @@ def test_ancillary_loads(name: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["path", "pipe"])
 def test_wrong_expressions(tmp_path: Path, kind: str, expression: str) -> None:
-    """A wrong expression is an error of `open` and `choose`, also where no packet was seen yet."""
+    """`open` and `choose` raise an error for an invalid expression, before any packet is read."""
     path = tmp_path / "some"
     path.write_bytes(captures.pcap([]))
     source = path if kind == "path" else linkrx.CaptureFile(io.BytesIO(path.read_bytes()))
@@ -405,7 +408,7 @@ def test_wrong_expressions(tmp_path: Path, kind: str, expression: str) -> None:
 
 
 def test_more_link_types_than_there_is_room_for() -> None:
-    """A filter has room for the programs of 64 link types, as packets come: the packet of one more is an error."""
+    """A filter has room for the programs of 64 link types. A packet of one more raises an error."""
     made = captures.section()
     for number in range(70):
         made += Interface(1000 + number).block() + captures.enhanced("<", number, number, b"frame", 5)
@@ -421,7 +424,7 @@ def test_more_link_types_than_there_is_room_for() -> None:
 
 
 def test_a_link_type_that_libpcap_does_not_know() -> None:
-    """Instructions and the empty expression filter what libpcap has no words for; others are refused."""
+    """Instructions and the empty expression work for a link type that libpcap does not know; other expressions are refused."""
     data = captures.pcap([Recorded(b"frame", 5, 0)], link_type=0xFF00)
     assert len(captures.read(io.BytesIO(data), filter=ALL)) == 1
     with (
@@ -432,8 +435,9 @@ def test_a_link_type_that_libpcap_does_not_know() -> None:
 
 
 def test_asynchronously_and_from_another_thread() -> None:
-    """In an event loop the error comes out of `async for`; while one thread receives, another exchanges filters, and every packet
-    that comes is of a filter that was in force.
+    """Under asyncio the error propagates out of `async for`. While one thread receives, another can replace the filter.
+
+    Every received packet was accepted by one of the filters.
     """
 
     async def take() -> list[int | None]:

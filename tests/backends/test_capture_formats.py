@@ -1,4 +1,4 @@
-"""pcap and pcapng files of every shape, each made beside what it holds, and read back whole, in pieces and row by row."""
+"""pcap and pcapng files of every shape are made together with their packets, and read whole, in pieces and row by row."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pcap_files(draw: st.DrawFn) -> tuple[bytes, list[Recorded]]:
 
 @st.composite
 def pcapng_files(draw: st.DrawFn) -> tuple[bytes, list[Recorded]]:
-    """Sections that follow each other, each with its byte order and interfaces, and their packets."""
+    """A pcapng file of several sections, each with its byte order and interfaces, and its packets."""
     made, packets, before = b"", [], 0
     for _ in range(draw(st.integers(1, 3))):
         order = draw(orders)
@@ -121,7 +121,7 @@ def test_files(
     batch_size: int | None,
     seed: int,
 ) -> None:
-    """A file of any byte order, unit of time, headers, blocks and options is read as it was written, in whatever pieces it comes."""
+    """A file with any byte order, unit of time, headers, blocks and options is read as it was written, in any pieces."""
     written, packets = data.draw(files)
     assert read(io.BytesIO(written)) == packets
     assert read(Pieces(written, random.Random(seed)), batch_size=batch_size) == packets
@@ -129,13 +129,13 @@ def test_files(
 
 @pytest.mark.parametrize("version", [(2, 0), (2, 2), (2, 3), (543, 0)])
 def test_old_pcap(version: tuple[int, int]) -> None:
-    """Files of libpcap before 2.4 have the two lengths the other way round; of 2.3 either way is read."""
+    """In files of libpcap before 2.4 the two lengths are swapped. In version 2.3 both orders are read."""
     packets = [Recorded(frame(60 + n, n), 60 + n + 40 * (n % 2), n * 1000) for n in range(9)]
     assert read(io.BytesIO(captures.pcap(packets, version=version, swap_lengths=True))) == packets
 
 
 def test_rows_and_pieces_that_do_not_fit() -> None:
-    """Records of no bytes that fill the rows before the piece is over, and a packet as long as a piece, come in their order."""
+    """Empty records that fill all rows before the piece ends, and a packet as long as a piece, are received in order."""
     small = [Recorded(frame(14, n), 14, n * 1000) for n in range(20_000)]
     large = [Recorded(frame(262_144, n), 262_144, n * 1000) for n in range(3)]
     packets = small + large + small[:100] + large
@@ -143,7 +143,7 @@ def test_rows_and_pieces_that_do_not_fit() -> None:
 
 
 def test_gzip(tmp_path: Path) -> None:
-    """A path to what gzip has made, of several members with zeroes behind each, is read as what it holds."""
+    """A gzip file of several members, with zeroes behind each, is read as its contents."""
     packets = [Recorded(frame(60 + n, n), 60 + n, n * 1000) for n in range(5000)]
     data = captures.pcap(packets)
     path = tmp_path / "some.pcap.gz"
@@ -155,7 +155,7 @@ def test_gzip(tmp_path: Path) -> None:
 
 
 def test_interfaces_without_end_are_refused() -> None:
-    """A file with more interfaces than linkrx keeps is an error, and not a use of memory without end."""
+    """A file with more interfaces than linkrx supports raises an error, so its memory is bounded."""
     blocks = Interface(ETHERNET).block() * 270_000
     with pytest.raises(linkrx.DamagedCapture, match="more than 262144 interfaces"):
         read(io.BytesIO(captures.section() + blocks))

@@ -1,4 +1,4 @@
-"""Link types of capture files: what stands in front of a packet tells its protocol, sender, interface and direction."""
+"""Link types of capture files: the link header of a packet gives its protocol, sender, interface and direction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sll2(kind: int, hardware: int, address: bytes, protocol: int, interface: int
 
 
 def metadata(packet: linkrx.Packet) -> tuple[Any, ...]:
-    """What is known of it."""
+    """The metadata of a packet."""
     return (
         bytes(packet),
         packet.protocol,
@@ -48,7 +48,7 @@ def metadata(packet: linkrx.Packet) -> tuple[Any, ...]:
     )
 
 
-# link type, record, and what is told of the packet.
+# Link type, record, and the packet's metadata.
 CASES = {
     "ethernet": (1, frame(60), (frame(60), 0x88B5, 1, captures.REMOTE, captures.LOCAL, 0, False)),
     "raw4": (101, IPV4, (IPV4, 0x0800, 0xFFFE, None, None, 0, False)),
@@ -86,7 +86,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_link_types(name: str) -> None:
-    """Each link type's header is looked at, and is no part of the packet; what linkrx does not know is delivered with protocol 0."""
+    """The link header of each type is parsed and is not part of the packet. Packets of unknown types are delivered with protocol 0."""
     link_type, record, expected = CASES[name]
     for order in "<>":
         data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type, order=order)
@@ -102,7 +102,7 @@ def test_link_types(name: str) -> None:
 
 
 def test_all_in_one_file() -> None:
-    """A pcapng file may have a link type for each interface: every packet is read by its own."""
+    """A pcapng file has a link type for each interface, and each packet is parsed by its own."""
     made, expected = captures.section(), []
     for number, (link_type, record, known) in enumerate(CASES.values()):
         made += Interface(link_type).block() + captures.enhanced("<", number, 5, record, len(record))
@@ -112,7 +112,7 @@ def test_all_in_one_file() -> None:
 
 
 def test_delivered_addresses() -> None:
-    """`deliver` is given the sender that a cooked header tells, and no destination."""
+    """`deliver` gets the sender in a cooked header, and no destination."""
     calls: list[tuple[Any, ...]] = []
     link_type, record, _ = CASES["sll"]
     data = captures.pcap([Recorded(record, len(record), 5000)], link_type=link_type)
@@ -123,7 +123,7 @@ def test_delivered_addresses() -> None:
 
 @pytest.mark.parametrize(("link_type", "size"), [(0, 4), (108, 4), (113, 16), (276, 20)])
 def test_headers_that_are_cut(link_type: int, size: int) -> None:
-    """A record that ends within its header is counted as malformed, and one behind it as empty; neither costs a neighbour."""
+    """A record that ends within its header counts as malformed, one that ends with it as empty. Other packets are delivered."""
     good = bytes(2) + b"\x00\x01" + bytes(10) + b"\x08\x00" if link_type == 113 else struct.pack("!I", 2)
     good = sll2(0, 1, SENDER, 0x0800, 7) if link_type == 276 else good
     records = [good + IPV4, *(good[:short] for short in range(1, size)), good[:size], good + IPV4]
@@ -137,7 +137,7 @@ def test_headers_that_are_cut(link_type: int, size: int) -> None:
 @pytest.mark.parametrize("form", ["pcapng", "pcap"])
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_again(tmp_path: Path, name: str, form: Any) -> None:
-    """What is recorded again is read as the same; what linkrx has not looked into has the link type that it came with."""
+    """A packet that is recorded again is read as the same packet. Packets that linkrx does not parse keep their link type."""
     link_type, record, expected = CASES[name]
     path = tmp_path / "out"
     data = captures.pcap([Recorded(record, len(record) + 3, 5000)] * 2, link_type=link_type)
@@ -152,12 +152,12 @@ def test_recorded_again(tmp_path: Path, name: str, form: Any) -> None:
     assert {one.wire_length - len(one) for one in packets} == {3}
 
 
-# What stands in front of the packet is no part of it: of these a header is made that tells the same, or none.
+# The link header is not part of the packet. For these types, recording writes an equivalent header or none.
 RECORDED_AS = {0: 101, 12: 101, 108: 101, 113: 276, 228: 101, 229: 101}
 
 
 def link_types_of(path: Path) -> list[int]:
-    """Those that stand in a file."""
+    """The link types in a file."""
     data = path.read_bytes()
     if int.from_bytes(data[:4], "little") == captures.NANOSECONDS:
         return [int.from_bytes(data[20:24], "little")]
@@ -172,7 +172,7 @@ def link_types_of(path: Path) -> list[int]:
 
 @pytest.mark.parametrize("hardware", [280, 0xFFFF])
 def test_a_device_without_a_link_type(tmp_path: Path, hardware: int) -> None:
-    """Frames of a device whose hardware type has no link type here cannot be recorded: an error that names it."""
+    """Recording a frame of a device whose hardware type has no link type raises an error that names it."""
     packet = linkrx.packets.restore_packet(1, b"whatever", 0, 8, 1, 0, 0, 0, 0, hardware, b"", 0, 0, b"", 0)
     with linkrx.PcapWriter(tmp_path / "out") as out:
         with pytest.raises(ValueError, match=f"hardware type {hardware}"):
@@ -182,7 +182,7 @@ def test_a_device_without_a_link_type(tmp_path: Path, hardware: int) -> None:
 
 @pytest.mark.parametrize("form", ["pcapng", "pcap"])
 def test_a_link_type_of_too_many_bits(form: str) -> None:
-    """A link type that has more than 16 bits is an error that shows it; pcapng has no room for one."""
+    """A link type with more than 16 bits raises an error that shows it. pcapng has no room for it."""
     data = captures.pcap([Recorded(b"whatever", 8, 5000)], link_type=0x10001)
     if form == "pcapng":
         data = captures.section() + Interface(0xFFFF).block()
@@ -196,8 +196,10 @@ def test_a_link_type_of_too_many_bits(form: str) -> None:
 
 
 def test_everything_that_a_packet_knows(tmp_path: Path) -> None:
-    """Recorded again from a file of every link type at once, each packet tells the same: bytes, protocol, addresses, device,
-    direction, time to the nanosecond, true length; and each interface has its name and link type.
+    """Packets of a file with every link type keep all metadata when they are recorded again.
+
+    These are bytes, protocol, addresses, device, direction, time in nanoseconds and true length, and each interface's name and
+    link type.
     """
     made, types = captures.section(), []
     for number, (link_type, *_) in enumerate(CASES.values()):
@@ -244,7 +246,7 @@ def test_everything_that_a_packet_knows(tmp_path: Path) -> None:
 
 
 def test_two_link_types_in_pcap(tmp_path: Path) -> None:
-    """A pcap file has one link type: a packet of another is an error that names pcapng, and costs nothing that was written."""
+    """A pcap file has one link type. A packet of another raises an error that names pcapng, and the written packets stay."""
     made = captures.section() + Interface(1).block() + Interface(101).block()
     made += captures.enhanced("<", 0, 5, frame(60), 60) + captures.enhanced("<", 1, 5, IPV4, len(IPV4))
     path = tmp_path / "out"
@@ -263,7 +265,7 @@ def test_two_link_types_in_pcap(tmp_path: Path) -> None:
 
 
 def test_the_plain_twin() -> None:
-    """Without the core the same records are made of each link type, byte for byte."""
+    """Without the core the records of each link type are the same, byte for byte."""
     for name, (link_type, record, _) in CASES.items():
         data = captures.pcap([Recorded(record, len(record) + 3, 5000)], link_type=link_type)
         with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:

@@ -1,4 +1,4 @@
-"""Every backend on every kind of source under every check, held to the matrix that README.md beside this prints."""
+"""Runs every check for every backend on every kind of source, and compares the outcomes with the matrix in tests/README.md."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from linkrx.testing.capture_rigs import CAPTURE_RIGS
 
 SUPPORTED = {info.name: info.supported for info in linkrx.backends()}
 NAMES = list(SUPPORTED)
-ABOUT_LAYOUTS = ("ladder", "truncation")  # for backends that take one of the caller's
+ABOUT_LAYOUTS = ("ladder", "truncation")  # for backends that accept the caller's layout
 README = TESTS / "README.md"
 
 
 @cache
 def published(label: str) -> dict[str, dict[str, bool]]:
-    """A table of README.md: by row and kind of source, whether there is an x. `label` heads its first column."""
+    """A table of README.md: for each row and kind of source, whether there is an x. `label` is the head of its first column."""
     lines = [
         line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")
     ]
@@ -52,13 +52,13 @@ def cells(kinds: tuple[rigs.MakeRig, ...]) -> list[object]:
 
 
 def repeats(cell: testing.Cell) -> bool:
-    """Whether the first check's cell shows the same: that the backend does not take the source, or is not there."""
+    """Whether the cell has the same outcome as the first check's, because the backend refuses the source or is unsupported."""
     taken = published("backend").get(cell.backend, {}).get(cell.source, True)
     return cell.check is not testing.CHECKS[0] and not (taken and SUPPORTED[cell.backend])
 
 
 def settle(cell: testing.Cell) -> None:
-    """Run a cell, and hold its outcome to the matrix. A backend that this host lacks must say so."""
+    """Run a cell, and compare its outcome with the matrix. An unsupported backend must raise BackendUnavailable."""
     info = next(info for info in linkrx.backends() if info.name == cell.backend)
     reason = info.reason
     if reason is None:
@@ -83,20 +83,20 @@ def settle(cell: testing.Cell) -> None:
 
 @pytest.mark.parametrize("cell", cells(rigs.PLAIN_RIGS))
 def test_plain_cell(cell: testing.Cell) -> None:
-    """The check holds on a source that needs no privilege, or does not apply, or the backend refuses the source."""
+    """The check passes on a source that needs no privilege, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("cell", cells(rigs.DEVICE_RIGS))
 def test_device_cell(cell: testing.Cell) -> None:
-    """The check holds on a source behind a network device, or does not apply, or the backend refuses the source."""
+    """The check passes on a source with a network device, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 
 @pytest.mark.parametrize("cell", cells(CAPTURE_RIGS))
 def test_capture_cell(cell: testing.Cell) -> None:
-    """The check holds on a capture file or a pipe with one, or does not apply, or the backend refuses the source."""
+    """The check passes on a capture file or a pipe with one, or does not apply, or the backend refuses the source."""
     settle(cell)
 
 

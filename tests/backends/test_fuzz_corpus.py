@@ -1,4 +1,4 @@
-"""The inputs that fuzzing kept, replayed without a fuzzer; and proof that a harness sees a defect."""
+"""Replays the inputs that fuzzing found, without a fuzzer, and proves that the harnesses detect defects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fuzz import run
 
-# gcc's and clang's: a report of theirs ends the program with one of these, abort() with a signal.
+# The exit codes of gcc's and clang's sanitizers. abort() ends the program with a signal.
 CLEAN = 0
 
 
@@ -34,7 +34,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
 def replayed(
     compiler: str, name: str, folder: Path, core: Path = run.CORE
 ) -> subprocess.CompletedProcess[str]:
-    """What the harness says about the whole corpus."""
+    """Run a harness on its whole corpus."""
     program = run.compiled(compiler, name, folder, sanitizers=run.SANITIZERS, core=core)
     seeds = run.write_seeds(name, folder / "seeds")
     assert seeds
@@ -44,7 +44,7 @@ def replayed(
 @pytest.mark.repeats
 @pytest.mark.parametrize("name", run.NAMES)
 def test_corpus(compiler: str, tmp_path: Path, name: str) -> None:
-    """Every kept input passes the oracle and both sanitizers."""
+    """Every input of the corpus passes the harness and both sanitizers."""
     result = replayed(compiler, name, tmp_path)
     assert result.returncode == CLEAN, result.stderr[-3000:]
     assert result.stdout == f"{len(run.lines_of(name))} inputs\n"
@@ -52,13 +52,13 @@ def test_corpus(compiler: str, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", run.NAMES)
 def test_corpus_is_small(name: str) -> None:
-    """A corpus can be read in a sitting."""
+    """A corpus is short enough to read."""
     lines = run.lines_of(name)
     assert len(lines) <= run.LINES
     assert sum(len(line) + 1 for line in lines) <= run.CHARACTERS
 
 
-# One change each to the text of the core. The first of readv's, and the first four of recvmmsg's, were there once.
+# Each is one change to the text of the core. The first of readv, and the first four of recvmmsg, were real defects.
 DEFECTS = {
     "a load ends a byte behind the frame": ("bpf", "simple - offset >= size", "simple - offset + 1 >= size"),
     "a load with the tag put back ends behind the frame": (
@@ -199,11 +199,11 @@ DEFECTS = {
 @pytest.mark.repeats
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_harness_sees_defect(compiler: str, tmp_path: Path, defect: str) -> None:
-    """A core with this defect does not pass."""
+    """The harness fails for a core with this defect."""
     name, right, wrong = DEFECTS[defect]
     core = tmp_path / "core"
     shutil.copytree(run.CORE, core, ignore=shutil.ignore_patterns("*.so", "*.py", "_native.c"))
-    # Of its own file, or of one that this needs.
+    # In the harness's own file, or in one that it needs.
     (there, *_) = [
         path
         for path in sorted(core.glob("*.[ci]*"), key=lambda path: path.name != f"{name}.c")

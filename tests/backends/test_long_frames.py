@@ -1,4 +1,4 @@
-"""Frames longer than a block of a ring: what may be sent on a veth pair is raised after a ring was made for less."""
+"""Frames longer than a block of a ring: the limit of a veth pair is raised after the ring was made."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytestmark = [pytest.mark.usefixtures("devices"), needs_core]
 
 HEADERS = 14 + 40 + 20
 LONG = 200_000  # bytes of TCP payload: more than a block of 128 KiB
-SIZE = 1400  # of each segment
+SIZE = 1400  # bytes of payload in each segment
 NEEDS_CSUM, TCPV6 = 1, 4  # linux/virtio_net.h
 HEADER = struct.pack("=BBHHHH", NEEDS_CSUM, TCPV6, HEADERS, SIZE, 54, 16)
 
 
 def super_packet(payload: int, sequence: int = 1) -> bytes:
-    """TCP over IPv6; what is too long for its length field has 0 there, as BIG TCP does."""
+    """TCP over IPv6. If the length does not fit into the length field, the field is 0, as in BIG TCP."""
     length = 20 + payload
     ip = struct.pack("!IHBB", 6 << 28, length if length < 65536 else 0, socket.IPPROTO_TCP, 64) + bytes(32)
     tcp = struct.pack("!HHIIBBHHH", 1, 2, sequence, 1, 0x50, 0x10, 1000, 0, 0)
@@ -41,13 +41,13 @@ def pair() -> Iterator[tuple[str, Device, socket.socket]]:
     """The near end, the far end, and a socket that sends super-packets on it."""
     with veth() as (near, far), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_000_000)  # as much as anybody may have
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_000_000)  # as much as the kernel allows
         sender.bind((far, 0))
         yield near, Device(far), sender
 
 
 def given_up(rx: linkrx.Dispatcher) -> int:
-    """Receive until another backend has taken over from the ring; returns how many packets that were."""
+    """Receive until another backend has taken over from the ring. Returns the number of packets."""
     got = 0
     for _ in patiently(lambda: rx.backend == "recvmmsg"):
         got += sum(map(len, rx.batches(0.01)))
@@ -55,12 +55,12 @@ def given_up(rx: linkrx.Dispatcher) -> int:
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Warnings of linkrx."""
+    """The warnings of linkrx."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_the_limit_is_raised_after_open(caplog: pytest.LogCaptureFixture) -> None:
-    """One frame is cut and tells it; then recvmmsg takes over, which holds any: no other is cut, and none is lost in between."""
+    """One frame is cut and flagged. Then recvmmsg takes over, no other frame is cut, and none is lost in between."""
     with pair() as (near, far, sender), linkrx.open(near) as rx:
         sender.send(HEADER + super_packet(60_000))
         assert bytes(rx.recv(PATIENCE)) == super_packet(60_000)
@@ -70,7 +70,7 @@ def test_the_limit_is_raised_after_open(caplog: pytest.LogCaptureFixture) -> Non
         assert (cut.truncated, cut.wire_length) == (True, LONG + HEADERS)
         assert bytes(cut) == super_packet(LONG)[: len(cut)]
         assert rx.backend == "packet_mmap"
-        # What has come before anybody looks again is in the ring, and is had first.
+        # Frames that came before the next receive are in the ring, and are received first.
         sender.send(HEADER + super_packet(1000, 2))
         assert bytes(rx.recv(PATIENCE)) == super_packet(1000, 2)
         assert given_up(rx) == 0
@@ -89,7 +89,7 @@ def test_the_limit_is_raised_after_open(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.parametrize("options", [{"backend": "packet_mmap"}, {"fanout": 7}], ids=["named", "fanout"])
 def test_no_other_backend_may_take_over(caplog: pytest.LogCaptureFixture, options: dict[str, Any]) -> None:
-    """A ring that was named, or that an option needs, stays: each cut is told, and once in the log what to do."""
+    """A ring that was named, or that an option needs, is kept. Each cut is flagged, and one warning says what to do."""
     with pair() as (near, far, sender), linkrx.open(near, **options) as rx:
         far.set(gso_max_size=300_000)
         for sequence in range(3):
@@ -111,7 +111,7 @@ def test_no_other_backend_may_take_over(caplog: pytest.LogCaptureFixture, option
     "options", [{"snaplen": 200}, {"buffer_sizes": (100, 100)}], ids=["snaplen", "ladder"]
 )
 def test_who_wants_no_more_keeps_the_ring(options: dict[str, Any]) -> None:
-    """Where no more is kept than a block holds nothing is missing that was asked for, and no other backend takes over."""
+    """If `snaplen` fits into a block, nothing that was asked for is missing, and no other backend takes over."""
     with pair() as (near, far, sender), linkrx.open(near, **options) as rx:
         far.set(gso_max_size=300_000)
         for sequence in range(3):
@@ -123,7 +123,7 @@ def test_who_wants_no_more_keeps_the_ring(options: dict[str, Any]) -> None:
 
 
 def test_super_packets_that_are_to_be_split() -> None:
-    """With segment=True what was cut is counted as malformed or comes short, and what comes later is split as a whole."""
+    """With segment=True a cut super-packet counts as malformed or gives fewer frames, and later ones are split whole."""
     with pair() as (near, far, sender), linkrx.open(near, segment=True) as rx:
         far.set(gso_max_size=300_000)
         sender.send(HEADER + super_packet(LONG))
@@ -139,7 +139,7 @@ def test_super_packets_that_are_to_be_split() -> None:
 
 
 def test_the_drops_of_a_ring_that_is_given_up_stay_counted() -> None:
-    """kernel_drops goes on from what the ring had counted, and so does what was sent equal what was had and dropped."""
+    """kernel_drops continues from the ring's count, so the sent packets equal the received and dropped ones."""
     with pair() as (near, far, sender), linkrx.open(near, receive_buffer=1) as rx:
         for sequence in range(3000):
             sender.send(HEADER + super_packet(1000, sequence))
@@ -159,10 +159,10 @@ def test_the_drops_of_a_ring_that_is_given_up_stay_counted() -> None:
 
 @pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
 def test_devices_above_a_pair(kind: str) -> None:
-    """A ring on a device above one end of a pair has blocks for what the other end is set up for: nothing is cut."""
+    """A ring on a device above one end of a pair has blocks for the other end's limit, so no frame is cut."""
     with pair() as (near, far, sender):
         far.set(gso_max_size=300_000)
-        name = near + "m"  # which goes with the device below
+        name = near + "m"  # deleted with the device below
         add = ["ip", "link", "add", name, "link", near, "type", kind, "mode", "passthru"]
         subprocess.run(add, check=True)
         subprocess.run(["ip", "link", "set", name, "up"], check=True)

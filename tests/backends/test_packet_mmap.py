@@ -1,4 +1,4 @@
-"""The ring: what is in it comes out, exactly once, whatever becomes of its size, its link, its reader and its children."""
+"""The ring: each packet is received exactly once, with any size, link events, interruptions and forked children."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ TPACKET_V1, TPACKET_V3 = 0, 2
 # struct tpacket3_hdr
 NEXT, SNAPLEN, MAC = 0, 12, 24
 
-# 16 blocks, which 6000 frames of 60 to 1460 bytes fill twice over. The kernel closes one every 20 ms, so that a
-# sender may take 250 ms for TURN frames before there is none left.
+# 16 blocks, which 6000 frames of 60 to 1460 bytes fill twice. The kernel closes one every 20 ms, so a sender may take
+# 250 ms for TURN frames before all blocks are full.
 SEVERAL_LAPS: dict[str, Any] = {"receive_buffer": 2 * 2**20, "latency": 0.02}
 TURN = 250
 
-# Longer than any test: blocks are closed by what is sent, not by the timer.
+# Longer than any test, so that frames close blocks, not the timer.
 NO_TIMER = 600.0
 
 HEADER = LOCAL + REMOTE + b"\x88\xb5"
@@ -57,32 +57,32 @@ Wire = tuple[str, str, socket.socket]
 
 
 def frame(number: int, size: int = 60) -> bytes:
-    """A frame that tells its number."""
+    """A frame that contains its number."""
     return (HEADER + number.to_bytes(4, "big")).ljust(size, b"\xa5")
 
 
 def number_of(packet: linkrx.Packet) -> int:
-    """What `frame` put in."""
+    """The number in a frame of `frame`."""
     return int.from_bytes(packet.data[:4], "big")
 
 
 def ring_on(source: Any, *deliver: Any, **options: Any) -> linkrx.Dispatcher:
-    """A dispatcher on the backend under test."""
+    """Open a dispatcher on a ring."""
     return linkrx.open(source, *deliver, backend="packet_mmap", **options)
 
 
 def packet_socket(near: str, kind: socket.SocketKind = socket.SOCK_RAW) -> socket.socket:
-    """A socket of somebody else."""
+    """A packet socket of another owner."""
     found = socket.socket(socket.AF_PACKET, kind, 0)
     found.bind((near, ETH_P_ALL))
     return found
 
 
-# Choosing.
+# The choice.
 
 
 def test_it_is_what_auto_takes_for_an_interface(wire: Wire) -> None:
-    """An interface by name is received from a ring; a borrowed socket only when the ring is named."""
+    """auto takes a ring for an interface by name, and not for a borrowed socket."""
     with linkrx.open(wire[0]) as rx:
         assert rx.backend == "packet_mmap"
     with packet_socket(wire[0]) as borrowed:
@@ -97,7 +97,7 @@ def test_it_is_what_auto_takes_for_an_interface(wire: Wire) -> None:
 def test_a_ring_that_is_refused(
     wire: Wire, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """auto warns and goes on with recvmmsg, which loses nothing; a named ring is an error with what the kernel said."""
+    """If the kernel refuses a ring, auto warns and continues with recvmmsg without a loss. A named ring raises an error with the kernel's reason."""
 
     def refused(receive: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -137,12 +137,12 @@ def test_shape(size: int, largest: int, block: int, blocks: int) -> None:
 
 
 def test_the_most_that_a_block_is_holds_any_frame() -> None:
-    """The largest frame that Linux makes fits into the largest block, with what the kernel puts in front of it."""
+    """The largest frame of Linux fits into the largest block, with the kernel's headers in front of it."""
     assert packet_mmap.BLOCK_MOST > LARGEST_MESSAGE + 4096
 
 
 def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
-    """Frames of up to 64 KiB are not cut, in a ring of any size."""
+    """Frames of up to 64 KiB are not cut in a ring of any size."""
     sizes = [14, 60, 1514, 9014, 32_768, 65_000, 65_014]
     for receive_buffer in (1, None):
         with ring_on(wire[0], receive_buffer=receive_buffer) as rx:
@@ -154,7 +154,7 @@ def test_frames_of_all_sizes_come_whole(wire: Wire) -> None:
 
 
 def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not fit into a block is flagged, and wire_length is the true length."""
+    """A frame that does not fit into a block is cut and flagged, and wire_length is its true length."""
     monkeypatch.setattr(packet_mmap, "BLOCK_LEAST", 8192)
     monkeypatch.setattr(packet_mmap, "_largest", lambda _: 0)
     with ring_on(wire[0], receive_buffer=4 * 8192) as rx:
@@ -169,7 +169,7 @@ def test_a_frame_longer_than_a_block_is_cut_and_says_so(wire: Wire, monkeypatch:
 
 
 def test_a_ring_with_headroom_of_its_owner(wire: Wire) -> None:
-    """PACKET_RESERVE on a borrowed socket moves the frames in the ring, and nothing of what is received."""
+    """PACKET_RESERVE on a borrowed socket moves the frames in the ring, and does not change the received packets."""
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RESERVE, 40_000)
         with ring_on(borrowed, receive_buffer=1) as rx:
@@ -178,7 +178,7 @@ def test_a_ring_with_headroom_of_its_owner(wire: Wire) -> None:
 
 
 def test_memory_that_is_refused_makes_a_smaller_ring() -> None:
-    """Where a large ring cannot be mapped, one warning tells how large it is now, and it receives."""
+    """If a large ring cannot be mapped, one warning has the smaller size, and the ring receives."""
     program = """
 import logging, resource, sys
 import linkrx
@@ -207,7 +207,7 @@ with interface() as rig:
 
 
 def test_the_latency_is_the_retire_time(wire: Wire) -> None:
-    """A packet waits in the open block until the latency is up; less than the kernel can do is refused."""
+    """A packet waits in the open block for the latency. A latency below the kernel's minimum is refused."""
     with ring_on(wire[0], latency=60.0) as rx:
         wire[2].send(frame(1))
         assert not list(rx.batches(0.05))
@@ -221,7 +221,7 @@ def test_the_latency_is_the_retire_time(wire: Wire) -> None:
 
 
 def test_the_buffer_of_the_socket_stays_as_it_is(wire: Wire) -> None:
-    """Packets wait in the ring: receive_buffer= is its size, and is not set on the socket."""
+    """receive_buffer= is the size of the ring, and is not set on the socket."""
     with packet_socket(wire[0]) as borrowed:
         before = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         with ring_on(borrowed, receive_buffer=3 * 2**20):
@@ -230,7 +230,7 @@ def test_the_buffer_of_the_socket_stays_as_it_is(wire: Wire) -> None:
 
 
 def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
-    """By default a batch takes all packets of a block, and with batch_size= that many at most."""
+    """By default a batch has all packets of a block, and with batch_size= at most that many."""
     for batch_size in (None, 128):
         with ring_on(wire[0], batch_size=batch_size, latency=NO_TIMER) as rx:
             for number in range(1000):
@@ -243,7 +243,7 @@ def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
 
 @pytest.mark.parametrize("end", [0, 1], ids=["interface", "peer"])
 def test_what_the_interface_and_its_peer_are_set_up_for(wire: Wire, end: int) -> None:
-    """Where the limit for super-packets of an interface, or of a veth's peer that sends to it, is larger, so are the blocks."""
+    """Blocks are larger if the super-packet limit of an interface, or of its veth peer, is larger."""
     Device(str(wire[end])).set(gso_max_size=200_000)
     with ring_on(wire[0]) as rx:
         assert packet_mmap._largest(rx._config) == 200_000
@@ -261,7 +261,7 @@ def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:
 
 @pytest.mark.parametrize("mtu", [0, 200_000])
 def test_nothing_is_cut_on_lo(mtu: int, devices: None) -> None:
-    """A frame as long as lo takes after open comes whole: what lo is told to take may change at any time."""
+    """A frame on lo is not cut, also if lo's MTU is raised after open."""
     with ring_on("lo") as rx, injector_on("lo") as injector:
         if mtu:
             Device("lo").set(mtu=mtu)
@@ -278,7 +278,7 @@ def test_nothing_is_cut_on_lo(mtu: int, devices: None) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1024])
 def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) -> None:
-    """A block holds more than a batch: it is gone on with where the batch ended, across as many laps as it takes."""
+    """All sent frames are received once and in order, over several laps of the ring, although a block holds more than a batch."""
     total = 6_000
     got: list[int] = []
     with ring_on(wire[0], batch_size=batch_size, **SEVERAL_LAPS) as rx:
@@ -293,7 +293,7 @@ def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) 
 
 
 def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
-    """Sent is delivered plus kernel_drops, with statistics read at any time, and the ring goes on afterwards."""
+    """After an overrun, sent equals delivered plus kernel_drops, with statistics read at any time, and the ring still receives."""
     sent = delivered = 0
     with ring_on(wire[0], receive_buffer=1) as rx:
         for turn in range(3):
@@ -315,7 +315,7 @@ def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
 
 
 def test_what_a_socket_dropped_before_is_not_counted(wire: Wire) -> None:
-    """On a borrowed socket kernel_drops begins with the ring."""
+    """On a borrowed socket kernel_drops starts at 0 with the ring."""
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
         for number in range(100):
@@ -327,7 +327,7 @@ def test_what_a_socket_dropped_before_is_not_counted(wire: Wire) -> None:
 
 
 def test_what_is_held_never_keeps_the_ring_full(wire: Wire) -> None:
-    """Every packet of many laps is kept: none is lost, and each still shows what was sent."""
+    """If every packet of many laps is kept, none is lost, and each shows its sent bytes."""
     kept: list[linkrx.Packet] = []
     total = 6_000
     with ring_on(wire[0], **SEVERAL_LAPS) as rx:
@@ -344,7 +344,7 @@ def test_what_is_held_never_keeps_the_ring_full(wire: Wire) -> None:
 
 
 def test_a_stop_counts_what_was_left_in_the_block(wire: Wire) -> None:
-    """After a stop the packets of the block that was begun are undelivered, not forgotten."""
+    """After a stop, the packets of the block that was begun count as undelivered."""
 
     def stop(*_: object) -> None:
         rx.stop()
@@ -359,7 +359,7 @@ def test_a_stop_counts_what_was_left_in_the_block(wire: Wire) -> None:
 
 
 def test_interrupts_lose_nothing(wire: Wire) -> None:
-    """Exceptions raised by a signal handler at any point of the loop neither lose a packet of the ring nor repeat one."""
+    """Exceptions of a signal handler at any point of the loop neither lose nor repeat a packet of the ring."""
 
     class Interrupt(Exception):
         pass
@@ -380,7 +380,7 @@ def test_interrupts_lose_nothing(wire: Wire) -> None:
             raise Interrupt
 
     with ring_on(wire[0], deliver, batch_size=7, latency=0.05) as rx:
-        # Most signals come while `deliver` runs, or this test: it goes on until enough came elsewhere.
+        # Most signals come while `deliver` or this test runs. The loop ends when enough came elsewhere.
         for _ in patiently(lambda: interrupts >= 10):
             for number in range(total, total + at_once):
                 wire[2].send(frame(number))
@@ -398,11 +398,11 @@ def test_interrupts_lose_nothing(wire: Wire) -> None:
         assert rx.stats().packets == total
 
 
-# What the kernel tells.
+# Metadata.
 
 
 def test_metadata(wire: Wire) -> None:
-    """Tag, direction and time of receipt come from the ring as they do from recvmmsg."""
+    """Tag, direction and timestamp are the same from the ring as from recvmmsg."""
     near, _, injector = wire
     tagged = LOCAL + REMOTE + struct.pack("!HHHHH", 0x88A8, 7, 0x8100, 9, 0x88B5) + bytes(50)
     for backend in ("packet_mmap", "recvmmsg"):
@@ -429,7 +429,7 @@ def test_metadata(wire: Wire) -> None:
 
 @pytest.mark.parametrize("size", [10, 12])
 def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
-    """A ring on a socket with PACKET_VNET_HDR tells of each frame's header, whatever size the socket gives it."""
+    """A ring on a socket with PACKET_VNET_HDR gives each frame's header, with any header size of the socket."""
     from linkrx.kernel.uapi import PACKET_VNET_HDR_SZ
 
     near, far, _ = wire
@@ -460,7 +460,7 @@ def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
 
 
 def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None:
-    """Packets in a block that is still open when the link goes down are delivered, then the link is down."""
+    """Packets in a block that is open when the link goes down are delivered before the link counts as down."""
     near, far, injector = wire
     with ring_on(near, latency=0.2) as rx:
         for number in range(5):
@@ -477,7 +477,7 @@ def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None
 
 
 def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> None:
-    """Packets in a block that is still open when the interface is deleted are delivered, then it is the end."""
+    """Packets in a block that is open when the interface is deleted are delivered before the end."""
     near, _, injector = wire
     with ring_on(near, latency=0.2) as rx:
         for number in range(5):
@@ -488,26 +488,26 @@ def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> N
 
 
 def test_a_full_ring_and_a_link_that_goes(wire: Wire) -> None:
-    """A ring that stood still for want of room when its interface was deleted is emptied, and comes to its end."""
+    """A ring that was full when its interface was deleted is emptied, and then reception ends."""
     near, _, injector = wire
     with ring_on(near, receive_buffer=1) as rx:
         for number in range(6_000):
             injector.send(frame(number))
         Device(near).delete()
         got = [number_of(packet) for packet in rx]
-        # Not the first so many: while its timer closes a block on another processor, the kernel finds no room for a moment,
-        # and then has the next block.
+        # The received packets are not the first ones: while the timer closes a block on another processor, the kernel has no
+        # room for a moment, and then uses the next block.
         assert got == sorted(set(got))
         assert rx.end is linkrx.End.LINK_GONE
         assert 0 < len(got) < 6_000
         assert rx.stats().kernel_drops == 6_000 - len(got)
 
 
-# Whose socket it is.
+# Borrowed sockets.
 
 
 def test_a_borrowed_socket_gets_its_queue_back(wire: Wire) -> None:
-    """After close the version is as it was, no ring is left, and the owner receives with recv as before."""
+    """After close a borrowed socket has its old version and no ring, and its owner receives with recv as before."""
     near, _, injector = wire
     with packet_socket(near) as borrowed:
         for _ in range(2):
@@ -524,7 +524,7 @@ def test_a_borrowed_socket_gets_its_queue_back(wire: Wire) -> None:
 
 
 def test_a_socket_that_has_a_ring_already(wire: Wire) -> None:
-    """A borrowed socket with a ring of its owner's is refused with what to do, and keeps it."""
+    """A borrowed socket that has a ring is refused with a remedy, and keeps its ring."""
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
         with pytest.raises(
@@ -537,7 +537,7 @@ def test_a_socket_that_has_a_ring_already(wire: Wire) -> None:
 
 
 def test_a_stranger_that_got_the_number_keeps_its_ring(wire: Wire) -> None:
-    """When the owner closed its socket and another with a ring got the number, close changes nothing of that other."""
+    """If the owner closed its socket and another socket with a ring reuses the number, close does not change that socket."""
     borrowed = packet_socket(wire[0])
     number = borrowed.fileno()
     with packet_socket(wire[0]) as other:
@@ -551,7 +551,7 @@ def test_a_stranger_that_got_the_number_keeps_its_ring(wire: Wire) -> None:
 
 
 def test_a_forked_child_leaves_the_ring_alone(wire: Wire) -> None:
-    """A child that closes, or only ends, takes no packet from its parent, and the ring is not even mapped there."""
+    """A child that closes or ends takes no packet from its parent, and does not have the ring mapped."""
     near, _, injector = wire
     with packet_socket(near) as borrowed:
         with ring_on(borrowed, latency=0.05) as rx:
@@ -579,7 +579,7 @@ def test_a_forked_child_leaves_the_ring_alone(wire: Wire) -> None:
 
 
 def test_nothing_is_mapped_after_close(wire: Wire) -> None:
-    """However open and close go, no ring stays mapped."""
+    """After open and close, also if open fails, no ring is mapped."""
     for _ in range(3):
         with ring_on(wire[0]):
             assert len(ring.mapped()) == 1
@@ -591,7 +591,7 @@ def test_nothing_is_mapped_after_close(wire: Wire) -> None:
 
 
 def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the interface is deleted while the ring is being made, open fails with ENODEV and leaves nothing behind."""
+    """If the interface is deleted while the ring is made, open fails with ENODEV and leaves nothing."""
     make = packet_mmap._ring
 
     def make_and_delete(receive: ReceiveConfig) -> object:
@@ -605,7 +605,7 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
     assert len(ring.mapped()) == 0
 
 
-# Numbers that no kernel writes.
+# Invalid numbers in blocks.
 
 
 @pytest.mark.parametrize(
@@ -622,9 +622,9 @@ def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.Monk
     ],
 )
 def test_a_damaged_block(wire: Wire, what: str, at: int, form: str, value: int) -> None:
-    """Every offset and length is checked: the rest of the block is given up with an error, and the next is read."""
+    """If an offset or length in a block is invalid, the rest of the block is skipped with an error, and the next block is read."""
     near, _, injector = wire
-    # Two blocks of three. The seventh frame finds no room, and has the second block closed.
+    # Two blocks of three frames. The seventh frame has no room, so the kernel closes the second block.
     with ring_on(near, receive_buffer=1, latency=NO_TIMER) as rx:
         for number in range(7):
             injector.send(frame(number, ring.filling(3)))

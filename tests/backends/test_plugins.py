@@ -1,4 +1,4 @@
-"""A backend is added by dropping a file in, or by a distribution's entry point, and by no other edit."""
+"""A backend is added by a file in the folder, or by a distribution's entry point, without another edit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 
 
 def recipe() -> str:
-    """The toy backend as CONTRIBUTING.md prints it."""
+    """The toy backend in CONTRIBUTING.md."""
     found = re.search(r"```python\n(\"\"\"One packet.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
     assert found, "CONTRIBUTING.md has no toy backend"
     return found.group(1)
 
 
 def run(program: str, path: Path) -> str:
-    """Run a program that finds `path` before all else, and return what it prints."""
+    """Run a program with `path` first in its module path, and return its output lines."""
     result = subprocess.run(
         [sys.executable, "-P", "-c", program],
         env={**os.environ, "PYTHONPATH": str(path), "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
@@ -78,7 +78,7 @@ for cell in testing.cells("toy", rigs.DEVICE_RIGS):
 
 @pytest.mark.usefixtures("devices")
 def test_the_recipe_on_devices(tmp_path: Path) -> None:
-    """The recipe takes packet sockets that give it link headers, and delivers what comes on them; it refuses the others."""
+    """The recipe accepts packet sockets with link headers and passes the checks on them. It refuses the others."""
     shutil.copytree(PACKAGE, tmp_path / "linkrx", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "linkrx" / "backends" / "toy.py").write_text(recipe())
     outcomes = [line.split() for line in run(ON_DEVICES, tmp_path).splitlines()]
@@ -88,7 +88,7 @@ def test_the_recipe_on_devices(tmp_path: Path) -> None:
 
 
 def test_an_entry_point(tmp_path: Path) -> None:
-    """The same file in a distribution of its own, named by the entry-point group linkrx.backends, works alike."""
+    """The same file works in another distribution with an entry point in the group linkrx.backends."""
     (tmp_path / "toy_backend.py").write_text(recipe())
     described = tmp_path / "toy_backend-1.0.dist-info"
     described.mkdir()
@@ -102,7 +102,7 @@ def test_an_entry_point(tmp_path: Path) -> None:
 
 
 def test_a_broken_entry_point_is_reported(tmp_path: Path) -> None:
-    """A plug-in that cannot be loaded is logged with its traceback, and reception goes on without it."""
+    """A plug-in that cannot be loaded is logged with its traceback, and linkrx works without it."""
     described = tmp_path / "broken-1.0.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -119,7 +119,7 @@ print([info.name for info in linkrx.backends()])
 
 
 def test_an_entry_point_that_is_no_backend(tmp_path: Path) -> None:
-    """A plug-in that names something else is logged and left out."""
+    """An entry point that is no backend is logged and ignored."""
     described = tmp_path / "odd-1.0.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
@@ -135,7 +135,7 @@ print([info.name for info in linkrx.backends()])
 
 
 def test_the_keywords_of_open_are_the_options() -> None:
-    """What type checkers know of open's keywords is what Options takes."""
+    """The keywords of open, as type checkers see them, are the fields of Options."""
     assert set(OpenOptions.__annotations__) == set(Options.__dataclass_fields__)
     with pytest.raises(TypeError, match="no option 'batchsize'; it has batch_size, ethernet"):
         linkrx.open(0, batchsize=3)  # type: ignore[call-arg]

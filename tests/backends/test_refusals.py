@@ -1,4 +1,4 @@
-"""What the kernel, or a seccomp filter, refuses: a demotion that is logged and visible, or a clear error."""
+"""Calls that the kernel or a seccomp filter refuses lead to a demotion that is logged and visible, or to a clear error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def numbers(batch):
 
 
 def run(program: str, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
-    """What a program prints, line by line. It may not fail. `meanwhile` is done before its stdin ends."""
+    """Run a program, and return its output lines. It must not fail. `meanwhile` is called before its standard input is closed."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -68,7 +68,7 @@ def run(program: str, meanwhile: Callable[[], object] = lambda: None) -> list[st
 @needs_core
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
 def test_recvmmsg_refused_at_run_time(code: int) -> None:
-    """The dispatcher goes on with readv, loses no packet, warns once and tells the truth about itself."""
+    """If recvmmsg is refused at run time, readv takes over, no packet is lost, one warning is logged, and `rx.choice` shows it."""
     lines = run(f"""
 with linkrx.open(receiver) as rx:
     send(1, 2)
@@ -100,7 +100,7 @@ with linkrx.open(receiver) as rx:
 @needs_core
 @pytest.mark.parametrize("take", ["rx.drain()", "got.append(rx.recv(0))", "got.extend(next(rx.batches(0)))"])
 def test_a_call_that_does_not_wait_gets_what_is_there(take: str) -> None:
-    """With no time to wait the packets come in the very call in which the mechanism is refused."""
+    """A call that does not wait returns the queued packets, even if the mechanism is refused in that call."""
     lines = run(f"""
 got = []
 with linkrx.open(receiver, lambda remote, local, protocol, packet: got.append(packet)) as rx:
@@ -114,7 +114,7 @@ with linkrx.open(receiver, lambda remote, local, protocol, packet: got.append(pa
 
 @needs_core
 def test_two_refusals_in_a_row() -> None:
-    """When the next backend is refused as well, the one after it takes over, still without losing a packet."""
+    """If the next backend is refused too, the one after it takes over, and no packet is lost."""
     lines = run("""
 with linkrx.open(receiver) as rx:
     send(1, 2, 3)
@@ -127,7 +127,7 @@ with linkrx.open(receiver) as rx:
 
 @needs_core
 def test_a_named_backend_is_never_replaced() -> None:
-    """A named backend that the kernel refuses raises BackendUnavailable, which says what the kernel said."""
+    """A named backend that the kernel refuses raises BackendUnavailable with the kernel's reason."""
     lines = run("""
 with linkrx.open(receiver, backend="recvmmsg") as rx:
     send(1)
@@ -145,7 +145,7 @@ with linkrx.open(receiver, backend="recvmmsg") as rx:
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
 def test_the_last_backend_is_refused(code: int) -> None:
-    """Where recvmsg(2) and readv(2) are refused the error says what the kernel said, and that nothing else is left."""
+    """If recvmsg(2) and readv(2) are refused, the error has the kernel's reason, and says that no other backend is left."""
     lines = run(f"""
 os.environ["LINKRX_AVOID"] = "recvmmsg,readv"
 with linkrx.open(receiver) as rx:
@@ -166,7 +166,7 @@ with linkrx.open(receiver) as rx:
 
 @needs_core
 def test_readv_stays_where_only_scattering_is_refused() -> None:
-    """A filter that forbids readv(2) and preadv2(2) does not disturb the C backend on a source that does not block."""
+    """A filter that refuses readv(2) and preadv2(2) does not affect the C backend on a non-blocking source."""
     lines = run("""
 reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
 with linkrx.open(reader) as rx:
@@ -179,7 +179,7 @@ with linkrx.open(reader) as rx:
 
 @needs_core
 def test_what_is_held_survives_a_demotion() -> None:
-    """Packets, batches and views from before a demotion show what was sent, when the next backend has received more."""
+    """Packets, batches and views from before a demotion do not change when the next backend receives."""
     lines = run("""
 with linkrx.open(receiver) as rx:
     send(1, 2, 3)
@@ -197,7 +197,7 @@ with linkrx.open(receiver) as rx:
 
 @pytest.mark.parametrize("code", ["EPERM", "ENOSYS"])
 def test_probing_does_without_getsockname(code: str) -> None:
-    """A filter that forbids getsockname(2) does not keep a socket from being received from."""
+    """linkrx receives from a socket although a filter refuses getsockname(2)."""
     lines = run(f"""
 deny(errno.{code}, "getsockname")
 with linkrx.open(receiver) as rx:
@@ -217,7 +217,7 @@ with linkrx.open(receiver) as rx:
 )
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS])
 def test_without_what_a_wait_needs_open_says_so(code: int, call: str, what: str) -> None:
-    """A filter that forbids what waiting takes makes open fail with the name of the call, and leaves nothing open."""
+    """If a filter refuses a call that waiting needs, open raises an error that names the call, and leaves no descriptor."""
     lines = run(f"""
 before = os.listdir("/proc/self/fd")
 deny({code}, "{call}")
@@ -232,7 +232,7 @@ print(os.listdir("/proc/self/fd") == before)
 
 @pytest.mark.usefixtures("devices")
 def test_without_the_tun_driver() -> None:
-    """Where /dev/net/tun does not exist, as in a container, the error says what to type; so does one that is closed."""
+    """If /dev/net/tun does not exist, as in a container, the error says what to type."""
     lines = run("""
 import ctypes
 from linkrx.kernel import libc
@@ -254,7 +254,7 @@ except linkrx.LinkrxError as error:
 
 @needs_core
 def test_nothing_of_the_refused_backend_shows_later() -> None:
-    """After a demotion packets have their own lengths, none that the backend before has left in its columns."""
+    """After a demotion packets have their own lengths, not values that the previous backend left in the columns."""
     lines = run("""
 with linkrx.open(receiver) as rx:
     sender.send(LOCAL + REMOTE + b"\\x08\\x00" + bytes(1000))
@@ -269,7 +269,7 @@ with linkrx.open(receiver) as rx:
 
 @pytest.mark.usefixtures("devices")
 def test_an_interface_without_getsockname() -> None:
-    """Where getsockname(2) is forbidden an interface is received from, up or down, and is not taken for deleted."""
+    """If getsockname(2) is refused, an interface that is up or down is received from, and does not count as deleted."""
     from pyroute2 import IPRoute
 
     with veth() as (near, _), IPRoute() as route:

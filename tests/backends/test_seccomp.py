@@ -1,4 +1,4 @@
-"""A seccomp filter that comes after open: what it refuses is done without, on every backend and kind of source."""
+"""A seccomp filter that is set after open: linkrx works without the refused calls, on every backend and kind of source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHORT = 0.05
 
 TIMERS = ("timerfd_create", "timerfd_settime")
 ALL = ("getsockopt", "epoll_ctl", *TIMERS)
-# What is refused: all, each by itself, and with epoll_ctl(2) what waits.
+# The refused calls: all, each alone, and epoll_ctl(2) with the calls that wait.
 REFUSED = {
     "all": ALL,
     "getsockopt": ("getsockopt",),
@@ -40,11 +40,11 @@ REFUSED = {
     "timerfd": TIMERS,
     "epoll": ("epoll_ctl", "epoll_wait"),
     "preadv2": ("preadv2",),
-    # Of what linkrx or its tests could use, what Docker's own filter refuses a container without further capabilities.
+    # The calls that Docker's filter refuses to a container without capabilities, of those that linkrx or its tests could use.
     "docker": ("unshare", "setns", "mount", "bpf", "perf_event_open"),
 }
 
-# Kinds of source by the rigs that make them.
+# Kinds of source, by their rigs.
 KINDS = {
     "unix_dgram_ip": "unix_dgram",
     "unix_dgram_vnet": "unix_dgram",
@@ -56,14 +56,14 @@ KINDS = {
     "packet_segment": "packet",
 }
 
-# Without preadv2(2) the backend in Python asks before it reads.
+# Without preadv2(2) the backend in Python polls before it reads.
 READS = [("preadv2", code, "os_readv") for code in (errno.EPERM, errno.EACCES)]
 
 Ask = Callable[[str], None]
 
 
 def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
-    """Do `work` in a forked child, which asks for what happens to the rig: "down", "up", "delete" or "hang up"."""
+    """Run `work` in a forked child. The child requests actions on the rig: "down", "up", "delete" or "hang up"."""
     asks, asking = os.pipe()
     done, doing = os.pipe()
     told, telling = os.pipe()
@@ -108,7 +108,7 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
 
 
 def receive_to_the_end(rig: Rig, backend: str, ask: Ask, refused: Callable[[], None]) -> None:
-    """Receive in every way, behind `refused` as well; over a flap; and to the end that the source has."""
+    """Receive with every call, also after `refused` is set, over a link flap, and to the end of the source."""
     got: list[bytes] = []
     sent: list[bytes] = []
 
@@ -164,12 +164,12 @@ def receive_to_the_end(rig: Rig, backend: str, ask: Ask, refused: Callable[[], N
         assert rx.drain() == 0
         told = rx.stats()
         assert told.packets + told.undelivered == len(got)
-    # What was on its way when the device went, the kernel may have thrown away.
+    # The kernel may have dropped frames that were in transit when the device was deleted.
     assert got in (sent, sent[:-1] if rig.device is not None else sent)
 
 
 def cells(makes: tuple[rigs.MakeRig, ...]) -> Sequence[object]:
-    """Every backend on every kind of source that it takes; beside the first set of refusals the others with --all."""
+    """Every backend on every kind of source that it accepts, with the first set of refused calls, and with --all the others."""
     found = []
     for make in makes:
         for backend in that_take(KINDS.get(make.__name__, make.__name__)):
@@ -189,19 +189,19 @@ def check_refused(backend: str, make: rigs.MakeRig, what: str, code: int) -> Non
 
 @pytest.mark.parametrize(("backend", "make", "what", "code"), cells(rigs.PLAIN_RIGS))
 def test_refused_after_open(backend: str, make: rigs.MakeRig, what: str, code: int) -> None:
-    """Without getsockopt, epoll_ctl and timers reception goes on, and no backend is given up."""
+    """Without getsockopt, epoll_ctl and timers, reception continues on the same backend."""
     check_refused(backend, make, what, code)
 
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(("backend", "make", "what", "code"), cells(rigs.DEVICE_RIGS))
 def test_refused_after_open_on_devices(backend: str, make: rigs.MakeRig, what: str, code: int) -> None:
-    """There a link that goes down and up is no end either, and a device that is deleted is one."""
+    """Without these calls, reception survives a link flap, and ends after the device is deleted."""
     check_refused(backend, make, what, code)
 
 
 class Log(logging.Handler):
-    """What linkrx says, but for a missing C core."""
+    """A log handler that keeps linkrx's messages, except about a missing C core."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,13 +209,13 @@ class Log(logging.Handler):
         logging.getLogger("linkrx").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note it."""
+        """Keep the message."""
         if "C core" not in record.getMessage():
             self.said.append(record.getMessage())
 
 
 def test_an_event_loop_without_epoll_ctl() -> None:
-    """Under asyncio packets come on, from a task that was away in between too, and it is said once that they are asked for."""
+    """Under asyncio without epoll_ctl packets are received, also after a task has paused, and one warning says that linkrx polls."""
 
     def work(_: Ask) -> None:
         log = Log()
@@ -230,7 +230,7 @@ def test_an_event_loop_without_epoll_ctl() -> None:
                         deny(errno.EPERM, "epoll_ctl")
                     if len(got) == 8:
                         rx.stop()
-                    for _ in range(3):  # the event loop finds it readable while nobody waits
+                    for _ in range(3):  # the event loop finds it readable while no task waits
                         rig.send(rig.frame(100, len(got)))
                         await asyncio.sleep(0)
                         await asyncio.sleep(0)
@@ -248,7 +248,7 @@ def test_an_event_loop_without_epoll_ctl() -> None:
 
 
 def always_ready() -> tuple[socket.socket, socket.socket]:
-    """A socket that poll(2) finds readable, and that has nothing: its own end is shut, and its peer there."""
+    """A socket that poll(2) reports as readable without a packet: it is shut down for reading, and its peer is open."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.shutdown(socket.SHUT_RD)
     return receiver, sender
@@ -257,7 +257,7 @@ def always_ready() -> tuple[socket.socket, socket.socket]:
 @pytest.mark.parametrize("refused", [("epoll_ctl",), TIMERS, ("epoll_ctl", *TIMERS)])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
 def test_a_source_that_is_ready_for_nothing(refused: tuple[str, ...], before: bool) -> None:
-    """Where it can be neither left out of the poll set nor taken in again, those who poll and those who wait go on all the same."""
+    """If a source that is readable without a packet cannot leave the poll set, polling and waiting still work."""
 
     def work(_: Ask) -> None:
         log = Log()
@@ -276,7 +276,7 @@ def test_a_source_that_is_ready_for_nothing(refused: tuple[str, ...], before: bo
             assert rx.dispatch(SHORT)
             waits = rx.stats().waits
             assert rx.dispatch(1)
-            assert rx.stats().waits - waits < 500  # it sleeps in between, 10 ms
+            assert rx.stats().waits - waits < 500  # it sleeps for 10 ms in between
             rx.fileno()
             rx.stop()
             assert poll.poll(PATIENCE * 1000)
@@ -294,7 +294,7 @@ def test_a_source_that_is_ready_for_nothing(refused: tuple[str, ...], before: bo
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("make", [rigs.interface, rigs.packet])
 def test_what_is_asked_for_without_getsockopt(make: rigs.MakeRig) -> None:
-    """Counters that the kernel does not tell are None; a filter is set, or refused with a sentence; a flush ends."""
+    """Without getsockopt, counters of the kernel are None, a filter is set or refused with a reason, and a flush ends."""
 
     def work(_: Ask) -> None:
         for backend in that_take("packet"):
@@ -327,7 +327,7 @@ def test_what_is_asked_for_without_getsockopt(make: rigs.MakeRig) -> None:
 @needs_core
 @pytest.mark.usefixtures("devices")
 def test_a_ring_that_cannot_be_asked() -> None:
-    """Where neither getsockopt(2) nor recvfrom(2) tells of the link, the next backend takes over behind what the ring has."""
+    """If neither getsockopt(2) nor recvfrom(2) reports the link, the next backend takes over after the ring's packets."""
 
     def work(_: Ask) -> None:
         log = Log()
@@ -348,9 +348,9 @@ def test_a_ring_that_cannot_be_asked() -> None:
         in_child(rig, work)
 
 
-@needs_core  # in plain Python it is Python's own poll object that sleeps
+@needs_core  # in plain Python, Python's own poll object sleeps
 def test_where_nothing_can_sleep() -> None:
-    """Without epoll_wait(2) and ppoll(2) a wait ends with a sentence, and not in a loop; what is there is still had."""
+    """Without epoll_wait(2) and ppoll(2), a wait raises an error instead of spinning, and queued packets are received."""
 
     def work(_: Ask) -> None:
         with rig.open("auto") as rx:

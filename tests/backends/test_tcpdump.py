@@ -1,4 +1,4 @@
-"""linkrx beside tcpdump on the same interface: equal frame for frame."""
+"""linkrx and tcpdump receive the same frames from one interface."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def records(saved: bytes) -> list[bytes]:
 @pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump")
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_beside_tcpdump(backend: str, tmp_path: Path) -> None:
-    """What tcpdump -w has saved is what linkrx received, byte for byte and in its order, with timestamps that grow."""
+    """tcpdump -w saves the frames that linkrx receives, byte for byte and in the same order, and timestamps increase."""
     saved = tmp_path / "saved.pcap"
     honoured = {"timestamps": True} if backend in ("packet_mmap", "recvmmsg") else {}
     with rigs.interface() as rig:
