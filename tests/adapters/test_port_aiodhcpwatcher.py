@@ -1,4 +1,4 @@
-"""aiodhcpwatcher on linkrx, by scapy's sockets; and the watcher of docs/ports/ finds what it finds."""
+"""aiodhcpwatcher on linkrx through scapy's sockets. The watcher of docs/ports/ finds the same requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SENT = {
 
 @pytest.mark.parametrize("name", SENT)
 def test_the_same_requests(name: str) -> None:
-    """Of each frame both make the same request, or none."""
+    """Both watchers make the same request of each frame, or none."""
     theirs: list[Any] = []
     aiodhcpwatcher.make_packet_handler(theirs.append)(Ether(SENT[name]))
     with rigs.interface() as rig, linkrx.open(rig.source, filter=WATCHER.FILTER) as rx:
@@ -54,7 +54,7 @@ def test_the_same_requests(name: str) -> None:
 
 
 def test_on_linkrx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With conf.L2listen, and no other change, it finds every request, and those after the link was down."""
+    """With conf.L2listen set, and no other change, aiodhcpwatcher finds every request, also after the link was down."""
     monkeypatch.setattr(conf, "sniff_promisc", conf.sniff_promisc)  # it sets this
     seen: list[str] = []
 

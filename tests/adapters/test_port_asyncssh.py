@@ -22,30 +22,30 @@ PACKETS = 200
 
 
 class Server(asyncssh.SSHServer):  # type: ignore[misc, unused-ignore]
-    """Lets everybody in, and forwards to a device of its own."""
+    """A server that accepts every user, and forwards to its own device."""
 
     def begin_auth(self, username: str) -> bool:
-        """Nobody is asked."""
+        """Require no authentication."""
         return False
 
     def tun_requested(self, unit: int | None) -> bool:
-        """A TUN."""
+        """Accept a TUN tunnel."""
         return True
 
     def tap_requested(self, unit: int | None) -> bool:
-        """A TAP."""
+        """Accept a TAP tunnel."""
         return True
 
 
 @pytest.mark.parametrize("kind", ["tun", "tap"])
 def test_forwarding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets go through the SSH connection, each once and in order, both ways, and after a link was down."""
+    """Packets pass through the SSH connection, each once and in order, in both directions, also after a link was down."""
     monkeypatch.setattr(asyncssh.tuntap, "SSHLinuxTunTapTransport", TUNNELS.TunTapTransport)
     head = b"\x45" if kind == "tun" else LOCAL + REMOTE + b"\x88\xb5"
     frames = [head + number.to_bytes(4, "big") + bytes(100) for number in range(PACKETS)]
 
     async def through(sender: str, receiver: str) -> None:
-        """What is sent on one device comes in at the other."""
+        """Assert that packets sent on one device arrive on the other."""
         with injector_on(sender) as injector, linkrx.open(receiver, backend="recvmmsg") as rx:
             for frame in frames:
                 injector.send(frame)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("devices")
 
 PTF = port("ptf_linkrx")
 
-# A test for ptf: one port sends what another must receive.
+# A test for ptf: one port sends packets that another must receive.
 SWITCH = """
 import ptf
 from ptf import testutils
@@ -55,7 +55,7 @@ class Wire(BaseTest):
 
 
 def test_a_run_of_ptf(tmp_path: Path) -> None:
-    """ptf runs its test with the platform: TCP, UDP, a VLAN tag and a jumbo frame go through, both ways."""
+    """ptf runs its test with the platform: TCP, UDP, a VLAN tag and a jumbo frame pass in both directions."""
     (tmp_path / "wire.py").write_text(SWITCH)
     with rigs.veth() as (near, far):
         program = str(Path(sys.executable).parent / "ptf")
@@ -84,7 +84,7 @@ def plane() -> Iterator[Any]:
 
 
 def test_down_up_and_deletion(plane: Any) -> None:
-    """Both ports go on after down and up; when their devices are deleted, a third port goes on, and ptf's thread waits."""
+    """Both ports receive after down and up. After their devices were deleted, a third port receives, and ptf's thread waits."""
     sent = LOCAL + REMOTE + b"\x88\xb5" + bytes(50)
 
     def polled(number: int) -> bytes:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("devices")
 
 NAME, OURS, THEIRS = "lrxp0", "10.9.0.1", "10.9.0.2"
 
-# A host: PyTCP answers ARP and ping by itself, and this program what comes by UDP and TCP.
+# A host: PyTCP answers ARP and ping, and this program answers UDP and TCP.
 HOST = f"""
 import sys, threading
 sys.path.insert(0, {str(ROOT / "docs" / "ports")!r})
@@ -67,7 +67,7 @@ print(stats.packets, stats.sent, flush=True)
 
 @contextmanager
 def host() -> Iterator[subprocess.Popen[str]]:
-    """The program, up and reachable at THEIRS; a line ends it."""
+    """Run the program, which is reachable at THEIRS. A line on its standard input ends it."""
     with IPRoute() as route:
         route.link("add", ifname=NAME, kind="tuntap", mode="tap")
         try:
@@ -89,7 +89,7 @@ def host() -> Iterator[subprocess.Popen[str]]:
 
 
 def ping(number: int) -> None:
-    """Until it is answered: what is sent before its carrier is seen is lost."""
+    """Ping until there is an answer. Packets that are sent before the program sees its carrier are lost."""
     from ipaddress import IPv4Address
 
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as pinger:
@@ -109,7 +109,7 @@ def ping(number: int) -> None:
 
 
 def test_a_host() -> None:
-    """It answers pings, UDP (in fragments too) and TCP, goes on after the link was down, and ends when it is stopped."""
+    """The host answers pings, UDP (in fragments too) and TCP, also after the link was down, and ends when it is stopped."""
     with host() as process:
         ping(1)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -136,7 +136,7 @@ def test_a_host() -> None:
 
 
 def test_the_device_is_deleted() -> None:
-    """The host sees no more packets, and ends when it is stopped."""
+    """After the device was deleted, the host receives no packets, and ends when it is stopped."""
     with host() as process:
         ping(1)
         Device(NAME).delete()

@@ -33,7 +33,7 @@ PTF = port("ptf_linkrx")
 
 
 async def soon(condition: Callable[[], object]) -> None:
-    """Let the event loop run until it holds."""
+    """Let the event loop run until a condition is true."""
     async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0)
@@ -43,7 +43,7 @@ async def soon(condition: Callable[[], object]) -> None:
 
 
 def packet_of(sent: bytes) -> linkrx.Packet:
-    """The packet that a frame is received as."""
+    """The packet that linkrx receives for a frame."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with near, far, linkrx.open(near) as rx:
         far.send(sent)
@@ -51,7 +51,7 @@ def packet_of(sent: bytes) -> linkrx.Packet:
 
 
 def test_the_watcher_reads_requests() -> None:
-    """It tells the address that is asked for, of a renewal the one that the client has, the name, and the link address."""
+    """A request has the requested address, or the client's address for a renewal, the host name and the link address."""
     wanted = WATCHER.DHCPRequest
     assert WATCHER.parse(packet_of(request())) == wanted("10.0.0.9", "phone", REMOTE.hex(":"))
     renewal = request(wanted=None, source="10.0.0.8", hostname="gerät".encode("idna"))
@@ -63,13 +63,13 @@ def test_the_watcher_reads_requests() -> None:
 
 @given(st.integers(14, 400), st.binary(max_size=100))
 def test_the_watcher_survives_what_is_malformed(cut: int, behind: bytes) -> None:
-    """Whatever is cut or put behind, it raises nothing."""
+    """parse() raises no exception for frames that are cut or have bytes appended."""
     WATCHER.parse(packet_of(request()[:cut] + behind))
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["by index", "all interfaces"])
 def test_the_watcher_watches(named: bool) -> None:
-    """It calls back for requests on two interfaces, also after each was down, and no more after it was stopped."""
+    """The watcher reports requests on two interfaces, also after each was down, and none after it was stopped."""
     seen: list[Any] = []
 
     async def watch(ends: list[Rig]) -> None:
@@ -81,7 +81,7 @@ def test_the_watcher_watches(named: bool) -> None:
         await soon(lambda: {"10.0.0.0", "10.0.0.1"} <= addresses())
         for number, rig in enumerate(ends):
             assert rig.device is not None
-            await asyncio.to_thread(rig.device.set_down)  # pyroute2 has an event loop of its own
+            await asyncio.to_thread(rig.device.set_down)  # pyroute2 runs its own event loop
             await asyncio.to_thread(rig.device.set_up)
             rig.send(request(wanted=f"10.0.1.{number}"))
         await soon(lambda: {"10.0.1.0", "10.0.1.1"} <= addresses())
@@ -99,7 +99,7 @@ def test_the_watcher_watches(named: bool) -> None:
 
 
 def test_the_watcher_as_a_program() -> None:
-    """It prints requests."""
+    """As a program, the watcher prints requests."""
     program = ROOT / "docs" / "ports" / "dhcp_watcher.py"
     with (
         rigs.interface() as rig,
@@ -120,24 +120,24 @@ def test_the_watcher_as_a_program() -> None:
 
 
 class Received(asyncio.Protocol):
-    """What a transport delivers."""
+    """A protocol that keeps the packets of a transport."""
 
     def __init__(self) -> None:
         self.packets: list[bytes] = []
         self.lost: list[Exception | None] = []
 
     def data_received(self, data: bytes) -> None:
-        """One packet."""
+        """Keep a packet."""
         self.packets.append(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The device is gone."""
+        """Record that the device was deleted."""
         self.lost.append(exc)
 
 
 @pytest.mark.parametrize("mode", [1, 2], ids=["tun", "tap"])
 def test_the_transport(mode: int) -> None:
-    """Each packet comes once and in order, what is written arrives, pauses keep packets, and the end is told once."""
+    """The transport receives each packet once and in order, writes packets, loses none in a pause, and reports the end once."""
 
     async def work() -> None:
         loop = asyncio.get_running_loop()
@@ -173,7 +173,7 @@ def test_the_transport(mode: int) -> None:
                 transport.write(frames[0])
                 assert frames[0] in (bytes(packet) for packet in iter(lambda: seen.recv(PATIENCE), None))
             await asyncio.to_thread(device.set_down)
-            transport.write(frames[0])  # is lost
+            transport.write(frames[0])  # this packet is lost
             await asyncio.to_thread(device.set_up)
             injector.send(frames[0])
             await soon(lambda: len(ours()) == 201)
@@ -189,7 +189,7 @@ def test_the_transport(mode: int) -> None:
 
 
 def test_the_read_loop() -> None:
-    """Each packet of a TUN device is sent on once and in order, without packet information; it ends with the device."""
+    """The read loop forwards each packet of a TUN device once and in order, without packet information, and ends with the device."""
 
     async def work(rig: Rig) -> None:
         sent: list[bytes] = []
@@ -217,7 +217,7 @@ def test_the_read_loop() -> None:
 
 
 def test_the_port_class() -> None:
-    """It sends and receives frames of any size with their tags, goes on after down and up, and is quiet after deletion."""
+    """A port sends and receives frames of any size with their tags, also after down and up, and is not readable after deletion."""
     with rigs.interface() as rig, ExitStack() as stack:
         name = str(rig.source)
         ours, far = (
@@ -249,7 +249,7 @@ def test_the_port_class() -> None:
 
 
 def until_ready(one: Any) -> Any:
-    """What a port receives next, as ptf has it."""
+    """The next frame that a port receives, as ptf gets it."""
     while True:
         assert select.select([one], [], [], PATIENCE)[0]
         got = one.recv()

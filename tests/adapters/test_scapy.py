@@ -1,4 +1,4 @@
-"""scapy's sniff and AsyncSniffer through linkrx: what they are asked for, what a packet tells, and how they end."""
+"""scapy's sniff and AsyncSniffer on linkrx: options, packet attributes and ends."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ __all__ = ["scapy_uses_linkrx"]
 
 pytestmark = pytest.mark.usefixtures("devices", "scapy_uses_linkrx")
 
-OURS = "ether proto 0x88b5"  # what rigs make: the kernel sends packets of its own
+OURS = "ether proto 0x88b5"  # frames of rigs; the kernel sends other packets
 
 
 def is_ours(packet: Packet) -> bool:
-    """Whether a rig made it."""
+    """Whether a rig made the packet."""
     return bool(bytes(packet)[12:14] == b"\x88\xb5")
 
 
 def numbered(rig: Rig, numbers: range) -> list[bytes]:
-    """Frames of a rig."""
+    """Numbered frames of a rig."""
     return [rig.frame(60, number) for number in numbers]
 
 
 def sent_at_start(rig: Rig, frames: list[bytes]) -> dict[str, Any]:
-    """For `sniff`: the frames are sent when it has begun to receive."""
+    """An option of `sniff`: the frames are sent after it has started to receive."""
     return {"iface": rig.source, "timeout": 60, "started_callback": lambda: list(map(rig.send, frames))}
 
 
 def mixed() -> list[bytes]:
-    """Frames of UDP, TCP and others."""
+    """Frames of UDP, TCP and other protocols."""
     head = Ether(src="02:00:00:00:00:02", dst="02:00:00:00:00:01")
     ip = IP(src="10.0.0.1", dst="10.0.0.2")
     return [
@@ -66,7 +66,7 @@ def mixed() -> list[bytes]:
 
 
 def test_sniff_count_prn_and_store(capsys: pytest.CaptureFixture[str]) -> None:
-    """sniff returns `count` packets in their order, and prints what prn returns; without `store` it keeps none."""
+    """sniff returns `count` packets in order, and prints the results of prn. Without `store` it keeps none."""
     with rigs.interface() as rig:
         frames = numbered(rig, range(8))
         found = sniff(filter=OURS, count=5, prn=lambda packet: len(packet), **sent_at_start(rig, frames))
@@ -77,14 +77,14 @@ def test_sniff_count_prn_and_store(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("backend", ["packet_mmap", "recvmmsg"])
 def test_sniff_filter(backend: str) -> None:
-    """The kernel filters: of four frames sniff has the two of port 53, and the interface's backend may be named."""
+    """The kernel filters: sniff gets the two frames of port 53 out of four. A backend can be named."""
     with rigs.interface() as rig:
         found = sniff(filter="udp port 53", count=2, backend=backend, **sent_at_start(rig, mixed()))
         assert [bytes(packet[UDP].payload) for packet in found] == [b"asked", b"answered"]
 
 
 def test_except_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """conf.except_filter is kept out of what a filter takes, and `nofilter` takes all."""
+    """conf.except_filter excludes packets from those that a filter accepts. `nofilter` accepts all."""
     with rigs.interface() as rig:
         monkeypatch.setattr(conf, "except_filter", "udp src port 1")
         (found,) = sniff(filter="udp port 53", count=1, **sent_at_start(rig, mixed()))
@@ -99,7 +99,7 @@ def test_except_filter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_of(socket: L2Socket, wanted: Any) -> Packet:
-    """The next packet that is wanted."""
+    """The next packet for which `wanted` is true."""
     while True:
         packet = socket.recv()
         if packet is not None and wanted(packet):
@@ -107,7 +107,7 @@ def one_of(socket: L2Socket, wanted: Any) -> Packet:
 
 
 def test_a_wrong_filter() -> None:
-    """A wrong expression is a Scapy_Exception with libpcap's words, as of scapy's own sockets; so is monitor mode."""
+    """An invalid expression raises Scapy_Exception with libpcap's message, as with scapy's own sockets. Monitor mode raises it too."""
     with rigs.interface() as rig:
         with pytest.raises(Scapy_Exception, match="upd"):
             sniff(iface=rig.source, filter="upd port 53", timeout=1)
@@ -116,7 +116,7 @@ def test_a_wrong_filter() -> None:
 
 
 def test_no_such_interface() -> None:
-    """An interface that is not there is a ValueError that names it, as of scapy's own sockets."""
+    """An interface that does not exist raises ValueError, which names it, as with scapy's own sockets."""
     for socket in (L2Socket, L2ListenSocket, OwnListenSocket):
         with pytest.raises(ValueError, match="nope0"):
             socket(iface="nope0")
@@ -124,13 +124,13 @@ def test_no_such_interface() -> None:
 
 @pytest.mark.parametrize("wanted", [{"promisc": True}, {"type": 0x0800}])
 def test_what_a_borrowed_source_cannot_have(wanted: dict[str, Any]) -> None:
-    """promisc and type are refused of what is no interface by name, not ignored."""
+    """promisc and type are refused, and not ignored, for sources other than an interface by name."""
     with rigs.tap() as rig, pytest.raises(linkrx.UnsupportedOption, match=r"promiscuous|protocol"):
         L2Socket(rig.source, **wanted)
 
 
 def test_lfilter_and_stop_filter() -> None:
-    """lfilter leaves packets out, and the packet for which stop_filter is true is the last."""
+    """lfilter excludes packets, and the packet for which stop_filter is true is the last."""
     with rigs.interface() as rig:
         frames = numbered(rig, range(10))
         found = sniff(
@@ -143,7 +143,7 @@ def test_lfilter_and_stop_filter() -> None:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_timeout(busy: bool) -> None:
-    """`timeout` ends sniff, on an interface that is busy too."""
+    """`timeout` ends sniff, also under load."""
     with rigs.interface() as rig, ExitStack() as stack:
         if busy:
             stack.enter_context(flooded(rig))
@@ -153,7 +153,7 @@ def test_timeout(busy: bool) -> None:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_async_sniffer(busy: bool) -> None:
-    """AsyncSniffer receives from start to stop, and stop returns what came, also under load."""
+    """AsyncSniffer receives from start to stop, and stop returns the packets, also under load."""
     with rigs.interface() as rig, sniffing(iface=rig.source, filter=OURS) as found, ExitStack() as stack:
         frames = numbered(rig, range(3))
         list(map(rig.send, frames))
@@ -168,7 +168,7 @@ def test_async_sniffer(busy: bool) -> None:
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["list", "dict"])
 def test_several_interfaces(labelled: bool) -> None:
-    """One sniff of two interfaces has the packets of both, each in order, and tells where each came from."""
+    """A sniff of two interfaces gets the packets of both, in order, with the interface of each."""
     with rigs.interface() as one, rigs.interface() as other:
         names = [str(one.source), str(other.source)]
         iface: Any = {name: f"label of {name}" for name in names} if labelled else names
@@ -184,7 +184,7 @@ def test_several_interfaces(labelled: bool) -> None:
 
 
 def tagged() -> list[bytes]:
-    """Frames with one VLAN tag and two, of 802.1Q and 802.1ad, with and without a VLAN number; and one without a tag."""
+    """Frames with one or two VLAN tags, of 802.1Q and 802.1ad, with and without a VLAN number, and one without a tag."""
     head = Ether(src="02:00:00:00:00:02", dst="02:00:00:00:00:01")
     rest = IP(src="10.0.0.1", dst="10.0.0.2") / UDP(sport=7, dport=7) / bytes(100)
     return [
@@ -200,7 +200,7 @@ def tagged() -> list[bytes]:
 
 @pytest.mark.parametrize("listens", [L2ListenSocket, L2Socket])
 def test_as_scapys_own(listens: type[L2Socket]) -> None:
-    """Bytes, dissection and times are those that scapy's own socket has, VLAN tags included; wirelen and direction are told."""
+    """Bytes, dissection and times are the same as of scapy's own socket, VLAN tags included, and wirelen and direction are set."""
     before = time.time_ns()
     with rigs.interface() as rig, listens(rig.source) as mine:
         own = OwnListenSocket(iface=str(rig.source))
@@ -228,7 +228,7 @@ def test_as_scapys_own(listens: type[L2Socket]) -> None:
 
 
 def test_original_length() -> None:
-    """Of a frame that was cut, wirelen is the length before; `recv(x)` cuts as well."""
+    """wirelen of a frame that was cut is its true length. `recv(x)` cuts too."""
     with rigs.interface() as rig, L2Socket(rig.source, snaplen=64, filter="udp or vlan") as cut:
         for frame in tagged():
             rig.send(frame)
@@ -244,7 +244,7 @@ def test_original_length() -> None:
 
 
 def test_direction() -> None:
-    """L2ListenSocket shows what this host sends, with direction 2; L2Socket does not."""
+    """L2ListenSocket receives packets that this host sends, with direction 2. L2Socket does not."""
     with (
         rigs.interface() as rig,
         L2Socket(rig.source, filter=OURS) as both,
@@ -260,7 +260,7 @@ def test_direction() -> None:
 
 
 def test_one_protocol() -> None:
-    """`type` takes packets of one EtherType only."""
+    """`type` selects packets of one EtherType."""
     with rigs.interface() as rig, L2ListenSocket(rig.source, type=0x88B5) as taken:
         for frame in [*mixed(), *numbered(rig, range(2))]:
             rig.send(frame)
@@ -268,7 +268,7 @@ def test_one_protocol() -> None:
 
 
 def test_waiting() -> None:
-    """`recv` waits for a packet; not where the descriptor was polled before, and never after set_nonblock."""
+    """`recv` waits for a packet. It does not wait if the descriptor was polled before, or after set_nonblock."""
     with rigs.interface() as rig, L2Socket(rig.source, filter=OURS) as taken:
         found: list[Packet | None] = []
         with running(lambda: found.append(taken.recv())):
@@ -283,18 +283,18 @@ def test_waiting() -> None:
 
 
 def test_any_interface() -> None:
-    """iface="any" receives from all interfaces, and each packet is dissected as its own device has it."""
+    """iface="any" receives from all interfaces, and each packet is dissected by the link type of its device."""
     with rigs.interface() as one, rigs.tun() as tun:
         with sniffing(iface="any", L2socket=L2ListenSocket, lfilter=lambda p: UDP in p) as found:
             one.send(mixed()[0])
             tun.send(mixed()[2][14:])
-            # The frame is seen twice: as it goes out of one end of the pair, and as it comes in at the other.
+            # The frame is received twice: when it goes out of one end of the pair, and when it comes in at the other.
             until(lambda: len(found.packets) >= 3)
         assert [type(packet) for packet in found.packets] == [Ether, Ether, IP]
 
 
 def test_link_types() -> None:
-    """TAP has Ethernet frames; TUN has IPv4 and IPv6; what the kernel tells no EtherType of is dissected by its link type."""
+    """TAP gives Ethernet frames, and TUN gives IPv4 and IPv6. A packet without a reported EtherType is dissected by its link type."""
     six = bytes(IPv6(src="fd00::1", dst="fd00::2") / UDP(sport=7, dport=7))
     with rigs.tap() as rig, L2Socket(rig.source) as taken:
         rig.send(mixed()[0])
@@ -315,7 +315,7 @@ def test_link_types() -> None:
 
 
 def test_a_capture_file(tmp_path: Path) -> None:
-    """A capture file is a source: sniff has its packets, with their times, and ends."""
+    """sniff of a capture file returns its packets, with their times, and ends."""
     path = tmp_path / "four.pcap"
     wrpcap(str(path), [Ether(frame) for frame in mixed()])
     taken = L2ListenSocket(linkrx.CaptureFile(path), filter="udp")
@@ -325,7 +325,7 @@ def test_a_capture_file(tmp_path: Path) -> None:
 
 
 def test_a_flap_is_no_end() -> None:
-    """Packets from before and after a link was down are in one sniff."""
+    """One sniff gets the packets from before and after a link was down."""
     with rigs.interface() as rig, sniffing(iface=rig.source, filter=OURS, count=6) as found:
         assert rig.device is not None
         for number in range(3):
@@ -341,7 +341,7 @@ def test_a_flap_is_no_end() -> None:
 
 @pytest.mark.parametrize("make", [rigs.interface, rigs.tap, rigs.tun])
 def test_deletion_ends_it(make: rigs.MakeRig, caplog: pytest.LogCaptureFixture) -> None:
-    """When the device is deleted, sniff returns what it has, without a warning; in a sniff of two the other goes on."""
+    """After its device was deleted, sniff returns its packets, without a warning. A sniff of two devices continues with the other."""
     with make() as rig, rigs.interface() as other, caplog.at_level(logging.WARNING):
         gone, stays = L2Socket(rig.source), L2Socket(other.source, filter=OURS)
         with gone, stays, sniffing(opened_socket={gone: "gone", stays: "stays"}) as found:
@@ -359,7 +359,7 @@ def test_deletion_ends_it(make: rigs.MakeRig, caplog: pytest.LogCaptureFixture) 
 
 
 def test_recv_after_the_end() -> None:
-    """`recv` behind the end raises what is an EOFError and an OSError, each time."""
+    """`recv` after the end raises an error that is an EOFError and an OSError, each time."""
     with rigs.interface() as rig, L2Socket(rig.source) as taken:
         assert rig.device is not None
         rig.device.delete()
@@ -371,13 +371,13 @@ def test_recv_after_the_end() -> None:
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """A program in a process of its own."""
+    """Run a program in its own process."""
     command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_scapy_is_imported_where_it_is_asked_for() -> None:
-    """`import linkrx` imports no scapy; without scapy the adapter says what to install."""
+    """`import linkrx` does not import scapy. Without scapy the adapter's error says what to install."""
     done = run("import linkrx, sys; linkrx.open; print('scapy' in sys.modules)")
     assert done.stdout == "False\n"
     done = run(
@@ -394,7 +394,7 @@ def test_scapy_is_imported_where_it_is_asked_for() -> None:
 
 
 def test_frames_are_dissected_without_scapy_all() -> None:
-    """A program that imports nothing else of scapy has Ethernet, ARP and IP."""
+    """A program that imports no other module of scapy gets Ethernet, ARP and IP layers."""
     done = run(
         "import socket, linkrx.adapters.scapy as adapter\n"
         "near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"

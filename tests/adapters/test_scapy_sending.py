@@ -1,4 +1,4 @@
-"""scapy's sendp, srp1, answering machines and bridge_and_sniff through linkrx."""
+"""scapy's sendp, srp1, answering machines and bridge_and_sniff on linkrx."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ LOCAL_TEXT, REMOTE_TEXT = LOCAL.hex(":"), REMOTE.hex(":")
 
 
 def numbered(number: int) -> Ether:
-    """A frame as scapy makes it."""
+    """A numbered frame of scapy."""
     return Ether(dst=LOCAL_TEXT, src=REMOTE_TEXT, type=0x88B5) / Raw(number.to_bytes(4, "big") + bytes(42))
 
 
 @pytest.mark.parametrize("make", [rigs.interface, rigs.tap])
 def test_sendp(make: rigs.MakeRig) -> None:
-    """sendp sends each packet once, in order, VLAN tags included, and those come out at the far end."""
+    """sendp sends each packet once, in order, VLAN tags included, and the far end receives them."""
     with make() as rig:
         assert rig.far_end is not None
         with rig.far_end() as take, L2Socket(rig.source) as sender:
@@ -63,7 +63,7 @@ def test_a_tag_is_sent() -> None:
 
 
 def test_a_short_frame_is_padded() -> None:
-    """What the kernel finds too short for the link is sent with zeroes behind it, as by scapy's own sockets."""
+    """A frame that is too short for the link is padded with zeroes, as by scapy's own sockets."""
     with rigs.interface() as rig, linkrx.open(rig.source) as near, rigs_far(rig) as far:
         assert far.send(Raw(b"abc")) == 60
         assert bytes(near_packet(near, b"abc")) == b"abc".ljust(60, b"\0")
@@ -72,12 +72,12 @@ def test_a_short_frame_is_padded() -> None:
 
 
 def rigs_far(rig: Rig) -> L2Socket:
-    """A socket on the other end of the pair that a rig stands on."""
+    """A socket on the other end of a rig's veth pair."""
     return L2Socket(str(rig.source).replace("lrxn", "lrxf"))
 
 
 def near_packet(near: linkrx.Dispatcher, start: bytes) -> linkrx.Packet:
-    """The next packet that begins so."""
+    """The next packet that starts with these bytes."""
     while True:
         packet = near.recv(PATIENCE)
         if packet[: len(start)] == start:
@@ -108,7 +108,7 @@ def test_send_waits_for_room() -> None:
 
 
 def test_srp1_and_an_answering_machine() -> None:
-    """srp1 gets the ARP reply of scapy's answering machine at the far end, and None where nobody answers."""
+    """srp1 gets the ARP reply of scapy's answering machine at the far end, and None without an answer."""
     with rigs.veth() as (near, far):
         started = threading.Event()
         machine = ARP_am(iface=far, IP_addr="10.0.0.2", ARP_addr=LOCAL_TEXT)
@@ -134,7 +134,7 @@ def test_srp1_and_an_answering_machine() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_the_kernel_answers(mode: str) -> None:
-    """On a TAP and a TUN, sr1 asks the kernel behind the device, and gets its answers: to ARP and to ping."""
+    """On a TAP and a TUN, the kernel answers ARP and ping requests, and scapy gets the answers."""
     with linkrx.TunTap("lrxs0", mode=mode) as queue, L2Socket(queue) as asks, IPRoute() as route:
         index = socket.if_nametoindex(queue.name)
         route.addr("add", index=index, address="10.9.0.1", prefixlen=24)
@@ -152,7 +152,7 @@ def test_the_kernel_answers(mode: str) -> None:
 
 
 class Bridged:
-    """Two veth pairs. `ends` are the far ones; between the near ones bridge_and_sniff runs in a thread, which `wait` joins."""
+    """Two veth pairs. `ends` are the far ends. bridge_and_sniff runs between the near ends in a thread, which `wait` joins."""
 
     def __init__(self, near: tuple[str, str], count: int, **wanted: Any) -> None:
         self.seen: list[Packet] = []
@@ -169,25 +169,25 @@ class Bridged:
         assert started.wait(PATIENCE)
 
     def wait(self) -> list[Packet]:
-        """What it has forwarded, or might have."""
+        """Wait for the bridge to end. Returns the packets that it received."""
         self.thread.join(2 * PATIENCE)
         assert not self.thread.is_alive()
         return self.seen
 
 
 def is_udp(packet: Packet) -> bool:
-    """What these tests send."""
+    """Whether a packet is one of these tests' packets."""
     return UDP in packet
 
 
 def udp(number: int) -> Ether:
-    """A packet with a number."""
+    """A numbered UDP packet."""
     ip = IP(src="192.0.2.1", dst="192.0.2.2")
     return Ether(dst=LOCAL_TEXT, src=REMOTE_TEXT) / ip / UDP(sport=number, dport=9) / bytes(20)
 
 
 def collected(name: str, number: int) -> Callable[[], list[Packet]]:
-    """Begin to receive that many of what these tests send, where an interface brings it in; then wait for them."""
+    """Start to receive `number` of these tests' packets on an interface. The returned call waits for them."""
     socket = L2Socket(name, filter="udp dst port 9")
 
     def wait() -> list[Packet]:
@@ -203,7 +203,7 @@ def collected(name: str, number: int) -> Callable[[], list[Packet]]:
 
 
 def test_bridge_and_sniff() -> None:
-    """Frames go from each interface to the other, each once and in order, and sniff returns them all."""
+    """bridge_and_sniff forwards frames in both directions, each once and in order, and returns them all."""
     with rigs.veth() as (one, far_one), rigs.veth() as (other, far_other):
         there, back = collected(far_other, 10), collected(far_one, 10)
         bridged = Bridged((one, other), count=20)
@@ -216,7 +216,7 @@ def test_bridge_and_sniff() -> None:
 
 
 def test_bridge_and_sniff_transforms() -> None:
-    """What xfrm12 returns decides: False drops, True forwards, a packet is sent in its place; so goes NAT."""
+    """If xfrm12 returns False the packet is dropped, if True it is forwarded, and a returned packet replaces it, as for NAT."""
 
     def translate(packet: Packet) -> Packet | bool:
         if packet[UDP].sport == 1:
@@ -240,7 +240,7 @@ def test_bridge_and_sniff_transforms() -> None:
 
 
 def test_sending_on_the_interface_of_a_bridge() -> None:
-    """A frame that xfrm sends on the interface where it received is not received there, and ends nothing."""
+    """A frame that xfrm sends on its own interface is not received there, and does not end the bridge."""
     with rigs.veth() as (one, far_one), rigs.veth() as (other, far_other):
         answered = collected(far_one, 2)
 
@@ -259,7 +259,7 @@ def test_sending_on_the_interface_of_a_bridge() -> None:
 
 @pytest.mark.parametrize("make", [rigs.tap, rigs.tun])
 def test_bridge_of_taps(make: rigs.MakeRig) -> None:
-    """Sockets on TAPs and TUNs are bridged as interfaces are."""
+    """bridge_and_sniff bridges sockets on TAPs and TUNs too."""
     with make() as one, make() as other, L2Socket(one.source) as near, L2Socket(other.source) as beyond:
         assert other.far_end is not None
         with other.far_end() as take:
@@ -270,7 +270,7 @@ def test_bridge_of_taps(make: rigs.MakeRig) -> None:
                 kwargs={"count": 3, "lfilter": lambda packet: bytes(packet) in frames, "timeout": 60},
             )
             bridged.start()
-            for frame in frames:  # what waits in the queue is bridged as well
+            for frame in frames:  # queued frames are forwarded too
                 one.send(frame)
             assert [take() for _ in frames] == frames
             bridged.join(PATIENCE)
@@ -278,7 +278,7 @@ def test_bridge_of_taps(make: rigs.MakeRig) -> None:
 
 
 def test_a_bridge_survives_a_flap(caplog: pytest.LogCaptureFixture) -> None:
-    """While a link is down what is sent there is lost, with scapy's warning; when it is up again the bridge goes on."""
+    """Frames to a link that is down are lost, with scapy's warning. After it is up, the bridge forwards again."""
     with rigs.veth() as (one, far_one), rigs.veth() as (other, far_other):
         device = Device(other, far_other)
         with (
@@ -296,5 +296,5 @@ def test_a_bridge_survives_a_flap(caplog: pytest.LogCaptureFixture) -> None:
             bridged.wait()
             until(lambda: len(found.packets) == 2)
         assert [packet[UDP].sport for packet in found.packets] == [1, 3]
-    caplog.clear()  # tracebacks, which hold the sockets that scapy leaves open
+    caplog.clear()  # tracebacks hold sockets that scapy leaves open
     gc.collect()

@@ -1,4 +1,4 @@
-"""Beside the programs that people have: what they write linkrx reads packet for packet, and what it writes they read."""
+"""linkrx reads the capture files of other programs packet for packet, and they read linkrx's files."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ pytestmark = pytest.mark.skipif(
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
-    """Skip where a program is missing."""
+    """Skip the test if a program is missing."""
     missing = [program for program in programs if shutil.which(program) is None]
     return pytest.mark.skipif(
         bool(missing), reason=f"needs {', '.join(missing)}: apt install tshark tcpdump has it"
     )
 
 
-# A sanitizer's runtime is for this process: preloaded into others, it may stop them for ever.
+# A sanitizer's runtime is for this process only. Other programs may hang if it is preloaded.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def run(*command: str | Path, **options: Any) -> str:
-    """What a program prints."""
+    """Run a program. Returns its output."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, check=False, env=ENVIRONMENT, **options
     )
@@ -58,12 +58,12 @@ FIELDS = (
 
 
 def of_tshark(path: Path) -> list[tuple[bytes, int, int, str, bool]]:
-    """Every packet as tshark reads it: bytes, nanoseconds, true length, interface, direction."""
+    """Every packet that tshark reads: bytes, nanoseconds, true length, interface, direction."""
     fields = [option for field in FIELDS for option in ("-e", field)]
-    # Without any protocol's say: frames are made up, and time is spent on what they are not.
+    # All protocols are disabled, because dissecting these random frames only takes time.
     common = ("tshark", "-n", "-r", path, "-o", "frame.generate_md5_hash:FALSE")
     lines = run(*common, "-T", "fields", *fields).splitlines()
-    # The bytes are those of the file in which tshark puts what it has read.
+    # The bytes are from the file that tshark writes.
     raw = path.with_suffix(".raw")
     run("tshark", "-n", "-r", path, "-F", "nsecpcap", "-w", raw)
     frames = records(raw.read_bytes())
@@ -79,7 +79,7 @@ def of_tshark(path: Path) -> list[tuple[bytes, int, int, str, bool]]:
 
 
 def named(packets: list[tuple[bytes, int, int, str, bool]]) -> list[tuple[bytes, int, int, str, bool]]:
-    """mergecap calls the interface of a pcap file unknown, and tshark one without a name as well."""
+    """An interface name. mergecap and tshark call an interface without a name unknown."""
     return [(*each[:3], "" if each[3] == "unknown" else each[3], each[4]) for each in packets]
 
 
@@ -94,7 +94,7 @@ def records(saved: bytes) -> list[bytes]:
 
 
 def of_linkrx(path: Path) -> list[tuple[bytes, int, int, str, bool]]:
-    """The same as linkrx reads it."""
+    """Every packet that linkrx reads, as in `of_tshark`."""
     with linkrx.open(path) as rx:
         return [
             (
@@ -109,7 +109,7 @@ def of_linkrx(path: Path) -> list[tuple[bytes, int, int, str, bool]]:
 
 
 def some_packets(unit: int = 1000) -> list[Recorded]:
-    """Of many lengths, some of them cut."""
+    """Packets of many lengths, some of them cut."""
     chooses = random.Random(7)
     return [
         Recorded(
@@ -121,7 +121,7 @@ def some_packets(unit: int = 1000) -> list[Recorded]:
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    """A pcapng file with two named interfaces, directions and cut packets, for programs to convert."""
+    """A pcapng file with two named interfaces, directions and cut packets, which other programs convert."""
     made = captures.section() + b"".join(
         Interface(name=name, resolution=9).block() for name in ("eth7", "br0")
     )
@@ -170,7 +170,7 @@ KINDS = kinds()
 @needs("tshark")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
-    """Of each magic number, byte order, snaplen that lies, resolution of times and kind of block, linkrx reads what tshark reads."""
+    """linkrx and tshark read the same packets of each magic number, byte order, wrong snaplen, resolution and kind of block."""
     path = tmp_path / "some"
     path.write_bytes(KINDS[kind])
     expected, found = of_tshark(path), of_linkrx(path)
@@ -182,14 +182,14 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
 
 @needs("tshark")
 def test_what_is_made_by_hand(original: Path) -> None:
-    """Bytes, times, lengths, interface names and directions of a file made by hand are those that tshark reads."""
+    """linkrx and tshark read the same bytes, times, lengths, interface names and directions of a file made by hand."""
     assert of_linkrx(original) == of_tshark(original)
 
 
 @needs("tshark", "editcap")
 @pytest.mark.parametrize("form", ["pcap", "nsecpcap", "modpcap", "pcapng"])
 def test_editcap(original: Path, tmp_path: Path, form: str) -> None:
-    """What editcap has converted is read as tshark reads it."""
+    """linkrx reads files converted by editcap as tshark does."""
     one = tmp_path / "one.pcapng"
     run("tshark", "-n", "-r", original, "-Y", "frame.interface_id == 0", "-w", one)
     made = tmp_path / "made"
@@ -201,13 +201,13 @@ def test_editcap(original: Path, tmp_path: Path, form: str) -> None:
 
 @needs("tshark", "editcap", "mergecap")
 def test_mergecap(original: Path, tmp_path: Path) -> None:
-    """What mergecap has put together of several files, interfaces and resolutions is read as tshark reads it."""
+    """linkrx reads files that mergecap merged from several files, interfaces and resolutions as tshark does."""
     other, merged = tmp_path / "other.pcap", tmp_path / "merged.pcapng"
     other.write_bytes(captures.pcap(some_packets(), order=">"))
     run("mergecap", "-w", merged, original, other)
     assert named(of_linkrx(merged)) == named(of_tshark(merged))
     assert len(of_linkrx(merged)) == 2 * len(some_packets())
-    # And file behind file, sections that follow each other.
+    # Also concatenated files, which have several sections.
     both = tmp_path / "both.pcapng"
     both.write_bytes(original.read_bytes() + merged.read_bytes())
     assert of_linkrx(both) == of_linkrx(original) + of_linkrx(merged)
@@ -215,7 +215,7 @@ def test_mergecap(original: Path, tmp_path: Path) -> None:
 
 @needs("tshark", "text2pcap")
 def test_text2pcap(tmp_path: Path) -> None:
-    """What text2pcap has made of hexadecimal text is read as tshark reads it."""
+    """linkrx reads files that text2pcap made from hexadecimal text as tshark does."""
     text, made = tmp_path / "text", tmp_path / "made"
     text.write_text("".join(f"000000 {one.data.hex(' ')}\n" for one in some_packets()))
     run("text2pcap", text, made)
@@ -227,7 +227,7 @@ def test_text2pcap(tmp_path: Path) -> None:
 @pytest.mark.parametrize("magic", [captures.MICROSECONDS, NANOSECONDS, KUZNETZOV])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_tcpdump_copies(tmp_path: Path, magic: int, order: str) -> None:
-    """What tcpdump reads of each kind of pcap file and writes again, linkrx reads of either."""
+    """linkrx reads the same packets from each kind of pcap file and from tcpdump's copy of it."""
     first, second = tmp_path / "first", tmp_path / "second"
     packets = some_packets(1 if magic == NANOSECONDS else 1000)
     first.write_bytes(captures.pcap(packets, magic=magic, order=order))
@@ -239,7 +239,7 @@ def test_tcpdump_copies(tmp_path: Path, magic: int, order: str) -> None:
 @needs("tcpdump")
 @pytest.mark.usefixtures("devices")
 def test_tcpdump_through_a_pipe() -> None:
-    """What tcpdump captures and writes into a pipe is received from there while it runs."""
+    """linkrx receives packets from a pipe while tcpdump captures and writes them."""
     with rigs.interface() as rig:
         command = ["tcpdump", "-i", str(rig.source), "-U", "-w", "-", "-n", "-s", "0", "-Z", "root"]
         with subprocess.Popen(
@@ -262,7 +262,7 @@ def test_tcpdump_through_a_pipe() -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("form", ["-n", "-P"])
 def test_dumpcap(tmp_path: Path, form: str) -> None:
-    """What dumpcap has captured, in pcapng and pcap, is read as tshark reads it."""
+    """linkrx reads captures of dumpcap, in pcapng and pcap, as tshark does."""
     made = tmp_path / "made"
     with rigs.interface() as rig:
         command = ["dumpcap", form, "-i", str(rig.source), "-w", str(made), "-c", "5", "-q"]
@@ -280,7 +280,7 @@ def test_dumpcap(tmp_path: Path, form: str) -> None:
 
 
 def by_scapy_pcap(path: Path, packets: list[Recorded]) -> None:
-    """In pcap with nanoseconds."""
+    """Write a pcap file with nanoseconds by scapy."""
     from scapy.utils import RawPcapWriter
 
     with RawPcapWriter(str(path), linktype=1, nano=True) as out:
@@ -291,7 +291,7 @@ def by_scapy_pcap(path: Path, packets: list[Recorded]) -> None:
 
 
 def by_pcapy(path: Path, packets: list[Recorded]) -> None:
-    """In pcap: copied from a file."""
+    """Copy a pcap file by pcapy-ng."""
     import pcapy  # type: ignore[import-not-found, unused-ignore]
 
     source = path.with_suffix(".source")
@@ -305,7 +305,7 @@ def by_pcapy(path: Path, packets: list[Recorded]) -> None:
 
 @pytest.mark.parametrize("write", [by_scapy_pcap, by_pcapy])
 def test_libraries_write(tmp_path: Path, write: Callable[[Path, list[Recorded]], None]) -> None:
-    """What scapy and pcapy-ng have written is read as it was given to them."""
+    """linkrx reads the packets that were given to scapy and pcapy-ng from the files that they wrote."""
     if write is by_pcapy and find_spec("pcapy") is None:
         pytest.skip("needs pcapy-ng: pip install pcapy-ng")
     path = tmp_path / "made"
@@ -314,7 +314,7 @@ def test_libraries_write(tmp_path: Path, write: Callable[[Path, list[Recorded]],
 
 
 def test_scapy_pcapng(tmp_path: Path) -> None:
-    """What scapy has written in pcapng, with the names of interfaces and directions, is read."""
+    """linkrx reads scapy's pcapng files, with interface names and directions."""
     from scapy.layers.l2 import Ether
     from scapy.utils import PcapNgWriter
 
@@ -329,14 +329,14 @@ def test_scapy_pcapng(tmp_path: Path) -> None:
     assert [each[3] for each in got] == [("eth7", "br0")[number % 2] for number in range(len(got))]
 
 
-# What linkrx writes.
+# Files that linkrx writes.
 
 Format = Literal["pcapng", "pcap"]
 every_format = pytest.mark.parametrize("form", ["pcapng", "pcap"])
 
 
 def recorded(original: Path, path: Path, form: Format) -> list[tuple[bytes, int, int, str, bool]]:
-    """Record what is in a file, and return what it is."""
+    """Record the packets of a file, and return them."""
     with linkrx.open(original) as rx, linkrx.PcapWriter(path, format=form, source=rx) as out:
         for batch in rx.batches():
             out.write(batch)
@@ -347,7 +347,7 @@ def recorded(original: Path, path: Path, form: Format) -> list[tuple[bytes, int,
 @needs("tshark", "capinfos")
 @every_format
 def test_tshark_and_capinfos_read(original: Path, tmp_path: Path, form: Format) -> None:
-    """tshark reads the same bytes, times, lengths, names and directions that were recorded, and capinfos finds the same in them."""
+    """tshark and capinfos read the recorded bytes, times, lengths, names and directions."""
     path = tmp_path / "made"
     expected = recorded(original, path, form)
     assert named(of_tshark(path)) == expected
@@ -361,7 +361,7 @@ def test_tshark_and_capinfos_read(original: Path, tmp_path: Path, form: Format) 
 @needs("tcpdump")
 @every_format
 def test_tcpdump_reads(original: Path, tmp_path: Path, form: Format) -> None:
-    """tcpdump copies what was recorded: the same bytes, times and lengths."""
+    """tcpdump copies the recorded bytes, times and lengths."""
     path, copy = tmp_path / "made", tmp_path / "copy"
     expected = recorded(original, path, form)
     run("tcpdump", "--time-stamp-precision=nano", "-r", path, "-w", copy)
@@ -370,7 +370,7 @@ def test_tcpdump_reads(original: Path, tmp_path: Path, form: Format) -> None:
 
 @every_format
 def test_scapy_reads(original: Path, tmp_path: Path, form: Format) -> None:
-    """scapy reads the same bytes and lengths that were recorded."""
+    """scapy reads the recorded bytes and lengths."""
     from scapy.utils import RawPcapReader
 
     path = tmp_path / "made"
@@ -382,7 +382,7 @@ def test_scapy_reads(original: Path, tmp_path: Path, form: Format) -> None:
 
 @every_format
 def test_pcapy_reads(original: Path, tmp_path: Path, form: Format) -> None:
-    """pcapy-ng, and with it libpcap, reads the same bytes and lengths that were recorded."""
+    """pcapy-ng, and with it libpcap, reads the recorded bytes and lengths."""
     pcapy = pytest.importorskip("pcapy", reason="needs pcapy-ng: pip install pcapy-ng")
     path = tmp_path / "made"
     expected = recorded(original, path, form)
@@ -393,7 +393,7 @@ def test_pcapy_reads(original: Path, tmp_path: Path, form: Format) -> None:
 
 
 def test_gzip_of_a_pipe(original: Path) -> None:
-    """`gzip -dc` in front of linkrx gives what the path alone gives."""
+    """linkrx reads the same packets from a gzip file by path and through a pipe from `gzip -dc`."""
     packed = subprocess.run(
         ["gzip", "-c", str(original)], capture_output=True, check=True, env=ENVIRONMENT
     ).stdout

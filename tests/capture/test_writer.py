@@ -1,4 +1,4 @@
-"""PcapWriter: what it writes is read back as it was received, whole at every moment, and what fails is told."""
+"""PcapWriter: its files are read back as received and are whole at any time, and failures are reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_core = pytest.mark.skipif(
 
 
 def recorded_file(count: int = 50) -> bytes:
-    """Two interfaces, both directions, cut packets, nanoseconds."""
+    """A file with two interfaces, both directions, cut packets and nanoseconds."""
     made = captures.section() + b"".join(
         Interface(name=name, resolution=9).block() for name in ("eth7", "br0")
     )
@@ -44,7 +44,7 @@ def recorded_file(count: int = 50) -> bytes:
 
 
 def one_batch(data: bytes) -> linkrx.Batch:
-    """From the second packet on as many as come together: in front of the first packet of another interface a batch ends."""
+    """A batch that starts at the second packet. A batch ends before the first packet of another interface."""
     with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx:
         first, second, *_ = [batch.copy() for batch in rx.batches()]
     assert len(first) == 1
@@ -52,18 +52,18 @@ def one_batch(data: bytes) -> linkrx.Batch:
 
 
 def without_interfaces(packets: list[Recorded]) -> list[Recorded]:
-    """As pcap has them."""
+    """The packets without interfaces, as in pcap."""
     return [Recorded(one.data, one.wire_length, one.timestamp_ns) for one in packets]
 
 
 def by_batch(rx: linkrx.Dispatcher, out: linkrx.PcapWriter) -> None:
-    """Record all."""
+    """Record all batches."""
     for batch in rx.batches():
         out.write(batch)
 
 
 def by_packet(rx: linkrx.Dispatcher, out: linkrx.PcapWriter) -> None:
-    """Record all."""
+    """Record all packets one by one."""
     for packet in rx:
         out.write(packet)
 
@@ -74,7 +74,7 @@ def by_packet(rx: linkrx.Dispatcher, out: linkrx.PcapWriter) -> None:
 def test_round_trip(
     tmp_path: Path, form: Format, way: Callable[[linkrx.Dispatcher, linkrx.PcapWriter], None]
 ) -> None:
-    """What a file holds, recorded again, is the same packets, times, lengths, and in pcapng directions and interfaces."""
+    """Recorded again, a file has the same packets, times and lengths, and in pcapng the same directions and interfaces."""
     data, path = recorded_file(), tmp_path / "out"
     with (
         linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx,
@@ -93,7 +93,7 @@ def test_round_trip(
 @needs_core
 @every_format
 def test_whole_when_write_returns(tmp_path: Path, form: Format) -> None:
-    """After each write the file has all that was written, for whoever opens it then."""
+    """After each write, another reader of the file gets all packets written so far."""
     data, path = recorded_file(), tmp_path / "out"
     packets = read(io.BytesIO(data))
     with (
@@ -107,7 +107,7 @@ def test_whole_when_write_returns(tmp_path: Path, form: Format) -> None:
 
 @needs_core
 def test_a_file_cut_anywhere_is_readable_up_to_there(tmp_path: Path) -> None:
-    """Of a file of which only a beginning is left, the packets that are whole are read, and the error names the byte behind them."""
+    """If a file is cut anywhere, its whole packets are read, and the error names the byte behind them."""
     data = recorded_file(5)
     boundaries = {}
     for count in range(6):
@@ -130,7 +130,7 @@ def test_a_file_cut_anywhere_is_readable_up_to_there(tmp_path: Path) -> None:
 
 
 def test_packets_of_a_device_and_their_clock(tmp_path: Path) -> None:
-    """Packets without a timestamp have that of the write, and no interface where none is known."""
+    """Packets without a timestamp get the time of the write, and packets without an interface get none."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     path = tmp_path / "out"
     with receiver, sender, linkrx.open(receiver) as rx, linkrx.PcapWriter(path, source=rx) as out:
@@ -143,7 +143,7 @@ def test_packets_of_a_device_and_their_clock(tmp_path: Path) -> None:
 
 
 def stamp_of(saved: bytes) -> int:
-    """The time of the first packet of a pcapng file."""
+    """The timestamp of the first packet of a pcapng file."""
     body = next(body for kind, body in blocks_of(saved) if kind == blocks.ENHANCED)
     high, low = struct.unpack_from("=II", body, 4)
     return int(high << 32 | low)
@@ -152,7 +152,7 @@ def stamp_of(saved: bytes) -> int:
 @needs_core
 @pytest.mark.usefixtures("devices")
 def test_vlan_tags_names_and_drops(tmp_path: Path) -> None:
-    """On an interface by name the tags that the kernel took out are back in the file, with its name and what was dropped."""
+    """A recording of an interface by name has the tags that the kernel took out, the interface's name and the drops."""
     path = tmp_path / "out"
     tagged = frame(60)[:12] + b"\x81\x00\x20\x07" + frame(60)[12:]
     with (
@@ -181,7 +181,7 @@ def test_vlan_tags_names_and_drops(tmp_path: Path) -> None:
 @needs_core
 @pytest.mark.usefixtures("devices")
 def test_drops_are_recorded(tmp_path: Path) -> None:
-    """What the kernel dropped until close() stands in the statistics of the file, to the packet."""
+    """The file's statistics have exactly the packets that the kernel dropped until close()."""
     path = tmp_path / "out"
     with (
         rigs.packet() as rig,
@@ -212,7 +212,7 @@ def blocks_of(saved: bytes) -> list[tuple[int, bytes]]:
 @needs_core
 @every_format
 def test_a_full_disk(form: Format) -> None:
-    """A disk without room is an error with the kernel's errno and the number of whole packets, and the file ends behind these."""
+    """A full disk raises an error with the kernel's errno and the number of whole packets, and the file ends behind these."""
     data = recorded_file(1000)
     packets = read(io.BytesIO(data))
     batch = one_batch(data)
@@ -242,13 +242,13 @@ def test_a_full_disk(form: Format) -> None:
 
 
 class Filling:
-    """A file that takes so many bytes."""
+    """A file with room for a number of bytes."""
 
     def __init__(self, room: int) -> None:
         self.room, self.taken = room, bytearray()
 
     def write(self, data: memoryview) -> int:
-        """As much as there is room for."""
+        """Write as many bytes as there is room for."""
         if not self.room:
             raise OSError(28, os.strerror(28))
         taken = min(self.room, len(data))
@@ -261,7 +261,7 @@ class Filling:
 @pytest.mark.usefixtures("devices")
 @every_format
 def test_a_full_file_system_leaves_whole_records(tmp_path: Path, form: Format) -> None:
-    """On a file system that fills up, the regular file is cut behind its last whole record, and is read without an error."""
+    """On a full file system, the regular file is truncated behind its last whole record, and is read without an error."""
     data, path = recorded_file(1000), tmp_path / "out"
     packets = read(io.BytesIO(data))
     batch = one_batch(data)
@@ -286,7 +286,7 @@ def test_a_full_file_system_leaves_whole_records(tmp_path: Path, form: Format) -
 @needs_core
 @every_format
 def test_a_device_that_is_full(form: Format) -> None:
-    """The kernel's own full device refuses the first byte: no packet is whole there, and closing says no more."""
+    """/dev/full refuses the first byte: no packet is whole, and close() raises no further error."""
     batch = one_batch(recorded_file())
     with (
         pytest.raises(linkrx.RecordingFailed, match="No space left on device; 0 packets are whole") as caught,
@@ -298,7 +298,7 @@ def test_a_device_that_is_full(form: Format) -> None:
 
 @needs_core
 def test_a_closed_pipe() -> None:
-    """A reader that goes is an error, EPIPE, with what was written whole before."""
+    """A closed pipe raises an error with EPIPE and the number of whole packets."""
     batch = one_batch(recorded_file(51))
     reading, writing = os.pipe()
     with open(writing, "wb") as pipe, linkrx.PcapWriter(pipe) as out:  # noqa: PTH123 - a descriptor
@@ -310,7 +310,7 @@ def test_a_closed_pipe() -> None:
 
 @needs_core
 def test_a_pipe_that_does_not_block_and_a_slow_reader() -> None:
-    """A pipe that is full is waited for, and every packet goes through it."""
+    """The writer waits for a full non-blocking pipe, and every packet is written."""
     data = recorded_file(3000)
     reading, writing = os.pipe2(os.O_NONBLOCK)
     got: list[Recorded] = []
@@ -332,7 +332,7 @@ def test_a_pipe_that_does_not_block_and_a_slow_reader() -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    """Formats that there are not, files of text, and things that are no packets are errors, and leave no descriptor open."""
+    """Unknown formats, text files, and objects that are no packets raise errors, and leave no descriptor open."""
     with pytest.raises(ValueError, match="format='snoop'"):
         linkrx.PcapWriter(tmp_path / "out", format="snoop")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="binary file"):

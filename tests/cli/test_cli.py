@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it: in a process of its own, whose namespaces the demo may change."""
+"""`linkrx demo` and `linkrx doctor`, run in a process of their own, whose namespaces the demo may change."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SUPPORTED = that_take("packet")
 
 
 def packet_lines(output: str, backend: str) -> list[tuple[str, str, str, int]]:
-    """Protocol, remote, local and length of each packet that the demo shows for a backend."""
+    """Protocol, remote, local and length of each packet that the demo prints for a backend."""
     mac = "((?:[0-9a-f]{2}:){5}[0-9a-f]{2})"
     found = re.findall(rf"^ *\d+\.\d{{6}}  {backend} +(\w+) +{mac} > {mac} +(\d+)$", output, re.MULTILINE)
     return [(protocol, remote, local, int(length)) for protocol, remote, local, length in found]
 
 
 def summary_line(output: str, backend: str) -> list[str]:
-    """Packets, bytes, answered and status of a backend in the demo's summary, or what stands there instead."""
+    """Packets, bytes, answered and status of a backend in the demo's summary, or the words there instead."""
     table = output[output.index("\nbackend ") :]
     line = next(line for line in table.splitlines() if line.split()[:1] == [backend])
     return line.split(maxsplit=4)[1:]
@@ -51,8 +51,8 @@ def test_demo_shows_every_packet_of_every_backend() -> None:
 
 
 @pytest.mark.usefixtures("devices")
-def test_demo_watches_by_name_what_is_no_socket() -> None:
-    """recvmmsg, which refuses a TAP queue, receives the answers; os_readv receives the questions."""
+def test_demo_watches_by_name_for_a_backend_of_sockets() -> None:
+    """In the demo recvmmsg, which refuses a TAP queue, receives the replies on the interface; os_readv receives the requests."""
     done = linkrx_command("demo", "--count", "1")
     answers = packet_lines(done.stdout, "recvmmsg")
     questions = packet_lines(done.stdout, "os_readv")
@@ -63,7 +63,7 @@ def test_demo_watches_by_name_what_is_no_socket() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_demo_in_a_terminal() -> None:
-    """Under a terminal the demo answers all pings too, and styles its output where rich is installed."""
+    """In a terminal the demo answers all pings too, and styles its output if rich is installed."""
     code, output = in_terminal("demo", "--count", "1")
     assert code == 0
     assert (ESCAPE in output) == (find_spec("rich") is not None)
@@ -73,7 +73,7 @@ def test_demo_in_a_terminal() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_demo_without_the_core() -> None:
-    """Without the C core the demo works on os_readv, and says of the others what is missing."""
+    """Without the C core the demo works on os_readv, and gives the reason for the other backends."""
     done = run("-c", WITHOUT_CORE, "demo", "--count", "2")
     assert done.returncode == 0
     assert summary_line(done.stdout, "os_readv")[2] == "2/2"
@@ -84,7 +84,7 @@ def test_demo_without_the_core() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_demo_is_not_swayed_by_the_environment() -> None:
-    """LINKRX_BACKEND and LINKRX_AVOID change nothing: the demo names each backend itself."""
+    """LINKRX_BACKEND and LINKRX_AVOID do not affect the demo, because it names each backend."""
     done = linkrx_command("demo", "--count", "1", LINKRX_BACKEND="recvmmsg", LINKRX_AVOID="readv,os_readv")
     assert done.returncode == 0
     assert all(summary_line(done.stdout, name)[2] == "1/1" for name in SUPPORTED)
@@ -104,7 +104,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("arguments", [("demo", "--count", "1"), ("doctor", "lo")])
 def test_with_more_descriptors_than_select_knows(arguments: tuple[str, ...]) -> None:
-    """Demo and doctor work where descriptors have numbers above 1024, which select(2) cannot take."""
+    """Demo and doctor work with descriptors above 1024, which select(2) does not support."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
         pytest.skip("the hard limit of descriptors is below 2048")
     done = run("-c", MANY, *arguments)
@@ -113,7 +113,7 @@ def test_with_more_descriptors_than_select_knows(arguments: tuple[str, ...]) -> 
 
 @pytest.mark.usefixtures("devices")
 def test_demo_leaves_nothing_behind() -> None:
-    """After the demo there is no device, no thread and no descriptor more than before."""
+    """The demo leaves no device, thread or descriptor."""
     program = """
 import os, socket, sys, threading
 import pyroute2
@@ -142,7 +142,7 @@ sys.exit(cli.main(["demo", "--count", "2"]))
 
 @pytest.mark.usefixtures("devices")
 def test_demo_fails_when_pings_are_not_answered() -> None:
-    """With a responder that answers nothing each backend is reported as failed and the exit code is 1."""
+    """If the responder answers no ping, each backend is reported as failed and the exit code is 1."""
     done = run("-c", SILENT)
     assert (done.returncode, done.stderr) == (1, "")
     for name in SUPPORTED:
@@ -164,7 +164,7 @@ sys.exit(cli.main(["demo", "--count", "1"]))
 
 @pytest.mark.usefixtures("devices")
 def test_demo_reports_a_backend_that_breaks() -> None:
-    """A backend that raises is reported with its error, and the others take their turn all the same."""
+    """A backend that raises is reported with its error, and the demo runs the others."""
     done = run("-c", BROKEN)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"^os_readv .*failed: receiving .*Input/output error$", done.stdout, re.MULTILINE)
@@ -191,7 +191,7 @@ def test_demo_where_it_cannot_run() -> None:
     assert done.stderr == "linkrx: a network namespace needs CAP_SYS_ADMIN; run with sudo\n"
 
 
-# A parent that ignores SIGINT, as a shell does for background jobs, would hand that on.
+# A parent that ignores SIGINT, like a shell for background jobs, would pass that on.
 INTERRUPTIBLE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,14 +202,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.usefixtures("devices")
 def test_demo_interrupted() -> None:
-    """Ctrl-C in the middle of the demo ends it with exit code 130 and nothing on stderr."""
+    """Ctrl-C during the demo ends it with exit code 130 and nothing on stderr."""
     with subprocess.Popen(
         [sys.executable, "-c", INTERRUPTIBLE, "demo", "--count", "1000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
-        # Its output is larger than the pipe: having been read no further, it cannot be over.
+        # Its output is larger than the pipe, and is not read further, so the demo cannot have ended.
         assert any(b"IPv4" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
@@ -218,7 +218,7 @@ def test_demo_interrupted() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_reader_that_goes_away() -> None:
-    """When the reader of a pipe goes away the demo ends with exit code 141 and nothing on stderr."""
+    """If the reader of its output closes the pipe, the demo ends with exit code 141 and nothing on stderr."""
     with subprocess.Popen(
         [sys.executable, "-m", "linkrx", "demo", "--count", "1000"],
         stdout=subprocess.PIPE,
@@ -233,7 +233,7 @@ def test_reader_that_goes_away() -> None:
 
 
 def test_doctor_on_the_host() -> None:
-    """The doctor names the versions, the kernel, the privileges and every backend, and exits with 0."""
+    """The doctor prints versions, kernel, privileges and every backend, and exits with 0."""
     done = linkrx_command("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert ESCAPE not in done.stdout
@@ -248,7 +248,7 @@ def test_doctor_on_the_host() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_doctor_on_an_interface() -> None:
-    """Given an interface, the doctor prints what the probe finds and the choice that open makes there."""
+    """For an interface, the doctor prints the probed capabilities and the choice of open."""
     with rigs.veth() as (near, _):
         found = linkrx.probe(near)
         with linkrx.open(near) as rx:
@@ -262,7 +262,7 @@ def test_doctor_on_an_interface() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_doctor_on_an_interface_whose_name_is_no_text() -> None:
-    """Its name comes out as the bytes that it is, whatever the locale says of output."""
+    """The doctor prints an interface name that is not valid text as its bytes, in any locale."""
     name = b"l\xff\xe9x7"
     subprocess.run([b"ip", b"link", b"add", b"name", name, b"type", b"bridge"], check=True)
     try:
@@ -280,7 +280,7 @@ def test_doctor_on_an_interface_whose_name_is_no_text() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_doctor_on_every_interface_and_one_protocol() -> None:
-    """`any` and --protocol are what they are to linkrx.open; what is no EtherType is wrong usage."""
+    """The doctor accepts `any` and --protocol as linkrx.open does. An invalid EtherType is wrong usage."""
     done = linkrx_command("doctor", "any", "--protocol", "0x88cc")
     assert (done.returncode, done.stderr) == (0, "")
     assert "what linkrx.open('any', protocol=0x88cc) would take, and why" in done.stdout
@@ -293,7 +293,7 @@ def test_doctor_on_every_interface_and_one_protocol() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_doctor_in_a_terminal() -> None:
-    """Under a terminal the doctor says the same of an interface, styled where rich is installed."""
+    """In a terminal the doctor prints the same, styled if rich is installed."""
     code, output = in_terminal("doctor", "lo")
     assert code == 0
     assert (ESCAPE in output) == (find_spec("rich") is not None)
@@ -313,7 +313,7 @@ def test_doctor_in_a_terminal() -> None:
     ],
 )
 def test_doctor_honours_the_environment(environment: dict[str, str], line: str) -> None:
-    """LINKRX_BACKEND and LINKRX_AVOID bear on the doctor's choice as they do on open."""
+    """LINKRX_BACKEND and LINKRX_AVOID affect the doctor's choice as they affect open."""
     if not {"readv", "recvmmsg"} <= set(SUPPORTED):
         pytest.skip("needs the C core")
     done = linkrx_command("doctor", "lo", **environment)
@@ -323,7 +323,7 @@ def test_doctor_honours_the_environment(environment: dict[str, str], line: str) 
 
 
 def test_doctor_with_an_unknown_backend_named() -> None:
-    """A LINKRX_BACKEND that does not exist is an error in one line, with exit code 1."""
+    """An unknown backend in LINKRX_BACKEND gives an error of one line, and exit code 1."""
     done = linkrx_command("doctor", "lo", LINKRX_BACKEND="carrier_pigeon")
     assert done.returncode == 1
     assert done.stderr.startswith(
@@ -333,7 +333,7 @@ def test_doctor_with_an_unknown_backend_named() -> None:
 
 
 def test_doctor_on_an_unknown_interface() -> None:
-    """An interface that does not exist is exit code 1, with the sentence of the error on stderr."""
+    """For an interface that does not exist, the doctor prints the error on stderr, and exits with 1."""
     with pytest.raises(linkrx.UnsupportedSource) as caught:
         linkrx.probe("nowhere0")
     done = linkrx_command("doctor", "nowhere0")
@@ -341,7 +341,7 @@ def test_doctor_on_an_unknown_interface() -> None:
 
 
 def test_doctor_without_the_core() -> None:
-    """Without the C core the doctor gives the reason for the three that need it, and os_readv keeps the exit code 0."""
+    """Without the C core the doctor gives the reason for the backends that need it, and exits with 0."""
     done = run("-c", WITHOUT_CORE, "doctor")
     assert done.returncode == 0
     assert re.search(r"^C core +no: the C core cannot be loaded", done.stdout, re.MULTILINE)
@@ -350,7 +350,7 @@ def test_doctor_without_the_core() -> None:
     assert re.search(r"^os_readv +supported", done.stdout, re.MULTILINE)
 
 
-# capset(2) with the third version of its header (linux/capability.h): the process goes on without any capability.
+# capset(2) with the third version of its header (linux/capability.h): the process drops all capabilities.
 UNPRIVILEGED = """
 import ctypes, struct, sys
 header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
@@ -361,7 +361,7 @@ sys.exit(main(["doctor", "lo"]))
 
 
 def test_doctor_without_privileges() -> None:
-    """Without CAP_NET_RAW the doctor says what that costs and what to type, and an interface is exit code 1."""
+    """Without CAP_NET_RAW the doctor says what does not work and what to type, and exits with 1 for an interface."""
     done = run("-c", UNPRIVILEGED)
     assert done.returncode == 1
     assert re.search(
@@ -374,7 +374,7 @@ def test_doctor_without_privileges() -> None:
 
 
 def test_help_is_complete() -> None:
-    """Help names every command, the environment, the exit codes and examples, and each command has its own."""
+    """Help lists every command, the environment, the exit codes and examples, and each command has its own help."""
     done = linkrx_command("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("demo", "doctor", "LINKRX_BACKEND", "LINKRX_AVOID", "exit codes:", "examples:", "--version"):
@@ -392,7 +392,7 @@ def test_version() -> None:
     "arguments", [(), ("fly",), ("demo", "--count", "0"), ("demo", "-c", "x"), ("doctor", "a", "b")]
 )
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
-    """Wrong usage is exit code 2 with a message on stderr and nothing on stdout."""
+    """Wrong usage gives exit code 2, with a message on stderr and nothing on stdout."""
     done = linkrx_command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "error:" in done.stderr

@@ -1,4 +1,4 @@
-"""`linkrx dump -r` beside `tcpdump -n -r`: the same addresses, ports, flags and lengths, packet for packet."""
+"""`linkrx dump -r` and `tcpdump -n -r` print the same addresses, ports, flags and lengths, packet for packet."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump: apt install tcpdump"),
 ]
 
-# Of which tcpdump has another idea. It goes into SCTP; behind an extension header it prints the ports without their addresses;
-# of a later fragment it says where it is, and no length; LLDP and LLC it goes into.
+# tcpdump prints these differently. It dissects SCTP, LLDP and LLC. After an extension header it prints the ports without their
+# addresses. For a later fragment it prints the offset, and no length.
 OTHERWISE = {"sctp", "ipv6 extension", "later fragment", "ipv6 fragment", "lldp", "llc"}
 
-# tcpdump prints the whole frame's length of an EtherType that it does not know, linkrx that of what follows the link header;
-# and that of DHCPv6 and of unknown IP protocols by the word "length".
+# For an unknown EtherType tcpdump prints the length of the whole frame, and linkrx the length behind the link header. linkrx also
+# prints the word "length" for DHCPv6 and for unknown IP protocols.
 LENGTH_OTHERWISE = {"unknown ethertype", "unknown protocol", "dhcpv6"}
 
 Facts = tuple[list[tuple[str, str]], list[str], list[str]]
 
 
 def facts(line: str) -> Facts:
-    """Addresses with ports, flags, and lengths that a line has."""
+    """The addresses with ports, the flags, and the lengths in a line."""
     addresses = re.findall(r"([0-9a-f.:]+) > ([0-9a-f.:]+?)(?=[:,])", line)
     lengths = re.findall(r"\blength (\d+)|\((\d+)\)", line)
-    # A newer tcpdump shows AE, the ninth flag (RFC 9768), as linkrx does: "e".
+    # Newer versions of tcpdump show AE, the ninth flag (RFC 9768), as "e", like linkrx.
     flags = [found.removesuffix("e") or "non" for found in re.findall(r"Flags \[([^\]]*)\]", line)]
     return addresses, flags, [one or other for one, other in lengths]
 
 
 def lines_of_tcpdump(path: Path, *options: str) -> list[str]:
-    """A line for each packet."""
-    # A sanitizer's runtime is for this process: preloaded into others, it may stop them for ever.
+    """tcpdump's line for each packet."""
+    # A sanitizer's runtime is for this process only. Other programs may hang if it is preloaded.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = ["tcpdump", "-n", "-tt", "-r", str(path), *options]
     done = subprocess.run(
@@ -64,32 +64,32 @@ def lines_of_tcpdump(path: Path, *options: str) -> list[str]:
 
 
 def lines_of_linkrx(path: Path, *options: str) -> list[str]:
-    """The same."""
+    """linkrx's line for each packet."""
     done = linkrx_command("dump", "-tt", "-r", str(path), *options)
     assert (done.returncode, done.stderr) == (0, "")
     return without_times(done.stdout)
 
 
 def without_times(output: str) -> list[str]:
-    """Packet by packet, without the rows of bytes that tcpdump prints of some."""
+    """The lines without times, and without the rows of bytes that tcpdump prints for some packets."""
     packets = re.split(r"^\d+\.\d{6} ", output, flags=re.MULTILINE)[1:]
     return [packet.split("\n\t")[0].removesuffix("\n") for packet in packets]
 
 
 def recorded(frames: list[bytes], wire: Callable[[bytes], int] = len) -> list[Recorded]:
-    """With times."""
+    """A pcap file of these frames, with times."""
     return [Recorded(frame, wire(frame), 1_700_000_000_000_000_000 + n) for n, frame in enumerate(frames)]
 
 
 def both(tmp_path: Path, frames: list[bytes], lengths: Callable[[bytes], int] = len) -> list[tuple[str, str]]:
-    """Both lines of each frame."""
+    """The lines of both programs for each frame."""
     path = tmp_path / "both.pcap"
     path.write_bytes(captures.pcap(recorded(frames, lengths)))
     return list(zip(lines_of_linkrx(path), lines_of_tcpdump(path), strict=True))
 
 
 def test_every_protocol(tmp_path: Path) -> None:
-    """Of each protocol the lines have the same addresses, ports, flags and lengths; TCP's are the same but for a name behind."""
+    """For each protocol, the lines have the same addresses, ports, flags and lengths. Lines of TCP are equal except for a service name."""
     lines = both(tmp_path, list(GOOD.values()))
     for name, (ours, theirs) in zip(GOOD, lines, strict=True):
         if name in OTHERWISE:
@@ -101,7 +101,7 @@ def test_every_protocol(tmp_path: Path) -> None:
 
 
 def test_cut_everywhere(tmp_path: Path) -> None:
-    """Of frames that are cut at any place a line says what tcpdump's says of addresses, ports and flags, as far as that goes."""
+    """For frames cut at any place, linkrx's line has the addresses, ports and flags of tcpdump's line."""
     whole = [
         GOOD[name]
         for name in ("tcp syn", "dns answer", "icmp port unreachable", "arp request", "tcp over ipv6")
@@ -114,7 +114,7 @@ def test_cut_everywhere(tmp_path: Path) -> None:
     for one, ours, theirs in zip(cut, lines_of_linkrx(path), lines_of_tcpdump(path), strict=True):
         addresses, flags, _ = facts(theirs)
         seen += bool(addresses)
-        # linkrx shows ports of a header that is cut behind them.
+        # linkrx prints the ports of a header that is cut after them.
         found = facts(ours)[0]
         assert not addresses or (found and all(map(str.startswith, found[0], addresses[0]))), (
             one,
@@ -126,7 +126,7 @@ def test_cut_everywhere(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
-    """Malformed headers get a line each, marked, and never other addresses, ports or flags than tcpdump's."""
+    """Each malformed header gets a marked line, without other addresses, ports or flags than tcpdump's."""
     for name, (ours, theirs) in zip(BAD, both(tmp_path, list(BAD.values())), strict=True):
         addresses, flags, _ = facts(theirs)
         if addresses:
@@ -143,13 +143,13 @@ def test_what_cannot_be(tmp_path: Path) -> None:
 @pytest.mark.samples
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_any_frames(tmp_path: Path, seed: int) -> None:
-    """Of frames by chance, some of them cut, the lines have the same addresses, ports and flags wherever tcpdump gives some."""
+    """For random frames, some of them cut, the lines have the same addresses, ports and flags if tcpdump prints any."""
     chosen = random.Random(seed)
     frames = [any_frame(chosen) for _ in range(2000)]
     seen = 0
     for frame, (ours, theirs) in zip(frames, both(tmp_path, frames), strict=True):
         addresses, flags, _ = facts(theirs)
-        # SCTP and LLC, which tcpdump goes into.
+        # tcpdump dissects SCTP and LLC.
         if not addresses or "sctp" in theirs or frame[12:14] < b"\x06\x00":
             continue
         seen += 1
@@ -160,7 +160,7 @@ def test_any_frames(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-S",)])
 def test_connections(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Of segments of several connections, in any order and with any numbers, the lines are tcpdump's, with and without -S."""
+    """For segments of several connections, in any order and with any numbers, the lines equal tcpdump's, with and without -S."""
     chosen = random.Random(5)
     edges = (0, 1, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF, 1000, 70_000)
     frames = []
@@ -218,8 +218,8 @@ def in_every_form(frames: list[bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", sorted(in_every_form([])))
 def test_every_form_of_file(tmp_path: Path, form: str) -> None:
-    """Addresses, ports, flags and lengths are tcpdump's in files of every form and link type."""
-    # tcpdump goes into no outer tag of IEEE 802.1ad behind a cooked header.
+    """In files of every form and link type, addresses, ports, flags and lengths equal tcpdump's."""
+    # tcpdump does not dissect an outer IEEE 802.1ad tag behind a cooked header.
     left_out = OTHERWISE | LENGTH_OTHERWISE | ({"two vlans"} if form == "cooked" else set())
     frames = [frame for name, frame in GOOD.items() if name not in left_out]
     path = tmp_path / "file"

@@ -34,13 +34,13 @@ START = 1_700_000_000_123_456_789
 
 
 def recorded(frames: list[bytes]) -> list[Recorded]:
-    """With a second between them."""
+    """A pcap file of these frames, with a second between them."""
     return [Recorded(frame, len(frame), START + n * 10**9) for n, frame in enumerate(frames)]
 
 
 @dataclass
 class Done:
-    """What a command did."""
+    """The result of a command."""
 
     returncode: int
     stdout: str
@@ -52,7 +52,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def dump(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs `linkrx dump` in this process, which is sooner done than in one of its own."""
+    """Runs `linkrx dump` in this process, because that is faster than a process of its own."""
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
 
@@ -94,7 +94,7 @@ def two_interfaces(tmp_path: Path) -> str:
 
 
 def test_a_line_for_each_packet(every_protocol: str) -> None:
-    """In a pipe there is a line for each packet, without an escape code, and nothing on standard error."""
+    """Into a pipe, dump prints a line for each packet, without escape codes, and nothing on standard error."""
     done = linkrx_command("dump", "-r", every_protocol, TZ="UTC")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -122,7 +122,7 @@ def test_from_standard_input(every_protocol: str) -> None:
 
 
 def test_ctrl_c_while_a_pipe_has_no_more(every_protocol: str) -> None:
-    """Ctrl-C ends the wait for more of a pipe, with a summary and exit code 0."""
+    """Ctrl-C ends a wait for a pipe, with a summary and exit code 0."""
     with subprocess.Popen(
         [sys.executable, "-m", "linkrx", "dump", "-r", "-"],
         stdin=subprocess.PIPE,
@@ -143,7 +143,7 @@ def test_ctrl_c_while_a_pipe_has_no_more(every_protocol: str) -> None:
 
 
 def test_count_and_expression(every_protocol: str) -> None:
-    """-c ends behind so many packets that the expression takes, whose words are joined."""
+    """-c ends after that many packets that the expression accepts. The words of the expression are joined."""
     done = linkrx_command(
         "dump", "-r", every_protocol, "-t", "-c", "2", "udp", "port", "53", "and", "src 10.0.0.1"
     )
@@ -155,7 +155,7 @@ def test_count_and_expression(every_protocol: str) -> None:
 
 
 def test_expressions_that_look_at_the_link_header(dump: Run, every_protocol: str) -> None:
-    """On a file of Ethernet frames an expression may speak of link addresses and VLANs, as on an interface."""
+    """On a file of Ethernet frames an expression can use link addresses and VLANs, as on an interface."""
     done = dump("-r", every_protocol, "-t", "ether src 02:00:00:00:00:02 and vlan 5")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "vlan 5, p 1, IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5\n"
@@ -174,7 +174,7 @@ def test_expressions_that_look_at_the_link_header(dump: Run, every_protocol: str
     ],
 )
 def test_options_of_tcpdump(dump: Run, every_protocol: str, option: str, lines: list[str]) -> None:
-    """-t, -e, -v, -n and -l are what they are to tcpdump, also several behind one dash."""
+    """-t, -e, -v, -n and -l work as in tcpdump, also combined behind one dash."""
     done = dump("-r", every_protocol, "-c", "2", option)
     assert (done.returncode, done.stderr) == (0, "")
     for line, start in zip(done.stdout.splitlines(), lines, strict=False):
@@ -182,7 +182,7 @@ def test_options_of_tcpdump(dump: Run, every_protocol: str, option: str, lines: 
 
 
 def test_bytes(dump: Run, every_protocol: str) -> None:
-    """-x shows what is behind the link header, -X with characters, and each twice with the header as well."""
+    """-x prints the bytes behind the link header, -X also as characters, and each given twice prints the header too."""
     frame = GOOD["udp"]
     for option, data in (("-x", frame[14:]), ("-xx", frame), ("-X", frame[14:]), ("-XX", frame)):
         done = dump("-r", every_protocol, "-t", "-c", "1", option, "udp port 2000 and ip")
@@ -194,7 +194,7 @@ def test_bytes(dump: Run, every_protocol: str) -> None:
 
 
 def test_interfaces_of_a_file(dump: Run, two_interfaces: str) -> None:
-    """Where a file has several interfaces each line has the name, without what a terminal would obey, and what went out is marked."""
+    """For a file with several interfaces each line has the interface's name, with escaped control characters, and marks outgoing packets."""
     done = dump("-t", "-r", two_interfaces)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("eth7 IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5")
@@ -205,7 +205,7 @@ def test_interfaces_of_a_file(dump: Run, two_interfaces: str) -> None:
 
 
 def test_json(dump: Run, two_interfaces: str) -> None:
-    """--json gives an object a line, with the names that docs/dump.md has."""
+    """--json prints one object per line, with the names in docs/dump.md."""
     done = dump("--json", "-x", "-r", two_interfaces)
     assert (done.returncode, done.stderr) == (0, "")
     first, second = map(json.loads, done.stdout.splitlines())
@@ -235,7 +235,7 @@ def test_json(dump: Run, two_interfaces: str) -> None:
 
 
 def test_json_of_every_protocol(dump: Run, every_protocol: str) -> None:
-    """Every protocol has its object, and -v adds whether checksums are right."""
+    """Every protocol has its object, and -v adds the state of checksums."""
     objects = [json.loads(line) for line in dump("--json", "-v", "-r", every_protocol).stdout.splitlines()]
     assert len(objects) == len(GOOD)
     by_title = dict(zip(GOOD, objects, strict=True))
@@ -254,7 +254,7 @@ def test_json_of_every_protocol(dump: Run, every_protocol: str) -> None:
 
 @pytest.mark.parametrize("form", ["pcap", "cap", "pcapng", "other"])
 def test_recording_what_is_read(dump: Run, every_protocol: str, tmp_path: Path, form: str) -> None:
-    """-w records what the expression takes, as pcap where the name says so, else as pcapng."""
+    """-w records the packets that the expression accepts, as pcap if the file's name says so, else as pcapng."""
     out = tmp_path / f"out.{form}"
     done = dump("-r", every_protocol, "-w", str(out), "-c", "3", "arp")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -268,7 +268,7 @@ def test_recording_what_is_read(dump: Run, every_protocol: str, tmp_path: Path, 
 
 
 def test_recording_to_a_pipe(every_protocol: str) -> None:
-    """`-w -` is a capture file on standard output, for another program, which may be linkrx dump."""
+    """`-w -` writes a capture file to standard output, which `linkrx dump -r -` reads."""
     with subprocess.Popen(
         [sys.executable, "-m", "linkrx", "dump", "-r", every_protocol, "-w", "-"], stdout=subprocess.PIPE
     ) as writer:
@@ -284,7 +284,7 @@ def test_recording_to_a_pipe(every_protocol: str) -> None:
 
 
 def test_a_damaged_file(dump: Run, every_protocol: str, tmp_path: Path) -> None:
-    """Of a file that is cut the whole packets are printed, and exit code 1 and a sentence say where it is damaged."""
+    """For a file that is cut, dump prints the whole packets and the position of the damage, and exits with 1."""
     path = tmp_path / "cut.pcap"
     path.write_bytes(Path(every_protocol).read_bytes()[:-1])
     done = dump("-r", str(path))
@@ -294,7 +294,7 @@ def test_a_damaged_file(dump: Run, every_protocol: str, tmp_path: Path) -> None:
 
 
 def test_frames_that_are_no_packets(dump: Run, tmp_path: Path) -> None:
-    """What is shorter than its link header is left out, and standard error says how many that were."""
+    """Frames shorter than the link header are omitted, and standard error has their number."""
     path = tmp_path / "runts.pcap"
     path.write_bytes(captures.pcap(recorded([bytes(13), GOOD["udp"], bytes(5)])))
     done = dump("-t", "-r", str(path))
@@ -303,13 +303,13 @@ def test_frames_that_are_no_packets(dump: Run, tmp_path: Path) -> None:
 
 
 def test_without_any_privilege(every_protocol: str) -> None:
-    """A file needs no capability: a process that has none reads it."""
+    """A process without capabilities reads a file."""
     done = run("-c", UNPRIVILEGED, "dump", "-r", every_protocol)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == len(GOOD)
 
 
-# capset(2) with the third version of its header (linux/capability.h): the process goes on without any capability.
+# capset(2) with the third version of its header (linux/capability.h): the process drops all capabilities.
 UNPRIVILEGED = """
 import ctypes, struct, sys
 header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
@@ -345,7 +345,7 @@ sys.exit(main(sys.argv[1:]))
 def test_exit_codes(
     dump: Run, every_protocol: str, arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
-    """1 is what a file or the kernel refuses, 2 what was typed wrongly; a sentence says what, and there is no traceback."""
+    """The exit code is 1 if a file or the kernel refuses, and 2 for wrong usage, with an error and no traceback."""
     done = dump(*(every_protocol if word == "EVERY" else word for word in arguments))
     assert done.returncode == code, done.stderr
     assert sentence in done.stderr
@@ -353,7 +353,7 @@ def test_exit_codes(
 
 
 def test_a_reader_that_goes_away(every_protocol: str, tmp_path: Path) -> None:
-    """When the reader of the pipe goes, that is a quiet end with exit code 0: of lines, and of a recording."""
+    """If the reader closes the pipe, dump ends without an error and with exit code 0, for lines and for a recording."""
     many = tmp_path / "many.pcap"
     many.write_bytes(captures.pcap(recorded(list(GOOD.values()) * 200)))
     for option in ((), ("--json",), ("-w", "-")):
@@ -371,7 +371,7 @@ def test_a_reader_that_goes_away(every_protocol: str, tmp_path: Path) -> None:
 
 
 def test_in_a_terminal(every_protocol: str) -> None:
-    """In a terminal the lines have colours where rich is installed, and else are those of a pipe; NO_COLOR takes them away."""
+    """In a terminal the lines are coloured if rich is installed. Without rich or with NO_COLOR they are as in a pipe."""
     plain = linkrx_command("dump", "-r", every_protocol).stdout.splitlines()
     code, output = in_terminal("dump", "-r", every_protocol, NO_COLOR="")
     assert code == 0
@@ -383,14 +383,14 @@ def test_in_a_terminal(every_protocol: str) -> None:
 
 
 def test_no_capture_file_into_a_terminal(every_protocol: str) -> None:
-    """`-w -` is refused where standard output is a terminal."""
+    """`-w -` is refused if standard output is a terminal."""
     code, output = in_terminal("dump", "-r", every_protocol, "-w", "-")
     assert code == 2
     assert "which is a terminal" in output
 
 
 def test_hostile_packets(dump: Run, tmp_path: Path) -> None:
-    """What packets hold of control characters reaches neither a terminal nor a file, and nothing is a traceback."""
+    """Control characters in packets are not printed to a terminal or a file, and no packet causes a traceback."""
     path = tmp_path / "bad.pcap"
     path.write_bytes(captures.pcap(recorded(list(BAD.values()))))
     for options in ((), ("-v", "-e"), ("-X",), ("--json", "-v")):
@@ -421,7 +421,7 @@ def any_link_type() -> list[tuple[str, bytes]]:
     ("title", "data"), any_link_type(), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_other_link_types(dump: Run, tmp_path: Path, title: str, data: bytes) -> None:
-    """Packets without an Ethernet header, or of a cooked capture, have the same line; -e shows the sender where it is told."""
+    """Packets without an Ethernet header, or of a cooked capture, have the same line. -e prints the sender if it is known."""
     path = tmp_path / "other.pcap"
     path.write_bytes(data)
     done = dump("-t", "-r", str(path))
@@ -432,7 +432,7 @@ def test_other_link_types(dump: Run, tmp_path: Path, title: str, data: bytes) ->
 
 
 def test_a_link_type_that_nobody_knows(dump: Run, tmp_path: Path) -> None:
-    """Its packets are shown as bytes."""
+    """Packets of an unknown link type are printed as bytes."""
     path = tmp_path / "unknown.pcap"
     path.write_bytes(captures.pcap([Recorded(bytes(range(20)), 20, START)], link_type=147))
     done = dump("-t", "-r", str(path))

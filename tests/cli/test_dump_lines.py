@@ -1,4 +1,4 @@
-"""The lines of `linkrx dump`: whatever the bytes of a packet are, it gets one, and a terminal cannot be told anything by it."""
+"""The lines of `linkrx dump`: a packet with any bytes gets a line, without control characters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shown(frame: bytes, wire_length: int | None = None, *, verbose: bool = False
 
 
 def check(frame: bytes, wire_length: int, **known: Any) -> None:
-    """One line of printable characters, and an object of JSON, at every depth."""
+    """Assert that a frame gives one line of printable characters and a JSON object, at every depth."""
     for depth in DEPTHS:
         fields = dissect(frame, wire_length, depth=depth, **known)
         for verbose in {depth == CHECKED, False}:
@@ -42,13 +42,13 @@ def check(frame: bytes, wire_length: int, **known: Any) -> None:
 
 
 def every_frame() -> Iterator[bytes]:
-    """Of every protocol, good and bad."""
+    """Frames of every protocol, valid and invalid."""
     yield from GOOD.values()
     yield from BAD.values()
 
 
 def test_cut_at_every_place() -> None:
-    """Each frame, cut at every place, has a line, as one that is whole and as one that was longer."""
+    """Each frame, cut at every place, gets a line, both as a short frame and as a longer frame that was cut."""
     for frame in every_frame():
         for size in range(len(frame) + 1):
             check(frame[:size], len(frame), ethernet=True)
@@ -56,7 +56,7 @@ def test_cut_at_every_place() -> None:
 
 
 def test_without_a_link_header() -> None:
-    """The same where the kernel tells the protocol."""
+    """Each packet without a link header, cut at every place, gets a line if the kernel reports its protocol."""
     for frame in every_frame():
         protocol = int.from_bytes(frame[12:14], "big")
         for size in range(0, len(frame) - 13, 3):
@@ -67,7 +67,7 @@ def test_without_a_link_header() -> None:
 
 @given(st.binary(max_size=300), st.sampled_from(PROTOCOLS), st.integers(0, 70_000))
 def test_any_bytes(data: bytes, protocol: int, longer: int) -> None:
-    """Bytes by chance have a line, behind a link header and without one."""
+    """Random bytes get a line, with and without a link header in front."""
     check(data, len(data) + longer, ethernet=True, tag=(0x8100, protocol))
     check(data, len(data) + longer, ethernet=False, protocol=protocol)
     check(bytes(12) + protocol.to_bytes(2, "big") + data, 14 + len(data) + longer, ethernet=True)
@@ -75,7 +75,7 @@ def test_any_bytes(data: bytes, protocol: int, longer: int) -> None:
 
 @given(st.data())
 def test_any_bytes_in_a_good_frame(data: st.DataObject) -> None:
-    """Frames of every protocol of which bytes were changed, put in and taken out have a line."""
+    """Frames of every protocol get a line after random bytes were changed, inserted and removed."""
     frame = bytearray(data.draw(st.sampled_from(sorted(GOOD.values()))))
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(12, len(frame) - 1))
@@ -87,7 +87,7 @@ def test_any_bytes_in_a_good_frame(data: st.DataObject) -> None:
 
 
 def test_checksums() -> None:
-    """-v says of every good TCP, UDP, ICMP and ICMPv6 message that its checksum is right, and of one changed byte that it is not."""
+    """-v reports a correct checksum for every valid TCP, UDP, ICMP and ICMPv6 message, and a wrong one after a byte was changed."""
     right = {"tcp": "(correct)", "udp": "[udp sum ok]", "dns": "[udp sum ok]"}
     tried = 0
     for title, frame in GOOD.items():
@@ -101,32 +101,34 @@ def test_checksums() -> None:
         wrong = frame[:-1] + bytes([frame[-1] ^ 0xFF])
         changed = shown(wrong, verbose=True)
         assert "incorrect" in changed, changed
-        assert "incorrect" not in shown(frame[:-1], len(frame), verbose=True)  # cut: nobody can tell
+        assert "incorrect" not in shown(
+            frame[:-1], len(frame), verbose=True
+        )  # cut: the checksum cannot be verified
     assert tried > 20
 
 
 def test_checksum_of_the_ipv4_header() -> None:
-    """-v says so where that of the IPv4 header is wrong."""
+    """-v reports a wrong checksum of the IPv4 header."""
     frame = GOOD["udp"]
     assert "bad cksum" not in shown(frame, verbose=True)
     assert ", bad cksum)" in shown(frame[:22] + b"\x11" + frame[23:], verbose=True)
 
 
 def test_no_checksum() -> None:
-    """A datagram without a checksum has none that could be wrong."""
+    """-v reports no wrong checksum for a datagram without checksum."""
     frame = GOOD["ipv4 options"]
     assert "[no cksum] UDP, length 5" in shown(frame, verbose=True)
 
 
 def test_vlan_tags() -> None:
-    """Tags in the frame, and the one that the kernel took out, are shown from the outside in."""
+    """Tags in the frame, and the tag that the kernel took out, are printed from the outside in."""
     frame = vlan(tcp(0x02), 7)
     assert shown(frame, tag=(0x88A8, 0x2009)).startswith("vlan 9, p 1, vlan 7, p 0, IP 10.0.0.1.1000 >")
     assert shown(vlan(tcp(0x02), 0x1007)).startswith("vlan 7, p 0, DEI, IP ")
 
 
 def test_link_header() -> None:
-    """-e names the addresses, the EtherType and the length, and does not repeat the protocol."""
+    """-e prints the addresses, the EtherType and the length, and does not repeat the protocol."""
     frame = GOOD["udp"]
     text = line(dissect(frame, 47, ethernet=True), 47, link=True)
     assert text == (
@@ -140,7 +142,7 @@ def test_link_header() -> None:
 
 
 def test_header_fields() -> None:
-    """-v puts the fields of the IP header in front of the addresses, in the same line."""
+    """-v prints the fields of the IP header in front of the addresses, in the same line."""
     assert shown(GOOD["udp"], verbose=True) == (
         "IP (tos 0x0, ttl 64, id 7, offset 0, flags [DF], proto UDP (17), length 33) "
         "10.0.0.1.1000 > 10.0.0.2.2000: [udp sum ok] UDP, length 5"
@@ -194,12 +196,12 @@ def test_what_linkrx_says_otherwise_than_tcpdump(title: str, text: str) -> None:
     ],
 )
 def test_what_cannot_be_is_said(title: str, mark: str) -> None:
-    """Behind what can be read of a packet there is what is wrong with it."""
+    """A line names the invalid field after the valid parts of a packet."""
     assert mark in shown(BAD[title])
 
 
 def test_names_are_bounded() -> None:
-    """A DNS name is at most 255 bytes, though pointers could make it longer; and one that is a thousand pointers ends."""
+    """A DNS name is at most 255 bytes, although pointers could make it longer, and the parser stops at a thousand pointers."""
     long = udp((53, 9), dns(0x8180, [(".".join(["x" * 60] * 5), 1)], []))
     assert "a DNS name of more than 255 bytes" in shown(long)
     pointers = b"".join((0xC000 | 12 + 2 * max(n - 1, 0)).to_bytes(2, "big") for n in range(1000))
@@ -208,13 +210,13 @@ def test_names_are_bounded() -> None:
 
 
 def test_quotes_and_backslashes_in_names() -> None:
-    """What a DNS text or a host name says cannot be taken for the line's own words."""
+    """Quotes and backslashes in DNS texts and host names are escaped, so they cannot imitate other words of the line."""
     answer = udp((53, 9), dns(0x8180, [], [(name("x"), 16, b'\x08a"b\\c\x7f\xff!')]))
     assert r'TXT "a\"b\x5cc\x7f\xff!"' in shown(answer)
 
 
 def test_an_error_that_quotes_an_error() -> None:
-    """ICMP errors in each other, as many as find room, are no recursion."""
+    """ICMP errors nested in each other cause no recursion."""
     body = b""
     for _ in range(2000):
         body = ipv4(1, b"\3\1\0\0" + bytes(4) + body)
@@ -225,7 +227,7 @@ def test_an_error_that_quotes_an_error() -> None:
 
 
 def test_no_more_connections_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the most that are remembered the first ones are forgotten, and what is remembered of others stays."""
+    """With more connections than the limit, the oldest are forgotten, and the others are kept."""
     monkeypatch.setattr(sequences, "CONNECTIONS_MOST", 4)
     numbers = Sequences()
 
@@ -241,7 +243,7 @@ def test_no_more_connections_than_there_is_room_for(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_of_bytes() -> None:
-    """-x and -X show sixteen bytes a row, in words, and beside them what can be read."""
+    """-x and -X print sixteen bytes per row, in words, and -X also the printable characters."""
     data = bytes(range(0x41, 0x41 + 18)) + b"\x1b"
     assert hexadecimal.rows(data, readable=False) == (
         "\n\t0x0000:  4142 4344 4546 4748 494a 4b4c 4d4e 4f50\n\t0x0010:  5152 1b"
@@ -254,7 +256,7 @@ def test_rows_of_bytes() -> None:
 
 
 def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """-t to -tttt are nothing, seconds since 1970, since the packet before, and with the date; without them the time of day."""
+    """-t to -tttt print no time, seconds since 1970, the time since the previous packet, and date and time. The default is the time of day."""
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     moment = 1_700_000_000_123_456_789
@@ -282,7 +284,7 @@ def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_name_is_documented() -> None:
-    """docs/dump.md has each name of an object of JSON, and what it says of a protocol each name within."""
+    """docs/dump.md lists each name of a JSON object, and each name within the object of a protocol."""
     text = (Path(__file__).parents[2] / "docs" / "dump.md").read_text().partition("## JSON")[2]
     rows = {row.split("|")[1]: row for row in text.splitlines() if row.startswith("| `")}
     behind = text.partition("With `-v`")[2]
@@ -297,7 +299,7 @@ def test_every_name_is_documented() -> None:
 
 
 def names_within(value: Any) -> set[str]:
-    """The names of the objects in it, however deep."""
+    """The names in nested objects, at any depth."""
     if isinstance(value, list):
         return set().union(*map(names_within, value))
     if not isinstance(value, dict):

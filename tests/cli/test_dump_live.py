@@ -1,4 +1,4 @@
-"""`linkrx dump -i`: packets of interfaces as they come, recordings, summaries, and what is missing without privileges."""
+"""`linkrx dump -i`: live packets of interfaces, recordings, summaries, and missing privileges."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ UDP_SEGMENT = 103
 
 @contextmanager
 def pair() -> Iterator[tuple[str, socket.socket, socket.socket]]:
-    """The near end of a veth pair, a socket whose frames come in there, and one whose frames go out there."""
+    """The near end of a veth pair, a socket whose frames come in on it, and a socket whose frames go out of it."""
     with rigs.veth() as (near, far), injector_on(far) as incoming, injector_on(near) as outgoing:
         yield near, incoming, outgoing
 
 
 def summary(errors: str) -> tuple[int, int, int]:
-    """Captured, received by filter, dropped by the kernel."""
+    """The summary: captured, received by filter, dropped by kernel."""
     found = SUMMARY.search(errors)
     assert found, errors
     captured, received, dropped = map(int, found.groups())
@@ -55,13 +55,13 @@ def summary(errors: str) -> tuple[int, int, int]:
 
 
 def test_lines_come_at_once_and_ctrl_c_ends_with_a_summary() -> None:
-    """Each packet's line is in the pipe as soon as it came; Ctrl-C ends with tcpdump's summary and exit code 0."""
+    """Each packet's line is written at once. Ctrl-C ends with tcpdump's summary and exit code 0."""
     with pair() as (near, incoming, _), Capture("-i", near, "-t", "ip and udp") as capture:
         for title in ("udp", "dns query"):
             incoming.send(GOOD[title])
             line = capture.line()
             assert line.startswith("IP 10.0.0.1.1")
-        incoming.send(GOOD["arp request"])  # which the filter does not take
+        incoming.send(GOOD["arp request"])  # the filter rejects it
         code, output, errors = capture.end(signal.SIGINT)
     assert (code, output) == (0, "")
     assert summary(errors) == (2, 2, 0)
@@ -71,12 +71,12 @@ def test_lines_come_at_once_and_ctrl_c_ends_with_a_summary() -> None:
 
 
 def backend_of(name: str) -> str:
-    """What "auto" takes; asked of `lo`, for the pair is gone."""
+    """The backend that "auto" chooses, probed on `lo`, because the pair is deleted."""
     return linkrx.choose("lo", timestamps=True, outgoing=True, promiscuous=True).backend
 
 
 def test_sigterm() -> None:
-    """SIGTERM ends as Ctrl-C does."""
+    """SIGTERM ends dump as Ctrl-C does."""
     with pair() as (near, incoming, _), Capture("-i", near, "udp") as capture:
         incoming.send(GOOD["udp"])
         assert UDP_LINE in capture.line()
@@ -86,7 +86,7 @@ def test_sigterm() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    """The first Ctrl-C ends reception and lets go on what was begun, a second one interrupts that; the handlers are put back."""
+    """The first Ctrl-C ends reception and lets dump finish, a second one interrupts it. The signal handlers are restored."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs, linkrx.open(ours) as rx, ending_on_signals(rx, live=True) as came:
@@ -100,7 +100,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 @needs_core
 def test_directions() -> None:
-    """-Q in and out show what came in and what this host sent; by default both, and JSON tells which."""
+    """-Q in and -Q out print incoming packets and packets that this host sent. The default is both, and JSON has the direction."""
     with pair() as (near, incoming, outgoing):
         for option, expected in ((("-Q", "in"), ["in"]), (("-Q", "out"), ["out"]), ((), ["in", "out"])):
             with Capture(
@@ -116,7 +116,7 @@ def test_directions() -> None:
 
 @needs_core
 def test_vlan_tags_and_super_packets() -> None:
-    """A tag that the kernel took out is shown, and so is a frame that is longer than the network carries."""
+    """A tag that the kernel took out is printed, and a frame that is longer than the MTU allows is marked."""
     with pair() as (near, incoming, _):
         with Capture("-i", near, "-t", "-c", "1", "vlan 9") as capture:
             incoming.send(vlan(GOOD["udp"], 9))
@@ -132,7 +132,7 @@ def test_vlan_tags_and_super_packets() -> None:
 
 
 def configure(near: str) -> None:
-    """An address, an MTU as of Ethernet, and a neighbor that need not be asked for."""
+    """Configure an address, the MTU of Ethernet, and a permanent neighbor."""
     from pyroute2 import IPRoute
 
     index = socket.if_nametoindex(near)
@@ -157,7 +157,7 @@ def test_every_interface() -> None:
 
 @needs_core
 def test_snaplen() -> None:
-    """-s keeps so many bytes of a frame: the line goes as far as they do, and the length is the true one."""
+    """-s keeps that many bytes of a frame. The line shows what these contain, and the true length."""
     with (
         pair() as (near, incoming, _),
         Capture("-i", near, "-s", "36", "--json", "-c", "1", "udp") as capture,
@@ -171,7 +171,7 @@ def test_snaplen() -> None:
 
 @pytest.mark.parametrize("backend", ["packet_mmap", "recvmmsg", "readv", "os_readv"])
 def test_every_backend(backend: str) -> None:
-    """--backend takes that one, which is said where it cannot tell times and outgoing frames."""
+    """--backend uses that backend, and reports if it cannot give timestamps and outgoing frames."""
     info = next(one for one in linkrx.backends() if one.name == backend)
     if not info.supported:
         pytest.skip(f"{backend} is not available here: {info.reason}")
@@ -192,7 +192,7 @@ def test_every_backend(backend: str) -> None:
 
 
 def test_duration() -> None:
-    """--duration ends after so many seconds, with exit code 0 and the summary."""
+    """--duration ends dump after that many seconds, with exit code 0 and the summary."""
     done = linkrx_command("dump", "-i", "lo", "--duration", "0.1")
     assert (done.returncode, done.stdout) == (0, "")
     assert summary(done.stderr) == (0, 0, 0)
@@ -200,7 +200,7 @@ def test_duration() -> None:
 
 @needs_core
 def test_what_waits_behind_the_last_packet_is_counted() -> None:
-    """-c ends behind so many packets; those that had come as well were received by the filter, and not captured: more than a batch of them."""
+    """-c ends after that many packets. Packets that waited at the end, more than a batch, count as received by filter, and not as captured."""
     with (
         pair() as (near, incoming, _),
         Capture("-i", near, "-t", "-c", "1", "--backend", "recvmmsg", "udp") as capture,
@@ -215,7 +215,7 @@ def test_what_waits_behind_the_last_packet_is_counted() -> None:
 
 
 def test_not_promiscuous() -> None:
-    """-p leaves the interface as it is; without it, it is promiscuous while the packets come."""
+    """-p does not set promiscuous mode. Without it the interface is promiscuous while dump receives."""
 
     def promiscuity(name: str) -> int:
         from pyroute2 import IPRoute
@@ -232,7 +232,7 @@ def test_not_promiscuous() -> None:
 
 
 def test_a_deleted_interface() -> None:
-    """When the interface is deleted dump says so behind its summary, and ends with exit code 1."""
+    """If the interface is deleted, dump says so after its summary, and exits with 1."""
     from pyroute2 import IPRoute
 
     with pair() as (near, _, _), Capture("-i", near) as capture:
@@ -245,7 +245,7 @@ def test_a_deleted_interface() -> None:
 
 @needs_core
 def test_recording(tmp_path: Path) -> None:
-    """-w records with times and directions what linkrx reads back; the summary says how many."""
+    """-w records packets with times and directions, which linkrx reads back, and the summary has their number."""
     path = tmp_path / "some.pcapng"
     with (
         pair() as (near, incoming, outgoing),
@@ -263,7 +263,7 @@ def test_recording(tmp_path: Path) -> None:
 
 @needs_core
 def test_recording_in_a_terminal(tmp_path: Path) -> None:
-    """While it records, a terminal has a running line of packets, bytes and drops."""
+    """During a recording, a terminal shows one line with the current packets, bytes and drops."""
     path = tmp_path / "some.pcapng"
     ours, theirs = pty.openpty()
     with pair() as (near, incoming, _):
@@ -291,7 +291,7 @@ def test_recording_in_a_terminal(tmp_path: Path) -> None:
 
 
 def until(descriptor: int, wanted: str, shown: str = "") -> str:
-    """Read a terminal until something is shown."""
+    """Read a terminal until it shows a text."""
     deadline = time.monotonic() + PATIENCE
     while wanted not in shown:
         assert select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))[0], shown
@@ -300,7 +300,7 @@ def until(descriptor: int, wanted: str, shown: str = "") -> str:
 
 
 def test_a_reader_that_goes_away() -> None:
-    """When the reader of the pipe has gone that is the end, a quiet one with exit code 0, though no packet comes any more."""
+    """If the reader closes the pipe, dump ends without an error and with exit code 0, even if no more packet comes."""
     with pair() as (near, incoming, _), Capture("-i", near, "udp") as capture:
         incoming.send(GOOD["udp"])
         assert UDP_LINE in capture.line()
@@ -315,7 +315,7 @@ def test_a_reader_that_goes_away() -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("backend", ["packet_mmap", "recvmmsg"])
 def test_a_slow_reader_loses_nothing_uncounted(backend: str, unbuffered: str) -> None:
-    """While nobody reads, packets wait in the kernel or are dropped there, and the summary counts each that was sent."""
+    """While the output is not read, packets wait in the kernel or are dropped, and the summary counts each sent packet."""
     sent = 30_000
     frames = [ethernet(0x88B5, number.to_bytes(4, "big") + bytes(500)) for number in range(sent)]
     with (
@@ -340,13 +340,13 @@ def test_a_slow_reader_loses_nothing_uncounted(backend: str, unbuffered: str) ->
 
 
 def wait_for_room(sender: socket.socket) -> None:
-    """Until the socket takes a frame again."""
+    """Wait until the socket accepts a frame again."""
     select.select([], [sender], [], PATIENCE)
 
 
 @pytest.mark.parametrize("words", [(), ("udp", "port", "53"), ("-w", "some.pcap")])
 def test_the_list_of_interfaces(words: tuple[str, ...]) -> None:
-    """Without -i and -r the interfaces are listed and what to type; an expression without either is wrong usage all the same."""
+    """Without -i and -r, dump lists the interfaces and says what to type. An expression without them is wrong usage."""
     with rigs.veth() as (near, far):
         done = linkrx_command("dump", *words)
     assert done.returncode == (2 if words else 0)
@@ -366,7 +366,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_without_privilege() -> None:
-    """Without CAP_NET_RAW the error names it and the narrowest way to have it, with exit code 1; the list needs none."""
+    """Without CAP_NET_RAW the error names it and the narrowest way to get it, with exit code 1. The list needs no privilege."""
     done = run("-c", UNPRIVILEGED, "dump", "-i", "lo")
     assert (done.returncode, done.stdout) == (1, "")
     assert "CAP_NET_RAW" in done.stderr
@@ -376,7 +376,7 @@ def test_without_privilege() -> None:
 
 
 def test_without_the_core() -> None:
-    """Without the C core packets are printed all the same."""
+    """Without the C core dump prints packets too."""
     program = """
 import sys
 sys.modules["linkrx._core._native"] = None

@@ -1,4 +1,4 @@
-"""The demo's responder at full speed: ARP, ping and UDP echo at once, with every frame accounted for."""
+"""The demo's responder at full speed: ARP, ping and UDP echo at once, with an account of every frame."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUEUE = 20_000
 
 
 def counters(tap: linkrx.TunTap) -> dict[str, int]:
-    """What the device has counted: its `tx` is what goes into the queue, its `rx` what was sent out of it."""
+    """The device's counters. `tx` counts frames into the queue, `rx` frames that were written to it."""
     with IPRoute() as route:
         (link,) = route.get_links(socket.if_nametoindex(tap.name))
     stats: dict[str, int] = link.get("stats64")
@@ -37,7 +37,7 @@ def counters(tap: linkrx.TunTap) -> dict[str, int]:
 
 @pytest.fixture
 def tap() -> Any:
-    """A TAP with an address, on which the kernel never is told anything but by the responder."""
+    """A TAP with an address, on which the kernel learns addresses only from the responder."""
     with linkrx.TunTap() as tap:
         device = Device(tap.name)
         device.set(txqlen=QUEUE)
@@ -51,7 +51,7 @@ def tap() -> Any:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
-    """What the kernel sends is delivered or dropped by it; what is to be answered is, and comes back unchanged."""
+    """Each frame of the kernel is delivered, or counted as dropped. Each request is answered with its unchanged payload."""
     responder = Responder(HARDWARE, RESPONDER)
     answered = {"arp": 0, "ping": 0, "udp": 0}
 
@@ -71,7 +71,7 @@ def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
         injector_on(tap.name) as asking,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE_ARP)) as watcher,
     ):
-        before = counters(tap)  # the kernel may have sent packets of its own already
+        before = counters(tap)  # the kernel may have sent its own packets already
         watcher.bind((tap.name, ETHERTYPE_ARP))
         for receiver in (udp, pinger, watcher):
             receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
@@ -79,7 +79,7 @@ def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
         udp.connect((str(RESPONDER), 7))
         pinger.connect((str(RESPONDER), 0))
         with running(rx.run):
-            udp.send(b"first")  # for which it asks by ARP
+            udp.send(b"first")  # the kernel first sends an ARP request
             assert udp.recv(100) == b"first"
             ask = ARP.pack(*ARP_FIXED, ARP_REQUEST, b"\x02" * 6, KERNEL.packed, bytes(6), RESPONDER.packed)
             threads = [
@@ -120,5 +120,5 @@ def test_every_frame_is_accounted_for(backend: str, tap: linkrx.TunTap) -> None:
 
 
 def echo(number: int) -> Echo:
-    """A ping that tells its number."""
+    """A ping that contains its number."""
     return Echo(KERNEL, RESPONDER, ECHO_REQUEST, os.getpid() & 0xFFFF, number, struct.pack("!I", number))
