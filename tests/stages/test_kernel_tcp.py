@@ -63,7 +63,7 @@ def test_every_byte_of_a_stream(mode: str, version: int, timestamps: bool) -> No
     else:
         assert seen["super-packets"] == seen["larger than the MTU"] == 0
         assert seen["finished"] == seen["packets"] > BYTES // MTU
-    assert (stats.receives < stats.packets / 2) == (mode == "segment")
+    assert (stats.receives < stats.packets) == (mode == "segment")
 
 
 def test_a_wrong_byte_is_seen() -> None:
@@ -72,7 +72,9 @@ def test_a_wrong_byte_is_seen() -> None:
         right = sink.pattern
         for batch in rx.batches(PATIENCE):
             for packet in batch:
-                if len(packet) > 1000:
+                if (
+                    len(packet) > 1000 and not sink.received
+                ):  # the kernel sends it again where it is not answered soon
                     frame = bytearray(packet.frame)
                     assert checksums_are_right(bytes(frame), 4)
                     frame[500] ^= 1

@@ -14,7 +14,7 @@ from linkrx.stages import segmentation as segment
 from linkrx.testing.devices import Device
 from support.super_packets import LOCAL, REMOTE, SOURCES
 
-PATIENCE_MS = 5000
+PATIENCE_MS = 30_000
 LONGEST = 200_000
 RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
 QUEUE = 20_000  # packets: more than the smallest segments of the largest super-packet
