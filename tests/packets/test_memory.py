@@ -34,11 +34,13 @@ from support.received import (
     numbered,
     vnet_bytes,
 )
+from support.ring import waiting
 
 import linkrx
 from linkrx import _core
 from linkrx.memory.framing import Framing
 from linkrx.testing import rigs
+from linkrx.testing.waiting import patiently, until
 
 WITH_VNET = Framing(True, 10)
 
@@ -819,8 +821,13 @@ def held_of_a_ring(
     """A ring of which packets that read in place, a batch, and the rest of a receive are held."""
     with rigs.interface() as rig, linkrx.open(rig.source, deliver, backend="packet_mmap", batch_size=8) as rx:
         sent = [rig.frame(100, n) for n in range(24)]
-        for frame in sent:
-            rig.send(frame)
+        # In one block: of more of them the first would be copied already. The kernel closes one each millisecond.
+        for _ in patiently(lambda: waiting() == [len(sent)]):
+            for _batch in rx.batches(0):
+                pass
+            for frame in sent:
+                rig.send(frame)
+            until(lambda: sum(waiting()) == len(sent))
         batch: Any = next(rx.batches(10))
         packets: list[Any] = [batch[0], next(iter(batch))]
         packets += islice(rx, 2)
