@@ -1,7 +1,7 @@
 /* The ring: TPACKET_V3, packet(7). No system call is made while packets flow.
  *
- * The kernel and this process share memory, which is cut into blocks. The kernel fills one open block with frames, one behind
- * the other, each behind a struct tpacket3_hdr. It closes the block when the next frame does not fit, or when the retire time
+ * The kernel and this process share memory, which is divided into blocks. The kernel fills one open block with frames, each
+ * after a struct tpacket3_hdr. It closes the block when the next frame does not fit, or when the retire time
  * is over and the block has a frame, and opens the next block. A closed block has TP_STATUS_USER in its block_status and belongs
  * to the reader, until the reader stores TP_STATUS_KERNEL there: the release.
  *
@@ -34,7 +34,7 @@
 #define FRAMES_AHEAD 8
 #define BYTES_AHEAD 2048
 
-/* linux/if_ether.h; its other contents clash with the C library's. */
+/* linux/if_ether.h, which conflicts with the C library's headers. */
 #define ETH_P_8021Q 0x8100
 
 /* In front of the frames of a block: BLK_HDR_LEN of net/packet/af_packet.c. tpacket_rcv() cuts what is longer than the rest. */
@@ -45,7 +45,7 @@ static struct tpacket_hdr_v1 *block_header(const struct lrx_ring *s)
     return header_at(s, s->block);
 }
 
-/* Whether the next block was read to its end in place, and is not released: so far has the reader come round. */
+/* Whether the next block was read in place and is not released yet: all blocks of the ring were read. */
 static bool is_unreleased(const struct lrx_ring *s)
 {
     for (int k = 0; k < 2; k++)
@@ -62,8 +62,8 @@ static bool begin_block(struct lrx_ring *s)
 
     if (is_unreleased(s))
         return false;
-    /* Behind this load everything that the kernel wrote before it closed the block is visible. Other bits than
-     * TP_STATUS_USER tell why it was closed. */
+    /* After this load, everything is visible that the kernel wrote before it closed the block. The other bits say why it was
+     * closed. */
     status = __atomic_load_n(&header->block_status, __ATOMIC_ACQUIRE);
     if (!(status & TP_STATUS_USER))
         return false;
@@ -74,7 +74,7 @@ static bool begin_block(struct lrx_ring *s)
     return true;
 }
 
-/* The kernel fills it again. */
+/* Release a block to the kernel. */
 static void release(struct lrx_ring *s, uint32_t block)
 {
     struct tpacket_hdr_v1 *header = header_at(s, block);
@@ -109,30 +109,29 @@ void lrx_ring_release(void *state, uint32_t slot)
     s->slots.unreleased[slot] = 0;
 }
 
-/* What the socket has to say besides packets: ENETDOWN. The kernel tells of a link that went down while packets
- * that came before are still in the open block, until the timer closes it. They are waited for: the kernel then
- * says that the socket is readable. It is told `behind` packets too; but not that another backend has to take over, for with
- * the ring goes what has come until that is read. */
-static int pending_error(struct lrx_ring *s, bool behind)
+/* The pending error of the socket, such as ENETDOWN, or 0. The kernel reports a link that went down while earlier packets are still
+ * in the open block, until the timer closes it. Then the error waits for them: the kernel makes the socket readable again. An
+ * error may also be reported `after` packets, but not EFBIG or the refusal of a seccomp filter: then another backend takes over,
+ * and packets in the ring would be lost. */
+static int pending_error(struct lrx_ring *s, bool after)
 {
     socklen_t size = sizeof s->error;
     int error;
 
-    /* recv(2) of a socket with a ring has nothing to take but that: for a seccomp filter that forbids getsockopt(2). */
+    /* If a seccomp filter forbids getsockopt(2): on a socket with a ring, recv(2) returns nothing but the error. */
     if (!s->error && getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &s->error, &size) < 0 &&
         recv(s->fd, NULL, 0, MSG_DONTWAIT) < 0 && errno != EAGAIN)
         s->error = errno;
     if (!s->error || is_unreleased(s) || ONCE(block_header(s)->num_pkts))
         return 0;
-    if (behind && (is_forbidden(s->error) || s->error == EFBIG))
+    if (after && (is_forbidden(s->error) || s->error == EFBIG))
         return 0;
     error = s->error;
     s->error = 0;
     return error;
 }
 
-/* Where the packet at `offset` of the block lies: its first byte, or NULL for numbers that point out of the block,
- * which no kernel writes. */
+/* The first byte of the packet at `offset` of the block. NULL for numbers that point out of the block, which no kernel writes. */
 static const uint8_t *frame_of(const struct lrx_ring *s, const uint8_t *block, uint32_t *snaplen)
 {
     const struct tpacket3_hdr *header = (const struct tpacket3_hdr *)(block + s->offset);
@@ -148,7 +147,7 @@ static const uint8_t *frame_of(const struct lrx_ring *s, const uint8_t *block, u
     return block + s->offset + mac;
 }
 
-/* Whether the kernel had no more room for the frame in a block that has no other. */
+/* Whether the kernel cut the frame to the length of a block. */
 static bool is_cut(const struct lrx_ring *s, const struct tpacket3_hdr *header, uint32_t snaplen)
 {
     return snaplen < header->tp_len && (uint64_t)header->tp_mac + snaplen + BLOCK_HEADER >= s->block_size;
@@ -178,7 +177,7 @@ static uint16_t read_metadata(const struct lrx_ring *s, const struct tpacket3_hd
 
     if (status & TP_STATUS_CSUMNOTREADY)
         flags |= LRX_CHECKSUM_UNFINISHED;
-    /* A tag of 0 is legal: the flag tells, not the value. */
+    /* The flag says that there is a tag, because a TCI of 0 is valid. */
     if (status & TP_STATUS_VLAN_VALID) {
         flags |= LRX_VLAN;
         out->vlan_tcis[n] = (uint16_t)header->hv1.tp_vlan_tci;
@@ -202,7 +201,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     const struct lrx_columns out = lrx_descriptors_at(descriptors, rows);
     const uint32_t slot = s->slots.turn;
     uint8_t *memory = (uint8_t *)region;
-    /* In place, starts count from the block that comes first. */
+    /* In place, starts count from the first block of the batch. */
     const uint8_t *frames = s->in_place ? s->memory + (size_t)s->block * s->block_size : memory;
     const uint32_t most = s->in_place ? s->most : s->blocks;
     const uint32_t limit = lrx_most(descriptors, rows);
@@ -215,7 +214,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     }
     if (s->in_place) {
         if (s->slots.unreleased[slot])
-            return -EBUSY; /* lrx_ring_release() comes first */
+            return -EBUSY; /* the caller must call lrx_ring_release() before */
         s->first[slot] = s->block;
         s->slots.frames[slot] = (uintptr_t)frames;
     }
@@ -230,7 +229,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             if (begun == most || (s->in_place && begun && s->block == 0) || !begin_block(s))
                 break;
             begun++;
-            if (!s->left) { /* before a frame that is cut to a block's length, and with Linux before 3.19 */
+            if (!s->left) { /* an empty block: before a frame that is cut to a block's length, and before Linux 3.19 */
                 end_block(s);
                 continue;
             }
@@ -249,7 +248,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         if (is_cut(s, header, snaplen) && length < s->capacity && !s->error)
             s->error = EFBIG;
         if (s->in_place) {
-            /* Of a frame that stays where it is the beginning is enough. */
+            /* Prefetch headers only, because the frame is not copied. */
             lrx_prefetch_uncached((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);
             out.starts[n] = (uint32_t)(frame - s->vnet - frames);
         } else {
@@ -274,7 +273,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     lrx_report_at(descriptors)->held = s->left;
     if (n == 0 && s->in_place)
         lrx_ring_release(s, slot); /* empty blocks */
-    /* Behind packets it is told as well, for nothing else may wake who polls. */
+    /* Also after packets, because the caller that polls may get no other event. */
     if (n == 0 || (s->error && !s->left))
         error = pending_error(s, n > 0);
     if (error)

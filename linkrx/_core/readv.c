@@ -16,7 +16,7 @@
 #include "metadata.inc"
 #include "readv.h"
 
-/* musl has neither before 1.2.5. Both halves of the offset are -1: read where the file stands. */
+/* musl before 1.2.5 lacks both. The two halves of the offset are -1: the current position. */
 #ifndef RWF_NOWAIT
 #include <sys/syscall.h>
 #define RWF_NOWAIT 0x00000008 /* linux/fs.h, since Linux 4.14 */
@@ -24,8 +24,7 @@
     syscall(SYS_preadv2, fd, iov, (long)(count), (long)(offset), (long)(offset), flags)
 #endif
 
-/* One buffer a byte longer than the capacity, or the ladder and that byte: a packet that reaches the
- * extra byte was cut, one that ends before it was not. */
+/* The buffer, or the caller's buffers, and one byte more: a packet that reaches the extra byte is cut. */
 static int lay_out(const struct lrx_readv *r, uint8_t *at, struct iovec *iov)
 {
     int n = 0;
@@ -81,7 +80,7 @@ static ssize_t receive(const struct lrx_readv *r, uint8_t *at, bool plain, struc
     case LRX_POLL:
         ready.fd = r->fd;
         ready.events = POLLIN;
-        /* A signal interrupts poll() even with a timeout of 0. It has not looked then, so a read() could block. */
+        /* A signal interrupts poll() even with a timeout of 0. Then the source may not be readable, and a read() could block. */
         switch (poll(&ready, 1, 0)) {
         case 0:
             errno = EAGAIN;

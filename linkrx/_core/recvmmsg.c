@@ -25,8 +25,8 @@ struct lrx_recvmmsg {
     uint32_t messages;
     uint32_t capacity;
     uint32_t near;        /* bytes of a packet that its near place holds */
-    uint32_t near_stride; /* from one near place to the next */
-    uint64_t far_stride;  /* from one far place to the next; 0 where none is needed */
+    uint32_t near_stride; /* bytes from one near place to the next */
+    uint64_t far_stride;  /* bytes from one far place to the next; 0: there are none */
     struct mmsghdr *headers;
     struct iovec (*iovecs)[2];
     struct sockaddr_ll *names;
@@ -104,8 +104,8 @@ uint64_t lrx_recvmmsg_stride(uint32_t capacity)
     return near_stride(capacity) + far_stride(capacity);
 }
 
-/* So many packets to the near places at `near` and on, what is longer to the far ones. The kernel writes the sizes of name and
- * control back, so both are set anew. */
+/* Receive up to `wanted` packets with one system call: into near places from `near` on, and far places for longer packets.
+ * The kernel changes the sizes of name and control, so reset them. */
 static int receive(struct lrx_recvmmsg *s, uint8_t *near, uint8_t *far, uint32_t wanted)
 {
     int got;

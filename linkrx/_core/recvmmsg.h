@@ -1,24 +1,23 @@
 #pragma once
 #include <stdint.h>
 
-/* Packets land in the arena itself. Each has a near place of at most 2,048 bytes, and a far one for what is longer. The
- * near places lie side by side, so that a receive of ordinary packets finds them in the cache and its pages in the TLB. The far
- * ones are hardly ever written, and what is not written takes no memory. A packet that reaches its far place gets its start
- * copied to the room in front of it. */
+/* The kernel writes packets into the arena. Each packet has a near place of at most 2,048 bytes, and a far place for the rest of a
+ * longer one. The near places are adjacent, so that ordinary packets use few pages and stay in the cache. Far places are rarely
+ * written, and memory that is not written is not allocated. The beginning of a packet that reaches its far place is copied to
+ * the bytes in front of that place. */
 struct lrx_recvmmsg;
 
 #define LRX_MESSAGES_MAX 1024
 
-/* For `messages` packets of up to `capacity` bytes by one system call. `metadata` asks for struct sockaddr_ll and control
- * messages, as AF_PACKET sends them. NULL and errno when memory is short. */
+/* Make the state for `messages` packets of up to `capacity` bytes per system call. `metadata`: receive struct sockaddr_ll and control
+ * messages of AF_PACKET. NULL with errno if there is no memory. */
 struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata);
 void lrx_recvmmsg_close(struct lrx_recvmmsg *s);
 
-/* Bytes of the arena that each packet takes, both places together. */
+/* Bytes of the arena for each packet: both places. */
 uint64_t lrx_recvmmsg_stride(uint32_t capacity);
 
-/* Receive at most `rows` packets, with as many system calls as it takes until the queue is empty, into `size` bytes at
- * `region`, which are a stride at least. Returns how many, or -errno where there is none; the report keeps the errno, also
- * one that came behind packets. */
+/* Receive at most `rows` packets into `size` bytes at `region`, with system calls until the queue is empty. `size` is at least one
+ * stride. Returns the number of packets, or -errno if there are none. The report has the errno, also one that followed packets. */
 int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t region,
                       uint32_t size);

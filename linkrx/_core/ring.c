@@ -8,12 +8,12 @@
 
 #include "ring.inc"
 
-#define PAGE_LEAST 4096 /* of all Linux architectures */
+#define PAGE_LEAST 4096 /* the smallest page of all Linux architectures */
 
 static int set_ring(const struct lrx_ring *s, uint32_t retire_ms)
 {
-    /* V3 packs packets as they come; one frame per block satisfies packet_set_ring(), which wants the numbers to
-     * agree, whatever PACKET_RESERVE is. */
+    /* TPACKET_V3 ignores the frame size. One frame per block satisfies packet_set_ring(), which checks that the numbers agree,
+     * for any PACKET_RESERVE. */
     struct tpacket_req3 request = {
         .tp_block_size = s->block_size,
         .tp_block_nr = s->blocks,
@@ -49,7 +49,7 @@ static bool is_same_socket(const struct lrx_ring *s)
 static void take_off(struct lrx_ring *s)
 {
     if (s->memory)
-        munmap(s->memory, s->mapped); /* first: a ring that is mapped cannot be removed (EBUSY) */
+        munmap(s->memory, s->mapped); /* first, because a mapped ring cannot be removed (EBUSY) */
     if (is_same_socket(s)) {
         s->blocks = s->block_size = 0;
         set_ring(s, 0);
@@ -119,7 +119,7 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
     /* The kernel could not remove a ring that a child process has mapped too. */
     madvise(s->memory, s->mapped, MADV_DONTFORK);
     touch(s);
-    lrx_ring_count(s); /* what the socket dropped before is not the ring's */
+    lrx_ring_count(s); /* resets the counters, which have earlier drops of the socket */
     s->drops = s->freezes = 0;
     return s;
 
@@ -136,7 +136,7 @@ void lrx_ring_close(struct lrx_ring *s, int unmap)
 {
     if (!s)
         return;
-    if (unmap && is_mapped(s)) { /* else the ring is the parent's */
+    if (unmap && is_mapped(s)) { /* else the ring belongs to the parent */
         take_off(s);
         munmap(s->guard, PAGE_LEAST);
     }
@@ -145,7 +145,7 @@ void lrx_ring_close(struct lrx_ring *s, int unmap)
 
 void lrx_ring_abandon(struct lrx_ring *s)
 {
-    free(s); /* and not the guard, which is still asked by packets that could not be copied before the fork */
+    free(s); /* not the guard: packets that could not be copied before the fork still read it */
 }
 
 uint32_t lrx_ring_held(const struct lrx_ring *s)
@@ -184,8 +184,8 @@ uint64_t lrx_ring_size(const struct lrx_ring *s)
     return s->mapped;
 }
 
-/* packet_rcv_has_room() in net/packet/af_packet.c finds room where the block that is open belongs to the kernel, and
- * for rollover one a quarter of the ring further on. */
+/* packet_rcv_has_room() in net/packet/af_packet.c checks that the open block belongs to the kernel, and for rollover the block a
+ * quarter of the ring after it. */
 static void set_all(struct lrx_ring *s, uint32_t status)
 {
     for (uint32_t block = s->blocks; block-- > 0;) /* the open one last */

@@ -6,19 +6,18 @@
 /* A TPACKET_V3 ring: made, counted, and removed. */
 struct lrx_ring;
 
-/* Beside LRX_TIMESTAMP and LRX_OUTGOING: protocol, link type and link address of each packet. */
+/* With LRX_TIMESTAMP and LRX_OUTGOING a value of `wanted`: protocol, link type and link address of each packet. */
 #define LRX_WANT_SENDER 0x100
 
-/* Put a ring of `blocks` blocks of `block_size` bytes on an AF_PACKET socket; the kernel hands a block over
- * when it is full, or when `retire_ms` milliseconds are up and something is in it. `vnet` is the size of the
- * virtio-net header that the socket puts in front of frames, `capacity` what is kept of a packet, that header
- * included, and `wanted` the LRX_TIMESTAMP, LRX_OUTGOING and LRX_WANT_SENDER that are asked for. NULL and errno, and the socket as it
- * was, when the kernel refuses. */
+/* Put a ring of `blocks` blocks of `block_size` bytes on an AF_PACKET socket. The kernel closes a block when it is full, or after
+ * `retire_ms` milliseconds if it is not empty. `vnet` is the size of the virtio-net header in front of frames. `capacity` is the
+ * number of bytes that are kept of a packet, with that header. `wanted` has LRX_TIMESTAMP, LRX_OUTGOING and LRX_WANT_SENDER for
+ * wanted columns. NULL with errno if the kernel refuses; then the socket has not changed. */
 struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
                                uint32_t capacity, uint32_t wanted);
 
-/* Leave the kernel no room in a new ring, and give it room. A socket that is not yet a member of a fanout group drops the packets
- * that the group receives. In between, the drops up to now can be forgotten. */
+/* Close a new ring to the kernel, and open it again. In between, the socket drops all packets, and the drops of the time before it
+ * joined its fanout group can be subtracted. */
 void lrx_ring_shut(struct lrx_ring *s);
 void lrx_ring_forget_drops(struct lrx_ring *s);
 void lrx_ring_start(struct lrx_ring *s);
@@ -27,13 +26,13 @@ void lrx_ring_start(struct lrx_ring *s);
  * mapping stays and the socket keeps the ring. */
 void lrx_ring_close(struct lrx_ring *s, int unmap);
 
-/* In a forked child, where the ring belongs to the parent. */
+/* Release the memory in a forked child, where the ring belongs to the parent. */
 void lrx_ring_abandon(struct lrx_ring *s);
 
-/* Packets that are not read yet of the block that is partly read. */
+/* Packets of the current block that are not read yet. */
 uint32_t lrx_ring_held(const struct lrx_ring *s);
 
-/* Since the ring was made: packets without room in it, and how often it was full; -1 if that is not known. */
+/* Packets dropped since the ring was made, because it was full, and how often it became full; -1 if unknown. */
 uint64_t lrx_ring_drops(struct lrx_ring *s);
 int64_t lrx_ring_freezes(struct lrx_ring *s);
 

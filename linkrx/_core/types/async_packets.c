@@ -4,7 +4,7 @@
 typedef struct {
     PyObject_HEAD
     Receiver *receiver;
-    Waiter *waiter;          /* once something was waited for */
+    Waiter *waiter;          /* made by the first wait */
     PyObject *running_loop;  /* asyncio.get_running_loop */
 } AsyncPackets;
 
@@ -49,7 +49,7 @@ static int packets_traverse(PyObject *self, visitproc visit, void *arg)
 static int packets_clear(PyObject *self)
 {
     Py_CLEAR(((AsyncPackets *)self)->waiter);
-    return 0; /* the rest stays, for every method uses it, and none of it refers to an iterator */
+    return 0; /* the rest stays, because every method uses it, and it refers to no iterator */
 }
 
 static void packets_dealloc(PyObject *self)
@@ -179,14 +179,14 @@ static PyObject *packets_throw(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef packets_methods[] = {
-    {"close", packets_close, METH_NOARGS, "close($self, /)\n--\n\nThe coroutine that waits is closed."},
+    {"close", packets_close, METH_NOARGS, "close($self, /)\n--\n\nEnd the wait of a coroutine that is closed."},
     {"throw", packets_throw, METH_VARARGS,
-     "throw($self, type, value=None, trace=None, /)\n--\n\nThe coroutine that waits gets an exception."},
+     "throw($self, type, value=None, trace=None, /)\n--\n\nEnd the wait, and raise an exception in the coroutine."},
     {0},
 };
 
 static PyType_Slot packets_slots[] = {
-    {Py_tp_doc, "AsyncPackets(dispatcher)\n--\n\nWhat `async for` over a dispatcher goes through."},
+    {Py_tp_doc, "AsyncPackets(dispatcher)\n--\n\nThe asynchronous iterator of a dispatcher."},
     {Py_tp_new, packets_new},
     {Py_tp_dealloc, packets_dealloc},
     {Py_tp_traverse, packets_traverse},

@@ -1,9 +1,9 @@
-/* Iteration over a batch: two packets take turns, for who asks for the next one has the last one in a variable still. */
+/* Iteration over a batch. Two packets take turns, because a loop variable still refers to the last one when the next is made. */
 #include "types.h"
 
 typedef struct {
     PyObject_HEAD
-    Batch *batch; /* NULL behind the end */
+    Batch *batch; /* NULL after the end */
     Py_ssize_t next;
     Packet *turns[2];
 } BatchIterator;
@@ -67,7 +67,7 @@ static PyObject *iterator_hint(PyObject *self, PyObject *unused)
 }
 
 static PyMethodDef iterator_methods[] = {
-    {"__length_hint__", iterator_hint, METH_NOARGS, "__length_hint__($self, /)\n--\n\nHow many packets are to come."},
+    {"__length_hint__", iterator_hint, METH_NOARGS, "__length_hint__($self, /)\n--\n\nThe number of packets that are left."},
     {0},
 };
 

@@ -1,4 +1,4 @@
-/* Handing over packets. */
+/* Delivers packets. */
 #include "types.h"
 
 #include <string.h>
@@ -145,7 +145,7 @@ Batch *lrx_take_batch(Receiver *r)
     Batch *b = r->pending;
 
     if (r->next) {
-        /* `memory` shows zeroes in place of the packets that were handed over already. */
+        /* `memory` has zeroes instead of the packets that were delivered before. */
         lrx_reset_packets(r);
         if (b->owner && b->owner->mapped && lrx_owner_copy_packets(b->owner) < 0)
             return NULL;

@@ -49,10 +49,10 @@ int lrx_copy_slots(Receiver *r)
     return 0;
 }
 
-/* Packets that are wanted one by one: learn how many to ask for, because a read that finds nothing costs as much as one that
- * finds a packet. After a fill that got as many as it asked for, the next may ask for twice as many. After one that got fewer,
- * the next asks for so many. Each attempt in vain doubles the number of fills until the next attempt. So a packet that comes
- * alone costs one read, and a queue that fills up is noticed within 31 packets. */
+/* Learn how many packets to read at once for a caller that takes them one by one, because a read that finds nothing costs as much as
+ * one that finds a packet. If a fill got as many as it asked for, the next may ask for twice as many. If it got fewer, the next
+ * asks for that number. Each failed attempt doubles the number of fills until the next attempt. So a packet that comes alone
+ * costs one read, and a queue that fills up is noticed within 31 packets. */
 static void learn(Receiver *r, uint32_t asked, uint32_t got)
 {
     if (got < asked) {
@@ -106,7 +106,7 @@ static int fill_in_place(Receiver *r, const Owner *arena)
 
     if (take_back(r, slots->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
         return -1;
-    count = call_fill_function(r, arena, r->rows); /* which makes no system call */
+    count = call_fill_function(r, arena, r->rows); /* makes no system call */
     if (!count && slots->unreleased[last] && take_back(r, last) < 0)
         return -1;
     return count;

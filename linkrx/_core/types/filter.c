@@ -1,8 +1,8 @@
-/* A filter of linkrx's own, and how one takes the place of another while packets come.
+/* The filter that linkrx runs, and its replacement during reception.
  *
- * Whoever is inside receives and hands over, so only he exchanges it: between two packets that are handed over, and before each
- * receive. What was received by then and waits is judged anew. A kernel's filter leaves alone what is queued already; beside such
- * a one, linkrx's own runs until a fill has found nothing, and the time is over in which packets of before can still be read. */
+ * The thread that has the claim replaces the filter: between two deliveries, and before each receive. Pending packets are filtered
+ * again. Attaching a filter in the kernel does not affect queued packets. For those, linkrx runs the filter too, until a fill finds
+ * nothing and all packets from before must have been readable. */
 #include "types.h"
 
 #include <string.h>
@@ -27,8 +27,8 @@ static void move_row(Table *t, Py_ssize_t to, Py_ssize_t from)
     t->link_headers[to] = t->link_headers[from];
 }
 
-/* Of what waits to be handed over, and nobody has seen, only what the filter takes is left. */
-static void judge_pending(Receiver *r)
+/* Remove the pending packets that the filter rejects. */
+static void filter_pending(Receiver *r)
 {
     Batch *b = r->pending;
     Table *t = b->table;
@@ -76,7 +76,7 @@ static void judge_pending(Receiver *r)
 
 int lrx_exchange_filter(Receiver *r)
 {
-    /* What is classified is no packet yet whose place is known. */
+    /* Classified frames must be in a batch before they can be filtered. */
     if (!r->pending && report_of(r)->classified && lrx_take_in(r) == FAILED)
         return -1;
     Py_XDECREF(r->filter);
@@ -86,8 +86,8 @@ int lrx_exchange_filter(Receiver *r)
     r->filter_until = r->next_filter.until;
     r->exchanging = false;
     if (r->pending && r->filter)
-        judge_pending(r);
-    lrx_set_readable(r); /* who waited was woken */
+        filter_pending(r);
+    lrx_set_readable(r); /* clears the event that woke the receiving thread */
     return 0;
 }
 
@@ -98,7 +98,8 @@ void lrx_end_filter(Receiver *r)
     Py_CLEAR(r->filter);
 }
 
-/* Of a program, and of the programs of a capture file, which tell their address. 0: it is empty, and everything passes. */
+/* Make a filter of a program (bytes), or of the programs of a capture file (FilePrograms). Returns 0 for an empty program, which lets
+ * everything pass, 1 for another, or -1 with an exception. */
 static int filter_of(PyObject *program, struct lrx_filter *filter)
 {
     PyObject *address;
@@ -155,7 +156,7 @@ PyObject *lrx_receiver_set_filter(PyObject *self, PyObject *args)
     return lrx_receiver_exchange_filter(self, NULL);
 }
 
-/* Whether the filter is exchanged, or will be before anything is handed over. */
+/* Returns whether the filter is replaced, or will be before the next delivery. */
 PyObject *lrx_receiver_exchange_filter(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
@@ -167,7 +168,7 @@ PyObject *lrx_receiver_exchange_filter(PyObject *self, PyObject *unused)
             if (lrx_exchange_filter(r) < 0)
                 return NULL;
         } else if (r->thread != PyThread_get_thread_ident()) {
-            const ssize_t done = write(r->event, &one, sizeof one); /* it may sleep */
+            const ssize_t done = write(r->event, &one, sizeof one); /* wake the receiving thread */
 
             (void)done;
             Py_RETURN_FALSE;

@@ -39,8 +39,8 @@ static void populate(uint8_t *memory, size_t size)
             *(volatile uint8_t *)(memory + at) = 0;
 }
 
-/* Frames start ARENA_START bytes behind the start of the mapping. A copy of the kernel to the first 32 bytes of a page can take
- * four times as long: on an AMD EPYC 22 us for 65,535 bytes in place of 6. */
+/* Frames start ARENA_START bytes after the start of the mapping. If the kernel copies to the first 32 bytes of a page, the copy can
+ * take four times as long: on an AMD EPYC 22 us instead of 6 for 65,535 bytes. */
 Owner *lrx_owner_new(State *state, size_t size)
 {
     Owner *o = PyObject_New(Owner, state->owner_type);
@@ -117,7 +117,7 @@ static int owner_getbuffer(PyObject *self, Py_buffer *view, int flags)
     Owner *o = (Owner *)self;
 
     if (!o->exporting_view) {
-        PyErr_SetString(PyExc_BufferError, "take arena.view");
+        PyErr_SetString(PyExc_BufferError, "use arena.view");
         view->obj = NULL;
         return -1;
     }
@@ -131,7 +131,7 @@ static PyObject *owner_view(PyObject *self, void *unused)
 
     (void)unused;
     if (!o->mapped) {
-        PyErr_SetString(PyExc_BufferError, "this memory is a ring's");
+        PyErr_SetString(PyExc_BufferError, "this memory belongs to a ring");
         return NULL;
     }
     o->exporting_view = true;
@@ -153,11 +153,11 @@ static int owner_set_address(PyObject *self, PyObject *value, void *unused)
 
     (void)unused;
     if (!value || o->mapped) {
-        PyErr_SetString(PyExc_AttributeError, "an arena stays where it is");
+        PyErr_SetString(PyExc_AttributeError, "the address of an arena cannot be set");
         return -1;
     }
     if (!lrx_owner_is_free(o)) {
-        PyErr_SetString(PyExc_BufferError, "frames are still read here: take_back() first");
+        PyErr_SetString(PyExc_BufferError, "packets or batches still read here: call take_back() first");
         return -1;
     }
     address = PyLong_AsVoidPtr(value);
@@ -222,8 +222,8 @@ static PyObject *owner_new(PyTypeObject *type, PyObject *args, PyObject *keyword
 }
 
 static PyGetSetDef owner_attributes[] = {
-    {"address", owner_address, owner_set_address, "Where the memory is; may be set where it is a ring's.", NULL},
-    {"cursor", owner_cursor, NULL, "Where frames start, in bytes behind the start of an arena.", NULL},
+    {"address", owner_address, owner_set_address, "The address of the memory. It can be set for the memory of a ring.", NULL},
+    {"cursor", owner_cursor, NULL, "The offset of the first frame in an arena, in bytes.", NULL},
     {"held", owner_held, NULL, "Whether a batch or a packet still reads here.", NULL},
     {"limit", owner_limit, NULL, "Bytes of an arena.", NULL},
     {"view", owner_view, NULL, "A writable memoryview of an arena, for mechanisms written in Python.", NULL},
@@ -233,14 +233,14 @@ static PyGetSetDef owner_attributes[] = {
 static PyMethodDef owner_methods[] = {
     {"take_back", owner_take_back, METH_NOARGS,
      "take_back($self, /)\n--\n\n"
-     "Copy what is still read here. False: somebody looks at the arena itself, which must not be used again.\n\n"
-     "Raises MemoryError, with all as it was."},
+     "Copy the packets and batches that still read here. False: a view of the arena exists, so it must not be reused.\n\n"
+     "Raises MemoryError; then nothing has changed."},
     {0},
 };
 
 static PyType_Slot owner_slots[] = {
     {Py_tp_doc, "Owner(size=0, guard=0)\n--\n\n"
-                "Memory that frames lie in: an arena of `size` bytes, or, with 0, memory of a ring.\n\n"
+                "The memory of frames: an arena of `size` bytes, or the memory of a ring if `size` is 0.\n\n"
                 "`guard` is the address of a word that is 0 in a child where the ring is not mapped."},
     {Py_tp_new, owner_new},
     {Py_tp_dealloc, owner_dealloc},

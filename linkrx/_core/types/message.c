@@ -1,4 +1,4 @@
-/* What goes in front of a frame that is sent, and into it: packet information, the virtio-net header, a VLAN tag. */
+/* Adds headers to a frame that is sent: packet information, the virtio-net header, and a VLAN tag. */
 #include "send.h"
 
 #include <string.h>
@@ -6,7 +6,7 @@
 #define IPV4 0x0800
 #define IPV6 0x86DD
 
-/* linux/virtio_net.h: where the numbers of struct virtio_net_hdr are, and what is looked at of them. */
+/* linux/virtio_net.h: offsets in struct virtio_net_hdr, and bits. */
 #define VNET_FLAGS 0
 #define VNET_GSO_TYPE 1
 #define VNET_HDR_LEN 2
@@ -27,7 +27,7 @@ static void put16(uint8_t *at, unsigned number)
     at[1] = (uint8_t)number;
 }
 
-/* One number of a virtio-net header, from one order of bytes into another; `more` is added unless it is 0. */
+/* Copy a number of a virtio-net header from one byte order to another. Adds `more` unless the number is 0. */
 static void carry(uint8_t *to, const uint8_t *from, bool big, bool as_big, unsigned more)
 {
     unsigned number = big ? from[0] << 8 | from[1] : from[1] << 8 | from[0];
@@ -39,7 +39,7 @@ static void carry(uint8_t *to, const uint8_t *from, bool big, bool as_big, unsig
 
 static void carry_vnet(uint8_t *to, const Frame *f, bool as_big)
 {
-    const unsigned tag = f->flags & LRX_VLAN ? TAG : 0; /* that is put back in front of what the header counts to */
+    const unsigned tag = f->flags & LRX_VLAN ? TAG : 0; /* the tag is inserted, so offsets after it grow */
 
     to[VNET_FLAGS] = f->vnet[VNET_FLAGS];
     to[VNET_GSO_TYPE] = f->vnet[VNET_GSO_TYPE];

@@ -1,4 +1,4 @@
-/* The module: its types, and what it needs of Python. No globals: everything is in the module's state. */
+/* The module and its types. There are no globals: everything is in the state of the module. */
 #define _GNU_SOURCE
 #include "types.h"
 
@@ -91,7 +91,7 @@ static int clear(PyObject *module)
 
 static PyMethodDef functions[] = {
     {"record", lrx_record, METH_VARARGS, "Records of a capture file for packets: see types.h."},
-    {"restore_packet", lrx_packet_restore, METH_VARARGS, "A packet from what its pickle has behind the version."},
+    {"restore_packet", lrx_packet_restore, METH_VARARGS, "A packet from the values of its pickle after the version."},
     {0},
 };
 

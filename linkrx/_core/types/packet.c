@@ -1,4 +1,4 @@
-/* The life of a packet: where its frame is, see memory.c, and its pickles. What Python sees of it is in packet_type.c. */
+/* Packets: making, copying, freeing and pickling them. memory.c has the rule of memory, and packet_type.c the attributes. */
 #include "types.h"
 
 #include <string.h>
@@ -84,7 +84,7 @@ void lrx_packet_reset(Packet *p)
     p->length = 0;
 }
 
-/* What differs from packet to packet on some sources. */
+/* Set the columns of sources with `per_packet`. */
 static void set_link_layer(Packet *p, const Table *t, uint32_t index)
 {
     p->file_type = t->file_types[index];
@@ -172,11 +172,11 @@ PyObject *lrx_packet_reduce(PyObject *self, PyObject *unused)
     return result;
 }
 
-/* The rest of the state that packet_reduce() writes; restore_packet() of linkrx/packets/__init__.py has looked at the version. */
+/* The state of packet_reduce() without its version, which restore_packet() of linkrx/packets/__init__.py has checked. */
 PyObject *lrx_packet_restore(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    /* Unlike unsigned numbers, these are looked at before they are cut to their size. */
+    /* Signed, because PyArg_ParseTuple() does not check unsigned numbers for overflow. */
     long long timestamp, wire_length, interface, protocol, flags, tci, tpid, link_type, link_header, has_vnet, file_type;
     PyObject *frame, *vnet, *address;
     Packet *p;

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-/* Ways to its bytes that copy no more than they return. */
+/* Access to bytes without a copy of the whole frame. */
 
 static Py_ssize_t packet_length(PyObject *self)
 {
@@ -25,7 +25,7 @@ static PyObject *out_of_range(const Packet *p, Py_ssize_t offset, int size)
     return NULL;
 }
 
-/* Where `size` bytes at `offset` are; a negative offset counts from the end. NULL and an exception where there are not. */
+/* The address of `size` bytes at `offset`; a negative offset counts from the end. NULL with an exception if they are not there. */
 static const uint8_t *bytes_at(const Packet *p, Py_ssize_t offset, int size)
 {
     Py_ssize_t at = offset < 0 ? offset + (Py_ssize_t)p->length : offset;
@@ -55,7 +55,7 @@ static PyObject *packet_slice(const Packet *p, PyObject *slice)
 
     if (PySlice_Unpack(slice, &start, &stop, &step) < 0)
         return NULL;
-    /* No Python code can run behind this, so the frame stays where it is. */
+    /* No Python code can run after this, so the frame does not move. */
     count = PySlice_AdjustIndices(p->length, &start, &stop, step);
     if (!lrx_packet_is_readable(p))
         return NULL;
@@ -132,7 +132,7 @@ static PyObject *packet_local(PyObject *self, void *unused)
     return address(self, 0);
 }
 
-/* Ways that make the frame its own. */
+/* Access that copies the frame first. */
 
 static PyObject *packet_tobytes(PyObject *self, PyObject *unused)
 {
@@ -263,7 +263,7 @@ static PyObject *headers_of(PyObject *self)
     return state ? state->headers : NULL;
 }
 
-/* What is rare is written in linkrx/packets/headers.py, which the pure Python packet uses as well. */
+/* Rare methods are in linkrx/packets/headers.py, which the pure Python packet uses, too. */
 static PyObject *by_headers(PyObject *self, const char *function)
 {
     PyObject *headers = headers_of(self);
@@ -355,16 +355,16 @@ static PyObject *packet_vnet(PyObject *self, void *unused)
 static PyGetSetDef packet_attributes[] = {
     {"frame", packet_view, NULL, "The bytes as received, link header included: a read-only memoryview.", (void *)WHOLE},
     {"link_header", packet_view, NULL,
-     "The Ethernet header, 14 bytes, or nothing where there is none: a read-only memoryview.", (void *)LINK_HEADER},
-    {"data", packet_view, NULL, "The bytes behind the link header: a read-only memoryview.", (void *)DATA},
+     "The Ethernet header, 14 bytes, or empty if there is none: a read-only memoryview.", (void *)LINK_HEADER},
+    {"data", packet_view, NULL, "The bytes after the link header: a read-only memoryview.", (void *)DATA},
     {"protocol", packet_protocol, NULL,
-     "The EtherType that the kernel reports, or of the Ethernet header. Without either, 0x0800 or 0x86DD by the IP\n"
-     "version, and 0 where frames are no IP.", NULL},
+     "The EtherType that the kernel reports, or that of the Ethernet header. Without either, 0x0800 or 0x86DD by the IP\n"
+     "version, and 0 for frames that are not IP.", NULL},
     {"remote", packet_remote, NULL,
-     "The source MAC address, 6 bytes. Without Ethernet header the sender's link address as the kernel tells it, or None.", NULL},
+     "The source MAC address, 6 bytes. Without an Ethernet header, the sender's link address that the kernel reports, or None.", NULL},
     {"local", packet_local, NULL, "The destination MAC address, 6 bytes, or None without Ethernet.", NULL},
     {"wire_length", packet_wire_length, NULL,
-     "Bytes of the frame before it was cut, where the kernel tells it; else the bytes that were kept.", NULL},
+     "Bytes of the frame before it was cut, if the kernel reports them; else the bytes that were kept.", NULL},
     {"interface", packet_interface, NULL,
      "The index of the interface that the frame came through, on packet sockets; else 0.", NULL},
     {"link_type", packet_link_type, NULL,

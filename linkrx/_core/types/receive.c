@@ -17,7 +17,7 @@
  *   _disarm()            the caller that polls has seen the end
  *   _flush_limits()      stop(flush=True) was called; returns how many packets may wait in the source, and the seconds after
  *                        which the last of them can be read
- *   _sleep_until_flushed(seconds) somebody polls while a flush has to wait; returns whether a timer makes the descriptor readable
+ *   _sleep_until_flushed(seconds) an event loop polls while a flush waits; returns whether a timer makes the descriptor readable
  * and, from receiver.c:
  *   _refuse(same_thread) the receiver is claimed or closed: raises
  *   _last_left()         no call is inside any more
@@ -327,7 +327,7 @@ static int begin_flush(Receiver *r)
     return 0;
 }
 
-/* Who polls is not to be called again at once while a mechanism may still hold packets back. */
+/* Make a polled descriptor unreadable until the last packet of a flush can be read. */
 static enum outcome sleep_until_flushed(Receiver *r, double seconds)
 {
     PyObject *answer = PyObject_CallMethod((PyObject *)r, "_sleep_until_flushed", "d", seconds);
@@ -362,7 +362,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
 
         if (r->source_paused && lrx_ask(r, "_resume_source") < 0)
             return FAILED;
-        if (PyErr_CheckSignals() < 0) /* under load nobody waits, and `deliver` may be written in C */
+        if (PyErr_CheckSignals() < 0) /* under load there is no wait, and `deliver` may be written in C */
             return FAILED;
         if (r->ended)
             return OVER;
@@ -399,12 +399,12 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
                 if (look_at_drops(r) < 0)
                     return FAILED;
                 if (r->pending || (timeout == 0 && received(r) - before < r->rows))
-                    continue; /* behind what was skipped there may be a packet */
+                    continue; /* a packet may follow the skipped frames */
                 return NOTHING;
             default:
                 break;
             }
-            if (known_down && lrx_ask(r, "_look_at_link") < 0) /* not when it is told only now: that comes before what was queued */
+            if (known_down && lrx_ask(r, "_look_at_link") < 0) /* only if it was down before: ENETDOWN comes before queued packets */
                 return FAILED;
             if (looked && looked >= r->flush_until) /* it was empty once */
                 r->stopping = true;
@@ -425,7 +425,7 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             if (left <= 0) {
                 if (reads)
                     return NOTHING;
-                reads = true; /* the time was up before anybody has looked */
+                reads = true; /* the time was up before the first read */
                 continue;
             }
         }

@@ -46,14 +46,14 @@ void lrx_set_readable(Receiver *r)
     uint64_t count = 1;
     ssize_t done;
 
-    if (r->closed) /* in a child that was forked inside, the event's number may be another file's by now */
+    if (r->closed) /* in a child that was forked inside, the descriptor of the event may belong to another file now */
         return;
     r->readable = lrx_has_something(r);
     done = r->readable ? write(r->event, &count, sizeof count) : read(r->event, &count, sizeof count);
-    (void)done; /* it does not wait, and says no more than that it was readable, or was not */
+    (void)done; /* never waits; reading a clear event fails, which is harmless */
 }
 
-/* Keeps a pending exception. An exception of this call goes to sys.unraisablehook then. */
+/* Call a method. A pending exception stays; then an exception of the method goes to sys.unraisablehook. */
 static void call(Receiver *r, const char *method)
 {
     PyObject *type, *value, *trace, *answer;
@@ -84,7 +84,7 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
     return result;
 }
 
-/* Seconds; less than 0 for None, which is no limit. NAN with an exception for a value that is no time. */
+/* A timeout in seconds; negative for None, which is no limit. NAN with an exception for an invalid value. */
 static double seconds_of(const char *name, PyObject *timeout)
 {
     double seconds;
@@ -184,7 +184,7 @@ PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(!over && !((Receiver *)self)->closed);
 }
 
-/* A number of packets; PY_SSIZE_T_MAX for None. -1 with an exception for a value that is none. */
+/* A number of packets; PY_SSIZE_T_MAX for None. -1 with an exception for an invalid value. */
 static Py_ssize_t packets_of(PyObject *count)
 {
     Py_ssize_t packets;
@@ -195,7 +195,7 @@ static Py_ssize_t packets_of(PyObject *count)
         PyErr_Format(PyExc_TypeError, "count=%R: give a number of packets, or None for no limit", count);
         return -1;
     }
-    packets = PyNumber_AsSsize_t(count, NULL); /* cut to what fits */
+    packets = PyNumber_AsSsize_t(count, NULL); /* clips integers that are too large */
     if (packets > 0)
         return packets;
     if (!PyErr_Occurred())
@@ -221,7 +221,7 @@ PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names)
     until = lrx_now() + duration;
     if (duration >= 0)
         limits.deadline = lrx_coarse_now() + (int64_t)(duration * 1e9);
-    end = lrx_receiver_iterate(self); /* whether anybody may come in: where the time is up at once nobody else looks */
+    end = lrx_receiver_iterate(self); /* checks that the call is allowed, also if the duration is over at once */
     if (!end)
         return NULL;
     Py_DECREF(end);
@@ -254,7 +254,7 @@ PyObject *lrx_receiver_drain(PyObject *self, PyObject *unused)
     return delivered < 0 ? NULL : PyLong_FromSsize_t(delivered);
 }
 
-/* No packet came: whether to go on, for `left` seconds. */
+/* After a receive without packets: whether to go on, for `left` seconds. */
 static bool in_time(Receiver *r, double timeout, double deadline, double *left)
 {
     if (timeout > 0)
@@ -315,7 +315,7 @@ PyObject *lrx_receiver_next(PyObject *self)
 }
 
 /* next_batch(timeout, until): the next batch, or the rest of the current one; None at the end or after the timeout. `until` is
- * None or a moment of time.monotonic(), after which pending packets too are left to the next call. */
+ * None or a time of time.monotonic(). After it, pending packets are kept for the next call. */
 PyObject *lrx_receiver_next_batch(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
@@ -371,7 +371,7 @@ PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
     (void)unused;
     if (!enter(r))
         return NULL;
-    outcome = lrx_await(r, 0, r->latency > 0); /* the loop calls again while more is there, and holds that back too */
+    outcome = lrx_await(r, 0, r->latency > 0); /* the event loop calls again while there are more packets; `latency` applies to those too */
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 

@@ -1,4 +1,4 @@
-/* The type of the receiver: how one is made and taken apart, and what its subclass in Python needs. */
+/* The type of the receiver: making and releasing one, and the methods and attributes for its subclass in Python. */
 #include "types.h"
 
 #include <string.h>
@@ -26,7 +26,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         return NULL;
     if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
         (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || link_type > UINT16_MAX || per_packet > LRX_PER_PACKET_LINK_TYPE || prefix != vnet + packet_info) {
-        PyErr_SetString(PyExc_ValueError, "no such rows, room, or headers in front of frames");
+        PyErr_SetString(PyExc_ValueError, "invalid rows, room, or headers in front of frames");
         return NULL;
     }
     if (PyObject_GetBuffer(descriptors, &r->descriptors, PyBUF_WRITABLE) < 0 ||
@@ -83,7 +83,7 @@ static PyObject *receiver_prepare_sending(PyObject *self, PyObject *how)
     if (PyErr_Occurred())
         return NULL;
     if (!r->prepared || r->framing.vnet > LRX_VNET_MOST || sends < LRX_SENDS_NOTHING || sends > LRX_SENDS_POLLED) {
-        PyErr_SetString(PyExc_ValueError, "no such way to send");
+        PyErr_SetString(PyExc_ValueError, "invalid enum lrx_sends");
         return NULL;
     }
     r->sends = (int)sends;
@@ -147,7 +147,7 @@ static PyObject *receiver_release(PyObject *self, PyObject *unused)
         all = false;
     }
     for (int k = 0; k < 2; k++) {
-        /* Without memory for copies the arena stays for as long as somebody reads there. */
+        /* Without memory for copies, the arena stays while packets or batches read there. */
         if (r->arenas[k] && lrx_owner_take_back(r->arenas[k]) == TAKEN_NOT)
             PyErr_Clear();
         Py_CLEAR(r->arenas[k]);
@@ -163,7 +163,7 @@ static PyObject *receiver_copy_held(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-/* Here and not in Python: an exception of a signal handler would lrx_leave it claimed. */
+/* In C, because in Python an exception of a signal handler could leave it claimed. */
 static PyObject *receiver_close_alone(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
@@ -219,7 +219,7 @@ static int receiver_set_flag(PyObject *self, PyObject *value, void *offset)
     const int truth = value ? PyObject_IsTrue(value) : -1;
 
     if (!value)
-        PyErr_SetString(PyExc_AttributeError, "a flag is set or not");
+        PyErr_SetString(PyExc_AttributeError, "a flag cannot be deleted");
     if (truth < 0)
         return -1;
     *((bool *)((char *)self + (uintptr_t)offset)) = truth != 0;
@@ -233,7 +233,7 @@ static PyObject *receiver_count(PyObject *self, void *offset)
 
 /* Making one. */
 
-/* NULL where it is no type of receivers. A subclass has no module state: that is the base's. */
+/* The module state, which the base type has. NULL for a type that is no receiver. */
 static State *state_of(PyTypeObject *type)
 {
     for (PyTypeObject *base = type; base; base = PyType_GetSlot(base, Py_tp_base)) {
@@ -318,35 +318,35 @@ static void receiver_dealloc(PyObject *self)
 }
 
 static PyGetSetDef receiver_attributes[] = {
-    {"_left", receiver_left, NULL, "How many packets wait to be handed over.", NULL},
+    {"_left", receiver_left, NULL, "The number of pending packets.", NULL},
     {"_thread", receiver_thread, NULL, "The thread that is inside, or None.", NULL},
-    {"_has_something", receiver_busy, NULL, "Whether anything waits here that does not need the source.", NULL},
+    {"_has_something", receiver_busy, NULL, "Whether packets, an error or the end wait here, so that the source need not be readable.", NULL},
     {"_stopping", receiver_flag, receiver_set_flag, "Whether stop() was called.", (void *)offsetof(Receiver, stopping)},
     {"_flushing", receiver_flag, receiver_set_flag, "Whether stop(flush=True) was called.",
      (void *)offsetof(Receiver, flushing)},
     {"_delivering", receiver_flag, NULL, "Whether `deliver` is running.", (void *)offsetof(Receiver, delivering)},
-    {"_closed", receiver_flag, receiver_set_flag, "Nobody comes in any more.", (void *)offsetof(Receiver, closed)},
+    {"_closed", receiver_flag, receiver_set_flag, "Whether calls are refused.", (void *)offsetof(Receiver, closed)},
     {"_leaving", receiver_flag, receiver_set_flag, "_last_left() is to be called when no call is inside.",
      (void *)offsetof(Receiver, leaving)},
-    {"_end_follows", receiver_flag, receiver_set_flag, "An end follows what was received.",
+    {"_end_follows", receiver_flag, receiver_set_flag, "Whether the end follows the received packets.",
      (void *)offsetof(Receiver, end_follows)},
-    {"_ended", receiver_flag, receiver_set_flag, "It is over.", (void *)offsetof(Receiver, ended)},
-    {"_quiet", receiver_flag, receiver_set_flag, "Who polls has seen the end, and is called no more.",
+    {"_ended", receiver_flag, receiver_set_flag, "Whether reception is over.", (void *)offsetof(Receiver, ended)},
+    {"_quiet", receiver_flag, receiver_set_flag, "Whether the caller that polls has seen the end: fileno() stays unreadable.",
      (void *)offsetof(Receiver, quiet)},
-    {"_link_down", receiver_flag, receiver_set_flag, "The link is down.", (void *)offsetof(Receiver, link_down)},
-    {"_source_paused", receiver_flag, receiver_set_flag, "The source is out of the poll set.",
+    {"_link_down", receiver_flag, receiver_set_flag, "Whether the link is down.", (void *)offsetof(Receiver, link_down)},
+    {"_source_paused", receiver_flag, receiver_set_flag, "Whether the source is out of the poll set.",
      (void *)offsetof(Receiver, source_paused)},
-    {"_looped", receiver_flag, receiver_set_flag, "An event loop of this process watches it.",
+    {"_looped", receiver_flag, receiver_set_flag, "Whether an event loop of this process watches it.",
      (void *)offsetof(Receiver, looped)},
-    {"_polled", receiver_flag, receiver_set_flag, "Somebody polls fileno().", (void *)offsetof(Receiver, polled)},
-    {"_readable", receiver_flag, receiver_set_flag, "The event is set, which makes fileno() readable: packets wait here.",
+    {"_polled", receiver_flag, receiver_set_flag, "Whether fileno() is polled.", (void *)offsetof(Receiver, polled)},
+    {"_readable", receiver_flag, receiver_set_flag, "Whether the event is set, which makes fileno() readable: packets wait here.",
      (void *)offsetof(Receiver, readable)},
     {"_sent", receiver_count, NULL, "Frames that were sent.", (void *)offsetof(Receiver, sent)},
-    {"_batches", receiver_count, NULL, "How often something was taken in.", (void *)offsetof(Receiver, batches)},
-    {"_receives", receiver_count, NULL, "System calls that received it, or blocks of a ring.",
+    {"_batches", receiver_count, NULL, "Batches that were received.", (void *)offsetof(Receiver, batches)},
+    {"_receives", receiver_count, NULL, "System calls that received, or blocks of a ring.",
      (void *)offsetof(Receiver, receives)},
     {"_waits", receiver_count, NULL, "Calls that slept.", (void *)offsetof(Receiver, waits)},
-    {"_undelivered", receiver_count, NULL, "Packets that _drop() gave up.", (void *)offsetof(Receiver, undelivered)},
+    {"_undelivered", receiver_count, NULL, "Packets that _drop() dropped.", (void *)offsetof(Receiver, undelivered)},
     {"_undelivered_bytes", receiver_count, NULL, "Bytes of these.", (void *)offsetof(Receiver, undelivered_bytes)},
     {0},
 };
@@ -358,8 +358,8 @@ static PyMethodDef receiver_methods[] = {
      "dispatch($self, /, timeout=None)\n--\n\n"
      "Wait for packets, receive one batch and deliver it in order.\n\n"
      "Waits for `timeout` seconds at most; None is no limit. Returns True, also if nothing came in time: call again. Returns\n"
-     "False after the end of reception: `end` says why. Raises what `deliver` raises; the next call then delivers the packets\n"
-     "behind first. Raises Busy while another call receives, Closed after close(), and OSError for kernel errors that linkrx\n"
+     "False after the end of reception: `end` says why. Raises the exceptions of `deliver`; the next call then begins with the\n"
+     "next packet. Raises Busy while another call receives, Closed after close(), and OSError for kernel errors that linkrx\n"
      "cannot handle."},
     {"run", FAST(lrx_receiver_run), METH_VARARGS | METH_KEYWORDS,
      "run($self, /, *, count=None, duration=None)\n--\n\n"
@@ -385,10 +385,10 @@ static PyMethodDef receiver_methods[] = {
      "Send the frames of a batch or an iterable, in order, as `send` does. Returns how many the kernel accepted.\n\n"
      "That is fewer if the queue becomes full, 0 if it is full at once, and fewer if a frame is refused. If the first frame is\n"
      "refused, this raises as `send` does; otherwise the next call, which begins with that frame, raises."},
-    {"_prepare_sending", receiver_prepare_sending, METH_O, "Set the system call that sends."},
+    {"_prepare_sending", receiver_prepare_sending, METH_O, "Set the system call that sends: one of enum lrx_sends."},
     {"_next_batch", lrx_receiver_next_batch, METH_VARARGS,
      "_next_batch($self, timeout, until, /)\n--\n\n"
-     "The next batch. None at the end, after `timeout` seconds without a batch, and after the moment `until`."},
+     "The next batch. None at the end, after `timeout` seconds without a batch, and after the time `until`."},
     {"_poll", lrx_receiver_poll, METH_NOARGS,
      "_poll($self, /)\n--\n\nReceive without waiting. Whether packets are pending, or reception is over."},
     {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA pending packet, or None."},
@@ -396,10 +396,11 @@ static PyMethodDef receiver_methods[] = {
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
     {"_set_filter", lrx_receiver_set_filter, METH_VARARGS,
      "_set_filter($self, program, tags, seconds, /)\n--\n\n"
-     "Run this program of struct sock_filter, or the programs of a capture file, on what is received, and on what waits; empty: none. With `seconds` above or at\n"
-     "0 until nothing was there, so long from now at the least. False: another thread is inside; ask _exchange_filter()."},
+     "Run a program of struct sock_filter, or the programs of a capture file, on received and on pending packets. Empty: none.\n"
+     "With `seconds` of 0 or more it ends when the queue was empty, but not within these seconds. False: another thread is\n"
+     "inside; call _exchange_filter() until it returns True."},
     {"_exchange_filter", lrx_receiver_exchange_filter, METH_NOARGS,
-     "_exchange_filter($self, /)\n--\n\nWhether the filter was exchanged, or will be before more is handed over. False: wake the receiving thread."},
+     "_exchange_filter($self, /)\n--\n\nWhether the filter is replaced, or will be before the next delivery. False: the receiving thread was woken."},
     {"_drop", receiver_drop, METH_NOARGS, "_drop($self, /)\n--\n\nDrop the pending packets, and count them."},
     {"_release", receiver_release, METH_NOARGS,
      "_release($self, /)\n--\n\nRelease all memory. Packets and batches that are held are copied. False: there was no memory for some."},

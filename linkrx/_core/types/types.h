@@ -10,9 +10,9 @@
 #include "../report.h"
 #include "../columns.inc"
 
-/* What one CPython's headers compile must run on all since 3.11. So no "#" in a format: 3.13 has no PY_SSIZE_T_CLEAN any more,
- * without which 3.11 refuses it. And since CPython 3.12 None and its like are immortal, and its headers' macros take no reference. In the limited API of 3.11 that
- * would be an abi3 core that destroys them on CPython 3.11. */
+/* A core that is compiled with the headers of one CPython must run on all since 3.11. So formats have no "#": CPython 3.11 needs
+ * PY_SSIZE_T_CLEAN for it, and 3.13 has dropped that macro. Since CPython 3.12 None is immortal, and these macros take no reference.
+ * On CPython 3.11 such a core would free None. */
 #undef Py_RETURN_NONE
 #undef Py_RETURN_TRUE
 #undef Py_RETURN_FALSE
@@ -28,7 +28,7 @@
 #define LINK_ADDRESS 8 /* linux/if_packet.h: sll_addr */
 #define VNET_HEADER 10 /* linux/virtio_net.h: struct virtio_net_hdr */
 
-/* Where the frames of an arena start: see memory.c. */
+/* The offset of the first frame of an arena: see memory.c. */
 #define ARENA_START 64
 
 typedef struct State State;
@@ -59,10 +59,10 @@ struct State {
 struct Owner {
     PyObject_HEAD
     uint8_t *memory;
-    size_t mapped;                  /* bytes of an arena; 0 for memory that is a ring's */
-    const volatile uint32_t *guard; /* of a ring: 0 in a child that was forked without Python's hooks */
-    Packet *packets;                /* those that read in place here */
-    Batch *batch;                   /* whose frames lie here; it takes itself out when it dies */
+    size_t mapped;                  /* bytes of an arena; 0 for the memory of a ring */
+    const volatile uint32_t *guard; /* for a ring: 0 in a child that was forked without Python's hooks */
+    Packet *packets;                /* the packets that read in place */
+    Batch *batch;                   /* the batch that reads in place; its deallocation clears this */
     bool exporting_view;            /* while a writable view is made, for mechanisms written in Python */
 };
 
@@ -82,12 +82,12 @@ enum column {
 /* The columns of one batch. A table refers to nothing, so a view of a column keeps no frame alive. */
 struct Table {
     PyObject_VAR_HEAD
-    Py_ssize_t count; /* of rows; the shape of every column */
-    uint32_t room;    /* rows that there is memory for */
-    enum column column; /* which one the next view is of */
+    Py_ssize_t count; /* rows; the shape of every column */
+    uint32_t room;    /* rows that the memory has room for */
+    enum column column; /* the column of the next view */
     int64_t *timestamps;
-    uint32_t *offsets; /* of each frame from the batch's base; not public */
-    uint32_t *starts; /* where each frame starts in the batch's `memory` */
+    uint32_t *offsets; /* the offset of each frame from the base of the batch; not public */
+    uint32_t *starts; /* the offset of each frame in the `memory` of the batch */
     uint32_t *lengths;
     uint32_t *wire_lengths;
     uint32_t *interfaces;
@@ -95,7 +95,7 @@ struct Table {
     uint16_t *flags;
     uint16_t *vlan_tcis;
     uint16_t *vlan_tpids;
-    /* Of packets that differ in these, see Framing. */
+    /* Only if Framing.per_packet is set. */
     uint32_t *file_types;
     uint16_t *link_types;
     uint64_t *addresses;
@@ -109,47 +109,47 @@ typedef struct {
     uint8_t link_header; /* 14 or 0 */
     uint8_t per_packet;  /* LRX_PER_PACKET_* or 0 */
     uint16_t link_type;  /* ARPHRD_* */
-    uint8_t big_endian;  /* of the virtio-net header's numbers */
+    uint8_t big_endian;  /* the byte order of the virtio-net header */
     uint32_t vnet;       /* bytes of the virtio-net header in front of each frame; 0, or 10 and more */
 } Framing;
 
 struct Batch {
     PyObject_HEAD
     State *state;
-    Owner *owner;        /* whose memory `base` is in; NULL once the frames are in `own` */
+    Owner *owner;        /* the owner of the memory at `base`; NULL if the frames are in `own` */
     const uint8_t *base; /* frame i is at base + table->offsets[i] */
-    PyObject *own;       /* bytes: the frames, once they were copied */
+    PyObject *own;       /* bytes: a copy of the frames, or NULL */
     Table *table;
-    Py_ssize_t exports;  /* views of `memory` that somebody has, while that is the arena */
+    Py_ssize_t exports;  /* views of `memory` that exist, while `memory` is the arena */
     uint32_t size;       /* bytes of `memory` */
     Framing framing;
-    bool settled;        /* the owner is this batch's alone, or nobody's: packets are copied as they are made */
+    bool settled;        /* the receiver does not reuse the memory: packets are copied as they are made */
     bool apart;          /* `memory` is to be a copy: the frames lie in a ring, or far from each other */
-    bool tidy;           /* between frames there are zeroes */
+    bool tidy;           /* the gaps between frames are zeroed */
 };
 
 struct Packet {
     PyObject_HEAD
-    Owner *owner;        /* of the memory that `frame` is in; NULL once that is `own` */
+    Owner *owner;        /* the owner of the memory at `frame`; NULL if the frame is in `own` */
     Packet *next;        /* in the owner's list */
-    Packet **link;       /* what points here in that list */
+    Packet **link;       /* the pointer to this packet in that list */
     const uint8_t *frame;
-    PyObject *own;       /* bytes: the frame, once it was asked for or had to be kept */
+    PyObject *own;       /* bytes: a copy of the frame, or NULL */
     int64_t timestamp;
     uint32_t length;
     uint32_t wire_length;
     uint32_t interface;
-    uint32_t file_type; /* of a packet of a capture file: see report.h */
+    uint32_t file_type; /* for a packet of a capture file: report.h */
     uint16_t protocol;
     uint16_t flags;
     uint16_t vlan_tci;
     uint16_t vlan_tpid;
     uint16_t link_type;
     uint8_t link_header;
-    uint8_t address_length; /* of a packet without link header: bytes of its sender's link address that the kernel told */
+    uint8_t address_length; /* without link header: bytes of the sender's link address that the kernel reported */
     uint8_t address[LINK_ADDRESS];
-    uint8_t has_vnet : 2; /* 0, 1, or 2 where its numbers are big-endian */
-    uint8_t viewing : 2;  /* which part the view that is being made is of */
+    uint8_t has_vnet : 2; /* 0: none; 1: little-endian; 2: big-endian */
+    uint8_t viewing : 2;  /* the part of the frame that the next view shows */
     uint8_t vnet[VNET_HEADER];
 };
 
@@ -210,16 +210,16 @@ void lrx_batch_give_up(Batch *b, Batch **spare);
 /* Remove the first `n` packets of a batch that was not handed over yet. */
 void lrx_batch_skip(Batch *b, uint32_t n);
 int lrx_batch_own(Batch *b);
-/* As for packets. */
+/* The same for a batch. */
 bool lrx_batch_is_readable(const Batch *b);
 
 /* The arguments of `deliver` beside the packet, made once per neighbour and protocol. */
 typedef struct {
-    uint64_t first, second; /* the link header: its first eight bytes and its last; or a told address */
-    uint32_t kind;          /* the protocol, and the lengths of link header and told address */
+    uint64_t first, second; /* the first and last eight bytes of the link header; or the reported address */
+    uint32_t kind;          /* the protocol, and the lengths of link header and reported address */
     PyObject *remote;
     PyObject *local;
-    PyObject *protocol; /* NULL: this place is free */
+    PyObject *protocol; /* NULL: this element is free */
 } Neighbour;
 
 #define NEIGHBOURS 16
@@ -230,16 +230,16 @@ typedef struct {
     PyObject_HEAD
     State *state;
     PyObject *deliver; /* NULL: none */
-    bool prepared;     /* until then every call is refused */
-    int64_t process;   /* that has opened it: no other may come in */
+    bool prepared;     /* _prepare() was called; before that every call is refused */
+    int64_t process;   /* the process that opened it; calls in others are refused */
     Framing framing;
 
     /* The claim: receiver.c. */
     bool claimed;
     bool delivering;
-    bool closed;     /* close() was called: nobody comes in any more */
-    bool leaving;    /* somebody wants to know when nobody is inside any more */
-    unsigned long thread; /* that has claimed it */
+    bool closed;     /* close() was called: calls are refused */
+    bool leaving;    /* call _last_left() when no call is inside */
+    unsigned long thread; /* the thread that has the claim */
 
     /* Filling: fill.c. */
     Py_buffer descriptors;
@@ -247,26 +247,26 @@ typedef struct {
     struct lrx_classifier classifier;
     Py_buffer counters;
     struct lrx_mechanism *mechanism; /* NULL: it is written in Python */
-    Owner *slots[2];                 /* of a mechanism that describes packets where they lie */
+    Owner *slots[2];                 /* the slots of a mechanism that describes packets in place */
     size_t arena_size;
-    uint32_t room;                   /* bytes of an arena that frames may take */
+    uint32_t room;                   /* bytes of an arena for frames */
     Owner *arenas[2];                /* made when first needed */
-    unsigned current;                /* which one was filled last */
-    bool filling;                    /* that one is being filled, or describes what is not taken in yet */
+    unsigned current;                /* the index of the arena that was filled last */
+    bool filling;                    /* that arena is being filled, or has frames that are in no batch yet */
     bool may_hang_up;                /* an empty packet may be the end */
     bool reads_memory;               /* a fill makes no system call, so it is always tried first */
 
-    /* linkrx's own filter: filter.c. */
-    PyObject *filter;    /* whose memory classification runs a program in, or NULL */
-    double filter_until; /* it ends once a fill that began after this found nothing; 0: it stays */
-    bool exchanging;     /* for `next_filter`, before anything more is handed over */
+    /* The filter that linkrx runs: filter.c. */
+    PyObject *filter;    /* the object that holds the program, or NULL */
+    double filter_until; /* it ends after a fill that began after this time and found nothing; 0: it stays */
+    bool exchanging;     /* replace it by `next_filter` before the next packet is delivered */
     struct {
         PyObject *program;
         struct lrx_filter filter;
         double until;
     } next_filter;
 
-    /* How much to ask for: fill.c and receive.c. */
+    /* The number of packets to receive, and reads before waits: fill.c and receive.c. */
     uint32_t most, grow_wait, grow_hold;
     uint32_t eager_wait, eager_hold;
 
@@ -274,23 +274,23 @@ typedef struct {
     int source, event, epoll;
     double latency;
     bool link_down, source_paused, polled, looped, readable;
-    unsigned spurious;               /* drains in a row that an event loop made for nothing */
-    int64_t others_ran;              /* when lrx_let_others_run() gave up the interpreter's lock, in nanoseconds */
-    int64_t drops_due;               /* when to look at the kernel's counters, in nanoseconds */
+    unsigned spurious;               /* successive drains of an event loop that found nothing */
+    int64_t others_ran;              /* the time at which lrx_let_others_run() last released the GIL, in nanoseconds */
+    int64_t drops_due;               /* the time of the next look at the kernel's counters, in nanoseconds */
 
     /* Pending packets, and the end: deliver.c. */
     Batch *pending;
-    Batch *spare;     /* nobody has it: for use again */
+    Batch *spare;     /* an unused batch, for reuse */
     uint32_t next;
     volatile bool stopping;
-    volatile bool flushing; /* stop once what had come by then is handed over: receive.c */
+    volatile bool flushing; /* stop after the packets that had come are delivered: receive.c */
     bool flush_begun;
-    bool flush_waits; /* a timer says when to look again */
-    uint64_t flush_received; /* how many may have been received by its end */
-    double flush_until;      /* when the last of them can be read */
-    bool end_follows; /* behind what was received */
+    bool flush_waits; /* a timer makes the descriptor readable again */
+    uint64_t flush_received; /* the flush ends when this number of frames was received */
+    double flush_until;      /* the time at which the last of them can be read */
+    bool end_follows; /* the end follows the received packets */
     bool ended;
-    bool quiet; /* who polls has seen the end, and is called no more */
+    bool quiet; /* the caller that polls has seen the end: fileno() stays unreadable */
     Packet *delivered;
     Packet *turns[2];
     unsigned turn;
@@ -299,7 +299,7 @@ typedef struct {
     /* Sending: send.c. */
     int sends;             /* enum lrx_sends */
     bool sends_singly;     /* sendmmsg() is refused */
-    volatile bool was_down; /* a send was told that the link went down, in place of the receiver */
+    volatile bool was_down; /* a send got ENETDOWN for a link that went down; the receiver must handle it */
     uint64_t sent;
 
     uint64_t batches, receives, waits, undelivered, undelivered_bytes;
@@ -311,9 +311,9 @@ enum lrx_sends { LRX_SENDS_NOTHING, LRX_SENDS_WRITES, LRX_SENDS_MESSAGES, LRX_SE
 /* The result of a step. */
 enum outcome {
     FAILED = -1, /* with an exception */
-    NOTHING,     /* nothing to hand over, or not in time */
+    NOTHING,     /* no packet, or not in time */
     READY,
-    OVER,        /* nothing more will come */
+    OVER,        /* the end of reception */
 };
 
 static inline struct lrx_report *report_of(const Receiver *r)
@@ -321,7 +321,7 @@ static inline struct lrx_report *report_of(const Receiver *r)
     return lrx_report_at((uintptr_t)r->descriptors.buf);
 }
 
-/* After an attempt in vain the next ones are left out: twice as many each time, up to so many. */
+/* After an attempt that found nothing, the next ones are skipped: 1, 3, 7 and so on, up to this number. */
 #define MOST_HOLD 31
 
 /* fill.c */
@@ -342,7 +342,7 @@ double lrx_now(void);
 int64_t lrx_coarse_now(void);
 /* Call a method without arguments. Returns whether its result is true, or -1 with an exception. */
 int lrx_ask(Receiver *r, const char *word);
-/* Between two receives in which no Python code runs, because all frames are skipped or `deliver` is in C. */
+/* Release the GIL if it was held for a switch interval. For loops without Python code: all frames are skipped, or `deliver` is in C. */
 void lrx_let_others_run(Receiver *r);
 
 /* deliver.c */
@@ -371,10 +371,11 @@ PyObject *lrx_receiver_iterate(PyObject *self);
 PyObject *lrx_receiver_send(PyObject *self, PyObject *frame);
 PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given);
 /* record.c */
-/* record(packets, first, keys, out, at, pcapng, clock): packets of a batch, or one, from the first-th on, as records of a capture
- * file behind the first `at` bytes of a buffer. `keys` are those of the file's interfaces, 64 bits each, see key_of() there, and `clock`
- * is the time in nanoseconds of packets that have none. Returns the number of the packet that comes next, where the records end, and, if it
- * stopped for an interface that is not among the keys, its key, else 0: if more packets follow then, there was no room for the next. */
+/* record(packets, first, keys, out, at, pcapng, clock): write the packets of a batch, beginning with number `first`, or one packet,
+ * as records of a capture file into the buffer `out` at offset `at`. `keys` has the key of each interface of the file, 64 bits each:
+ * see key_of(). `clock` is the time in nanoseconds for packets without a timestamp. Returns the number of the next packet, the
+ * offset after the last record, and 0 or a key. A key: the next packet needs a new interface with this key. 0 before the last
+ * packet: there is no room for the next. */
 PyObject *lrx_record(PyObject *module, PyObject *args);
 /* filter.c */
 int lrx_exchange_filter(Receiver *r);
@@ -391,14 +392,14 @@ typedef struct {
     PyObject_HEAD
     Receiver *receiver;
     PyObject *loop;
-    PyObject *call;    /* how the task is woken, and in which context; NULL once it is */
-    PyObject *context;
-    PyObject *failure; /* what result() raises */
-    PyObject *run;     /* the string */
-    char blocking;     /* asyncio's word for: a task awaits this, and has not been told of it yet */
-    char armed;        /* the reader is registered, and will settle this one */
-    bool done;         /* nobody waits, or who waits was or will be woken */
-    bool found;        /* what result() gives: whether packets came */
+    PyObject *call;    /* the callback that wakes the task; NULL after it was called */
+    PyObject *context; /* and its context */
+    PyObject *failure; /* the exception of result(), or NULL */
+    PyObject *run;     /* the string "run" */
+    char blocking;     /* _asyncio_future_blocking: a task yields this future, and the loop has not seen it yet */
+    char armed;        /* the reader is registered, and will settle this waiter */
+    bool done;         /* no task waits, or the task was or will be woken */
+    bool found;        /* the value of result(): whether packets came */
 } Waiter;
 
 /* waiter.c */

@@ -183,7 +183,7 @@ static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
     w->done = true;
     w->call = w->context = NULL;
     if (!call || (!w->loop && !(at_once && context)))
-        answer = waiter_self(Py_None); /* nobody waits */
+        answer = waiter_self(Py_None); /* no task waits */
     else if (at_once && context)
         answer = PyObject_CallMethodObjArgs(context, w->run, call, self, NULL);
     else {
@@ -274,28 +274,28 @@ static PyObject *waiter_cancel(PyObject *self, PyObject *args, PyObject *names)
 static PyMethodDef waiter_methods[] = {
     {"get_loop", waiter_get_loop, METH_NOARGS, "get_loop($self, /)\n--\n\nThe event loop of the task that waits."},
     {"add_done_callback", CALLABLE(waiter_add_done_callback), METH_VARARGS | METH_KEYWORDS,
-     "add_done_callback($self, /, call, *, context=None)\n--\n\nHow the task is woken."},
-    {"done", waiter_done, METH_NOARGS, "done($self, /)\n--\n\nWhether nobody waits, or who waits was or will be woken."},
-    {"result", waiter_result, METH_NOARGS, "result($self, /)\n--\n\nWhether packets came. Raises what the task gets instead."},
+     "add_done_callback($self, /, call, *, context=None)\n--\n\nSet the callback that wakes the task."},
+    {"done", waiter_done, METH_NOARGS, "done($self, /)\n--\n\nWhether no task waits, or the task was or will be woken."},
+    {"result", waiter_result, METH_NOARGS, "result($self, /)\n--\n\nWhether packets came. Raises the exception for the task, if there is one."},
     {"cancel", CALLABLE(waiter_cancel), METH_VARARGS | METH_KEYWORDS,
-     "cancel($self, /, msg=None)\n--\n\nThe task is being cancelled. False where none waits."},
+     "cancel($self, /, msg=None)\n--\n\nEnd the wait of a task that is cancelled. False if no task waits."},
     {"ready", waiter_ready, METH_NOARGS,
-     "ready($self, /)\n--\n\nFor the loop to call when the dispatcher is readable."},
+     "ready($self, /)\n--\n\nThe event loop calls this when the dispatcher is readable."},
     {"settle", waiter_settle, METH_O,
      "settle($self, result, /)\n--\n\nWake the task in the loop's next turn, with a bool or an exception."},
     {"settle_at_once", waiter_settle_at_once, METH_O,
-     "settle_at_once($self, result, /)\n--\n\nWake the task now. Only for what the loop calls: no other task may be running."},
+     "settle_at_once($self, result, /)\n--\n\nWake the task now. For callbacks of the event loop only: no task may be running."},
     {0},
 };
 
 static PyMemberDef waiter_members[] = {
     {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
-    {"armed", T_BOOL, offsetof(Waiter, armed), 0, "Whether the reader is registered, and will settle this one."},
+    {"armed", T_BOOL, offsetof(Waiter, armed), 0, "Whether the reader is registered, and will settle this waiter."},
     {0},
 };
 
 static PyType_Slot waiter_slots[] = {
-    {Py_tp_doc, "Waiter(dispatcher, loop)\n--\n\nWhat a task of an event loop waits for until packets come."},
+    {Py_tp_doc, "Waiter(dispatcher, loop)\n--\n\nThe future that a task of an event loop awaits until packets come."},
     {Py_tp_new, waiter_new},
     {Py_tp_dealloc, waiter_dealloc},
     {Py_tp_traverse, waiter_traverse},
