@@ -1,4 +1,4 @@
-"""What a backend is: one kernel mechanism that fills an arena with packets.
+"""The base classes of backends. A backend is one kernel mechanism that fills an arena with packets.
 
 A backend never waits, parses, counts, logs or delivers. Its `fill` returns the number of packets, 0 if there are none now, or
 raises the OSError of the kernel. The dispatcher decides what an error means. Authors of backends import everything from here.
@@ -40,14 +40,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ReceiveConfig:
-    """How a backend is to receive from one source."""
+    """The settings with which a backend receives from a source."""
 
     fd: int
     capabilities: Capabilities
     layout: Layout
     framing: Framing
     options: Options
-    file: CaptureReader | None = None  # of a capture file; `fd` can only be polled then
+    file: CaptureReader | None = None  # for a capture file; `fd` can only be polled then
 
 
 class Mechanism(ABC):
@@ -63,12 +63,12 @@ class Mechanism(ABC):
 
     @abstractmethod
     def fill(self, arena: Owner, room: int) -> int:
-        """Receive, without waiting, into `room` bytes of the arena behind `arena.cursor`. Returns the number of packets.
+        """Receive, without waiting, into `room` bytes of the arena after `arena.cursor`. Returns the number of packets.
 
         `room` has space for the largest packet of the layout, and one byte more. `fill` describes the packets in the descriptors
-        that `__init__` got. It puts an errno of the kernel into `report.error`, also behind packets; without packets it may
-        raise OSError instead. While an errno is there, `fill` is called for packets that are `held` only. ENODATA is the end of
-        the source, as of a file.
+        that `__init__` got. It puts an errno of the kernel into `report.error`, also after packets. Without packets it may
+        raise OSError instead. While an errno is there, `fill` is called only for packets that are `held`. ENODATA is the end of
+        the source, such as of a file.
         """
 
     def interface_name(self, index: int) -> str | None:
@@ -96,7 +96,7 @@ class Mechanism(ABC):
     # Packets in memory of the mechanism are still in use and could not be copied: close() must not free it.
     held_by_others = False
 
-    # The next `fill` needs no readable source, although nothing is `held`: packets wait that nobody has counted.
+    # The next `fill` needs no readable source, although nothing is `held`: data was read that is not parsed yet.
     goes_on = False
 
     @property
@@ -109,7 +109,7 @@ class Mechanism(ABC):
         return 0
 
     def freezes(self) -> int | None:
-        """How often the kernel found the ring full; None without a ring."""
+        """The number of times that the kernel found the ring full; None without a ring."""
         return None
 
     def close(self) -> None:
@@ -117,16 +117,16 @@ class Mechanism(ABC):
         return
 
     def leave_to_parent(self) -> None:
-        """In a forked child, right after the fork: close copies of descriptors only. `abandon` may follow."""
+        """Called in a forked child, right after the fork. Close copies of descriptors only. `abandon` may follow."""
         return
 
     def abandon(self) -> None:
-        """In a forked child, in place of `close`: release the memory of the child, change nothing that is shared."""
+        """Called in a forked child instead of `close`. Release the memory of the child, and change nothing that is shared."""
         self.close()
 
 
 class Backend(Mechanism):
-    """One kernel mechanism, in a file of its name under `linkrx/backends/` or behind an entry point.
+    """One kernel mechanism, in a file of its name under `linkrx/backends/`, or loaded from an entry point.
 
     The backend with the highest `rank` that accepts a source is chosen. `honours` names the options that it can fulfil, of those
     that not every backend can: `buffer_sizes`, `snaplen`, `outgoing`, `timestamps`, `fanout`.
@@ -194,7 +194,7 @@ class CoreBackend(Backend):
 
     @classmethod
     def missing(cls) -> str | None:
-        """The core may not have been built."""
+        """The reason why the core is missing."""
         return _core.reason
 
     def _use(self, function: str, descriptors: Descriptors) -> None:

@@ -24,7 +24,7 @@ class Verdict:
 class Choice:
     """The decision, best backend first.
 
-    `ladder` names the chosen backend, and behind it those that replace it if the kernel refuses it at run time. A named backend
+    `ladder` has the name of the chosen backend, then those that replace it if the kernel refuses it at run time. A named backend
     is not replaced. `filter` says whether the kernel or linkrx filters, and why; None without a filter.
     """
 

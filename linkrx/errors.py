@@ -53,7 +53,7 @@ class Busy(LinkrxError, RuntimeError):
 
 
 class DamagedCapture(LinkrxError, OSError):
-    """A capture file is cut off or damaged. The records in front of the damage were delivered; those behind it are not.
+    """A capture file is truncated or damaged. The records before the damage were delivered; later ones are not.
 
     `offset` is the byte at which the damaged record begins. In a compressed file it counts decompressed bytes. Also an OSError,
     with the errno EBADMSG.
@@ -67,7 +67,7 @@ class DamagedCapture(LinkrxError, OSError):
 class RecordingFailed(LinkrxError, OSError):
     """Writing to a capture file failed, with the kernel's errno.
 
-    The file has `packets` whole packets. A regular file ends behind them. A pipe may have got `torn` bytes of one more record.
+    The file has `packets` whole packets. A regular file ends after them. A pipe may have got `torn` bytes of one more record.
     """
 
     def __init__(self, name: str, error: OSError, packets: int, torn: int) -> None:

@@ -1,8 +1,8 @@
-"""The compiled core, when it was built: the only module that says ffi.
+"""Loads the compiled core. No other module uses cffi.
 
-`lib` holds the C functions that talk to the kernel, `types` those types that Python touches once per packet, and `reason`
-is None. Without the core, or with half of it, both are None, and `reason` is a sentence that says why and what to type. A
-core that was compiled from other sources than this linkrx has counts as none.
+`lib` has the C functions of backends, `types` the types that Python uses once per packet. `reason` is None. If the core is
+missing, or was compiled from other sources than those of this linkrx, `lib` and `types` are None, and `reason` says why and what
+to type.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _FAILURE = _HERE / "build_failure.txt"  # setup.py writes it
 
 
 def build_failure() -> str | None:
-    """What the compiler said when the core could not be built, a summary in the first line; None if it could."""
+    """The output of the compiler if the build of the core failed, with a summary in the first line. None if it did not."""
     return _FAILURE.read_text() if _FAILURE.exists() else None
 
 
 def _wanted() -> str | None:
-    """The sources that this linkrx belongs to: those beside it in a checkout, else what setup.py wrote down."""
+    """The hash of the sources of this linkrx: computed in a checkout, else the one that setup.py stored."""
     try:
         return sources_hash() or str(import_module("linkrx._core._built").SOURCES)
     except ImportError:
@@ -32,7 +32,7 @@ def _wanted() -> str | None:
 
 
 def _again() -> str:
-    """What to type for a core that fits."""
+    """The advice for building the core again."""
     if sources_hash() is None:
         return "install linkrx again, with `python3 -m pip install --force-reinstall linkrx`"
     return f"type `python3 -m pip install -e .` in {_HERE.parent.parent}"
@@ -57,7 +57,7 @@ def _why_missing(name: str, error: ImportError) -> str:
 
 
 def _load(name: str, built_from: Callable[[Any], str]) -> tuple[Any, str | None]:
-    """An extension module of the core, or None and why there is none that fits. `built_from` is its LRX_SOURCES."""
+    """An extension module of the core, or None and the reason. `built_from` reads the hash that the module was compiled with."""
     try:
         module = import_module(f"linkrx._core.{name}")
     except ImportError as error:
@@ -83,27 +83,27 @@ lib: Any = None if types is None or _native is None else _native.lib
 
 
 def new(declaration: str, **fields: object) -> Any:
-    """A C object, its fields set. It lives as long as what this returns; pass that to functions of `lib`."""
+    """A new C object with these fields. It is freed with the returned object, which functions of `lib` take."""
     return _native.ffi.new(declaration, fields)
 
 
 def address(buffer: object) -> int:
-    """The address of a writable buffer, as C's uintptr_t. Whoever takes it keeps the buffer alive."""
+    """The address of a writable buffer as uintptr_t. The caller must keep the buffer alive."""
     return int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(buffer, require_writable=True)))
 
 
 def pointer(thing: object) -> int:
-    """Where C finds what `new` returned. Whoever takes it keeps that alive."""
+    """The address of an object of `new`. The caller must keep the object alive."""
     return int(_native.ffi.cast("uintptr_t", thing))
 
 
 def at(declaration: str, address: int) -> Any:
-    """The C object that is there. Whoever takes it keeps that alive."""
+    """The C object at an address. The caller must keep it alive."""
     return _native.ffi.cast(declaration, address)
 
 
 def function(name: str) -> Any:
-    """A function of `lib` as C sees it, for `pointer`."""
+    """A pointer to a function of `lib`, for `pointer`."""
     return _native.ffi.addressof(lib, name)
 
 
@@ -114,10 +114,10 @@ def fields(structure: str) -> dict[str, tuple[int, int]]:
 
 
 def text(characters: Any) -> str:
-    """A string of C, whatever its bytes are."""
+    """A C string as text. Invalid UTF-8 is replaced."""
     return bytes(_native.ffi.string(characters)).decode(errors="replace")
 
 
 def last_error() -> int:
-    """The errno of the C call before."""
+    """The errno of the last C call."""
     return int(_native.ffi.errno)

@@ -1,7 +1,7 @@
 """The cffi build of the C core: every header here is declared, every C file compiled.
 
-A backend that needs C adds `name.h` and `name.c`; nothing else is edited. cffi knows no preprocessor: it is given the
-headers' declarations and numbers, the compiler reads the headers as they are. setup.py compiles, see there.
+A backend that needs C adds `name.h` and `name.c`, and edits nothing else. cffi has no preprocessor, so it gets the declarations
+and numbers of the headers. The compiler includes the headers unchanged. setup.py compiles.
 """
 
 import re

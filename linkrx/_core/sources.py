@@ -1,4 +1,4 @@
-"""Which C sources a core was compiled from. setup.py runs this file, so it imports nothing of linkrx."""
+"""The hash of the C sources that a core was compiled from. setup.py runs this file, so it imports nothing of linkrx."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# What cffi writes from build.py; older versions of cffi's build leave it beside the sources.
+# The file that cffi generates from build.py. Older versions of cffi leave it beside the sources.
 GENERATED = "_native.c"
 
 
 def sources_hash() -> str | None:
     """The hash over build.py and all C sources beside and below this file; None in a wheel, which has none.
 
-    Python and C share structures and numbers that both write down. A core is used only where this hash is the same
-    as when it was compiled.
+    Python and C each declare the structures and numbers that they share. So a core is used only if this hash is the same as when
+    it was compiled.
     """
     paths = (
         path.relative_to(HERE).as_posix() for path in HERE.rglob("*.*") if path.suffix in (".c", ".h", ".inc")

@@ -311,9 +311,7 @@ class _Loads:
         return 1 if frame[:6] == b"\xff" * 6 else 2
 
     def _payload(self) -> int:
-        """Behind the headers of the transport protocol: skb_get_poff(), which knows more, and looks into
-        tunnels.
-        """
+        """The offset of the payload of the transport protocol. The kernel's skb_get_poff() knows more protocols, and tunnels."""
         kind, at, protocol = self._protocol(), self._packet.link_header, 0
         try:
             while kind in (0x8100, 0x88A8):

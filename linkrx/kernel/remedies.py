@@ -10,7 +10,7 @@ MORE = 'linkrx\'s README, "Privileges", has other ways'
 
 
 def capability(name: str) -> str:
-    """For a missing capability, named as in capabilities(7)."""
+    """The advice for a missing capability, named as in capabilities(7)."""
     flag = "+" + name.removeprefix("CAP_").lower()
     return (
         f"`sudo setpriv --reuid=$(id -u) --regid=$(id -g) --init-groups --inh-caps={flag} --ambient-caps={flag} COMMAND` "
@@ -19,7 +19,7 @@ def capability(name: str) -> str:
 
 
 def device_file(path: str) -> str:
-    """For missing access to a device file."""
+    """The advice for missing access to a device file."""
     return (
         f"`sudo chgrp GROUP {path} && sudo chmod 660 {path}` opens it to one group of yours, until the next start: what its "
         f"members can do with it is use devices that are theirs, and make some where they have CAP_NET_ADMIN; {MORE}"
@@ -27,7 +27,7 @@ def device_file(path: str) -> str:
 
 
 def user_namespace(settings: Path = Path("/proc/sys")) -> str:
-    """For a missing user namespace. `settings` is the folder of the kernel's settings."""
+    """The advice for a missing user namespace. `settings` is the folder of the kernel's settings."""
 
     def number(name: str) -> int | None:
         try:

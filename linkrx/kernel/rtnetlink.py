@@ -48,7 +48,7 @@ from linkrx.kernel.uapi import (
 )
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
-# IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, and the same for IPv4, which Linux 6.3 tells apart.
+# IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, and those for IPv4, which are separate since Linux 6.3.
 SUPER_PACKETS = (41, 58, 63, 64)
 
 _MESSAGE = struct.Struct("=IHHII")  # struct nlmsghdr

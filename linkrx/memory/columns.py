@@ -1,7 +1,7 @@
-"""The table of packets: backends fill one, classification writes one, and a batch shows it column by column.
+"""Tables of packets. A backend fills one, classification writes another, and a batch has the columns of that.
 
-A table of n rows is fourteen columns, one behind the other, the widest first so that each is aligned when the
-table is. `_core/columns.inc` lays them out the same way.
+A table of n rows has fourteen columns, one after the other. The widest come first, so that all are aligned if the table is.
+`_core/columns.inc` has the same layout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def align(offset: int) -> int:
     return (offset + 7) & ~7
 
 
-# Where in a row's share of the table each column is, how wide, and its native format.
+# For each column: the sum of the widths of the columns before it, its width in bytes, and its format.
 _LAYOUT: dict[str, tuple[int, int, Literal["q", "Q", "I", "H", "B"]]] = {
     "timestamps": (0, 8, "q"),
     "addresses": (8, 8, "Q"),
@@ -55,18 +55,18 @@ class Columns:
         "_rows": "",
         "address_lengths": "Bytes of each packet's link address; 0: none.",
         "addresses": "The sender's link address of each packet without link header: its bytes in order, then zeroes.",
-        "file_types": "Of packets of a capture file: its LINKTYPE_* number, with LRX_OF_FILE. Packets of files take the core.",
+        "file_types": "For packets of a capture file: its LINKTYPE_* number with LRX_OF_FILE. Only with the core.",
         "flags": "Each packet's `Flags`.",
         "interfaces": "The index of each packet's interface, or 0.",
         "lengths": "Bytes of each frame, link header included.",
         "link_headers": "Bytes of each packet's link header. Written by classification.",
         "link_types": "The ARPHRD_* number of each packet's device.",
-        "protocols": "Each packet's EtherType; of a backend, as the kernel tells it, or 0.",
+        "protocols": "Each packet's EtherType. A backend writes the one that the kernel reports, or 0.",
         "starts": "Where each frame starts in `memory`.",
         "timestamps": "Each packet's time of receipt.",
         "vlan_tcis": "The tag that the kernel took out of each frame with `Flags.VLAN`.",
         "vlan_tpids": "That tag's EtherType.",
-        "wire_lengths": "The length of each frame before anything cut it, where the kernel tells it.",
+        "wire_lengths": "The length of each frame before it was cut, if the kernel reports it.",
     }
 
     _count: int
@@ -113,7 +113,7 @@ class Table(Columns):
 
 
 class Descriptors:
-    """What a backend reports of one receive: a `report` and a table of `rows` rows.
+    """The result of a receive, which a backend writes: a `report` and a table of `rows` rows.
 
     `columns.starts` count from the place where the fill began. A backend writes `starts` and `lengths`. It writes the other
     columns where it knows them, else they are zero; a wire length of zero means the length. The results of a receive are
@@ -123,7 +123,7 @@ class Descriptors:
     __slots__ = ("columns", "memory", "report", "rows")
 
     def __init__(self, rows: int, memory: bytearray | None = None) -> None:
-        """In `memory`, or in memory of its own."""
+        """Use `memory`, or allocate it."""
         self.rows = rows
         self.memory = bytearray(REPORT_BYTES + ROW_BYTES * rows) if memory is None else memory
         self.report = Report.from_buffer(self.memory)

@@ -39,14 +39,14 @@ OF_FILE, FILE_SWAPPED, FILE_LINK_TYPE = 0x10000, 0x20000, 0xFFFF
 # If the buffer is too short, the kernel cuts the frame. It says so only in the packet information, with TUN_PKT_STRIP. Without it
 # linkrx reads into one byte more than it keeps: a packet that fills that byte was cut.
 #
-# TUNGETIFF does not tell whether there is packet information, because IFF_NO_PI and IFF_NOFILTER are the same bit: a clear bit
-# proves that there is, a set bit proves nothing. Then rtnetlink's IFLA_TUN_PI tells (with its meaning reversed), and without
-# the right to ask for it the caller must say packet_info=.
+# TUNGETIFF reports packet information only with a clear bit, because IFF_NO_PI and IFF_NOFILTER are the same bit: a set one may
+# mean either. Then linkrx reads rtnetlink's IFLA_TUN_PI, whose meaning is reversed. Without the privilege for that, the caller
+# must give packet_info=.
 #
 # A packet socket with PACKET_VNET_HDR puts only the virtio-net header in front.
 @dataclass(frozen=True)
 class Framing:
-    """What the kernel writes, in this order: packet information, virtio-net header, frame.
+    """The headers that the kernel writes in front of a frame: packet information, then virtio-net header.
 
     `link_type` is the ARPHRD_* number of packets for which the kernel reports none; 0 means the one that `ethernet` implies.
     `per_packet` is one of PER_PACKET_*, or 0 where all packets have the same framing. With PER_PACKET_LINK_TYPE `ethernet`

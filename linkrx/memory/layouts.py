@@ -23,7 +23,7 @@ class IovecBuffer:
     """
 
     def __init__(self, sizes: Sequence[int] = BUFFER_SIZES, vnet_header_size: int = 0) -> None:
-        """Buffers of `sizes` bytes, behind one for a virtio-net header of `vnet_header_size` bytes if not 0."""
+        """Make buffers of `sizes` bytes. The first is for a virtio-net header of `vnet_header_size` bytes, unless that is 0."""
         self._sizes = checked_sizes(sizes)
         if type(vnet_header_size) is not int:
             raise TypeError(f"vnet_header_size={vnet_header_size!r}: give int")
@@ -42,7 +42,7 @@ class IovecBuffer:
         """The buffers for one read, the virtio-net header's first when there is one."""
         for index, view in enumerate(self._views):
             if view is not None:
-                break  # pull() takes from the front, so all behind an unused one are unused
+                break  # pull() takes from the front, so all after an unused one are unused
             self._views[index] = memoryview(bytearray(self._sizes[index]))
         return self._header + [view for view in self._views if view is not None]
 
@@ -84,7 +84,7 @@ def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 class Layout:
     """The memory for one packet: `capacity` bytes of it are kept, the headers in front of the frame included.
 
-    `sizes` are those of the caller's iovec buffers, behind one for these headers. None: one buffer.
+    `sizes` are those of a buffer for these headers and of the caller's iovec buffers. None: one buffer.
     """
 
     capacity: int

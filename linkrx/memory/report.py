@@ -8,11 +8,11 @@ import ctypes
 class Report(ctypes.Structure):
     """struct lrx_report.
 
-    `receives` system calls received `count` packets. The free part of the arena starts `end` bytes behind the place where the
-    fill began. `error` is an errno that came behind these packets, or without any; it stays until it is handled. `held` packets
-    wait in the backend for the next fill. `most` is how many packets that may receive; 0 means as many as there are rows. The classifier
-    sets `classified` to one more than the packets that it left, and `rows` to the rows of the table that it wrote. C uses the
-    pointers: the classifier that a fill calls, and the function that releases the GIL once a fill has received several packets.
+    `receives` system calls received `count` packets, which use `end` bytes of the arena. `error` is an errno that followed these
+    packets, or came without any. It stays until it is handled. `held` packets wait in the backend for the next fill. `most` is how
+    many packets that fill may receive; 0 means as many as there are rows. The classifier sets `classified` to 1 plus the number
+    of packets, and `rows` to the rows of the table that it wrote. C uses the pointers: the classifier that a fill calls, and the
+    function that releases the GIL after a fill has received several packets.
     """
 
     count: int
@@ -39,5 +39,5 @@ class Report(ctypes.Structure):
     )
 
 
-REPORT_BYTES = ctypes.sizeof(Report)  # the columns behind it are aligned
-WORDS_BYTES = Report.classifier.offset  # of what changes from receive to receive
+REPORT_BYTES = ctypes.sizeof(Report)  # a multiple of 8, so that the columns after it are aligned
+WORDS_BYTES = Report.classifier.offset  # bytes of the fields that each receive changes

@@ -1,4 +1,4 @@
-"""The types that are touched once per packet: those of the C core where it was built, else those of `linkrx.packets.plain`."""
+"""The types that are used once per packet: those of the C core if it was built, else those of `linkrx.packets.plain`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ else:
 
 __all__ = ["ARENA_BYTES", "ARENA_START", "Batch", "Deliver", "Owner", "Packet", "restore_packet"]
 
-# Of an arena that frames may take: room for a batch of 64 full Ethernet frames five times over, and small enough to stay in
-# a core's second-level cache. Behind it is address space for one frame more, touched only if that is a large one.
+# Bytes of an arena for frames: five batches of 64 full Ethernet frames. They fit into a processor's second-level cache. After them
+# is address space for one more frame, which is used for large frames only.
 ARENA_BYTES = 512 * 1024
 
-# Where they start: see _core/types/memory.c.
+# The offset of the first frame: see _core/types/memory.c.
 ARENA_START = 64
 
 PICKLE_VERSION = 1
@@ -36,7 +36,7 @@ Deliver = Callable[["bytes | None", "bytes | None", int, Packet], object]
 
 
 def restore_packet(version: int, *state: Any) -> Packet:
-    """What pickles of packets call. The same pickle gives a packet with and without the C core."""
+    """Make a packet from a pickle, with or without the C core. Raises ValueError for another version of the format."""
     if version != PICKLE_VERSION:
         raise ValueError(
             f"a packet pickled in format {version}, and this linkrx reads format {PICKLE_VERSION}: "

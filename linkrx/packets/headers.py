@@ -1,4 +1,4 @@
-"""The types of a packet's fields, and the methods of a packet that are rarely called and so in Python only."""
+"""The types of a packet's fields, and the rare methods of a packet, which are in Python only."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def describe(packet: Described) -> str:
 
 
 def tagged(packet: Described) -> bytes:
-    """The frame, with the VLAN tag that the kernel took out behind its addresses again (IEEE 802.1Q)."""
+    """The frame with the VLAN tag that the kernel took out, inserted after the addresses (IEEE 802.1Q)."""
     frame, tag = packet.tobytes(), packet.vlan
     if tag is None or packet.local is None:
         return frame

@@ -1,7 +1,6 @@
-"""Packet and Batch in plain Python: what the types of the C core do, simple rather than fast.
+"""Packet and Batch in plain Python, simple rather than fast. In C: `_core/types/`.
 
-Read this first: `_core/types/` says the same in C. Here every packet has one `bytes` object of its own from the start, so
-there is no rule of memory to follow.
+Here each packet is a `bytes` object from the start, so the rule of memory of `_core/types/memory.c` is not needed.
 """
 
 from __future__ import annotations
@@ -72,17 +71,17 @@ class Packet(bytes):
 
     @property
     def link_header(self) -> memoryview:
-        """The Ethernet header, 14 bytes, or nothing where there is none."""
+        """The Ethernet header, 14 bytes, or empty if there is none."""
         return memoryview(self)[: self._link_header]
 
     @property
     def data(self) -> memoryview:
-        """The bytes behind the link header."""
+        """The bytes after the link header."""
         return memoryview(self)[self._link_header :]
 
     @property
     def remote(self) -> bytes | None:
-        """The source MAC address, 6 bytes. Without Ethernet header the sender's link address as the kernel tells it, or None."""
+        """The source MAC address, 6 bytes. Without an Ethernet header, the sender's link address that the kernel reports, or None."""
         return self[ETH_ADDRESS_BYTES : 2 * ETH_ADDRESS_BYTES] if self._link_header else self._address or None
 
     @property
@@ -92,7 +91,7 @@ class Packet(bytes):
 
     @property
     def truncated(self) -> bool:
-        """Whether the frame was longer than what was kept of it."""
+        """Whether the frame was cut."""
         return bool(self._flags & TRUNCATED)
 
     @property
@@ -117,7 +116,7 @@ class Packet(bytes):
 
     @property
     def vnet(self) -> VnetHeader | None:
-        """The virtio-net header that stood in front of the frame, or None where the source has none."""
+        """The virtio-net header in front of the frame, or None if the source has none."""
         return vnet_of(self._vnet, self._big_endian, self) if self._vnet else None
 
     def tobytes(self) -> bytes:
@@ -129,11 +128,11 @@ class Packet(bytes):
         return tagged(self)
 
     def u16(self, offset: SupportsIndex, /) -> int:
-        """The two bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no two."""
+        """The two bytes at an offset into the frame, as a big-endian number. Raises IndexError if there are no two."""
         return self._number(operator.index(offset), 2)
 
     def u32(self, offset: SupportsIndex, /) -> int:
-        """The four bytes at an offset into the frame, as a big-endian number. Raises IndexError where there are no four."""
+        """The four bytes at an offset into the frame, as a big-endian number. Raises IndexError if there are no four."""
         return self._number(operator.index(offset), 4)
 
     def _number(self, offset: int, size: int) -> int:
@@ -218,7 +217,7 @@ def restore(
     file_type: int,
     /,
 ) -> Packet:
-    """A packet from the values that its pickle has behind the version."""
+    """A packet from the values of its pickle after the version."""
     if (
         type(frame) is not bytes
         or len(frame) < link_header
@@ -344,5 +343,5 @@ class Owner:
         self.view = memoryview(bytearray(size))
 
     def take_back(self) -> bool:
-        """Always: packets have their own bytes."""
+        """Always True, because packets have their own bytes."""
         return True

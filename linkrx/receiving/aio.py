@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("linkrx")
 
-# How often packets are asked for, in seconds, where the event loop may not watch.
+# Seconds between two reads if the event loop may not watch the descriptor.
 ASK_AGAIN = 0.01
 
 
@@ -34,15 +34,15 @@ class Reader:
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        """For the running loop."""
+        """Make a reader for the running loop."""
         self._dispatcher = dispatcher
         self.loop = asyncio.get_running_loop()
         self._fd = os.dup(dispatcher._wakeup.fileno())
         self._latency = dispatcher._coalescing
         self._registered: Waiter | None = None  # the waiter that the loop's reader belongs to
         self._waiter: Waiter | None = None
-        self._asking: asyncio.TimerHandle | None = None  # where the event loop may not watch it
-        self._said = False  # that it may not
+        self._asking: asyncio.TimerHandle | None = None  # the next read, if the event loop may not watch
+        self._said = False  # this was logged
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
@@ -102,12 +102,12 @@ class Reader:
                 self._registered = waiter
 
     def _say_refused(self, error: OSError) -> None:
-        """Once."""
+        """Log once that the event loop may not watch the descriptor."""
         if not self._said:
             self._said = True
             logger.warning(
-                "the event loop cannot watch the %s, and packets are asked for every %d ms: %s (%s), as a seccomp filter answers "
-                "to epoll_ctl(2). Have the filter allow it",
+                "the event loop cannot watch the %s, so linkrx reads it every %d ms: %s (%s), as from a seccomp filter for "
+                "epoll_ctl(2). Change the filter to allow it",
                 self._dispatcher.capabilities.title,
                 ASK_AGAIN * 1000,
                 error.strerror,

@@ -189,9 +189,9 @@ class Dispatcher(Reception):
 
         After it returns no further `deliver` starts; one that is running in another thread finishes.
 
-        With `flush` the receiving call first hands over the packets that came before. Reception ends when the source was empty
-        once, or has given as many packets as its queue holds, so later packets may be among them. A ring is waited for, two
-        retire periods at most. A stop without `flush` ends this at once.
+        With `flush` the receiving call first delivers the packets that came before. Reception ends when the source was empty
+        once, or has given as many packets as its queue holds. So later packets may be among them. For a ring this waits for two
+        retire periods at most. A stop without `flush` ends it at once.
         """
         if not self._forked:
             if flush:
@@ -253,7 +253,7 @@ class Dispatcher(Reception):
             gone.set()
 
     def _last_left(self) -> None:
-        """The last call has returned, and close() was called meanwhile."""
+        """Called when the last call has returned, and close() was called meanwhile."""
         self._leaving = False
         try:
             if self._closed and not self._released:

@@ -15,8 +15,8 @@ from linkrx.sources.options import Options
 from linkrx.sources.resolve import Settings
 from linkrx.sources.source import Source
 
-# Lets linkrx run a program (of struct sock_filter; empty: none), or those of a capture file, on what waits and what comes: the program, whether it reads
-# tags, and after how many seconds it ends once nothing was there, or -1. Returns when nothing of before is handed over any more.
+# Sets the filter that linkrx runs: a program of struct sock_filter (empty: none) or the programs of a capture file, whether it reads
+# VLAN tags, and the seconds after which it ends when the queue was empty, or -1. Returns when the old filter is out of use.
 Run = Callable[[bytes | FilePrograms, bool, float], None]
 
 _STAYS = -1.0
@@ -58,7 +58,7 @@ class SourceFilter:
         return self._plan is not None and self._plan.own and not self._plan.until_empty
 
     def open(self, run: Run, backend: type[Backend], readable_within: float) -> None:
-        """Set the filter of the options. A socket of linkrx's own is not bound yet."""
+        """Set the filter of the options. A socket that linkrx opened is not bound yet."""
         plan = plan_at_open(self._settings, backend)
         if plan is not None:
             self._put(run, plan, readable_within)
@@ -82,7 +82,7 @@ class SourceFilter:
             self._changing.release()
 
     def backend_changed(self, run: Run, backend: type[Backend], readable_within: float) -> None:
-        """Let linkrx cut packets in place of the kernel if the new backend does not read their true length.
+        """Let linkrx cut packets instead of the kernel if the new backend does not read their length before cutting.
 
         Raises UnsupportedOption if linkrx cannot run the filter.
         """
@@ -105,7 +105,7 @@ class SourceFilter:
         )
 
     def _put(self, run: Run, plan: Plan | None, readable_within: float) -> None:
-        """Change both filters so that no packet passes that neither takes: linkrx's own is set before the kernel's is removed."""
+        """Change both filters. At every moment one of them rejects: linkrx's filter is set before the kernel's is removed."""
         if plan is None:
             self._source.set_filter(None)
             self._run_own(run, None)

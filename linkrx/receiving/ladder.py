@@ -1,4 +1,4 @@
-"""What is said when a backend is given up for the next one on the ladder, or cannot be."""
+"""Replaces a backend by the next one of the ladder, with a warning, or an error if there is none."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from linkrx.errors import BackendUnavailable
 
 logger = logging.getLogger("linkrx")
 
-# What a ring's backend tells as EFBIG.
+# The meaning of EFBIG from a ring.
 CUT = "a frame was cut that is longer than a block of the ring"
 
 
 def why(error: OSError) -> str:
-    """A sentence without its full stop."""
+    """The reason for the replacement, without a full stop."""
     return CUT if error.errno == errno.EFBIG else f"the kernel answers {error.strerror}"
 
 
 def following(choice: Choice, error: OSError, title: str) -> Choice:
-    """The choice without its first backend. Raises BackendUnavailable where there is no other."""
+    """The choice without its first backend. Raises BackendUnavailable if there is no other."""
     if len(choice.ladder) == 1:
         raise BackendUnavailable(
             f"{choice.backend} on the {title}: {why(error)} ({errno.errorcode.get(error.errno or 0, error.errno)}), and there "
@@ -32,7 +32,7 @@ def following(choice: Choice, error: OSError, title: str) -> Choice:
 
 
 def say_cut(choice: Choice, title: str) -> None:
-    """There is no other backend to take over, or one was named."""
+    """Warn that frames are cut, if no other backend can take over."""
     logger.warning(
         "%s on the %s: %s, as the next ones will be. Open it again: its blocks are then made for what the interface and its "
         "peer are set up for now",

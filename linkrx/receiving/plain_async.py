@@ -40,7 +40,7 @@ class Waiter:
         return self._loop
 
     def add_done_callback(self, call: Callable[[Waiter], object], *, context: Context | None = None) -> None:
-        """The task registers the function that wakes it."""
+        """Set the callback that wakes the task."""
         self._call, self._context = call, context
 
     def done(self) -> bool:
@@ -54,7 +54,7 @@ class Waiter:
         return bool(self._result)
 
     def cancel(self, msg: object = None) -> bool:
-        """The task is being cancelled."""
+        """End the wait of a task that is cancelled. False if no task waits."""
         if self.done():
             return False
         self.settle(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))

@@ -1,4 +1,4 @@
-"""linkrx's own filter and its replacement, for the receiver in plain Python. In C: `_core/types/filter.c`."""
+"""The filter that linkrx runs, and its replacement, in plain Python. In C: `_core/types/filter.c`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linkrx.stages.classify import Filter
 
 
 class OwnFilter:
-    """The filter that classification runs, and the one that is to replace it before more packets are handed over."""
+    """The filter that classification runs, and the next one, which replaces it before the next delivery."""
 
     def __init__(self) -> None:
         self.rule = Filter()
@@ -27,11 +27,11 @@ class OwnFilter:
         self._wanted: tuple[Filter, float | None] | None = None
 
     def want(self, program: bytes, tags: bool, seconds: float) -> None:
-        """Store the next filter. With `seconds` of 0 or more it ends after so many seconds, once the queue was empty."""
+        """Store the next filter. With `seconds` of 0 or more it ends when the queue was empty, but not within these seconds."""
         instructions = tuple(struct.iter_unpack("=HBBI", program))
         found = bpf.wrong(instructions) if instructions else None
         if found is not None:
-            raise ValueError(f"no program that the kernel would take: {found[1]}")
+            raise ValueError(f"the program is invalid: {found[1]}")
         until = None if seconds < 0 else time.monotonic() + seconds
         self._wanted = Filter(instructions, tags), until
 
@@ -46,8 +46,8 @@ class OwnFilter:
             return list(packets)
         (wanted, until), rule = self._wanted, self.rule
         rule.program, rule.tags = wanted.program, wanted.tags
-        judged = (self._judged(packet, counters) for packet in packets)
-        left = [packet for packet in judged if packet is not None]
+        filtered = (self._filtered(packet, counters) for packet in packets)
+        left = [packet for packet in filtered if packet is not None]
         self._until, self._wanted = until, None  # last: an exception of a signal handler may come before
         return left
 
@@ -59,11 +59,11 @@ class OwnFilter:
         """Remove the filter."""
         self.rule.program, self._until = (), None
 
-    def _judged(self, packet: Packet, counters: array[int]) -> Packet | None:
+    def _filtered(self, packet: Packet, counters: array[int]) -> Packet | None:
         if not self.rule.program:
             return packet
         link_header = len(packet.link_header)
-        judged = bpf.Filtered(
+        given = bpf.Filtered(
             bytes(packet),
             packet.wire_length,
             link_header,
@@ -73,7 +73,7 @@ class OwnFilter:
             None if packet.vlan is None else (packet.vlan.tpid, packet.vlan.tci),
             0 if link_header else packet.protocol,
         )
-        kept = bpf.kept(self.rule.program, judged, tags=self.rule.tags)
+        kept = bpf.kept(self.rule.program, given, tags=self.rule.tags)
         counters[BYTES] -= len(packet) - kept
         if not kept or kept < link_header:
             counters[BYTES] -= kept
@@ -128,7 +128,7 @@ class Filtering(Callbacks):
             self._inside(lambda: None)
             return True
         if self._wakeup.event is not None:
-            self._wakeup.event.set()  # it may sleep
+            self._wakeup.event.set()  # wake the receiving thread
         return False
 
     def _exchange(self) -> None:

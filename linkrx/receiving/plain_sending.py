@@ -1,6 +1,6 @@
-"""Sending in plain Python: what `_core/types/send.c` does, simple rather than fast.
+"""Sending in plain Python, simple rather than fast. In C: `_core/types/send.c`.
 
-One promise is weaker than in C: after the exception of a signal handler `stats().sent` may lack the frame that was on its way.
+One guarantee is weaker than in C: after an exception of a signal handler, `stats().sent` may lack one frame that was sent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IP_VERSIONS = {4: ETHERTYPE_IPV4, 6: ETHERTYPE_IPV6}
 
 
 class _UnsendableError(Exception):
-    """The frame cannot be sent as it is; one of the numbers in `sending`."""
+    """The frame cannot be sent. `code` is one of the numbers in `sending`."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -43,7 +43,7 @@ class Sending:
     _sent = 0
     _was_down = False
 
-    # Of the other half, and of the subclass.
+    # Attributes of the other half and of the subclass.
     _closed: bool
     _stripped: Framing
     _wakeup: Wakeup
@@ -60,7 +60,7 @@ class Sending:
             self._refuse_send(code, memoryview(frame).nbytes)
 
     def send_batch(self, frames: Iterable[Buffer], /) -> int:
-        """Send many frames, in order. Returns how many were taken; raises if the first is refused."""
+        """Send many frames in order. Returns how many were sent. Raises if the first is refused."""
         if self._closed or self._sends == NOTHING:
             self._refuse_send(0, 0)
         taken = 0
@@ -70,7 +70,7 @@ class Sending:
             except Exception:
                 if not taken:
                     raise
-                break  # the next call tells it
+                break  # the next call raises it
             if code is not None:
                 if not taken and code not in FULL:
                     self._refuse_send(code, memoryview(frame).nbytes)
@@ -79,12 +79,10 @@ class Sending:
         return taken
 
     def _send(self, frame: Buffer) -> int | None:
-        """None, or why it was not sent: an errno, or one of the numbers in `sending`."""
-        with memoryview(frame) as view:  # raises TypeError for what is no buffer
+        """Send one frame. Returns None, or the reason why it was not sent: an errno, or one of the numbers in `sending`."""
+        with memoryview(frame) as view:  # raises TypeError for an object that is no buffer
             if not view.c_contiguous:
-                raise BufferError(
-                    "the bytes of a frame lie one behind the other, and those of this buffer do not"
-                )
+                raise BufferError("the buffer of a frame must be contiguous, and this one is not")
             plain = view.tobytes()
         if self._closed or self._sends == NOTHING:
             return 0
@@ -107,7 +105,8 @@ class Sending:
             except OSError as error:
                 if error.errno != errno.ENETDOWN:
                     raise
-                # A packet socket keeps it for the next call, be it a send after the link is up again. It is the receiver's.
+                # A packet socket keeps ENETDOWN for its next call, which may be a send after the link is up again. Send again, and
+                # leave the news to the receiver.
                 again = errno.ENETDOWN
                 try:
                     libc.send(fd, wire, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -120,7 +119,7 @@ class Sending:
                         self._was_down = True
                         self._set_readable()
         elif not self._write(fd, wire):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # write(2) of nothing does nothing
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # write(2) of 0 bytes sends nothing
 
     def _write(self, fd: int, wire: bytes) -> int:
         if self._sends != POLLED and _RWF_NOWAIT is not None:
@@ -138,7 +137,7 @@ class Sending:
 
 
 def _headers(frame: bytes, packet: Packet | None, framing: Framing) -> bytes:
-    """Packet information and the virtio-net header that a frame has in front of it. Raises _UnsendableError."""
+    """The packet information and virtio-net header to send in front of a frame. Raises _UnsendableError."""
     info = b""
     if framing.packet_info:
         protocol = packet.protocol if packet else 0
@@ -165,6 +164,6 @@ def _headers(frame: bytes, packet: Packet | None, framing: Framing) -> bytes:
     flags, kind, headers, segment, start, offset = struct.unpack(
         ">BBHHHH" if packet._big_endian else "<BBHHHH", header
     )
-    tag = len(packet.tagged()) - len(packet)  # put back in front of what the header counts to
+    tag = len(packet.tagged()) - len(packet)  # the tag is inserted, so offsets after it grow
     vnet = (flags, kind, headers + tag if headers else 0, segment, start + tag if start else 0, offset)
     return info + struct.pack(framing.vnet_format, *vnet).ljust(size, b"\0")

@@ -40,7 +40,7 @@ logger = logging.getLogger("linkrx")
 
 # Seconds for which a source that is readable, but has nothing to read, is taken out of the poll set.
 _PAUSE = 0.01
-# Seconds between two looks whether the receiving thread has taken the filter.
+# Seconds between two checks whether the receiving thread has taken the filter.
 _LOOK_AGAIN = 0.001
 
 # The packets of a queue whose length the kernel does not report. And the frames that one queued packet may stand for: a
@@ -222,7 +222,7 @@ class Reception(Receiver):
                 choice = following(choice, error, self.source.capabilities.title)
 
     def _outgrow(self) -> None:
-        """A frame was cut, for the memory that the kernel fills holds none that long. The packet tells it; no other is to be."""
+        """Handle a frame that was cut because it is longer than a block of the ring: take the next backend, or warn once."""
         if len(self.choice.ladder) > 1:
             self._demote(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
         elif not self._tally.cut_said:
@@ -230,7 +230,7 @@ class Reception(Receiver):
             say_cut(self.choice, self.source.capabilities.title)
 
     def _demote(self, error: OSError) -> None:
-        """Go on with the next backend. A refused call has taken no packet; what comes while a ring is taken off is lost."""
+        """Go on with the next backend. Packets that come while a ring is removed are lost. A refused call loses none."""
         refused = self._mechanism
         self._copy_held()  # may raise MemoryError, which changes nothing
         mechanism, choice = self._build(following(self.choice, error, self.source.capabilities.title))
@@ -354,7 +354,7 @@ class Reception(Receiver):
             raise Closed("this dispatcher was closed: linkrx.open makes a new one")
 
     def _disown(self) -> None:
-        """In a forked child: let go of everything that is shared with the parent."""
+        """Release everything that a forked child shares with its parent."""
         self._forked = self._closed = self._stopping = True
         self._wakeup.event = None
         self._mechanism.leave_to_parent()

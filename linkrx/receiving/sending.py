@@ -1,4 +1,4 @@
-"""Whether frames can be sent through a source, and the errors where they cannot. `_core/types/send.c` sends."""
+"""Whether frames can be sent through a source, and the errors if they cannot. `_core/types/send.c` sends."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def refusal(code: int, length: int, capabilities: Capabilities) -> Exception:
         )
     if code == NO_PROTOCOL:
         return ValueError(
-            f"a packet of {length} bytes that is neither IPv4 nor IPv6: the {title} wants its EtherType in struct tun_pi, and "
-            "only a linkrx.Packet tells another"
+            f"a packet of {length} bytes that is neither IPv4 nor IPv6: the {title} needs its EtherType in struct tun_pi. Send "
+            "a linkrx.Packet, which has an EtherType"
         )
     tried = f"sending {length} bytes on the {title}"
     if code in FULL:

@@ -8,9 +8,10 @@ from enum import Enum
 
 @dataclass(slots=True)
 class Tally:
-    """What the loop itself counts, beside the classifier and the receiver. `undelivered`: packets that the backend still
-    held at a stop. `indescribable`: packets that a virtio-net header cannot describe. `ring_drops`: of a ring that another backend
-    has replaced. `cut_said`: the log says that frames are cut.
+    """The counters of a Reception. Classification and the receiver have others.
+
+    `undelivered`: packets that the backend held at a stop. `indescribable`: packets that a virtio-net header cannot describe.
+    `ring_drops`: drops of a ring that another backend has replaced. `cut_said`: the warning about cut frames was logged.
     """
 
     waits: int = 0
@@ -31,7 +32,7 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since `open`. None where the source cannot tell.
+    """Counters since `open`. None if the source does not report them.
 
     `packets` were delivered, or wait in the current batch; `bytes` are those of their frames, link headers included.
     `undelivered` were received, and dropped by `stop()`. `runts`, `empty` and `unknown_protocol` are received frames that are no

@@ -44,7 +44,7 @@ class EventFd:
         os.eventfd_write(self.fd, 1)
 
     def clear(self, stopping: Callable[[], bool] = bool) -> None:
-        """Make it unreadable, unless a stop, which sets it, comes meanwhile."""
+        """Make it unreadable. If a stop comes meanwhile, it stays readable."""
         with suppress(BlockingIOError):  # it is clear already
             os.eventfd_read(self.fd)
         if stopping():
@@ -98,7 +98,7 @@ class Wakeup:
         self.source = source
         self.registered = True
         self._link_down = False
-        self._said: set[str] = set()  # of system calls, that they are refused
+        self._said: set[str] = set()  # the refused system calls that were reported
         self._epoll = _epoll()
         self._timer = Timer()
         try:
@@ -126,25 +126,25 @@ class Wakeup:
             return self.poll(bounded, self.source)
 
     def sleep(self, timeout: float) -> None:
-        """Sleep on the event alone: for a source that says it is readable and has nothing to read."""
+        """Sleep on the event only, for a source that is readable but has nothing to read."""
         self.poll(timeout)
 
     def poll(self, timeout: float, *sources: int) -> bool:
-        """Sleep on the event and on these. True if one of these is ready."""
+        """Sleep on the event and on `sources`. True if one of `sources` is ready."""
         poll = select.poll()
         for fd in (*sources, *([self.event.fd] if self.event is not None else [])):
             poll.register(fd, select.POLLIN)
         return any(fd in sources for fd, _ in poll.poll(timeout * 1000))
 
     def pause_source(self, timeout: float) -> None:
-        """For those who poll: be silent about such a source for `timeout` seconds. Where that is refused, they go on asking."""
+        """Take a source out of the poll set for `timeout` seconds. If the kernel refuses, it stays in."""
         if self.registered:
-            self.registered = False  # first: `resume_source` takes it in again, also where it was not out yet
+            self.registered = False  # first: after an exception `resume_source` adds it again
             if not (self._set_timer(timeout) and self._take_out()):
                 self._watch()
 
     def disarm(self) -> None:
-        """Readable no more, whatever the source says."""
+        """Make the descriptor unreadable for good."""
         if self.registered:
             self._take_out()
             self.registered = False
@@ -153,14 +153,14 @@ class Wakeup:
             self.event.clear()
 
     def resume_source(self) -> None:
-        """Take the source in again after `pause_source`. Where that is refused, the timer goes on waking who polls."""
+        """Add the source to the poll set again. If the kernel refuses, the timer goes on making the descriptor readable."""
         if not self.registered:
             try:
                 self._epoll.register(self.source, select.EPOLLIN)
-            except FileExistsError:  # an exception came in between, there or here
+            except FileExistsError:  # an exception interrupted this function, or `pause_source`
                 pass
             except OSError as error:
-                self._say_refused("epoll_ctl(2)", error, "The source is asked for packets every 10 ms")
+                self._say_refused("epoll_ctl(2)", error, "linkrx reads the source every 10 ms instead")
                 self._timer.clear()
                 return
             self._watch()
@@ -170,22 +170,22 @@ class Wakeup:
         self.registered = True
 
     def _take_out(self) -> bool:
-        """Poll the source no more. False where that is refused."""
+        """Remove the source from the poll set. False if the kernel refuses."""
         try:
             self._epoll.unregister(self.source)
-        except FileNotFoundError:  # an exception came in between
+        except FileNotFoundError:  # an exception came after the first call
             pass
         except OSError as error:
             self._say_refused(
                 "epoll_ctl(2)",
                 error,
-                "Who polls fileno() is called for nothing where the source says that it is readable, and is not",
+                "fileno() stays readable while the source is readable but has nothing to read",
             )
             return False
         return True
 
     def _set_timer(self, interval: float | None) -> bool:
-        """False where that is refused. Then it is closed: one that cannot be stopped would wake who polls for ever."""
+        """Set the timer. If the kernel refuses, close it and return False: a timer that cannot be stopped would wake pollers for ever."""
         try:
             self._timer.set(interval)
         except OSError as error:
@@ -193,20 +193,20 @@ class Wakeup:
             self._say_refused(
                 "timerfd_settime(2)",
                 error,
-                "Who polls fileno() is not called when an interface is deleted while it is down",
+                "fileno() does not become readable when an interface is deleted while it is down",
             )
         return self._timer.fd >= 0
 
     def _say_refused(self, call: str, error: OSError, consequence: str) -> None:
-        """Once. Raises what is no refusal."""
+        """Log a refused system call once. Raises the error if it is no refusal."""
         code = error.errno or 0
         if code not in REFUSED:
             raise error
         if call not in self._said:
             self._said.add(call)
             logger.warning(
-                "%s is refused, and was not when the source was opened: %s (%s), as a seccomp filter answers. %s. Have the filter "
-                "allow it",
+                "%s is refused now, but was allowed when the source was opened: %s (%s), as from a seccomp filter. %s. Change the "
+                "filter to allow it",
                 call,
                 os.strerror(code),
                 errno.errorcode[code],
@@ -219,7 +219,7 @@ class Wakeup:
         self._set_timer(RECHECK_SECONDS if down else None)
 
     def call_after(self, seconds: float, stopping: Callable[[], bool]) -> bool:
-        """Make the descriptor unreadable until then, or until a link is looked at before. False where that is refused."""
+        """Make the descriptor unreadable for `seconds`, or until the next check of a link that is down. False if the kernel refuses."""
         refused = self._timer.fd < 0 if self._link_down else not self._set_timer(max(seconds, SHORTEST_CALL))
         if self.event is None or refused:
             return False

@@ -69,7 +69,7 @@ def segmenter(taken: Descriptors, given: Descriptors, framing: Framing) -> Segme
 
 
 class CSegmenter:
-    """In C: 30 ns per full-sized segment more than a copy of it."""
+    """Segmentation in C. A full-sized segment takes 30 ns more than a copy."""
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
         self._report = taken.report
@@ -108,7 +108,7 @@ class CSegmenter:
 
 
 class PythonSegmenter:
-    """In Python: tens of microseconds per segment."""
+    """Segmentation in Python. A segment takes tens of microseconds."""
 
     def __init__(self, taken: Descriptors, given: Descriptors, framing: Framing) -> None:
         self._taken, self._given, self._framing = taken, given, framing
@@ -197,13 +197,13 @@ class PythonSegmenter:
                 return _Outcome(data, None, wire_length, flags)
         except _MalformedError:
             return _Outcome(b"", None, 0, flags | MALFORMED | (TRUNCATED if truncated else 0))
-        behind = data[framing.packet_info_size + VNET_HEADER_BYTES : framing.prefix]
-        return _Outcome(information + bytes(VNET_HEADER_BYTES) + behind + frame, None, wire_length, flags)
+        rest = data[framing.packet_info_size + VNET_HEADER_BYTES : framing.prefix]
+        return _Outcome(information + bytes(VNET_HEADER_BYTES) + rest + frame, None, wire_length, flags)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What comes of one row: `data` as it is, or a super-packet's segments, each with `data` in front."""
+    """The result of a row: `data` unchanged, or the segments of a super-packet, each with `data` in front."""
 
     data: bytes
     whole: _SuperPacket | None
@@ -261,7 +261,7 @@ class _SuperPacket:
 
     @property
     def segments(self) -> int:
-        """At least two."""
+        """The number of segments, at least two."""
         return -(-(len(self.frame) - self.payload) // self.size)
 
     def segment(self, k: int) -> bytes:
@@ -323,7 +323,7 @@ def _split(frame: bytes, vnet: VnetHeader, link_header: int, truncated: bool) ->
     _require(payload - network + vnet.gso_size <= _IP_LENGTH_MOST)
     if vnet.needs_checksum:
         # The sender left the sum of the pseudo-header in the field, with the length of the whole in it. Like the
-        # kernel, believe it: behind a routing header only the sender knows.
+        # kernel, use it: with a routing header only the sender knows the final destination.
         length = room if protocol == _TCP else int.from_bytes(frame[transport + _UDP_LENGTH_AT :][:2], "big")
         pseudo_header = int.from_bytes(frame[transport + checksum_at :][:2], "big") + _minus(length)
     else:
@@ -352,7 +352,7 @@ def _network(frame: bytes, link_header: int) -> tuple[int, int]:
 
 
 def _transport(frame: bytes, network: int, version: int) -> tuple[int, int, bool]:
-    """The offset at which the IP header ends, the protocol behind it, and whether it has a jumbo option."""
+    """The offset of the end of the IP header, the next protocol, and whether it has a jumbo payload option."""
     ip = frame[network:]
     if version == 4:
         _require(len(ip) >= _IPV4_HEADER and ip[0] >> 4 == 4)

@@ -17,11 +17,11 @@ HEADERS_SHARE = 16
 # cache together. With eight, the first frames have left the cache before they are read.
 STAGED_BYTES = ARENA_BYTES // 2
 
-# C receives so much at once, and splits it while it is still in the cache.
+# The super-packets that C receives at once. They are still in the cache when they are split.
 AT_ONCE = 2
 
-# An arena holds so many frames of 1514 bytes, and more small ones. With one super-packet per batch, every 45 frames would pay
-# for a batch.
+# The rows of a batch. An arena holds fewer frames of 1514 bytes. With one super-packet per batch, there would be a batch for every
+# 45 frames.
 SEGMENT_ROWS = 1024
 
 
@@ -52,19 +52,19 @@ class Segmenting(Mechanism):
             raise
 
     def start(self) -> None:
-        """As the backend does."""
+        """Call the backend's."""
         self._backend.start()
 
     def joining(self) -> None:
-        """As the backend does."""
+        """Call the backend's."""
         self._backend.joining()
 
     def leave_to_parent(self) -> None:
-        """As the backend does."""
+        """Call the backend's."""
         self._backend.leave_to_parent()
 
     def fill(self, arena: Owner, room: int) -> int:
-        """Frames of packets that were received before, or of new ones."""
+        """Write frames of packets that were received before, or receive new ones."""
         if self._receives:
             return self._segmenter.segment(self._staging, arena, room)  # and receives as well
         try:
@@ -104,11 +104,11 @@ class Segmenting(Mechanism):
         return self._backend.queue_limit
 
     def interface_name(self, index: int) -> str | None:
-        """As the backend does."""
+        """Call the backend's."""
         return self._backend.interface_name(index)
 
     def explain(self, code: int) -> Exception | None:
-        """As the backend does."""
+        """Call the backend's."""
         return self._backend.explain(code)
 
     def drops(self) -> int:
@@ -124,5 +124,5 @@ class Segmenting(Mechanism):
         self._backend.close()
 
     def abandon(self) -> None:
-        """As the backend does."""
+        """Call the backend's."""
         self._backend.abandon()

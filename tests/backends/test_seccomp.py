@@ -240,7 +240,9 @@ def test_an_event_loop_without_epoll_ctl() -> None:
                     raise AssertionError("it was over")
 
         asyncio.run(receive())
-        assert [line for line in log.said if "epoll_ctl(2). Have the filter allow it" in line] == log.said[:1]
+        assert [
+            line for line in log.said if "epoll_ctl(2). Change the filter to allow it" in line
+        ] == log.said[:1]
         assert len(log.said) == 1
 
     with rigs.unix_dgram() as rig:
@@ -283,7 +285,7 @@ def test_a_source_that_is_ready_for_nothing(refused: tuple[str, ...], before: bo
             assert rx.run() is linkrx.End.STOPPED
         for line in log.said:
             assert line.startswith(("epoll_ctl(2) is refused", "timerfd_settime(2) is refused"))
-            assert line.endswith("Have the filter allow it")
+            assert line.endswith("Change the filter to allow it")
         assert 1 <= len(log.said) <= len(refused)
         sender.close()
 

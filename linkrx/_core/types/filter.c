@@ -124,7 +124,7 @@ static int filter_of(PyObject *program, struct lrx_filter *filter)
     }
     if (size % sizeof(struct lrx_instruction) || size > (Py_ssize_t)(LRX_FILTER_MOST * sizeof(struct lrx_instruction)) ||
         lrx_filter_check(filter->program, (uint32_t)((size_t)size / sizeof(struct lrx_instruction)))) {
-        PyErr_SetString(PyExc_ValueError, "no program that the kernel would take");
+        PyErr_SetString(PyExc_ValueError, "the program is invalid");
         return -1;
     }
     return 1;
