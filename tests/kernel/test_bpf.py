@@ -1,4 +1,4 @@
-"""Classic BPF: the core, Python and the kernel take the same programs, and keep the same bytes of the same frames."""
+"""Classic BPF: the core, Python and the kernel accept the same programs, and keep the same bytes of the same frames."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from linkrx.testing.rigs import veth
 
 needs_core = pytest.mark.skipif(_core.lib is None, reason=f"compares with the C core: {_core.reason}")
 
-# Of a frame on an AF_UNIX socket the kernel knows no protocol.
+# The kernel has no protocol for a frame on an AF_UNIX socket.
 _OF_A_DEVICE = {bpf.AD_PROTOCOL, bpf.AD_PAY_OFFSET}
 ON_UNIX = [*(k for k in ANYWHERE if k not in _OF_A_DEVICE), bpf.AD_MARK, bpf.AD_QUEUE, bpf.AD_RXHASH]
 
@@ -67,7 +67,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_programs(name: str, pair: tuple[socket.socket, socket.socket]) -> None:
-    """Each is refused by Python with the place and a reason, by the core at the same place, and by the kernel."""
+    """Python refuses each invalid program with position and reason, the core refuses it at the same position, and the kernel too."""
     program, place, reason = WRONG[name]
     found = bpf.wrong(program)
     assert found is not None
@@ -81,7 +81,7 @@ def test_wrong_programs(name: str, pair: tuple[socket.socket, socket.socket]) ->
 @needs_core
 @pytest.mark.parametrize("seed", range(4))
 def test_the_kernel_agrees_on_a_socket(seed: int, pair: tuple[socket.socket, socket.socket]) -> None:
-    """Of a thousand programs and four frames for each, all three take, cut and reject the same."""
+    """For a thousand programs and four frames each, all three accept, cut and reject the same frames."""
     receiver, sender = pair
     maker = Maker(seed, 64, ON_UNIX, headers=(bpf.NET_OFF,))
     taken = kept = cut = 0
@@ -112,7 +112,7 @@ def test_the_kernel_agrees_on_a_socket(seed: int, pair: tuple[socket.socket, soc
 
 
 def random_frame(chosen: random.Random) -> bytes:
-    """An Ethernet frame, often with headers that mean something."""
+    """An Ethernet frame, often with valid headers."""
     kind = chosen.choice((0x0800, 0x0800, 0x86DD, 0x0806, 0x88B5, 40))
     local = chosen.choice((b"\xff" * 6, bytes.fromhex("333300000001")))
     head = local + bytes.fromhex("020000000002") + struct.pack("!H", kind)
@@ -135,14 +135,14 @@ def random_frame(chosen: random.Random) -> bytes:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("seed", range(2))
 def test_the_kernel_agrees_on_a_device(seed: int) -> None:
-    """On a veth the ancillary loads are the same too: protocol, packet type, interface, tag, payload offset."""
+    """On a veth all three also give the same values for ancillary loads: protocol, packet type, interface, tag, payload offset."""
     with veth() as (near, far), injector_on(far) as injector, _receiver(near) as receiver:
         index = socket.if_nametoindex(near)
         maker = Maker(seed, 70, ANYWHERE, headers=(bpf.NET_OFF, bpf.LL_OFF))
         kept = 0
         for number in range(600):
             program = maker.program()
-            if number % 3 == 0:  # what such a load gives, itself
+            if number % 3 == 0:  # the value of such a load
                 program = [(0x20, 0, 0, maker.random.choice(ANYWHERE)), (bpf.RET | bpf.RET_A, 0, 0, 0)]
             if not kernel_takes(receiver, program):
                 continue
@@ -171,7 +171,7 @@ instructions = st.integers(0, 2**32 - 1).map(lambda seed: Maker(seed, 90, (), he
 
 @given(program=instructions, frame=st.binary(min_size=14, max_size=80), tci=st.integers(0, 2**16 - 1))
 def test_the_tag_is_read_as_if_it_were_there(program: list[Instruction], frame: bytes, tci: int) -> None:
-    """With `tags` a frame whose tag was taken out is judged as the whole is, and cut so that the same of it is left."""
+    """With `tags`, a frame whose tag was taken out gets the same result as the whole frame, and is cut at the same byte."""
     whole = frame[:12] + struct.pack("!HH", 0x8100, tci) + frame[12:]
     verdict = bpf.kept(program, Filtered(whole, len(whole)))
     expected = verdict if verdict <= 12 else max(12, verdict - 4)
@@ -183,7 +183,7 @@ def test_the_tag_is_read_as_if_it_were_there(program: list[Instruction], frame: 
 
 @pytest.mark.parametrize("length", [13, 14])
 def test_a_load_behind_the_end_rejects(length: int) -> None:
-    """Two bytes at 12 of a frame of 13 reject it, of one of 14 do not."""
+    """A load of two bytes at offset 12 rejects a frame of 13 bytes, and not one of 14."""
     program = [(0x28, 0, 0, 12), ACCEPT]
     packet = Filtered(bytes(length), 1500)
     assert bpf.kept(program, packet) == (14 if length == 14 else 0)
@@ -192,7 +192,7 @@ def test_a_load_behind_the_end_rejects(length: int) -> None:
 
 
 def test_the_length_is_that_of_the_wire() -> None:
-    """A cut frame is as long for the program as the packet was."""
+    """A program gets the wire length of a cut frame as its length."""
     program = [(bpf.LD | bpf.LEN, 0, 0, 0), (bpf.JMP | bpf.JEQ, 0, 1, 1500), ACCEPT, REJECT]
     packet = Filtered(bytes(60), 1500)
     assert bpf.kept(program, packet) == 60

@@ -1,4 +1,4 @@
-"""The buffer for one scatter read: sizes, pulls, what is replaced and what is left alone."""
+"""IovecBuffer, the buffers of one scatter read: sizes, pulls, and which buffers are replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VNET_HEADER_BYTES = 10
 
 
 class Pair(NamedTuple):
-    """Two connected datagram sockets, the receiving one non-blocking."""
+    """Two connected datagram sockets. The receiving one is non-blocking."""
 
     receiver: socket.socket
     sender: socket.socket
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """A fresh pair."""
+    """A new pair."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender:
         receiver.setblocking(False)
@@ -37,17 +37,17 @@ def pair() -> Iterator[Pair]:
 
 
 def lengths(views: Sequence[memoryview]) -> list[int]:
-    """How long each is."""
+    """The length of each view."""
     return [len(view) for view in views]
 
 
 def address(view: memoryview) -> int:
-    """Where its first byte lies."""
+    """The address of a view's first byte."""
     return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 def test_ladder_holds_any_ip_packet() -> None:
-    """The ladder sums to at least 65,535 bytes, the longest that an IP packet can be."""
+    """The sum of the ladder is at least 65,535 bytes, the longest IP packet."""
     assert sum(BUFFER_SIZES) >= 65_535
 
 
@@ -84,7 +84,7 @@ def test_one_writable_buffer_for_each_size(sizes: tuple[int, ...]) -> None:
     ],
 )
 def test_pull_gives_the_used_views_cut_to_size(sizes: tuple[int, ...], n: int, pulled: list[int]) -> None:
-    """What is pulled are the first views that hold n bytes, the last of them cut."""
+    """pull(n) returns the first views that hold n bytes, with the last one cut."""
     buffer = IovecBuffer(sizes)
     buffer.next_iovecs()
     assert lengths(buffer.pull(n)) == pulled
@@ -95,7 +95,7 @@ def test_pull_gives_the_used_views_cut_to_size(sizes: tuple[int, ...], n: int, p
     [((2,), 1, 1), ((1, 2), 2, 2), ((1, 2), 3, 2), ((1, 2, 3), 3, 2), ((1, 2, 3), 0, 0), ((5, 5, 5), 5, 1)],
 )
 def test_used_views_are_replaced_and_unused_ones_stay(sizes: tuple[int, ...], n: int, used: int) -> None:
-    """The next buffers lie elsewhere where the old ones were pulled, and at the same address where not."""
+    """After a pull, used buffers are replaced, and unused ones keep their address."""
     buffer = IovecBuffer(sizes)
     before = buffer.next_iovecs()
     held = buffer.pull(n)
@@ -107,7 +107,7 @@ def test_used_views_are_replaced_and_unused_ones_stay(sizes: tuple[int, ...], n:
 
 
 def test_buffers_that_nobody_pulled_stay() -> None:
-    """Asking again without a pull gives the same memory."""
+    """next_iovecs() without a pull returns the same memory."""
     buffer = IovecBuffer((3, 4), VNET_HEADER_BYTES)
     first, second = buffer.next_iovecs(), buffer.next_iovecs()
     assert [address(view) for view in first] == [address(view) for view in second]
@@ -124,7 +124,7 @@ def test_buffers_that_nobody_pulled_stay() -> None:
     ],
 )
 def test_virtio_net_header_is_not_handed_over(n: int, pulled: list[int]) -> None:
-    """Of n bytes as read the header's are left out, and nothing is left of n no larger than the header."""
+    """pull(n) leaves out the virtio-net header, and returns no view if n is not larger than the header."""
     buffer = IovecBuffer((10, 20, 50, 50), VNET_HEADER_BYTES)
     assert lengths(buffer.next_iovecs()) == [VNET_HEADER_BYTES, 10, 20, 50, 50]
     views = buffer.pull(n)
@@ -133,7 +133,7 @@ def test_virtio_net_header_is_not_handed_over(n: int, pulled: list[int]) -> None
 
 
 def test_header_only_uses_no_view() -> None:
-    """After a pull that held nothing but the header all buffers are where they were."""
+    """A pull of only the header replaces no buffer."""
     buffer = IovecBuffer((10, 20), VNET_HEADER_BYTES)
     before = [address(view) for view in buffer.next_iovecs()]
     buffer.pull(VNET_HEADER_BYTES)
@@ -141,7 +141,7 @@ def test_header_only_uses_no_view() -> None:
 
 
 def test_scatter_read(pair: Pair) -> None:
-    """A datagram read with os.readv comes out of pull whole, and the next one does not touch it."""
+    """pull() returns a datagram of os.readv whole, and the next read does not change it."""
     buffer = IovecBuffer((4, 8, 16))
     pair.sender.send(b"the first datagram")
     first = buffer.pull(os.readv(pair.receiver.fileno(), buffer.next_iovecs()))
@@ -152,7 +152,7 @@ def test_scatter_read(pair: Pair) -> None:
 
 
 def test_scatter_read_with_virtio_net_header(pair: Pair) -> None:
-    """The header of the latest read can be seen, read-only, and is no part of what is pulled."""
+    """The header of the last read is a read-only view, and is not part of the pulled views."""
     buffer = IovecBuffer((4, 8), VNET_HEADER_BYTES)
     header = bytes(range(1, 11))
     pair.sender.send(header + b"payload")
@@ -163,12 +163,12 @@ def test_scatter_read_with_virtio_net_header(pair: Pair) -> None:
 
 
 def test_no_virtio_net_header_is_empty() -> None:
-    """Without a virtio-net header there is none to see."""
+    """Without a virtio-net header, its view is empty."""
     assert bytes(IovecBuffer((4,)).vnet_header) == b""
 
 
 def test_largest_datagram_fits_the_ladder(pair: Pair) -> None:
-    """65,535 bytes go through the default buffers without loss."""
+    """A datagram of 65,535 bytes fits into the default buffers."""
     sent = os.urandom(65_535)
     buffer = IovecBuffer()
     pair.sender.send(sent)
@@ -178,7 +178,7 @@ def test_largest_datagram_fits_the_ladder(pair: Pair) -> None:
 
 
 def test_pull_of_more_than_there_is_room_for() -> None:
-    """A length that the buffers cannot hold is an error that tells the room, and uses nothing up."""
+    """A pull of more than the buffers hold raises an error with their room, and uses no buffer."""
     buffer = IovecBuffer((10, 20), VNET_HEADER_BYTES)
     before = [address(view) for view in buffer.next_iovecs()]
     with pytest.raises(ValueError, match=r"pull\(41\).*40 bytes"):
@@ -188,14 +188,14 @@ def test_pull_of_more_than_there_is_room_for() -> None:
 
 @pytest.mark.parametrize("vnet_header_size", [0, VNET_HEADER_BYTES])
 def test_pull_before_next_iovecs(vnet_header_size: int) -> None:
-    """Pulling from buffers that were never handed out is an error that says so."""
+    """A pull before next_iovecs() raises an error that says so."""
     buffer = IovecBuffer((10, 20), vnet_header_size)
     with pytest.raises(ValueError, match=r"before next_iovecs\(\)"):
         buffer.pull(vnet_header_size + 1)
 
 
 def test_pull_twice() -> None:
-    """A second pull of what the first took is an error, and takes nothing of what is left."""
+    """A second pull raises an error, and uses no buffer."""
     buffer = IovecBuffer((10, 20))
     kept = buffer.next_iovecs()[1]
     buffer.pull(5)
@@ -206,7 +206,7 @@ def test_pull_twice() -> None:
 
 @pytest.mark.parametrize("sizes", [(), (0,), (10, 0), (-1,), (1,) * (SIZES_MAX + 1)])
 def test_sizes_that_cannot_be(sizes: tuple[int, ...]) -> None:
-    """No sizes, more than the kernel is given at once, or one below a byte is an error that tells the limits."""
+    """No sizes, more sizes than one call of the kernel takes, and a size below one raise an error with the limits."""
     with pytest.raises(ValueError, match=f"give 1 to {SIZES_MAX} sizes of at least 1 byte"):
         IovecBuffer(sizes)
     with pytest.raises(ValueError, match="buffer_sizes"):
@@ -214,18 +214,18 @@ def test_sizes_that_cannot_be(sizes: tuple[int, ...]) -> None:
 
 
 def test_negative_header_size() -> None:
-    """A negative header size is an error that names it."""
+    """A negative header size raises an error that names it."""
     with pytest.raises(ValueError, match="vnet_header_size=-1"):
         IovecBuffer(vnet_header_size=-1)
 
 
 def test_layout_without_a_ladder() -> None:
-    """The default layout is one buffer for the largest frame and what stands in front of it."""
+    """The default layout is one buffer for the largest frame and its prefix."""
     assert Layout.of(1000, 14, None) == Layout(1014, None)
 
 
 def test_layout_of_a_ladder() -> None:
-    """A caller's ladder keeps what it holds, the prefix in an entry of its own in front."""
+    """A caller's ladder keeps its sizes, with the prefix in a separate entry in front."""
     assert Layout.of(1000, 14, [20, 30]) == Layout(64, (14, 20, 30))
     assert Layout.of(1000, 0, [20, 30]) == Layout(50, (20, 30))
 
@@ -237,7 +237,7 @@ def test_layout_of_a_ladder() -> None:
     data=st.data(),
 )
 def test_any_sequence_of_datagrams(sizes: list[int], vnet_header_size: int, data: st.DataObject) -> None:
-    """Whatever is sent comes out of pull, and is still there when all that followed has been read."""
+    """pull() returns each datagram, and its views do not change by later reads."""
     buffer = IovecBuffer(sizes, vnet_header_size)
     room = vnet_header_size + sum(sizes)
     sent = data.draw(st.lists(st.binary(min_size=0, max_size=room), max_size=12))
@@ -259,7 +259,7 @@ def test_any_sequence_of_datagrams(sizes: list[int], vnet_header_size: int, data
             kept.append((datagram[vnet_header_size:], views))
             if n >= vnet_header_size:
                 assert bytes(buffer.vnet_header) == datagram[:vnet_header_size]
-    # The last cut is the only one: every view but the last is as long as its size.
+    # Only the last view is cut: every other view is as long as its size.
     for payload, views in kept:
         assert b"".join(views) == payload
         assert lengths(views)[:-1] == sizes[: max(0, len(views) - 1)]
@@ -267,7 +267,7 @@ def test_any_sequence_of_datagrams(sizes: list[int], vnet_header_size: int, data
 
 
 def test_pull_of_a_negative_length() -> None:
-    """A negative length is a ValueError, not an empty packet."""
+    """A negative length raises ValueError."""
     buffer = IovecBuffer((4,))
     buffer.next_iovecs()
     with pytest.raises(ValueError, match=r"pull\(-1\)"):
@@ -276,7 +276,7 @@ def test_pull_of_a_negative_length() -> None:
 
 @pytest.mark.parametrize("backend", that_take("unix_dgram"))
 def test_a_ladder_beyond_any_frame(backend: str) -> None:
-    """A ladder of a gibibyte is a ValueError when it is opened, on every backend."""
+    """open raises ValueError for a ladder of a gibibyte, on every backend."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, pytest.raises(ValueError, match="16777216 bytes in all at most"):
         linkrx.open(receiver, backend=backend, buffer_sizes=(1 << 30,))

@@ -1,4 +1,4 @@
-"""Numbers that C and Python both have: written twice, so held together here."""
+"""Numbers that are defined in both C and Python are equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linkrx.memory import layouts as buffers
 from linkrx.packets import headers, plain
 from linkrx.sources import options
 
-# The name in C, and what Python has of the same meaning.
+# The name in C, and Python's number with the same meaning.
 SHARED: dict[str, int] = {
     "LRX_ROW_BYTES": columns.ROW_BYTES,
     "LRX_PER_PACKET_NO_HEADER": framing.PER_PACKET_NO_HEADER,
@@ -62,13 +62,13 @@ def test_shared_files_hold_nothing_else() -> None:
 
 
 def test_arenas_start_alike() -> None:
-    """Frames start at one place in every arena, in C and in Python."""
+    """Frames start at the same offset in every arena, in C and in Python."""
     starts = {packets.ARENA_START, packets.Owner(4096).cursor, plain.START, plain.Owner(4096).cursor}
     assert starts == {packets.ARENA_START}
 
 
 def test_plain_flags_are_the_enum() -> None:
-    """The plain numbers that run once per packet are the members of Flags, in order."""
+    """The plain flag numbers of the hot path are the members of Flags, in order."""
     plain = (
         headers.TRUNCATED,
         headers.OUTGOING,
@@ -100,7 +100,7 @@ def test_counters_have_a_slot_for_each() -> None:
 
 @needs_core
 def test_the_report_is_laid_out_alike() -> None:
-    """Each field of the report is where C has it, as wide, and behind the last one the table starts aligned."""
+    """Each field of the report has the offset and width of C, and the table starts aligned after the last one."""
     declared = _core.fields("struct lrx_report")
     assert declared == {
         name: (getattr(report.Report, name).offset, getattr(report.Report, name).size) for name in declared

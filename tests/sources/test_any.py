@@ -1,4 +1,4 @@
-"""Every interface at once: "any", and packet sockets that are bound to none."""
+"""Receiving from every interface: "any", and packet sockets that are not bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("devices")
 
 MARK = b"\x88\xb5"
 KERNELS = that_take("packet")
-# Those that can tell frames of this host from others.
+# The backends that distinguish frames of this host from others.
 HONOUR_OUTGOING = [info.name for info in linkrx.backends() if "outgoing" in info.honours and info.supported]
 
 Open = Callable[..., linkrx.Dispatcher]
@@ -30,7 +30,7 @@ Open = Callable[..., linkrx.Dispatcher]
 
 @pytest.fixture(params=["any", "unbound"])
 def every(request: pytest.FixtureRequest) -> Iterator[Open]:
-    """Opens a source of every interface: by name, or a borrowed socket that was never bound."""
+    """Opens a source of every interface: "any", or a borrowed socket that is not bound."""
     with ExitStack() as stack:
 
         def opened(deliver: Any = None, **options: Any) -> linkrx.Dispatcher:
@@ -46,17 +46,17 @@ def every(request: pytest.FixtureRequest) -> Iterator[Open]:
 
 
 def ours(packet: linkrx.Packet) -> bool:
-    """Whether a test has sent it: the kernel sends packets of its own."""
+    """Whether a test sent the packet. The kernel also sends packets."""
     return packet.protocol == 0x88B5
 
 
 def of(number: int) -> bytes:
-    """A frame that tells its number."""
+    """A frame that contains its number."""
     return LOCAL + REMOTE + MARK + bytes([number]) * 46
 
 
 def take(rx: linkrx.Dispatcher, count: int) -> list[linkrx.Packet]:
-    """That many packets of the tests."""
+    """Receive `count` packets of the tests."""
     got: list[linkrx.Packet] = []
     while len(got) < count:
         got += [packet for packet in [rx.recv(PATIENCE)] if ours(packet)]
@@ -64,14 +64,14 @@ def take(rx: linkrx.Dispatcher, count: int) -> list[linkrx.Packet]:
 
 
 def rest(rx: linkrx.Dispatcher) -> list[bytes]:
-    """What else had come."""
+    """Stop, and return the remaining packets of the tests."""
     rx.stop(flush=True)
     return [bytes(packet) for packet in rx if ours(packet)]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_every_interface(every: Open, backend: str) -> None:
-    """Packets of all interfaces come, in the order of arrival, and each tells its interface, in the batch's column too."""
+    """Packets of all interfaces are received in the order of arrival, and each has its interface, in the batch's column too."""
     with (
         veth() as (one, far_one),
         veth() as (two, far_two),
@@ -99,7 +99,7 @@ def test_every_interface(every: Open, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_interfaces_that_come_and_go(every: Open, backend: str) -> None:
-    """One that is made later is received from; one that is deleted, or whose link goes down, is no end."""
+    """An interface that is created later is received from. Reception survives an interface that is deleted or goes down."""
     rx = every(ignore, backend=backend)
     with running(rx.run):
         for turn in range(1, 3):
@@ -121,11 +121,11 @@ def test_interfaces_that_come_and_go(every: Open, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_frames_of_this_host(every: Open, backend: str) -> None:
-    """They do not come. On `lo` each comes once, as it is received."""
+    """By default frames of this host are not received, except on `lo`, where each is received once."""
     with socket.socket() as some:
         bring_up("lo", some)
     with veth() as (near, far), injector_on(near) as own, injector_on(far) as other, injector_on("lo") as lo:
-        # What leaves one end comes in on the other, which is an interface as well.
+        # A frame that leaves one end comes in on the other end, which is also an interface.
         rx = every(backend=backend)
         own.send(of(1))
         other.send(of(2))
@@ -142,7 +142,7 @@ def test_frames_of_this_host(every: Open, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", HONOUR_OUTGOING)
 def test_frames_of_this_host_that_are_wanted(every: Open, backend: str) -> None:
-    """With outgoing=True they come, and say so, before the other end has them. On `lo` each comes once all the same."""
+    """With outgoing=True frames of this host are received and marked, before the other end receives them. On `lo` each is received once."""
     with socket.socket() as some:
         bring_up("lo", some)
     with veth() as (near, far), injector_on(near) as own, injector_on("lo") as lo:
@@ -161,7 +161,7 @@ def test_frames_of_this_host_that_are_wanted(every: Open, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_one_protocol_of_every_interface(every: Open, backend: str) -> None:
-    """protocol= works on every interface, and so does a protocol that the owner of a socket gave to socket()."""
+    """protocol= applies to every interface, and so does a protocol that the owner of a socket gave to socket()."""
     with veth() as (_, far), injector_on(far) as injector:
         rx = every(backend=backend, protocol=0x88B5)
         for number in range(4):
@@ -175,7 +175,7 @@ def test_one_protocol_of_every_interface(every: Open, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_links_of_other_types(every: Open, backend: str) -> None:
-    """Each packet is told by its own device: Ethernet by its header, a TUN's packets are IP and have no addresses."""
+    """Each packet is parsed by the link type of its device: Ethernet by its header, and a TUN's packets as IP without addresses."""
     with veth() as (_, far), injector_on(far) as injector, linkrx.TunTap(mode="tun") as tun:
         Device(tun.name).set_up()
         with linkrx.open(tun) as out:
@@ -196,7 +196,7 @@ def test_links_of_other_types(every: Open, backend: str) -> None:
 
 
 def test_super_packets_of_every_interface(every: Open) -> None:
-    """segment=True is honoured: frames that are no super-packets come as they are."""
+    """segment=True is accepted, and frames that are no super-packets are received unchanged."""
     with veth() as (_, far), injector_on(far) as injector:
         rx = every(segment=True)
         injector.send(of(1))
@@ -205,7 +205,7 @@ def test_super_packets_of_every_interface(every: Open) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_batch_of_every_interface_is_sent_on(every: Open, backend: str) -> None:
-    """Each frame goes out as it was on the wire of its own device, with its VLAN tag."""
+    """Each frame of a batch is sent as it was on the wire of its device, with its VLAN tag."""
     tagged = LOCAL + REMOTE + b"\x81\x00\x20\x05" + MARK + bytes(46)
     receiver, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with veth() as (_, far), injector_on(far) as injector, receiver, peer, linkrx.open(receiver) as out:
@@ -225,7 +225,7 @@ def test_a_batch_of_every_interface_is_sent_on(every: Open, backend: str) -> Non
 
 @pytest.mark.skipif("packet_mmap" not in KERNELS, reason="fanout needs the C core")
 def test_any_in_a_group() -> None:
-    """Two dispatchers of "any" share what comes on all interfaces."""
+    """Two dispatchers of "any" in a fanout group share the packets of all interfaces."""
     with (
         veth() as (_, far),
         injector_on(far) as injector,
@@ -238,7 +238,7 @@ def test_any_in_a_group() -> None:
 
 
 def test_any_sends_nothing() -> None:
-    """Nobody could say on which interface."""
+    """Sending to "any" is refused, because no interface is given."""
     with (
         linkrx.open("any") as rx,
         pytest.raises(linkrx.UnsupportedSource, match="on every interface is bound"),
@@ -247,7 +247,7 @@ def test_any_sends_nothing() -> None:
 
 
 def test_any_is_probed_and_chosen() -> None:
-    """probe() and choose() know it, and what it cannot is told."""
+    """probe() and choose() accept "any", and options that it cannot honour raise errors."""
     found = linkrx.probe("any")
     assert (found.kind, found.owned, found.interface, found.ifindex) == ("packet", True, None, None)
     assert found.title == "AF_PACKET socket on every interface"
@@ -257,7 +257,7 @@ def test_any_is_probed_and_chosen() -> None:
 
 
 def test_borrowed_sockets_are_left_as_they_were() -> None:
-    """An unbound socket of somebody else's is not bound by linkrx."""
+    """linkrx does not bind a borrowed socket that is not bound."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as unbound:
         before = unbound.getsockname()
         with linkrx.open(unbound) as rx:

@@ -1,4 +1,4 @@
-"""Borrowed descriptors: what is set on them comes back as it was, and what cannot be shared is refused by name."""
+"""Borrowed descriptors: their options are restored, and sockets that cannot be shared are refused with the reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ udp_backends = pytest.mark.parametrize("backend", that_take("udp"))
 
 
 def bound(name: str) -> socket.socket:
-    """A packet socket of one's own."""
+    """A bound packet socket."""
     borrowed = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     borrowed.bind((name, ETH_P_ALL))
     return borrowed
@@ -44,7 +44,7 @@ def bound(name: str) -> socket.socket:
     "backend", [name for name in ("recvmmsg", "packet_mmap") if name in that_take("packet")]
 )
 def test_timestamp_options_come_back(backend: str, form: int | None) -> None:
-    """Whichever form of the option the owner had set, it is set again after close, and no other is."""
+    """After close the form of the timestamp option that the owner had set is set again, and no other."""
     with veth() as (near, _), bound(near) as borrowed:
         if form is not None:
             borrowed.setsockopt(socket.SOL_SOCKET, form, 1)
@@ -56,7 +56,7 @@ def test_timestamp_options_come_back(backend: str, form: int | None) -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_other_timestamps_stay_as_they_are() -> None:
-    """SO_TIMESTAMPING in its newer form is what it was after close, too: it shares a bit with the others."""
+    """After close SO_TIMESTAMPING in its newer form is unchanged, although it shares a bit with the other options."""
     with veth() as (near, _), bound(near) as borrowed:
         borrowed.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING_NEW, 1 << 4)
         before = borrowed.getsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING_NEW)
@@ -67,7 +67,7 @@ def test_other_timestamps_stay_as_they_are() -> None:
 
 @udp_backends
 def test_two_dispatchers_on_one_socket(backend: str) -> None:
-    """The second is refused with Busy, by whatever descriptor it comes, and the socket is free again after close."""
+    """A second dispatcher on one socket is refused with Busy, through any descriptor. After close the socket can be opened again."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as borrowed:
         with linkrx.open(borrowed, backend=backend):
             for other in (borrowed.fileno(), os.dup(borrowed.fileno())):
@@ -83,7 +83,7 @@ def test_two_dispatchers_on_one_socket(backend: str) -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", ["auto", *that_take("packet")])
 def test_a_socket_with_a_ring(backend: str) -> None:
-    """A socket that has a ring already is refused by every backend with that reason, and keeps it."""
+    """Every backend refuses a socket that has a ring, with that reason, and the socket keeps its ring."""
     with veth() as (near, _), bound(near) as borrowed:
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", 4096, 2, 2048, 4))
         for function in (linkrx.open, linkrx.choose):
@@ -96,7 +96,7 @@ def test_a_socket_with_a_ring(backend: str) -> None:
 @udp_backends
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_datagrams_that_the_kernel_glues(backend: str, family: int) -> None:
-    """A UDP socket with UDP_GRO is refused with what to do about it, and taken once that is done."""
+    """A UDP socket with UDP_GRO is refused with a remedy, and accepted after the remedy."""
     with socket.socket(family, socket.SOCK_DGRAM) as borrowed:
         borrowed.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
         with pytest.raises(linkrx.UnsupportedSource, match=r"setsockopt\(socket.IPPROTO_UDP, 104, 0\)"):
@@ -109,7 +109,7 @@ def test_datagrams_that_the_kernel_glues(backend: str, family: int) -> None:
 @packet_backends
 @pytest.mark.parametrize("kind", [socket.SOCK_RAW, socket.SOCK_DGRAM])
 def test_an_interface_that_was_gone_before(backend: str, kind: int) -> None:
-    """A socket whose interface was deleted before open is at its end from the start."""
+    """A dispatcher on a socket whose interface was deleted before open ends at once."""
     with veth() as (near, _), socket.socket(socket.AF_PACKET, kind, 0) as borrowed:
         borrowed.bind((near, ETH_P_ALL))
         Device(near).delete()
@@ -124,7 +124,7 @@ def test_an_interface_that_was_gone_before(backend: str, kind: int) -> None:
 @pytest.mark.usefixtures("devices")
 @packet_backends
 def test_a_number_that_is_another_sockets(backend: str) -> None:
-    """The owner closes its descriptor, and another socket gets the number: that one is neither read nor changed."""
+    """If the owner closes its descriptor and another socket reuses the number, linkrx neither reads nor changes that socket."""
     with veth() as (near, far), injector_on(far) as injector, veth() as (other_near, other_far):
         borrowed = bound(near)
         number = borrowed.fileno()

@@ -1,4 +1,4 @@
-"""Fanout: several dispatchers share one interface, and every packet comes to one of them."""
+"""Fanout: several dispatchers share one interface, and each packet goes to one of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(_core.lib is None, reason="the C core was not built"),
 ]
 
-# IPv4 and UDP, so that there are flows to hash; the last two bytes of the source address tell them apart.
+# IPv4 and UDP, so that the kernel can hash flows. The last two bytes of the source address distinguish them.
 Wire = tuple[str, str, socket.socket]
 
 # The kernel closes one of a ring's 512 blocks every 50 ms: a sender that is kept off its processor has 25 s.
@@ -33,17 +33,17 @@ LATENCY = 0.05
 
 
 def numbers(rx: linkrx.Dispatcher, timeout: float) -> list[int]:
-    """What `frame` put in, of all that comes until nothing does for so long."""
+    """The numbers of received frames, until none comes for a while."""
     return [int.from_bytes(packet.data[28:32], "big") for batch in rx.batches(timeout) for packet in batch]
 
 
 def drops_of(members: list[linkrx.Dispatcher]) -> int:
-    """What all members together count as lost."""
+    """The drops of all members together."""
     return sum(member.stats().kernel_drops or 0 for member in members)
 
 
 def shares_of(members: list[linkrx.Dispatcher], total: int, lost_before: int = 0) -> list[list[int]]:
-    """What each member gets of so many frames, and what comes beyond these."""
+    """The numbers that each member receives, when `total` frames were received or dropped."""
     shares: list[list[int]] = [[] for _ in members]
     for _ in patiently(lambda: sum(map(len, shares)) + drops_of(members) - lost_before >= total):
         for member, share in zip(members, shares, strict=True):
@@ -55,7 +55,7 @@ def shares_of(members: list[linkrx.Dispatcher], total: int, lost_before: int = 0
 
 @pytest.mark.parametrize("mode", ["hash", "lb", "cpu", "rollover", "qm"])
 def test_members_share(wire: Wire, mode: str) -> None:
-    """Every packet comes to exactly one of three members, in order, by the way the mode says."""
+    """Each packet goes to exactly one of three members, in order, as the mode defines."""
     near, _, injector = wire
     with ExitStack() as stack:
         first = stack.enter_context(linkrx.open(near, fanout=("auto", mode), latency=LATENCY))
@@ -96,13 +96,13 @@ with injector_on(sys.argv[1]) as injector:
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_joining_under_load(wire: Wire, mode: str) -> None:
-    """While members join, none comes twice, and what one loses that has no room yet is counted. Then all come.
+    """While members join, no packet is received twice, and packets without room are counted. Later packets are all received.
 
-    A member has no room for a moment while it joins. How many packets that costs is a matter of the scheduler: one that is
-    kept off its processor in between loses its share of 20 ms.
+    A member has no room for a moment while it joins. The scheduler decides how many packets are lost: a member that does not
+    run in between loses its share of 20 ms.
     """
     near, far, injector = wire
-    # In a ring of 64 MiB each takes 152 bytes, and the first member may get them all.
+    # In a ring of 64 MiB each frame takes 152 bytes, and the first member may get all frames.
     total = 100_000
     with (
         subprocess.Popen(
@@ -121,7 +121,7 @@ def test_joining_under_load(wire: Wire, mode: str) -> None:
         group = members[0].fanout
         assert group is not None
         while sender.poll() is None and len(members) < 12:
-            if len(members) < 3:  # half while the second joins, the other while the third does, and more
+            if len(members) < 3:  # send while the second member joins, and while the third joins
                 sender.stdin.write("go\n")
                 sender.stdin.flush()
             members.append(stack.enter_context(linkrx.open(near, fanout=(group, mode), latency=LATENCY)))
@@ -142,7 +142,7 @@ def test_joining_under_load(wire: Wire, mode: str) -> None:
 
 
 def test_a_group_that_does_not_agree(wire: Wire) -> None:
-    """Another mode or another interface under the same number is an error that says what the group wants."""
+    """Joining a group with another mode or on another interface raises an error that says what the group requires."""
     with veth() as (other, _), linkrx.open(wire[0], fanout=4711) as rx:
         assert rx.fanout == 4711
         for source, option in ((wire[0], (4711, "cpu")), (other, 4711)):
@@ -151,7 +151,7 @@ def test_a_group_that_does_not_agree(wire: Wire) -> None:
 
 
 def test_fanout_is_for_what_linkrx_opens(wire: Wire) -> None:
-    """A borrowed socket could never leave the group, and is refused; so is a backend that cannot join."""
+    """A borrowed socket is refused, because it could not leave the group. A backend that cannot join is refused too."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
         borrowed.bind((wire[0], 3))
         with pytest.raises(linkrx.UnsupportedOption, match="leaves its group only when it is closed"):
@@ -164,7 +164,7 @@ def test_fanout_is_for_what_linkrx_opens(wire: Wire) -> None:
 
 @pytest.mark.parametrize("value", [True, 1.5, "hash", ("auto", 3), ("auto",), (None, "hash"), [1, "hash"]])
 def test_what_is_no_group(wire: Wire, value: Any) -> None:
-    """What is neither a number nor "auto", nor a pair of that and a mode, is a TypeError."""
+    """fanout= raises TypeError for a value that is not a number, "auto", or a pair of one of these and a mode."""
     with pytest.raises(TypeError, match="give the number of a group or 'auto'"):
         linkrx.open(wire[0], fanout=value)
 
@@ -173,14 +173,14 @@ def test_what_is_no_group(wire: Wire, value: Any) -> None:
     ("value", "said"), [(-1, "0 to 65535"), (65_536, "0 to 65535"), ((1, "rnd"), "give one of the modes")]
 )
 def test_groups_that_cannot_be(wire: Wire, value: Any, said: str) -> None:
-    """A number out of range and an unknown mode are a ValueError that says what there is."""
+    """A number out of range and an unknown mode raise ValueError, which lists the valid ones."""
     with pytest.raises(ValueError, match=said):
         linkrx.open(wire[0], fanout=value)
 
 
 @pytest.mark.parametrize("outgoing", [False, True])
 def test_frames_of_this_host(wire: Wire, outgoing: bool) -> None:
-    """A group has them with outgoing=True only, and then they say so: of a member alone the kernel would not care."""
+    """A group receives frames of this host with outgoing=True only, and they are marked as outgoing."""
     near, _, injector = wire
     with (
         injector_on(near) as own,
@@ -199,7 +199,7 @@ def test_frames_of_this_host(wire: Wire, outgoing: bool) -> None:
 
 @pytest.mark.parametrize("sizes", [(100, 100, 100), (100, 4000, 100)])
 def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) -> None:
-    """All datagrams of a flow come to one member, also those that were sent in fragments."""
+    """All datagrams of a flow go to one member, also if they were sent in fragments."""
     near, far, _ = wire
     Device(far).set(mtu=1500)
     with IPRoute() as route, ExitStack() as stack:
@@ -229,10 +229,10 @@ def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) 
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
-    """A member whose ring is full passes packets on with "+rollover" behind the mode, and loses them without.
+    """With "+rollover" after the mode, packets for a member whose ring is full go to another member. Without it they are lost.
 
-    The kernel looks for room (packet_rcv_has_room) and takes it (tpacket_rcv) in two steps. Where the timer of the last block
-    closes it in between, that packet is lost all the same.
+    The kernel looks for room (packet_rcv_has_room) and takes it (tpacket_rcv) in two steps. If the timer closes the last block
+    in between, the packet is lost.
     """
     near, _, injector = wire
     for asked in (mode, f"{mode}+rollover"):
@@ -249,7 +249,7 @@ def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
 
 
 def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
-    """Although a child that was forked before lives on, what is sent after close comes to the members that are left."""
+    """After a member is closed, packets go to the other members, although a child that was forked before still runs."""
     near, _, injector = wire
     reading, writing = os.pipe()
     up, tells = os.pipe()
@@ -276,5 +276,5 @@ def test_a_member_that_is_closed_leaves_at_once(wire: Wire) -> None:
 
 
 def number_in(packet: linkrx.Packet) -> int:
-    """What `frame` put in."""
+    """The number in a frame of `frame`."""
     return int.from_bytes(packet.data[28:32], "big")

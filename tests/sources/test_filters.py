@@ -1,4 +1,4 @@
-"""What a filter may be, as a program: expressions by libpcap, instructions, and what each mistake says."""
+"""Valid and invalid filters: expressions compiled by libpcap, instructions, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DDD = "4\n40 0 0 12\n21 0 1 2048\n6 0 0 262144\n6 0 0 0\n"
 
 
 def test_ddd() -> None:
-    """What `tcpdump -ddd` prints becomes instructions, and `filter=` takes them."""
+    """parse_ddd() makes instructions from the output of `tcpdump -ddd`, and `filter=` accepts them."""
     parsed = linkrx.parse_ddd(DDD)
     assert parsed == [(40, 0, 0, 12), (21, 0, 1, 2048), (6, 0, 0, 262144), (6, 0, 0, 0)]
     assert filters.compiled(parsed, ETHERNET, ethernet=True).instructions == tuple(parsed)
@@ -51,7 +51,7 @@ def test_ddd() -> None:
     ],
 )
 def test_ddd_of_another_form(text: str, says: str) -> None:
-    """Text that `tcpdump -ddd` does not print is an error that shows the line."""
+    """parse_ddd() raises an error that shows the line for text that `tcpdump -ddd` does not print."""
     with pytest.raises(ValueError, match=re.escape(says)):
         linkrx.parse_ddd(text)
 
@@ -82,7 +82,7 @@ def test_ddd_of_another_form(text: str, says: str) -> None:
     ],
 )
 def test_wrong_filters(given: object, kind: type[Exception], says: str) -> None:
-    """Each is refused when it is given, with a sentence that shows the place, by `choose` as well."""
+    """`open` and `choose` refuse each invalid filter with an error that shows the position."""
     with pytest.raises(kind, match=re.escape(says)):
         linkrx.choose("lo", filter=given)  # type: ignore[arg-type]
 
@@ -101,7 +101,7 @@ def test_wrong_filters(given: object, kind: type[Exception], says: str) -> None:
     ],
 )
 def test_mistakes_in_expressions(expression: str, says: str, place: int) -> None:
-    """The error has the expression, libpcap's message, the place in words, and a line that points to it."""
+    """The error for an invalid expression has the expression, libpcap's message, the position, and a line that points to it."""
     with pytest.raises(ValueError, match="libpcap says: ") as caught:
         filters.compiled(expression, ETHERNET, ethernet=True)
     lines = str(caught.value).splitlines()
@@ -112,7 +112,7 @@ def test_mistakes_in_expressions(expression: str, says: str, place: int) -> None
 
 @needs_libpcap
 def test_an_expression_for_another_link_type() -> None:
-    """Ethernet addresses on a source without them are an error that names the link type."""
+    """An expression with Ethernet addresses on a source without them raises an error that names the link type."""
     with pytest.raises(
         ValueError, match="on frames of link type IP without a link header: libpcap says: ethernet"
     ):
@@ -122,7 +122,7 @@ def test_an_expression_for_another_link_type() -> None:
 
 
 def test_without_libpcap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no libpcap the error names Debian's package, and instructions work."""
+    """Without libpcap the error names Debian's package, and instructions still work."""
     monkeypatch.setattr(libpcap, "_NAMES", ("libpcap-that-is-nowhere.so",))
     libpcap._library.cache_clear()
     try:
@@ -137,8 +137,8 @@ def test_without_libpcap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_libpcap
 def test_relocated() -> None:
-    """On a socket that sees several devices an expression looks from the network header on, and asks the kernel for protocol and
-    packet type; what looks at the link header is refused.
+    """On a socket of several devices, an expression reads relative to the network header, and gets protocol and packet type by
+    ancillary loads. An expression that reads the link header is refused.
     """
     program = filters.compiled("udp port 53 and inbound", UNBOUND, ethernet=True)
     operands = [
@@ -171,8 +171,9 @@ def _numbers(pcap: bytes) -> set[int]:
 @needs_tcpdump
 @pytest.mark.parametrize("seed", range(2))
 def test_tcpdump_agrees(seed: int, tmp_path: Path) -> None:
-    """Of thirty expressions on 300 frames, tcpdump on a file takes the same frames as Python and the core. Expressions of tags
-    are judged on frames whose tag was taken out, as the kernel does it.
+    """For thirty expressions and 300 frames, tcpdump on a file, Python and the core accept the same frames.
+
+    Expressions with tags are applied to frames whose tag was taken out, as by the kernel.
     """
     chosen = random.Random(seed)
     frames = [any_frame(chosen) for _ in range(300)]

@@ -1,4 +1,4 @@
-"""linkrx.interfaces(): what there is to open."""
+"""linkrx.interfaces() lists the interfaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from linkrx.testing.rigs import veth
 from linkrx.testing.waiting import until
 
 pytestmark = pytest.mark.usefixtures("devices")
-MANY = 300  # more than one answer of the kernel holds
+MANY = 300  # more than fit into one netlink message
 
 
 def of(name: str) -> linkrx.Interface:
@@ -26,7 +26,7 @@ def of(name: str) -> linkrx.Interface:
 
 
 def test_every_interface_is_told() -> None:
-    """Names, indices, states, MTUs, addresses and link types are those that the kernel tells elsewhere, in order."""
+    """Names, indices, states, MTUs, addresses and link types are correct, in order of the index."""
     with veth() as (near, far), linkrx.TunTap(mode="tun") as tun:
         Device(far).set_down()
         until(lambda: of(near).state != "up")  # which a worker of the kernel changes: net/core/link_watch.c
@@ -47,7 +47,7 @@ def test_every_interface_is_told() -> None:
 
 
 def test_alternative_names() -> None:
-    """Each alternative name is told, long ones and those that are no UTF-8 too."""
+    """Every alternative name is listed, also long ones and names that are not UTF-8."""
     from pyroute2 import IPRoute
 
     with veth() as (near, _), IPRoute() as route:
@@ -59,7 +59,7 @@ def test_alternative_names() -> None:
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip, of iproute2")
 def test_it_is_what_ip_link_shows() -> None:
-    """State, MTU and address are those of `ip -j link`."""
+    """State, MTU and address are the same as in `ip -j link`."""
     with veth():
         shown = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout)
         found = {one.name: one for one in linkrx.interfaces()}
@@ -75,7 +75,7 @@ def test_it_is_what_ip_link_shows() -> None:
 
 
 def test_more_than_one_answer_holds() -> None:
-    """Hundreds of interfaces are told, each once."""
+    """Hundreds of interfaces are listed, each once."""
     taps = [linkrx.TunTap() for _ in range(MANY)]
     try:
         names = [one.name for one in linkrx.interfaces()]
@@ -87,10 +87,10 @@ def test_more_than_one_answer_holds() -> None:
 
 
 def test_a_late_answer_is_not_taken_for_this_one() -> None:
-    """What answers a request before, whose caller has gone, is passed over."""
+    """The answer to an earlier request whose caller has gone is skipped."""
     route = RouteSocket()
     try:
-        route._ask(bytes(16))  # nobody reads the answer
+        route._ask(bytes(16))  # the answer is not read
         assert {link.name for link in route.links()} == {one.name for one in linkrx.interfaces()}
     finally:
         route.close()

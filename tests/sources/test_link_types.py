@@ -1,4 +1,4 @@
-"""Protocol, link type and sender of each packet are what the kernel says, on every backend."""
+"""On every backend, protocol, link type and sender of each packet are those that the kernel reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARPHRD_ETHER, ARPHRD_NONE, ETH_P_802_2 = 1, 0xFFFE, 4
 
 
 def tagged(*words: int) -> bytes:
-    """Two VLAN tags, and a packet that claims nothing."""
+    """The end of a frame: these words of VLAN tags, and a payload that begins like IPv4."""
     return struct.pack(f"!{len(words)}H", *words) + b"\x45" + bytes(45)
 
 
@@ -41,7 +41,7 @@ def tagged(*words: int) -> bytes:
     ids=["spanning tree", "MPLS", "ARP", "0x88b5", "IPv4", "two tags, priority 2", "two tags, priority 3"],
 )
 def test_a_cooked_socket(backend: str, behind: bytes, protocol: int) -> None:
-    """The protocol is the kernel's whatever the first nibble, an inner VLAN tag is none of IP, and the sender is remote."""
+    """On a cooked socket the protocol is the kernel's for any first nibble, also with an inner VLAN tag, and the sender is `remote`."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -58,7 +58,7 @@ def test_a_cooked_socket(backend: str, behind: bytes, protocol: int) -> None:
 
 @backends
 def test_a_socket_that_sees_several_kinds_of_devices(backend: str) -> None:
-    """On an unbound raw socket frames of a TUN have no link header, those of a veth have one: each by its own device."""
+    """On an unbound raw socket, frames of a TUN have no link header, and frames of a veth have one."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -82,7 +82,7 @@ def test_a_socket_that_sees_several_kinds_of_devices(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", that_take("tun"))
 def test_a_tun_queue_with_packet_information(backend: str) -> None:
-    """struct tun_pi tells the protocol, also of packets whose first nibble is another's."""
+    """struct tun_pi gives the protocol of a packet, also if its first nibble is that of another."""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     try:
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"told1", IFF_TUN))

@@ -1,4 +1,4 @@
-"""What the kernel knows about a packet beside its bytes, on AF_PACKET."""
+"""The kernel's metadata of a packet on AF_PACKET."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Wire = tuple[str, str, socket.socket]
 
 @needs_core
 def test_the_stripped_vlan_tag_is_told(wire: Wire) -> None:
-    """The outer tag that the kernel takes out is packet.vlan, priority and a tag of zero included; the inner stays."""
+    """packet.vlan is the outer tag that the kernel took out, with its priority, also if it is zero. An inner tag stays."""
     near, _, injector = wire
     addresses = LOCAL + REMOTE
     with linkrx.open(near) as rx:
@@ -53,7 +53,7 @@ def test_the_stripped_vlan_tag_is_told(wire: Wire) -> None:
 
 @needs_core
 def test_the_tag_is_told_whatever_else_the_socket_is_asked_for(wire: Wire) -> None:
-    """A borrowed socket with other control messages switched on still tells the VLAN tag."""
+    """The VLAN tag is read on a borrowed socket that has other control messages switched on."""
     near, _, injector = wire
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
         for option in (SO_RXQ_OVFL, SO_RCVMARK):
@@ -69,7 +69,7 @@ def test_the_tag_is_told_whatever_else_the_socket_is_asked_for(wire: Wire) -> No
 
 @needs_core
 def test_timestamps_are_nanoseconds_in_order(wire: Wire) -> None:
-    """With timestamps=True each packet has the kernel's time of receipt, within the time it was sent in."""
+    """With timestamps=True each packet has the kernel's time of receipt, which is between the times before and after sending."""
     near, _, injector = wire
     with linkrx.open(near, timestamps=True) as rx:
         before = time.time_ns()
@@ -95,7 +95,7 @@ def test_without_asking_there_are_no_timestamps(wire: Wire) -> None:
 
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_own_transmissions_are_left_out(wire: Wire, backend: str) -> None:
-    """By default what this host sends on the interface is not received, on any backend."""
+    """By default no backend receives frames that this host sends on the interface."""
     near, _, injector = wire
     with linkrx.open(near, backend=backend) as rx, injector_on(near) as own:
         own.send(HEADER + b"own")
@@ -106,7 +106,7 @@ def test_own_transmissions_are_left_out(wire: Wire, backend: str) -> None:
 
 @needs_core
 def test_own_transmissions_on_demand(wire: Wire) -> None:
-    """With outgoing=True they are delivered in order, and say that they are outgoing."""
+    """With outgoing=True frames of this host are delivered in order, and marked as outgoing."""
     near, _, injector = wire
     with linkrx.open(near, outgoing=True) as rx, injector_on(near) as own:
         own.send(HEADER + b"own")
@@ -122,7 +122,7 @@ def test_own_transmissions_on_demand(wire: Wire) -> None:
 @pytest.mark.parametrize("source", ["lo", "raw", "cooked", "fanout"])
 @pytest.mark.parametrize("outgoing", [False, True])
 def test_what_lo_brings_back_comes_once(devices: None, source: str, outgoing: bool) -> None:
-    """What is sent on `lo` comes once, as it comes in: it leaves and comes in there, and with outgoing=True both were shown."""
+    """A frame that is sent on `lo` is received once, as incoming, also with outgoing=True."""
     with socket.socket() as some:
         bring_up("lo", some)
     with ExitStack() as stack:
@@ -150,7 +150,7 @@ def test_what_lo_brings_back_comes_once(devices: None, source: str, outgoing: bo
 
 @pytest.mark.parametrize("backend", ["readv", "os_readv"])
 def test_outgoing_needs_a_backend_that_can_tell(wire: Wire, backend: str) -> None:
-    """A backend that cannot tell the direction refuses outgoing=True and timestamps=True, and names both."""
+    """A backend that does not get the direction refuses outgoing=True and timestamps=True, and names backend and option."""
     if backend == "readv" and _core.lib is None:
         pytest.skip("the C core was not built")
     for name in ("outgoing", "timestamps"):
@@ -161,7 +161,7 @@ def test_outgoing_needs_a_backend_that_can_tell(wire: Wire, backend: str) -> Non
 
 @needs_core
 def test_an_unfinished_checksum_is_flagged(wire: Wire) -> None:
-    """A UDP packet from this host's own stack leaves its checksum to the device, and the packet says so."""
+    """A UDP packet of this host's stack has its checksum left to the device, and is marked."""
     from pyroute2 import IPRoute
 
     near, far, _ = wire
@@ -182,7 +182,7 @@ def test_an_unfinished_checksum_is_flagged(wire: Wire) -> None:
 
 
 def promiscuity(name: str) -> int:
-    """How many want the interface promiscuous."""
+    """The number of users that have set the interface promiscuous."""
     from pyroute2 import IPRoute
 
     with IPRoute() as route:
@@ -192,7 +192,7 @@ def promiscuity(name: str) -> int:
 
 @pytest.mark.parametrize("owned", [True, False])
 def test_promiscuous_mode_is_undone(wire: Wire, owned: bool) -> None:
-    """promiscuous=True makes the interface promiscuous for as long as the dispatcher is open, owned or borrowed."""
+    """promiscuous=True makes the interface promiscuous while the dispatcher is open, on an owned or borrowed socket."""
     near = wire[0]
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
         borrowed.bind((near, 3))
@@ -203,7 +203,7 @@ def test_promiscuous_mode_is_undone(wire: Wire, owned: bool) -> None:
 
 
 def test_a_borrowed_packet_socket_gets_its_options_back(wire: Wire) -> None:
-    """Auxiliary data, own transmissions and timestamps are as they were once the dispatcher is closed."""
+    """After close the options for auxiliary data, own transmissions and timestamps are restored."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
         borrowed.bind((wire[0], 3))
 
@@ -221,7 +221,7 @@ def test_a_borrowed_packet_socket_gets_its_options_back(wire: Wire) -> None:
 
 
 def test_no_frame_of_another_interface_ever_comes(wire: Wire) -> None:
-    """While sockets are opened on one interface under traffic on another, nothing of that other is received."""
+    """While sockets are opened on one interface under traffic on another, no packet of the other is received."""
     near, _, injector = wire
     with veth() as (other, far), injector_on(far) as noise:
         for _ in range(50):
@@ -233,10 +233,10 @@ def test_no_frame_of_another_interface_ever_comes(wire: Wire) -> None:
                 assert rx.capabilities.interface == near != other
 
 
-# What a ring drops is counted elsewhere in the kernel: tests/test_packet_mmap.py.
+# The kernel counts a ring's drops elsewhere: see tests/backends/test_packet_mmap.py.
 @pytest.mark.parametrize("backend", [name for name in that_take("packet") if name != "packet_mmap"])
 def test_drops_are_counted_exactly(wire: Wire, backend: str) -> None:
-    """Frames that did not fit into the receive buffer are kernel_drops: sent is delivered plus dropped."""
+    """kernel_drops counts the frames that did not fit into the receive buffer, so sent equals delivered plus dropped."""
     near, _, injector = wire
     with linkrx.open(near, backend=backend, receive_buffer=20_000) as rx:
         for number in range(500):
@@ -247,7 +247,7 @@ def test_drops_are_counted_exactly(wire: Wire, backend: str) -> None:
 
 
 def test_drops_of_a_tap_queue_are_counted_exactly() -> None:
-    """Frames that a full TAP queue refused are kernel_drops, told by the device."""
+    """kernel_drops of a TAP queue is the device's count of the frames for which the queue was full."""
     from pyroute2 import IPRoute
 
     with linkrx.TunTap() as tap, IPRoute() as route:

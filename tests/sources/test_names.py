@@ -1,4 +1,4 @@
-"""Interfaces by whatever name: alternative ones, ones that are no UTF-8, ones that change."""
+"""Interface names: alternative names, names that are not UTF-8, and names that change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_TEXT = b"l\xff\xe9x0"  # Latin-1
 
 
 def receives(name: str, far: str, backend: str) -> linkrx.Capabilities:
-    """One frame comes through it."""
+    """Assert that a dispatcher on this name receives a frame."""
     with linkrx.open(name, backend=backend) as rx, injector_on(far) as injector:
         injector.send(FRAME)
         assert bytes(rx.recv(10)) == FRAME
@@ -35,7 +35,7 @@ def receives(name: str, far: str, backend: str) -> linkrx.Capabilities:
 
 @contextmanager
 def named(near: str, far: str, name: bytes) -> Iterator[None]:
-    """Another name for one end of a pair."""
+    """An alternative name of one end of a pair."""
     device = Device(near, far)
 
     def rename(before: bytes, after: bytes) -> None:
@@ -54,7 +54,7 @@ def named(near: str, far: str, name: bytes) -> Iterator[None]:
 @backends
 @pytest.mark.parametrize("size", [3, 15, 16, 17, ALTIFNAMSIZ - 1])
 def test_alternative_names(backend: str, size: int) -> None:
-    """An interface is opened by an alternative name of any length that the kernel takes."""
+    """An interface can be opened by an alternative name of any length that the kernel allows."""
     name = ("alternative-name-" * 8)[:size]
     with veth() as (near, far):
         index = socket.if_nametoindex(near)
@@ -66,7 +66,7 @@ def test_alternative_names(backend: str, size: int) -> None:
 
 @backends
 def test_a_name_that_is_no_text(backend: str) -> None:
-    """A name is bytes: one that is no UTF-8 comes as os.fsdecode() makes it, and goes back the same way."""
+    """A name that is not UTF-8 is decoded by os.fsdecode() and encoded by os.fsencode()."""
     with veth() as (near, far), named(near, far, NO_TEXT):
         name = os.fsdecode(NO_TEXT)
         assert receives(name, far, backend).interface == name
@@ -88,7 +88,7 @@ def every_packet(source: str, near: str) -> Iterator[Any]:
 @backends
 @pytest.mark.parametrize("source", ["any", "by name", "unbound", "bound", "cooked unbound", "cooked bound"])
 def test_packets_of_an_interface_whose_name_is_no_text(backend: str, source: str) -> None:
-    """Also where the name became no UTF-8 after open, no packet is lost, and each tells its interface, sender and protocol."""
+    """If an interface's name is not UTF-8, also after open, no packet is lost, and each has its interface, sender and protocol."""
     with veth() as (near, far), every_packet(source, near) as given, injector_on(far) as injector:
         index = socket.if_nametoindex(near)
         with linkrx.open(given, backend=backend) as rx, named(near, far, NO_TEXT):
@@ -108,7 +108,7 @@ def test_packets_of_an_interface_whose_name_is_no_text(backend: str, source: str
 
 
 def test_a_name_that_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the name is another interface's by the time of bind(2), it is still the one that was probed that is received from."""
+    """If another interface has the name at bind(2), the dispatcher still receives from the interface that was probed."""
     with veth() as (near, far), veth() as (other, _):
         bind = source._bind
 
@@ -130,7 +130,7 @@ def test_a_name_that_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_such_name() -> None:
-    """A name that no interface has is refused as such, a longer one than the kernel knows as no name."""
+    """A name that no interface has is refused with ENODEV, and a name longer than any alternative name as invalid."""
     for name in ("nowhere0", "n" * 16, "n" * 127):
         with pytest.raises(linkrx.UnsupportedSource, match="No such device"):
             linkrx.open(name)

@@ -1,4 +1,4 @@
-"""Numbers that cannot be are refused by every option and every timeout, with its name."""
+"""Every option and every timeout refuses invalid numbers with an error that names it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 import linkrx
 
-# Options that take numbers, each with what else it takes that is none.
+# Options that take numbers, each with other values that it accepts.
 NUMERIC: dict[str, tuple[object, ...]] = {
     "batch_size": (None,),
     "vnet_header": (None, True, False),
@@ -46,13 +46,13 @@ OTHERS = [
 
 
 def test_the_numeric_options_are_these() -> None:
-    """Every option of open whose type has a number in it is tested below."""
+    """Every option of open whose type includes a number is tested below."""
     types = {name: str(kind) for name, kind in linkrx.OpenOptions.__annotations__.items()}
     assert {name for name, kind in types.items() if re.search(r"\b(int|float)\b", kind)} == set(NUMERIC)
 
 
 def is_one(name: str, value: Any) -> bool:
-    """Whether an option takes a value."""
+    """Whether an option accepts a value."""
     if name == "latency":
         return value is None or (type(value) in (int, float) and 0 < value < math.inf)
     return any(value is other for other in NUMERIC[name])
@@ -61,7 +61,7 @@ def is_one(name: str, value: Any) -> bool:
 @pytest.mark.parametrize("name", NUMERIC)
 @pytest.mark.parametrize("value", [*NUMBERS, *OTHERS], ids=lambda value: repr(value)[:20])
 def test_what_is_no_number_of_an_option(datagram: socket.socket, name: str, value: Any) -> None:
-    """A number out of range is a ValueError and what is no such number a TypeError, and each begins with the name."""
+    """A number out of range raises ValueError, and a value of another type TypeError. Both messages begin with the option's name."""
     if is_one(name, value):
         return
     options: dict[str, Any] = {name: value}
@@ -92,20 +92,20 @@ WAYS: dict[str, Callable[[linkrx.Dispatcher, Any], object]] = {
     [(math.nan, ValueError), (-1, ValueError), (-math.inf, ValueError), ("1", TypeError), ([], TypeError)],
 )
 def test_what_is_no_timeout(datagram: socket.socket, way: str, timeout: Any, kind: type[Exception]) -> None:
-    """A timeout that is no time is refused with its name, in every way to receive."""
+    """Every call that receives refuses an invalid timeout with an error that names it."""
     with linkrx.open(datagram, lambda *_: None) as rx, pytest.raises(kind, match=r"^timeout="):
         WAYS[way](rx, timeout)
 
 
 @pytest.mark.parametrize("sizes", [(math.nan,), (1.5,), (True,), ("1",), 3, None])
 def test_what_is_no_ladder(sizes: Any) -> None:
-    """IovecBuffer refuses sizes that are no int with a TypeError that names them."""
+    """IovecBuffer raises TypeError, which names the sizes, for sizes that are not int."""
     with pytest.raises(TypeError, match=r"^buffer_sizes="):
         linkrx.IovecBuffer(sizes)
 
 
 @pytest.mark.parametrize("size", [math.nan, 1.5, True, "1", None])
 def test_what_is_no_size_of_a_header(size: Any) -> None:
-    """So it does of the size of a virtio-net header."""
+    """IovecBuffer raises TypeError for a virtio-net header size that is not int."""
     with pytest.raises(TypeError, match=r"^vnet_header_size="):
         linkrx.IovecBuffer(vnet_header_size=size)

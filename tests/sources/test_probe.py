@@ -1,4 +1,4 @@
-"""Probing: what is found out about every kind of source, what is refused, and options that contradict it."""
+"""Probing: the capabilities of every kind of source, refused sources, and options that contradict the probe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _numbers = count()
 
 
 def fresh(prefix: str = "lrxb") -> str:
-    """An interface name that no other test uses."""
+    """A new interface name."""
     return f"{prefix}{next(_numbers)}"
 
 
@@ -87,7 +87,7 @@ def veth() -> Iterator[str]:
 
 @contextmanager
 def other_network() -> Iterator[int]:
-    """A descriptor of a new network namespace, that nothing but the descriptor keeps alive."""
+    """A descriptor of a new network namespace, which exists only as long as the descriptor."""
     made: list[int] = []
 
     def enter() -> None:
@@ -130,7 +130,7 @@ def pipe(flags: int = 0) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("vnet_header", [False, True])
 @pytest.mark.parametrize("multi_queue", [False, True])
 def test_own_queue(mode: str, vnet_header: bool, multi_queue: bool) -> None:
-    """Of a queue that TunTap opened everything is known: kind, header, packet information, device."""
+    """The probe of a queue that TunTap opened gives kind, header, packet information and device."""
     with linkrx.TunTap(fresh(), mode, vnet_header=vnet_header, multi_queue=multi_queue) as queue:
         set_link(queue.name, mtu=1234)
         found = probe(queue)
@@ -152,7 +152,7 @@ def test_own_queue(mode: str, vnet_header: bool, multi_queue: bool) -> None:
 @pytest.mark.parametrize("mode", [IFF_TAP, IFF_TUN])
 @pytest.mark.parametrize("packet_info", [False, True])
 def test_packet_information(mode: int, packet_info: bool) -> None:
-    """Whether packet information is on is told right, although TUNGETIFF sets the bit for "off" either way."""
+    """The probe detects packet information, although TUNGETIFF sets the bit for "off" in both cases."""
     with queue_by_hand(fresh(), mode | (0 if packet_info else IFF_NO_PI)) as fd:
         answer = fcntl.ioctl(fd, uapi.TUNGETIFF, bytes(40))
         assert struct.unpack_from("H", answer, 16)[0] & IFF_NO_PI
@@ -162,7 +162,7 @@ def test_packet_information(mode: int, packet_info: bool) -> None:
 @devices
 @pytest.mark.parametrize("packet_info", [False, True])
 def test_packet_information_under_a_filter(packet_info: bool) -> None:
-    """With a socket filter attached, when the bit means what it says, the answer is the same."""
+    """With a socket filter attached, when TUNGETIFF's bit is correct, the probe gives the same answer."""
     with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
         attach_filter(fd)
         answer = fcntl.ioctl(fd, uapi.TUNGETIFF, bytes(40))
@@ -181,7 +181,7 @@ def test_virtio_net_header_size(header: int) -> None:
 
 @devices
 def test_header_size_without_a_header() -> None:
-    """A queue without a virtio-net header has none, although the kernel tells a size for it."""
+    """The probe of a queue without a virtio-net header gives no header, although the kernel reports a size."""
     with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI) as fd:
         assert struct.unpack("i", fcntl.ioctl(fd, uapi.TUNGETVNETHDRSZ, bytes(4)))[0] == 10
         assert probe(fd).vnet_header_size == 0
@@ -191,7 +191,7 @@ def test_header_size_without_a_header() -> None:
 @devices
 @pytest.mark.parametrize("opened", [0, os.O_NONBLOCK])
 def test_blocking_or_not(opened: int) -> None:
-    """Whether the queue blocks is told, and follows a change."""
+    """The probe gives whether the queue blocks, also after a change."""
     with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI, opened=opened) as fd:
         assert probe(fd).nonblocking == bool(opened)
         os.set_blocking(fd, bool(opened))
@@ -201,7 +201,7 @@ def test_blocking_or_not(opened: int) -> None:
 @devices
 @pytest.mark.parametrize("flags", [0, IFF_MULTI_QUEUE])
 def test_multi_queue_by_hand(flags: int) -> None:
-    """Whether the device may have several queues is told."""
+    """The probe gives whether the device may have several queues."""
     with queue_by_hand(fresh(), IFF_TAP | IFF_NO_PI | flags) as fd:
         assert probe(fd).multi_queue == bool(flags)
 
@@ -217,7 +217,7 @@ def test_descriptor_or_object() -> None:
 @pytest.mark.parametrize("mode", [IFF_TAP, IFF_TUN])
 @pytest.mark.parametrize("packet_info", [False, True])
 def test_device_in_another_namespace(mode: int, packet_info: bool) -> None:
-    """The facts are those of the queue's own device, not of a device of the same name in this namespace."""
+    """The probe describes the queue's own device in another namespace, not a device of the same name in this namespace."""
     name = fresh()
     flags = mode | (0 if packet_info else IFF_NO_PI)
     with other_network() as network, queue_by_hand(name, flags) as fd:
@@ -232,7 +232,7 @@ def test_device_in_another_namespace(mode: int, packet_info: bool) -> None:
 
 @devices
 def test_device_in_another_namespace_alone() -> None:
-    """A device that was moved away is described although this namespace has none of its name."""
+    """The probe describes a device that was moved to another namespace, although this namespace has no device of its name."""
     name = fresh()
     with other_network() as network, linkrx.TunTap(name) as queue:
         set_link(name, mtu=1111)
@@ -244,7 +244,7 @@ def test_device_in_another_namespace_alone() -> None:
 
 @devices
 def test_renamed_device() -> None:
-    """After a rename the queue tells the device's new name."""
+    """After a rename the probe gives the device's new name."""
     with linkrx.TunTap(fresh()) as queue:
         other = fresh()
         set_link(queue.name, ifname=other)
@@ -253,7 +253,7 @@ def test_renamed_device() -> None:
 
 
 def without_capabilities(fd: int, program: str) -> str:
-    """What a program prints that was handed a descriptor, as `fd`, and gave up all capabilities."""
+    """The output of a program that gets a descriptor as `fd` and drops all capabilities."""
     drop = (
         "import ctypes, struct\n"
         # linux/capability.h: _LINUX_CAPABILITY_VERSION_3, no pid; three empty sets of 64 bits
@@ -276,7 +276,7 @@ def without_capabilities(fd: int, program: str) -> str:
 @devices
 @pytest.mark.parametrize("packet_info", [False, True])
 def test_tap_in_the_hands_of_a_process_without_privileges(packet_info: bool) -> None:
-    """Without a capability the facts of a TAP in the same namespace are known all the same."""
+    """Without capabilities, the probe describes a TAP in the same namespace."""
     name = fresh()
     with queue_by_hand(name, IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
         set_link(name, mtu=1300)
@@ -291,7 +291,7 @@ def test_tap_in_the_hands_of_a_process_without_privileges(packet_info: bool) -> 
 
 @devices
 def test_tun_in_the_hands_of_a_process_without_privileges() -> None:
-    """A TUN has no address to know its device by, so without a capability the caller has to say."""
+    """Without capabilities, the device of a TUN cannot be identified by an address, so the caller must give the options."""
     with linkrx.TunTap(fresh(), "tun") as queue:
         message = without_capabilities(
             queue.fileno(),
@@ -311,7 +311,7 @@ def test_tun_in_the_hands_of_a_process_without_privileges() -> None:
 @devices
 @pytest.mark.parametrize("filtered", [False, True])
 def test_flags_that_prove_packet_information(filtered: bool) -> None:
-    """Where the device cannot be asked, the flags of a TAP prove packet information when a filter is attached."""
+    """If the device cannot be queried, the flags of a TAP with a filter prove packet information."""
     name = fresh()
     with other_network() as network, queue_by_hand(name, IFF_TAP) as fd:
         set_link(name, net_ns_fd=network)
@@ -323,7 +323,7 @@ def test_flags_that_prove_packet_information(filtered: bool) -> None:
 
 @devices
 def test_namesake_in_the_hands_of_a_process_without_privileges() -> None:
-    """Without a capability a TAP that was moved away is not taken for its namesake in this namespace."""
+    """Without capabilities, a TAP in another namespace is not mistaken for a device of the same name in this namespace."""
     name = fresh()
     with other_network() as network, linkrx.TunTap(name) as queue:
         set_link(name, net_ns_fd=network)
@@ -349,7 +349,7 @@ def test_namesake_in_the_hands_of_a_process_without_privileges() -> None:
 
 @devices
 def test_packet_socket_on_veth() -> None:
-    """A raw packet socket on a veth has Ethernet frames and tells its device."""
+    """The probe of a raw packet socket on a veth gives Ethernet frames and the device."""
     with veth() as near, packet_socket(socket.SOCK_RAW, near) as opened:
         found = probe(opened)
         index = socket.if_nametoindex(near)
@@ -362,7 +362,7 @@ def test_packet_socket_on_veth() -> None:
 
 @devices
 def test_packet_socket_on_lo() -> None:
-    """The loopback device has Ethernet headers, whatever its hardware type."""
+    """The loopback device has Ethernet headers, despite its hardware type."""
     with packet_socket(socket.SOCK_RAW, "lo") as opened:
         found = probe(opened)
     assert (found.ethernet, found.interface, found.ifindex) == (True, "lo", 1)
@@ -381,7 +381,7 @@ def test_packet_socket_on_a_tun_device() -> None:
 
 @devices
 def test_cooked_packet_socket() -> None:
-    """A cooked packet socket has no link headers, on an Ethernet device or on none."""
+    """A cooked packet socket has no link headers, on an Ethernet device or unbound."""
     with packet_socket(socket.SOCK_DGRAM, "lo") as opened:
         found = probe(opened)
         assert (found.kind, found.ethernet, found.interface) == ("packet_cooked", False, "lo")
@@ -392,7 +392,7 @@ def test_cooked_packet_socket() -> None:
 
 @devices
 def test_unbound_packet_socket() -> None:
-    """A raw packet socket that is bound to no interface tells neither a device nor how frames start."""
+    """The probe of an unbound raw packet socket gives neither a device nor a link header."""
     with packet_socket(socket.SOCK_RAW) as opened:
         found = probe(opened)
     assert (found.kind, found.ethernet) == ("packet", None)
@@ -409,7 +409,7 @@ def test_unbound_packet_socket() -> None:
     ],
 )
 def test_packet_socket_with_virtio_net_header(option: int, value: int, size: int) -> None:
-    """PACKET_VNET_HDR is seen, and the size that PACKET_VNET_HDR_SZ set."""
+    """The probe gives PACKET_VNET_HDR, and the size that PACKET_VNET_HDR_SZ set."""
     with packet_socket(socket.SOCK_RAW, "lo") as opened:
         try:
             opened.setsockopt(uapi.SOL_PACKET, option, value)
@@ -423,7 +423,7 @@ def test_packet_socket_with_virtio_net_header(option: int, value: int, size: int
 
 @devices
 def test_packet_socket_whose_interface_was_deleted() -> None:
-    """A packet socket whose interface is gone is bound to none."""
+    """A packet socket whose interface was deleted counts as unbound."""
     with ExitStack() as stack, veth() as near:
         opened = stack.enter_context(packet_socket(socket.SOCK_RAW, near))
         assert probe(opened).interface == near
@@ -434,7 +434,7 @@ def test_packet_socket_whose_interface_was_deleted() -> None:
 
 @devices
 def test_interface_by_name() -> None:
-    """An interface name tells what a socket will be that linkrx opens on it."""
+    """The probe of an interface name gives the capabilities of the socket that linkrx opens on it."""
     with veth() as near:
         found = probe(near)
         index = socket.if_nametoindex(near)
@@ -455,7 +455,7 @@ def test_interface_by_name() -> None:
 )
 @pytest.mark.parametrize("blocking", [False, True])
 def test_unix_socket(kind: socket.SocketKind, name: str, blocking: bool) -> None:
-    """An AF_UNIX socket tells its type and whether it blocks, and not what is in its messages."""
+    """The probe of an AF_UNIX socket gives its type and whether it blocks, but not the link header."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, kind)
     with receiver, sender:
         receiver.setblocking(blocking)
@@ -474,7 +474,7 @@ def test_udp_socket(family: socket.AddressFamily) -> None:
 
 
 def test_packet_pipe() -> None:
-    """A pipe made in packet mode is recognised by its writing end: the reading end does not show it."""
+    """A pipe in packet mode is recognised by its writing end, because the reading end does not show it."""
     with pipe(os.O_DIRECT) as (reader, _):
         assert not fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_DIRECT
         found = probe(reader)
@@ -482,7 +482,7 @@ def test_packet_pipe() -> None:
 
 
 def test_packet_pipe_by_declaration() -> None:
-    """A pipe whose writer is elsewhere is a source once O_DIRECT on the reading end says so, and not before."""
+    """A pipe whose writer is in another process is accepted only if O_DIRECT is set on the reading end."""
     reader, writer = os.pipe2(os.O_DIRECT)
     try:
         os.close(writer)
@@ -510,7 +510,7 @@ def test_pipe_with_one_plain_writer() -> None:
 
 
 def test_datagrams_stay() -> None:
-    """Probing takes no message and changes no flag, with a default timeout set for new sockets or without."""
+    """Probing receives no datagram and changes no flag, with or without a default timeout for new sockets."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender:
         sender.send(b"still here")
@@ -526,7 +526,7 @@ def test_datagrams_stay() -> None:
 
 
 def test_packets_in_a_pipe_stay() -> None:
-    """Probing takes nothing out of a packet pipe and leaves the flags of both ends."""
+    """Probing receives no packet of a pipe and does not change the flags of its ends."""
     with pipe(os.O_DIRECT) as ends:
         os.write(ends[1], b"still here")
         before = [fcntl.fcntl(end, fcntl.F_GETFL) for end in ends]
@@ -538,7 +538,7 @@ def test_packets_in_a_pipe_stay() -> None:
 @devices
 @pytest.mark.parametrize("opened", [0, os.O_NONBLOCK])
 def test_packets_of_a_queue_stay(opened: int) -> None:
-    """Probing takes no packet out of a TAP queue and leaves its flags."""
+    """Probing receives no packet of a TAP queue and does not change its flags."""
     name = fresh()
     frame = bytes(12) + b"\x88\xb5" + bytes(50)
     with queue_by_hand(name, IFF_TAP | IFF_NO_PI, opened=opened) as fd:
@@ -554,7 +554,7 @@ def test_packets_of_a_queue_stay(opened: int) -> None:
 
 @devices
 def test_packet_socket_stays_bound() -> None:
-    """Probing a packet socket takes no packet and changes neither its address nor its flags."""
+    """Probing receives no packet of a packet socket and changes neither its address nor its flags."""
     with packet_socket(socket.SOCK_RAW, "lo") as opened, packet_socket(socket.SOCK_RAW) as injector:
         injector.bind(("lo", 0))
         injector.send(bytes(12) + b"\x88\xb5" + bytes(50))
@@ -564,11 +564,11 @@ def test_packet_socket_stays_bound() -> None:
         assert opened.recv(2048, socket.MSG_DONTWAIT)[12:14] == b"\x88\xb5"
 
 
-# What is refused.
+# Refused sources.
 
 
 def refusal(source: Any) -> str:
-    """The sentence that refuses the source: by probe and by open alike."""
+    """The error message of probe and of open for a source, which is the same."""
     with pytest.raises(linkrx.UnsupportedSource) as by_probe:
         probe(source)
     with pytest.raises(linkrx.UnsupportedSource) as by_open:
@@ -580,7 +580,7 @@ def refusal(source: Any) -> str:
 
 @pytest.mark.parametrize("family", SOCK_STREAM_KINDS)
 def test_stream_socket(family: socket.AddressFamily) -> None:
-    """A stream socket of any family is refused for want of packet boundaries."""
+    """A stream socket of any family is refused, because it has no packet boundaries."""
     with socket.socket(family, socket.SOCK_STREAM) as opened:
         message = refusal(opened)
     assert "SOCK_STREAM" in message
@@ -588,7 +588,7 @@ def test_stream_socket(family: socket.AddressFamily) -> None:
 
 
 def test_socket_of_another_family() -> None:
-    """A netlink socket is refused, with its family and with what is taken instead."""
+    """A netlink socket is refused with an error that has its family and the accepted families."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as opened:
         message = refusal(opened)
     assert f"family {int(socket.AF_NETLINK)}" in message
@@ -596,7 +596,7 @@ def test_socket_of_another_family() -> None:
 
 
 def test_plain_pipe() -> None:
-    """A plain pipe is refused, with how to make one in packet mode."""
+    """A plain pipe is refused with an error that says how to make one in packet mode."""
     with pipe() as (reader, _):
         message = refusal(reader)
     assert "pipe, a byte stream without packet boundaries" in message
@@ -605,7 +605,7 @@ def test_plain_pipe() -> None:
 
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT])
 def test_writing_end_of_a_pipe(flags: int) -> None:
-    """The writing end of a pipe is refused, with a pointer to the other end."""
+    """The writing end of a pipe is refused with an error that names the other end."""
     with pipe(flags) as (_, writer):
         assert "writing only: give the reading end" in refusal(writer)
 
@@ -631,7 +631,7 @@ def test_directory(tmp_path: Path) -> None:
 
 
 def test_closed_descriptor() -> None:
-    """A closed descriptor is refused by its number, with what the kernel says."""
+    """A closed descriptor is refused with its number and the kernel's error."""
     reader, writer = os.pipe()
     os.close(reader)
     os.close(writer)
@@ -656,7 +656,7 @@ def test_closed_queue() -> None:
 
 
 def test_closed_file(tmp_path: Path) -> None:
-    """An object whose fileno() raises is refused with what it said."""
+    """An object whose fileno() raises is refused with the message of that exception."""
     with (tmp_path / "file").open("w") as opened:
         pass
     assert "has no file descriptor: I/O operation on closed file" in refusal(opened)
@@ -664,13 +664,13 @@ def test_closed_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fd", [-1, -100])
 def test_negative_descriptor(fd: int) -> None:
-    """A negative descriptor is refused by its number."""
+    """A negative descriptor is refused with its number."""
     assert refusal(fd) == f"{fd} is no file descriptor"
 
 
 @pytest.mark.parametrize("source", [None, 1.5, b"lo", ["lo"], object()])
 def test_object_without_fileno(source: object) -> None:
-    """An object that is no source is refused with the three things that are."""
+    """An object that is no source is refused with an error that lists the kinds of sources."""
     message = refusal(source)
     assert repr(source) in message
     assert "a file descriptor, an object with fileno(), or an interface name" in message
@@ -678,7 +678,7 @@ def test_object_without_fileno(source: object) -> None:
 
 @devices
 def test_queue_before_it_has_a_device() -> None:
-    """An open /dev/net/tun without a device is refused, with what is missing."""
+    """An open /dev/net/tun without a device is refused with an error that says so."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     try:
         message = refusal(fd)
@@ -691,7 +691,7 @@ def test_queue_before_it_has_a_device() -> None:
 
 @devices
 def test_queue_whose_device_was_deleted() -> None:
-    """A queue whose device was deleted is refused, with that as the reason."""
+    """A queue whose device was deleted is refused with that reason."""
     from pyroute2 import IPRoute
 
     with linkrx.TunTap(fresh()) as queue:
@@ -711,7 +711,7 @@ def test_other_character_device(path: str) -> None:
 
 
 def test_unknown_interface() -> None:
-    """An interface that does not exist is refused by its name, with how to see those that do."""
+    """An interface that does not exist is refused with its name, and the error says how to list interfaces."""
     message = refusal("lrx-no-such-if")
     assert "'lrx-no-such-if'" in message
     assert "ip link" in message
@@ -719,18 +719,18 @@ def test_unknown_interface() -> None:
 
 @pytest.mark.parametrize("name", ["", "lo\0x", "n" * 128, "a/b", ".", "\udcff\udcff\udcff\udcff" * 32])
 def test_what_cannot_be_an_interface(name: str) -> None:
-    """What cannot be the name of an interface is refused as such, and never taken for a shorter name."""
+    """An invalid interface name is refused, and not truncated to a shorter name."""
     assert refusal(name).startswith(f"{name!r} cannot be the name of an interface")
 
 
 @pytest.mark.parametrize("source", [True, 2**40, None, 1.5, b"lo"])
 def test_what_is_no_source(source: Any) -> None:
-    """Objects that are neither a descriptor, nor have one, nor name an interface are refused as no source."""
+    """Objects that are neither a descriptor, nor have one, nor name an interface are refused."""
     assert refusal(source).startswith(f"{source!r} is no source")
 
 
 def test_fileno_that_gives_none() -> None:
-    """An object whose fileno() gives no number is refused as no source."""
+    """An object whose fileno() does not return a number is refused."""
 
     class Odd:
         def fileno(self) -> Any:
@@ -740,7 +740,7 @@ def test_fileno_that_gives_none() -> None:
 
 
 def test_a_message_larger_than_any_default() -> None:
-    """A datagram of half a megabyte is whole at the default layout."""
+    """A datagram of half a megabyte is received whole with default options."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender:
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -767,7 +767,7 @@ def test_a_message_larger_than_any_default() -> None:
     ],
 )
 def test_options_of_the_wrong_type(option: str, value: Any) -> None:
-    """An option of the wrong type is a TypeError that quotes it and says what it takes."""
+    """An option of the wrong type raises TypeError, which quotes it and says what is valid."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     wrong: Any = {option: value}
     with receiver, sender, pytest.raises(TypeError, match=re.escape(f"{option}={value!r}: give ")):
@@ -776,14 +776,14 @@ def test_options_of_the_wrong_type(option: str, value: Any) -> None:
 
 @pytest.mark.parametrize("size", [-1, 1, 9, 4097, 2**33])
 def test_a_virtio_net_header_of_no_possible_size(size: int) -> None:
-    """A size that no virtio-net header has is a ValueError that says which there are."""
+    """An invalid virtio-net header size raises ValueError, which lists the valid sizes."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, pytest.raises(ValueError, match=f"vnet_header={size}: .* 10 to 4096 bytes"):
         linkrx.open(receiver, vnet_header=size)
 
 
 def test_no_virtio_net_header_can_be_said_with_0() -> None:
-    """vnet_header=0 means none, as in Capabilities.vnet_header_size."""
+    """vnet_header=0 means no header, as in Capabilities.vnet_header_size."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, vnet_header=0) as rx:
         sender.send(bytes(20))
@@ -794,7 +794,7 @@ def test_no_virtio_net_header_can_be_said_with_0() -> None:
 
 
 def contradiction(source: Any, error: type[Exception] = linkrx.UnsupportedOption, **options: Any) -> str:
-    """The sentence that refuses the options on the source."""
+    """The error message for these options on a source."""
     with pytest.raises(error) as caught:
         linkrx.open(source, **options)
     return str(caught.value)
@@ -803,7 +803,7 @@ def contradiction(source: Any, error: type[Exception] = linkrx.UnsupportedOption
 @devices
 @pytest.mark.parametrize(("mode", "ethernet"), [("tun", True), ("tap", False)])
 def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
-    """A TUN has no Ethernet header and a TAP has one: saying otherwise is an error that names both."""
+    """ethernet= that contradicts a TUN or TAP queue raises an error that names the option and the source."""
     with linkrx.TunTap(fresh(), mode) as queue:
         message = contradiction(queue, ethernet=ethernet)
         assert f"ethernet={ethernet} contradicts" in message
@@ -813,7 +813,7 @@ def test_ethernet_contradicts_a_queue(mode: str, ethernet: bool) -> None:
 
 @devices
 def test_ethernet_contradicts_a_cooked_socket() -> None:
-    """A cooked packet socket has no Ethernet header: saying otherwise is an error that names both."""
+    """ethernet=True on a cooked packet socket raises an error that names the option and the source."""
     with packet_socket(socket.SOCK_DGRAM, "lo") as opened:
         message = contradiction(opened, ethernet=True)
     assert "ethernet=True contradicts" in message
@@ -823,7 +823,7 @@ def test_ethernet_contradicts_a_cooked_socket() -> None:
 @devices
 @pytest.mark.parametrize("header", [True, 10, 12])
 def test_vnet_header_on_a_queue_without_one(header: bool | int) -> None:
-    """Asking for a virtio-net header that a TAP does not have is an error that names both."""
+    """vnet_header=True on a TAP without a virtio-net header raises an error that names the option and the source."""
     with linkrx.TunTap(fresh()) as queue:
         message = contradiction(queue, vnet_header=header)
         assert f"vnet_header={header} contradicts" in message
@@ -834,7 +834,7 @@ def test_vnet_header_on_a_queue_without_one(header: bool | int) -> None:
 @devices
 @pytest.mark.parametrize("header", [False, 10, 24])
 def test_vnet_header_of_another_size(header: bool | int) -> None:
-    """Denying a virtio-net header, or giving it another size, is an error that tells the true one."""
+    """vnet_header=False or another size on a queue with a virtio-net header raises an error with the true size."""
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
     with queue_by_hand(fresh(), flags, header=12) as fd:
         message = contradiction(fd, vnet_header=header)
@@ -847,7 +847,7 @@ def test_vnet_header_of_another_size(header: bool | int) -> None:
 @devices
 @pytest.mark.parametrize("packet_info", [False, True])
 def test_packet_info_contradicts_a_queue(packet_info: bool) -> None:
-    """What the caller says of packet information may not contradict the device; the error names both."""
+    """packet_info= that contradicts the device raises an error that names the option and the source."""
     with queue_by_hand(fresh(), IFF_TAP | (0 if packet_info else IFF_NO_PI)) as fd:
         message = contradiction(fd, packet_info=not packet_info)
         assert f"packet_info={not packet_info} contradicts" in message
@@ -856,7 +856,7 @@ def test_packet_info_contradicts_a_queue(packet_info: bool) -> None:
 
 
 def test_packet_info_on_a_socket(datagram: socket.socket) -> None:
-    """A socket sends no packet information: asking for it is an error that names both."""
+    """packet_info=True on a socket raises an error that names the option and the source."""
     message = contradiction(datagram, packet_info=True)
     assert "packet_info=True contradicts" in message
     assert "AF_UNIX datagram socket" in message
@@ -867,7 +867,7 @@ def test_packet_info_on_a_socket(datagram: socket.socket) -> None:
     [("promiscuous", True), ("outgoing", True), ("timestamps", True), ("fanout", 1)],
 )
 def test_packet_option_on_a_unix_socket(datagram: socket.socket, name: str, value: object) -> None:
-    """An option of packet sockets on another socket is an error that names both."""
+    """An option of packet sockets on another socket raises an error that names the option and the source."""
     options: dict[str, Any] = {name: value}
     message = contradiction(datagram, **options)
     assert f"{name}={value!r} needs an AF_PACKET socket" in message
@@ -876,7 +876,7 @@ def test_packet_option_on_a_unix_socket(datagram: socket.socket, name: str, valu
 
 @devices
 def test_promiscuous_without_an_interface() -> None:
-    """Promiscuous mode needs an interface to be so on; the socket is left as it was."""
+    """promiscuous=True without an interface is refused, and the socket is not changed."""
     with packet_socket(socket.SOCK_RAW) as opened:
         before = opened.getsockopt(uapi.SOL_PACKET, 23)
         message = contradiction(opened, promiscuous=True)
@@ -887,7 +887,7 @@ def test_promiscuous_without_an_interface() -> None:
 
 @devices
 def test_receive_buffer_on_a_queue() -> None:
-    """A TAP has no socket buffer: the error names both, and what makes its queue longer."""
+    """receive_buffer= on a TAP raises an error that names both, and says how to make the queue longer."""
     with linkrx.TunTap(fresh()) as queue:
         message = contradiction(queue, receive_buffer=1 << 20)
         assert "receive_buffer=1048576 needs a socket" in message
@@ -896,7 +896,7 @@ def test_receive_buffer_on_a_queue() -> None:
 
 
 def test_receive_buffer_on_a_pipe() -> None:
-    """A pipe has no socket buffer; there is no interface to give advice about."""
+    """receive_buffer= on a pipe raises an error without advice about an interface."""
     with pipe(os.O_DIRECT) as (reader, _):
         message = contradiction(reader, receive_buffer=1 << 20)
     assert "needs a socket; the source is a packet pipe" in message
@@ -907,7 +907,7 @@ def test_receive_buffer_on_a_pipe() -> None:
 @pytest.mark.parametrize("backend", ["readv", "os_readv"])
 @pytest.mark.parametrize("name", ["timestamps", "outgoing"])
 def test_option_that_a_backend_cannot_honour(backend: str, name: str) -> None:
-    """A named backend that cannot honour an option is an error that names option, backend and source."""
+    """An option that a named backend cannot honour raises an error that names option, backend and source."""
     if next(info for info in linkrx.backends() if info.name == backend).reason is not None:
         pytest.skip(f"{backend} needs the compiled core, which was not built")
     options: dict[str, Any] = {name: True}
@@ -918,7 +918,7 @@ def test_option_that_a_backend_cannot_honour(backend: str, name: str) -> None:
 
 
 def test_backend_that_does_not_take_the_source() -> None:
-    """A named backend that does not take the source is an error that names both."""
+    """A named backend that refuses the source raises an error that names both."""
     if next(info for info in linkrx.backends() if info.name == "recvmmsg").reason is not None:
         pytest.skip("recvmmsg needs the compiled core, which was not built")
     with pipe(os.O_DIRECT) as (reader, _):
@@ -928,14 +928,14 @@ def test_backend_that_does_not_take_the_source() -> None:
 
 
 def test_unknown_backend(datagram: socket.socket) -> None:
-    """A backend that does not exist is an error that lists those that do."""
+    """An unknown backend raises an error that lists the backends."""
     message = contradiction(datagram, linkrx.BackendUnavailable, backend="nonesuch")
     assert "'nonesuch'" in message
     assert "os_readv" in message
 
 
 def test_unknown_option(datagram: socket.socket) -> None:
-    """An option that does not exist is a TypeError that names it and lists those that do."""
+    """An unknown option raises TypeError, which names it and lists the options."""
     message = contradiction(datagram, TypeError, promiscous=True, batch_size=8)
     assert "no option 'promiscous'; it has" in message
     assert "promiscuous" in message
@@ -954,7 +954,7 @@ def test_unknown_option(datagram: socket.socket) -> None:
     ],
 )
 def test_value_that_cannot_be(datagram: socket.socket, name: str, value: float) -> None:
-    """A value that no source could take is a ValueError that quotes it, and no UnsupportedOption."""
+    """A value that is invalid for every source raises ValueError, which quotes it, and not UnsupportedOption."""
     options: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}")) as caught:
         linkrx.open(datagram, **options)
@@ -963,13 +963,13 @@ def test_value_that_cannot_be(datagram: socket.socket, name: str, value: float) 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1,) * 65])
 def test_ladder_that_cannot_be(datagram: socket.socket, sizes: tuple[int, ...]) -> None:
-    """A ladder that IovecBuffer would not take is a ValueError here too."""
+    """A ladder that IovecBuffer refuses raises ValueError in open too."""
     with pytest.raises(ValueError, match="buffer_sizes"):
         linkrx.open(datagram, buffer_sizes=sizes)
 
 
 def test_values_at_the_limits(datagram: socket.socket) -> None:
-    """The least and the largest value that may be are taken."""
+    """The smallest and the largest valid values are accepted."""
     for options in (
         {"batch_size": 1},
         {"batch_size": 1024},
@@ -982,7 +982,7 @@ def test_values_at_the_limits(datagram: socket.socket) -> None:
 
 @pytest.mark.parametrize(("vnet_header", "size"), [(True, 10), (False, 0), (12, 12), (24, 24)])
 def test_caller_says_what_a_socket_cannot(vnet_header: bool | int, size: int) -> None:
-    """Of a datagram socket the caller says what stands in front of a packet, and is believed."""
+    """On a datagram socket, the options of the caller define the headers in front of a packet."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, vnet_header=vnet_header, ethernet=False) as rx:
         sender.send(b"\x45" * size + b"\x60packet")

@@ -1,4 +1,4 @@
-"""protocol=: one EtherType of an interface, chosen by the kernel."""
+"""protocol=: the kernel selects one EtherType of an interface."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def of(protocol: int, number: int) -> bytes:
 
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_one_protocol(backend: str) -> None:
-    """Only packets of it come, all of them and in order, and nothing else was received or counted."""
+    """All packets of the protocol are received, in order, and no others are received or counted."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -44,7 +44,7 @@ def test_one_protocol(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_all_protocols_by_number(backend: str) -> None:
-    """ETH_P_ALL, 3, is what there is without the option."""
+    """protocol=3 (ETH_P_ALL) is the same as no protocol."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -57,7 +57,7 @@ def test_all_protocols_by_number(backend: str) -> None:
 
 
 def test_tags_are_forgotten() -> None:
-    """A tagged frame counts by the EtherType behind the tag, which the kernel tells to those only who receive all protocols."""
+    """A tagged frame is selected by the EtherType behind its tag. The kernel gives the tag only to sockets of all protocols."""
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, protocol=LLDP) as rx:
         injector.send(LOCAL + REMOTE + b"\x81\x00\x00\x05" + LLDP.to_bytes(2, "big") + bytes(46))
         got = rx.recv(PATIENCE)
@@ -65,7 +65,7 @@ def test_tags_are_forgotten() -> None:
 
 
 def test_what_is_sent_may_be_of_another_protocol() -> None:
-    """A dispatcher that receives one protocol sends any."""
+    """A dispatcher that receives one protocol can send frames of any protocol."""
     with (
         veth() as (near, far),
         linkrx.open(near, protocol=LLDP) as rx,
@@ -77,7 +77,7 @@ def test_what_is_sent_may_be_of_another_protocol() -> None:
 
 
 def test_where_it_cannot_be() -> None:
-    """On a source of somebody else's, and together with frames of this host, it is an error that names both."""
+    """protocol= on a borrowed source, and with outgoing=True, raises an error that names both."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with (
         veth() as (near, _),

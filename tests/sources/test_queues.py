@@ -1,4 +1,4 @@
-"""Queues of devices that have others, or had: what TunTap verifies, leaves alone and takes off; and macvtap's."""
+"""Queues of devices that have, or had, other queues: TunTap checks their settings, and removes programs. Also macvtap queues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TUNSETPERSIST = 0x400454CB  # linux/if_tun.h
 
 @pytest.mark.parametrize("has", [False, True])
 def test_a_second_queue_with_another_header(has: bool) -> None:
-    """What TUNSETIFF ignores on a second queue is an error that says what to ask for; the first queue stays as it is."""
+    """A setting that TUNSETIFF ignores on a second queue raises an error that says what to request. The first queue is not changed."""
     with linkrx.TunTap("second", multi_queue=True, vnet_header=has) as first:
         with pytest.raises(linkrx.UnsupportedOption, match=f"Open this one with vnet_header={has}"):
             linkrx.TunTap("second", multi_queue=True, vnet_header=not has)
@@ -39,7 +39,7 @@ def test_a_second_queue_with_another_header(has: bool) -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_second_queue_leaves_the_offloads_alone(offload: bool) -> None:
-    """Offloads are the device's: a second queue neither turns them on nor off, and tells what they are."""
+    """Offloads belong to the device. A second queue does not change them, and gives the current ones."""
     with linkrx.TunTap("second", multi_queue=True, vnet_header=True, offload=offload):
         before = takes_super_packets("second")
         assert before is offload
@@ -52,7 +52,7 @@ def test_a_second_queue_leaves_the_offloads_alone(offload: bool) -> None:
 
 
 def test_a_second_queue_of_a_device_with_packet_information() -> None:
-    """The other owner's queues have packet information, so this one would have it as well: that is refused."""
+    """A second queue is refused if the device has packet information, because it would have it too."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     try:
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"second", IFF_TAP | IFF_MULTI_QUEUE))
@@ -77,7 +77,7 @@ def _program_that_returns(number: int) -> int:
 
 @pytest.mark.superuser
 def test_a_program_that_steers_is_taken_off() -> None:
-    """On a persistent device the steering program of an earlier owner is gone once nobody but this queue is there."""
+    """The only queue of a persistent device removes the steering program of an earlier owner."""
     program = _program_that_returns(1)
     if program < 0:
         pytest.skip("needs bpf(2)")
@@ -110,7 +110,7 @@ def test_a_program_that_steers_is_taken_off() -> None:
 
 @contextmanager
 def macvtap(over: str, name: str) -> Iterator[int]:
-    """A queue of a macvtap device: its character device has a number that sysfs tells, and sysfs may be another namespace's."""
+    """A queue of a macvtap device. The number of its character device is in sysfs, which may belong to another namespace."""
     with IPRoute() as route:
         (over_index,) = route.link_lookup(ifname=over)
         try:
@@ -136,7 +136,7 @@ def macvtap(over: str, name: str) -> Iterator[int]:
 @pytest.mark.superuser
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_a_macvtap_queue(backend: str) -> None:
-    """It is a source like a TAP queue, without packet information, and the deletion of its device is the end."""
+    """A macvtap queue is a source like a TAP queue without packet information, and ends when its device is deleted."""
     with veth() as (near, far), injector_on(far) as injector, macvtap(near, "mvt0") as fd:
         found = linkrx.probe(fd)
         assert (found.kind, found.packet_info, found.interface) == ("tap", False, "mvt0")

@@ -1,4 +1,4 @@
-"""snaplen=: how much is kept of a frame, and that a cut is told with the true length where the kernel knows it."""
+"""snaplen= cuts frames. A cut frame is flagged, with its true length if the kernel reports it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = [
 @pytest.mark.parametrize(("backend", "make"), SOURCES)
 @pytest.mark.parametrize("snaplen", [14, 64, 1000])
 def test_what_is_kept(backend: str, make: rigs.MakeRig, snaplen: int) -> None:
-    """Longer frames are cut to snaplen bytes, and say so, in the packet and in the statistics; others are whole."""
+    """Longer frames are cut to snaplen bytes, flagged and counted, and others are whole."""
     with make() as rig, rig.open(backend, snaplen=snaplen) as rx:
         sizes = [max(size, rig.shortest) for size in (14, 63, 64, 65, 999, 1000, 1001, 1400)]
         for size in sizes:
@@ -56,7 +56,7 @@ def test_what_is_kept(backend: str, make: rigs.MakeRig, snaplen: int) -> None:
     ],
 )
 def test_what_cannot_be(options: dict[str, Any], said: str) -> None:
-    """Less than a link header, more than any frame, and two words for the same are a ValueError."""
+    """A snaplen below a link header or above any frame, and snaplen with buffer_sizes, raise ValueError."""
     with pytest.raises(ValueError, match=said):
         linkrx.choose("lo", **options)
     with pytest.raises(TypeError, match="snaplen='64': give int"):

@@ -30,12 +30,12 @@ TSO = tuntap.Offload.CSUM | tuntap.Offload.TSO4 | tuntap.Offload.TSO6
 
 
 def exists(name: str) -> bool:
-    """Whether there is an interface of that name."""
+    """Whether an interface of that name exists."""
     return name in [interface for _, interface in socket.if_nameindex()]
 
 
 def attach(name: str, flags: int) -> int:
-    """A queue opened by hand."""
+    """Open a queue without linkrx."""
     fd = os.open(tuntap.DEVICE, os.O_RDWR | os.O_NONBLOCK)
     try:
         fcntl.ioctl(fd, uapi.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
@@ -47,7 +47,7 @@ def attach(name: str, flags: int) -> int:
 
 @contextmanager
 def persistent(name: str, flags: int, *, header: int = 10, offload: int = 0) -> Iterator[str]:
-    """A device that an earlier owner made to stay, and left with these settings."""
+    """A persistent device, with the settings of an earlier owner."""
     fd = attach(name, flags)
     fcntl.ioctl(fd, TUNSETPERSIST, 1)
     if flags & IFF_VNET_HDR:
@@ -64,7 +64,7 @@ def persistent(name: str, flags: int, *, header: int = 10, offload: int = 0) -> 
 
 
 def run_without_capabilities(program: str) -> str:
-    """What a Python program prints that gives up all capabilities first, in this network namespace."""
+    """The output of a Python program without capabilities in this network namespace."""
     drop = (
         "import ctypes, struct\n"
         # linux/capability.h: _LINUX_CAPABILITY_VERSION_3, no pid; three empty sets of 64 bits
@@ -88,7 +88,7 @@ def run_without_capabilities(program: str) -> str:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_open_and_close(mode: str) -> None:
-    """The device is there while the queue is open, under the name and mode asked for, and gone afterwards."""
+    """While the queue is open the device exists with the given name and mode. After close it does not exist."""
     queue = linkrx.TunTap("lrxt0", mode)
     try:
         assert (queue.name, queue.mode) == ("lrxt0", mode)
@@ -111,7 +111,7 @@ def test_tap_is_the_default() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_kernel_chooses_a_name(mode: str) -> None:
-    """An empty name gives two queues two devices, named by the kernel after their mode."""
+    """With an empty name, two queues get two devices, which the kernel names after their mode."""
     with linkrx.TunTap(mode=mode) as first, linkrx.TunTap(mode=mode) as second:
         assert first.name != second.name
         for queue in (first, second):
@@ -120,21 +120,21 @@ def test_kernel_chooses_a_name(mode: str) -> None:
 
 
 def test_name_pattern() -> None:
-    """The kernel fills in %d, and the name is what it made of it."""
+    """The kernel replaces %d, and `name` is the resulting name."""
     with linkrx.TunTap("lrxp%d") as queue:
         assert queue.name != "lrxp%d"
         assert exists(queue.name)
 
 
 def test_longest_name() -> None:
-    """A name of 15 bytes is taken whole."""
+    """A name of 15 bytes is accepted."""
     with linkrx.TunTap("lrx-fifteen-byt") as queue:
         assert queue.name == "lrx-fifteen-byt"
         assert exists("lrx-fifteen-byt")
 
 
 def test_close_is_idempotent() -> None:
-    """Closing again does nothing, also when the number of the descriptor is in use for something else."""
+    """A second close does nothing, also if another file reuses the descriptor's number."""
     queue = linkrx.TunTap()
     number = queue.fileno()
     queue.close()
@@ -151,7 +151,7 @@ def test_close_is_idempotent() -> None:
 
 
 def test_context_manager_closes_when_the_block_raises() -> None:
-    """Leaving the block closes the queue, whatever was raised in it."""
+    """Leaving the block closes the queue, also if the block raises."""
     with pytest.raises(KeyError), linkrx.TunTap("lrxt1") as queue:
         raise KeyError
     assert queue.fileno() == -1
@@ -159,14 +159,14 @@ def test_context_manager_closes_when_the_block_raises() -> None:
 
 
 def test_repr() -> None:
-    """A queue shows mode, name and descriptor, and once closed that it is."""
+    """The repr shows mode, name and descriptor, or that the queue is closed."""
     with linkrx.TunTap("lrxt2", "tun") as queue:
         assert repr(queue) == f"<TunTap tun lrxt2 fd {queue.fileno()}>"
     assert repr(queue) == "<TunTap tun lrxt2 closed>"
 
 
 def test_descriptor_flags() -> None:
-    """The queue does not block, and does not leak into programs that this process starts."""
+    """The queue's descriptor is non-blocking and close-on-exec."""
     with linkrx.TunTap() as queue:
         assert not os.get_blocking(queue.fileno())
         assert not os.get_inheritable(queue.fileno())
@@ -175,7 +175,7 @@ def test_descriptor_flags() -> None:
 
 
 def test_collected_without_close() -> None:
-    """A queue that nobody closed is closed when it is collected, and its device goes."""
+    """A queue that was not closed is closed when it is collected, and its device is deleted."""
     queue = linkrx.TunTap("lrxt3")
     number = queue.fileno()
     queue_cycle: list[object] = [queue]
@@ -189,7 +189,7 @@ def test_collected_without_close() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_write_and_receive(mode: str) -> None:
-    """What the device sends comes out of a dispatcher on the queue."""
+    """A dispatcher on the queue receives frames that the device sends."""
     from pyroute2 import IPRoute
 
     sent = b"\x45\x00" + bytes(40) if mode == "tun" else bytes(12) + b"\x88\xb5" + bytes(46)
@@ -206,7 +206,7 @@ def test_write_and_receive(mode: str) -> None:
 
 
 def test_two_queues() -> None:
-    """Two queues of one device have its name and descriptors of their own; the device goes with the last."""
+    """Two queues of one device have the same name and different descriptors. The device is deleted with the last queue."""
     with linkrx.TunTap("lrxm0", multi_queue=True) as first:
         with linkrx.TunTap("lrxm0", multi_queue=True) as second:
             assert first.name == second.name == "lrxm0"
@@ -218,7 +218,7 @@ def test_two_queues() -> None:
 
 
 def test_busy() -> None:
-    """A second owner of a device with one queue gets EBUSY, and is told about multi_queue."""
+    """A second owner of a device with one queue gets EBUSY, with an error that names multi_queue."""
     with linkrx.TunTap("lrxm1"):
         with pytest.raises(OSError, match=r"'lrxm1'.*only queue is open already.*multi_queue=True") as caught:
             linkrx.TunTap("lrxm1")
@@ -227,7 +227,7 @@ def test_busy() -> None:
 
 @pytest.mark.parametrize("first_has_many", [False, True])
 def test_multi_queue_mismatch(first_has_many: bool) -> None:
-    """Asking for other than what the device has gives EINVAL, and the message names the setting."""
+    """multi_queue= that differs from the device's setting gives EINVAL, and the message names the setting."""
     with linkrx.TunTap("lrxm2", multi_queue=first_has_many):
         with pytest.raises(OSError, match=r"'lrxm2'.*mode or multi_queue setting") as caught:
             linkrx.TunTap("lrxm2", multi_queue=not first_has_many)
@@ -243,19 +243,19 @@ def test_other_mode(mode: str, other: str) -> None:
         assert caught.value.errno == errno.EINVAL
 
 
-# What cannot be asked for.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize("mode", ["", "TAP", "veth"])
 def test_bad_mode(mode: str) -> None:
-    """A mode other than tap or tun is a ValueError that quotes it and names the two."""
+    """A mode other than tap or tun raises ValueError, which quotes it and names the two."""
     with pytest.raises(ValueError, match=f"{mode!r}.*give 'tap' or 'tun'"):
         linkrx.TunTap(mode=mode)
 
 
 @pytest.mark.parametrize("name", ["lrx-sixteen-byte", "x" * 100, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 8])
 def test_name_too_long(name: str) -> None:
-    """A name of more than 15 bytes is a ValueError that quotes it, not a device of a shorter name."""
+    """A name of more than 15 bytes raises ValueError, which quotes it, and is not truncated."""
     before = socket.if_nameindex()
     with pytest.raises(ValueError, match="cannot be the name of an interface: 1 to 15 bytes") as caught:
         linkrx.TunTap(name)
@@ -264,13 +264,13 @@ def test_name_too_long(name: str) -> None:
 
 
 def test_offload_without_header() -> None:
-    """Super-packets without a header to describe them are a ValueError that names both arguments."""
+    """offload=True without vnet_header=True raises ValueError, which names both arguments."""
     with pytest.raises(ValueError, match=r"offload=True needs vnet_header=True"):
         linkrx.TunTap(offload=True)
 
 
 def test_failed_open_can_be_collected() -> None:
-    """A TunTap that could not be made is collected quietly and leaves no device."""
+    """A TunTap that could not be opened is collected without a warning, and leaves no device."""
     with linkrx.TunTap("lrxm4"):
         pass
     with pytest.raises(ValueError, match="mode"):
@@ -284,7 +284,7 @@ def test_failed_open_can_be_collected() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_vnet_header(mode: str) -> None:
-    """With vnet_header=True there is a header of ten bytes, and without offload=True no super-packets."""
+    """With vnet_header=True frames have a header of ten bytes, and without offload=True there are no super-packets."""
     with linkrx.TunTap("lrxo0", mode, vnet_header=True) as queue:
         assert linkrx.probe(queue).vnet_header_size == 10
         assert queue.offload == 0
@@ -292,7 +292,7 @@ def test_vnet_header(mode: str) -> None:
 
 
 def test_offload_is_told() -> None:
-    """With offload=True the mask holds checksums and TCP, and the device has them on."""
+    """With offload=True `offload` contains checksums and TCP, and these are switched on at the device."""
     with linkrx.TunTap("lrxo1", vnet_header=True, offload=True) as queue:
         assert queue.offload & TSO == TSO
         assert takes_super_packets("lrxo1")
@@ -302,12 +302,12 @@ def test_offload_is_told() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_state_of_a_previous_owner(mode: str) -> None:
-    """Offloads and header size that an earlier owner left on a persistent device are reset on attaching."""
+    """Attaching to a persistent device resets the offloads and header size of an earlier owner."""
     flags = IFF_NO_PI | IFF_VNET_HDR | (IFF_TAP if mode == "tap" else IFF_TUN)
     with persistent("lrxo2", flags, header=12, offload=TSO):
         assert takes_super_packets("lrxo2")
         by_hand = attach("lrxo2", flags)
-        assert linkrx.probe(by_hand).vnet_header_size == 12  # what would be left
+        assert linkrx.probe(by_hand).vnet_header_size == 12  # the setting of the earlier owner
         os.close(by_hand)
         with linkrx.TunTap("lrxo2", mode, vnet_header=True) as queue:
             assert linkrx.probe(queue).vnet_header_size == 10
@@ -317,7 +317,7 @@ def test_state_of_a_previous_owner(mode: str) -> None:
 
 
 def test_no_super_packets_without_a_header() -> None:
-    """Attaching without a header to a device left with offloads switches them off as well."""
+    """Attaching without a header to a device with offloads switches them off."""
     flags = IFF_NO_PI | IFF_VNET_HDR | IFF_TAP
     with persistent("lrxo3", flags, header=12, offload=TSO), linkrx.TunTap("lrxo3") as queue:
         assert linkrx.probe(queue).vnet_header_size == 0
@@ -326,7 +326,7 @@ def test_no_super_packets_without_a_header() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_super_packets_without_a_header_are_reported(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A borrowed queue without a header, of a device that was left with offloads, says so when probed and when opened."""
+    """probe and open report a borrowed queue without a header of a device with offloads."""
     flags = IFF_NO_PI | (IFF_TAP if mode == "tap" else IFF_TUN)
     with persistent("lrxo5", flags | IFF_VNET_HDR, offload=TSO):
         fd = attach("lrxo5", flags)
@@ -345,7 +345,7 @@ def test_super_packets_without_a_header_are_reported(mode: str, caplog: pytest.L
 
 
 def test_persistent_device_of_several_queues() -> None:
-    """A persistent device stays when its queues are closed, and its state is reset by a queue of many too."""
+    """A persistent device exists after its queues are closed, and one of several queues resets its state too."""
     flags = IFF_NO_PI | IFF_VNET_HDR | IFF_TAP | IFF_MULTI_QUEUE
     with persistent("lrxo4", flags, header=24, offload=TSO):
         with linkrx.TunTap("lrxo4", multi_queue=True, vnet_header=True) as queue:
@@ -358,7 +358,7 @@ def test_persistent_device_of_several_queues() -> None:
 
 
 def test_missing_privilege() -> None:
-    """Without CAP_NET_ADMIN the error is a MissingPrivilege and a PermissionError that says what to type."""
+    """Without CAP_NET_ADMIN, TunTap raises MissingPrivilege, a PermissionError that says what to type."""
     printed = run_without_capabilities(
         "import linkrx, os\n"
         "before = len(os.listdir('/proc/self/fd'))\n"
@@ -371,7 +371,7 @@ def test_missing_privilege() -> None:
     kind, code, capability, remedy, message = printed.split("\n")
     assert kind == "MissingPrivilege"
     assert int(code) in (errno.EPERM, errno.EACCES)
-    # Where the device file itself is not open to everyone, access to it is what is missing first.
+    # If not every user may open the device file, the error is about that.
     assert capability in ("CAP_NET_ADMIN", "access to the device")
     assert "sudo" in remedy
     assert capability in message
@@ -379,7 +379,7 @@ def test_missing_privilege() -> None:
 
 
 def test_missing_privilege_for_an_interface() -> None:
-    """Without CAP_NET_RAW opening an interface names that capability, and leaves no descriptor behind."""
+    """Without CAP_NET_RAW opening an interface raises an error that names the capability, and leaves no descriptor."""
     printed = run_without_capabilities(
         "import linkrx, os\n"
         "before = len(os.listdir('/proc/self/fd'))\n"
@@ -395,7 +395,7 @@ def test_missing_privilege_for_an_interface() -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "a b", ".", "..", "a\0b", "a:b"])
 def test_names_that_the_kernel_refuses(name: str) -> None:
-    """A name that no interface can have is a ValueError that quotes it, before anything is opened."""
+    """An invalid interface name raises ValueError, which quotes it, before a file is opened."""
     with pytest.raises(ValueError, match="cannot be the name of an interface") as caught:
         linkrx.TunTap(name)
     assert repr(name) in str(caught.value)
@@ -421,7 +421,7 @@ def test_a_transmit_filter_of_a_previous_owner_is_removed() -> None:
 
 
 def test_a_second_queue_leaves_the_first_its_offloads() -> None:
-    """Opening another queue of a device in use does not take away the offloads that the first has."""
+    """Opening another queue of a device in use does not change the offloads of the first queue."""
     with (
         linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True, offload=True) as first,
         linkrx.TunTap("lrxmq", multi_queue=True, vnet_header=True),

@@ -1,4 +1,4 @@
-"""What docs/sources.md says that the kernel tells of a packet, and does not: each of its sentences."""
+"""Tests each sentence of docs/sources.md about the kernel's metadata of a packet."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.usefixtures("devices")
 backends = pytest.mark.parametrize("backend", that_take("packet"))
 
 OURS = b"\x88\xb5"
-OTHER = bytes.fromhex("020000000099")  # nobody's address
+OTHER = bytes.fromhex("020000000099")  # not the address of any device
 VXLAN_PORT = 4789
 CUT_TO = 40
 RETURN = 0x06  # BPF_RET | BPF_K
 
 
 def test_the_sentences() -> None:
-    """Each of them has its test here, and no other is there."""
+    """docs/sources.md has exactly the sentences that are tested here."""
     text = (ROOT / "docs" / "sources.md").read_text()
     part = text.partition("### What the kernel tells of a packet")[2].partition("\n### ")[0]
     said = [" ".join(line.split()) for line in re.findall(r"^\* (.*(?:\n  .*)*)", part, re.MULTILINE)]
@@ -46,7 +46,7 @@ def test_the_sentences() -> None:
 
 
 def ours(rx: linkrx.Dispatcher, count: int) -> list[linkrx.Packet]:
-    """That many packets of a test's own: the kernel sends others."""
+    """Receive `count` packets of a test. The kernel sends others."""
     got: list[linkrx.Packet] = []
     while len(got) < count:
         got += [packet for packet in [rx.recv(PATIENCE)] if packet.protocol == 0x88B5]
@@ -55,7 +55,7 @@ def ours(rx: linkrx.Dispatcher, count: int) -> list[linkrx.Packet]:
 
 @backends
 def test_tags(backend: str) -> None:
-    """Every backend tells the VLAN tag that the kernel takes out of a frame, a tag of 0 too, and puts it back in tagged()."""
+    """Every backend gives the VLAN tag that the kernel took out of a frame, also a tag of 0, and tagged() puts it back."""
     tags = [(0x8100, 0x2005), (0x8100, 0), (0x88A8, 7)]
     with veth() as (near, far), injector_on(far) as injector, linkrx.open(near, backend=backend) as rx:
         sent = [LOCAL + REMOTE + struct.pack("!HH", *tag) + OURS + bytes(46) for tag in tags]
@@ -68,7 +68,7 @@ def test_tags(backend: str) -> None:
 
 @backends
 def test_unfinished_checksums(backend: str) -> None:
-    """Every backend tells a checksum that nobody has finished, as over veth, from one that is whole."""
+    """Every backend marks an unfinished checksum, as over veth, and no finished one."""
     with (
         veth() as (near, far),
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender,
@@ -93,7 +93,7 @@ def test_unfinished_checksums(backend: str) -> None:
 
 @backends
 def test_cuts_by_a_filter(backend: str) -> None:
-    """Every backend tells that a socket filter has cut a packet, and its true length."""
+    """Every backend flags a packet that a socket filter has cut, with its true length."""
     with veth() as (near, far), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
         borrowed.bind((near, 0x0003))
         with (
@@ -107,9 +107,9 @@ def test_cuts_by_a_filter(backend: str) -> None:
 
 @backends
 def test_a_device_that_is_promiscuous(backend: str) -> None:
-    """With promiscuous=False frames for others come where somebody else has made the device promiscuous, and only there."""
+    """With promiscuous=False frames for other addresses are received only if the device is promiscuous already."""
     with veth() as (near, far), injector_on(far) as injector, ExitStack() as stack:
-        name = near + "b"  # a bridge looks at whom a frame is for, and a veth does not
+        name = near + "b"  # a bridge checks the destination address of a frame, and a veth does not
         subprocess.run(["ip", "link", "add", name, "type", "bridge", "forward_delay", "0"], check=True)
         stack.callback(delete_if_there, name)
         subprocess.run(["ip", "link", "set", near, "master", name], check=True)
@@ -129,7 +129,7 @@ def test_a_device_that_is_promiscuous(backend: str) -> None:
             subprocess.run(["ip", "link", "set", name, "promisc", "off"], check=True)
             send(3)
             assert [(packet.local, packet.data[0]) for packet in ours(rx, 1)] == [(mine, 3)]
-        # What promiscuous= does itself, it undoes.
+        # promiscuous=True is undone by close().
         if backend == that_take("packet")[0]:
             with linkrx.open(name, promiscuous=True) as rx:
                 send(4)
@@ -138,7 +138,7 @@ def test_a_device_that_is_promiscuous(backend: str) -> None:
 
 @contextmanager
 def redirected(near: str) -> Iterator[str]:
-    """An ifb device that has what comes in on an interface."""
+    """An ifb device to which the incoming frames of an interface are redirected."""
     name = near + "i"
     made = subprocess.run(
         ["ip", "link", "add", name, "type", "ifb"], check=False, capture_output=True, text=True
@@ -163,7 +163,7 @@ def redirected(near: str) -> Iterator[str]:
     [info.name for info in linkrx.backends() if info.supported and "outgoing" in info.honours],
 )
 def test_frames_of_an_ifb(backend: str, source: str) -> None:
-    """An ifb's frames count as outgoing: they come with outgoing=True alone, and say so."""
+    """An ifb's frames count as outgoing: they are received only with outgoing=True, and marked."""
     with veth() as (near, far), redirected(near) as ifb, injector_on(far) as injector:
         index = socket.if_nametoindex(ifb)
         given = ifb if source == "by name" else "any"
@@ -181,7 +181,7 @@ def test_frames_of_an_ifb(backend: str, source: str) -> None:
 @backends
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 def test_constant_identifiers(backend: str, protocol: int) -> None:
-    """Frames of one super-packet have counted identifiers, for its header has no word for constant ones; checksums agree."""
+    """The frames of one super-packet have increasing identifiers, because its header has no field for constant ones, and valid checksums."""
     with (
         veth() as (near, far),
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender,
@@ -200,7 +200,7 @@ def test_constant_identifiers(backend: str, protocol: int) -> None:
 
 @contextmanager
 def tunnel(far: str) -> Iterator[socket.socket]:
-    """What sends super-packets into a VXLAN tunnel whose packets leave through an interface."""
+    """A socket that sends super-packets into a VXLAN tunnel through an interface."""
     name = far + "v"
     run = ["ip", "addr", "add", "192.0.2.1/24", "dev", far]
     subprocess.run(run, check=True)
@@ -219,14 +219,15 @@ def tunnel(far: str) -> Iterator[socket.socket]:
 
 
 def is_tunnelled(packet: linkrx.Packet) -> bool:
-    """Whether it is one of VXLAN."""
+    """Whether a packet is of the VXLAN tunnel."""
     return packet.protocol == 0x0800 and packet.data[9] == UDP and packet.u16(14 + 22) == VXLAN_PORT
 
 
 @backends
 def test_super_packets_of_tunnels_on_packet_sockets(backend: str) -> None:
-    """With a virtio-net header, which has no word for them, they are counted, as malformed or by a ring as dropped, and what
-    comes behind them is whole; without one they come as they are.
+    """With a virtio-net header, which cannot describe super-packets of tunnels, they count as malformed, or as dropped on a ring.
+
+    Later packets are received whole. Without a virtio-net header these super-packets are received unchanged.
     """
     case = Super(4, TCP, 5000, 1000)
     with veth() as (near, far), tunnel(far) as sender, injector_on(far) as injector:
@@ -249,7 +250,7 @@ def test_super_packets_of_tunnels_on_packet_sockets(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_super_packets_of_tunnels_on_tap(backend: str) -> None:
-    """On a TAP queue with offloads the kernel segments them first: frames of the tunnel come, and none is malformed."""
+    """For a TAP queue with offloads the kernel segments super-packets of tunnels, so their frames are received and none is malformed."""
     case = Super(4, TCP, 5000, 1000, data=NOISE)
     with (
         closing(Queue("tap", offload=True)) as queue,
