@@ -51,7 +51,7 @@ every_column = pytest.mark.parametrize("name", FORMATS)
 
 
 def some(count: int) -> list[Row]:
-    """So many rows, each with numbers of its own."""
+    """`count` rows with different numbers."""
     return [
         Row(numbered(n, 14 + n), b"", 2000 + n, 1000 + n, n, -n, 3000 + n, 4000 + n, 5000 + n)
         for n in range(1, count + 1)
@@ -64,7 +64,7 @@ def some(count: int) -> list[Row]:
 @every_kind
 @every_column
 def test_column(kind: Kind, name: str) -> None:
-    """Each column is a read-only memoryview of its native format with one element per packet, whatever table it was read from."""
+    """Each column is a read-only memoryview of its native format with one element per packet, for any size of its table."""
     for spare in (0, 1, 7):
         column = getattr(batch_of(kind, some(3), spare=spare), name)
         assert type(column) is memoryview
@@ -83,7 +83,7 @@ def test_column(kind: Kind, name: str) -> None:
 @every_kind
 @pytest.mark.parametrize("name", [*FORMATS, "memory"])
 def test_a_view_that_is_released_breaks_no_other(kind: Kind, name: str) -> None:
-    """Who releases a view of a column, or of the frames, breaks neither the next one nor one that another has."""
+    """Releasing a view of a column or of the frames does not invalidate other views."""
     batch = batch_of(kind, some(3))
     other = getattr(batch, name)
     before = other.tolist()
@@ -95,7 +95,7 @@ def test_a_view_that_is_released_breaks_no_other(kind: Kind, name: str) -> None:
 
 @every_kind
 def test_columns_tell_the_rows(kind: Kind) -> None:
-    """A column has its number of each row, in order."""
+    """A column has the numbers of the rows, in order."""
     rows = some(5)
     batch = batch_of(kind, rows)
     assert batch.lengths.tolist() == [len(row.frame) for row in rows]
@@ -112,7 +112,7 @@ def test_columns_tell_the_rows(kind: Kind) -> None:
 @every_column
 @pytest.mark.parametrize("copied", [False, True])
 def test_column_as_array(kind: Kind, name: str, copied: bool) -> None:
-    """numpy.frombuffer and numpy.asarray take each column, and the array is read-only and says the same."""
+    """numpy.frombuffer and numpy.asarray accept each column, and the array is read-only with the same numbers."""
     batch = batch_of(kind, some(5))
     column = getattr(batch.copy() if copied else batch, name)
     for array in (np.frombuffer(column, dtype=FORMATS[name][1]), np.asarray(column)):
@@ -124,7 +124,7 @@ def test_column_as_array(kind: Kind, name: str, copied: bool) -> None:
 @every_kind
 @every_column
 def test_columns_outlive_the_batch(kind: Kind, name: str) -> None:
-    """A column shows the same when the batch is gone and its memory is used again."""
+    """A column does not change after its batch is gone and the memory is used again."""
     source = Source(kind)
     batch = source.batch(some(5))
     column = getattr(batch, name)
@@ -167,7 +167,7 @@ def test_memory_is_read_only_bytes(kind: Kind) -> None:
 
 
 def other_bytes(batch: Any, prefix: int) -> bytes:
-    """What `memory` has beside frames and the virtio-net headers in front of them."""
+    """The bytes of `memory` outside the frames and the virtio-net headers in front of them."""
     shown = bytearray(batch.memory)
     for start, length in zip(batch.starts, batch.lengths, strict=True):
         shown[start - prefix : start + length] = bytes(prefix + length)
@@ -177,7 +177,7 @@ def other_bytes(batch: Any, prefix: int) -> bytes:
 @every_kind
 @pytest.mark.parametrize("framing", [ETHERNET, Framing(True, 10), Framing(True, 12, True)], ids=str)
 def test_memory_shows_no_other_frame(kind: Kind, framing: Framing) -> None:
-    """Between frames there are zeroes: nothing of earlier batches, of runts, of packet information, or of what came first."""
+    """Between frames `memory` has zeroes, and no bytes of earlier batches, runts, packet information, or packets that were taken before."""
     source = Source(kind, framing)
     secret = Row(b"\xaa" * 500, b"\xaa" * framing.prefix)
     for _ in range(3):
@@ -187,7 +187,7 @@ def test_memory_shows_no_other_frame(kind: Kind, framing: Framing) -> None:
     assert b"\xaa" not in bytes(batch.memory)
     assert not any(other_bytes(batch, framing.vnet_header_size if kind is C else 0))
     assert batch.frames() == [row.frame for row in rows]
-    # The rest of a batch, of which some packets were taken before.
+    # The rest of a batch, after some packets were taken.
     source.fill([secret, secret, *rows])
     for _ in range(2):
         source.receiver.take_packet()
@@ -200,7 +200,7 @@ def test_memory_shows_no_other_frame(kind: Kind, framing: Framing) -> None:
 
 @every_kind
 def test_memory_of_a_rest_does_not_clear_what_was_taken(kind: Kind) -> None:
-    """Packets that were taken before the rest of their batch show what they were when its memory is looked at."""
+    """Packets that were taken before do not change when `memory` of the rest of their batch is read."""
     source = Source(kind)
     source.fill([Row(numbered(n)) for n in range(6)])
     taken = [source.receiver.take_packet() for _ in range(4)]
@@ -234,7 +234,7 @@ def test_indexing(kind: Kind) -> None:
 @every_kind
 @pytest.mark.parametrize("index", [3, 4, -4, -5, 2**31, 2**63, -(2**63), 2**70, -(2**70)])
 def test_index_out_of_range(kind: Kind, index: int) -> None:
-    """An index beyond either end raises IndexError and tells how many there are."""
+    """An index beyond either end raises IndexError with the number of packets."""
     with pytest.raises(IndexError, match=rf"packet {index} of a batch of 3"):
         batch_of(kind, some(3))[index]
 
@@ -242,14 +242,14 @@ def test_index_out_of_range(kind: Kind, index: int) -> None:
 @every_kind
 @pytest.mark.parametrize("wrong", ["1", None, 1.0, slice(1), (0,)], ids=repr)
 def test_index_of_another_type(kind: Kind, wrong: Any) -> None:
-    """What is no integer is a TypeError."""
+    """An index that is not an integer raises TypeError."""
     with pytest.raises(TypeError):
         batch_of(kind, some(3))[wrong]
 
 
 @every_kind
 def test_iteration(kind: Kind) -> None:
-    """Iteration gives the packets in order, each time anew, and tells how many are to come."""
+    """Each iteration gives the packets in order, and its length hint is the number of remaining packets."""
     batch = batch_of(kind, [Row(frame(bytes([n]))) for n in range(4)])
     for _ in range(2):
         assert [packet[-1] for packet in batch] == [0, 1, 2, 3]
@@ -266,8 +266,8 @@ def test_iteration(kind: Kind) -> None:
 
 
 @every_kind
-def test_packets_by_index_are_told_apart(kind: Kind) -> None:
-    """Packets that are kept, by iteration and by index, stay what they were."""
+def test_kept_packets_of_a_batch_do_not_change(kind: Kind) -> None:
+    """Kept packets of iteration and of indexing do not change."""
     batch = batch_of(kind, some(9))
     kept = list(batch) + [batch[index] for index in range(9)] + [packet for packet in batch if packet[-1] % 2]
     wanted = [row.frame for row in some(9)]
@@ -277,7 +277,7 @@ def test_packets_by_index_are_told_apart(kind: Kind) -> None:
 
 @every_kind
 def test_frames(kind: Kind) -> None:
-    """frames() is a new list of bytes, one each."""
+    """frames() returns a new list with one `bytes` per frame."""
     batch = batch_of(kind, some(5))
     made = batch.frames()
     assert made == [row.frame for row in some(5)]
@@ -288,7 +288,7 @@ def test_frames(kind: Kind) -> None:
 
 @every_kind
 def test_the_rest_of_a_batch(kind: Kind) -> None:
-    """What take_batch gives behind some packets is a batch of the others, in every column."""
+    """After some packets were taken, take_batch returns a batch of the others, in every column."""
     source = Source(kind)
     rows = some(5)
     source.fill(rows)
@@ -316,7 +316,7 @@ def test_batch_repr(kind: Kind) -> None:
 
 @every_kind
 def test_nothing_of_a_batch_can_be_set(kind: Kind) -> None:
-    """Columns, packets and new attributes cannot be written; nobody makes a batch but linkrx."""
+    """Columns, packets and new attributes cannot be written, and only linkrx can make a batch."""
     batch: Any = batch_of(kind, some(3))
     for name in (*FORMATS, "memory", "copy", "anything"):
         with pytest.raises(AttributeError):
@@ -339,7 +339,7 @@ def test_nothing_of_a_batch_can_be_set(kind: Kind) -> None:
 
 @every_kind
 def test_released_columns(kind: Kind) -> None:
-    """A memory that was released is made anew; what was made of it before stays."""
+    """After `memory` was released, the batch makes a new view. Views that were made before stay valid."""
     batch = batch_of(kind, some(3))
     memory = batch.memory
     part = memory[batch.starts[1] :][:3]
@@ -356,7 +356,7 @@ def test_released_columns(kind: Kind) -> None:
 
 @every_kind
 def test_batch_copy(kind: Kind) -> None:
-    """A copy tells the same in every column, lies in bytes, and stays when the memory is used again."""
+    """A copy has the same columns, is in a bytes object, and does not change when the memory is used again."""
     source = Source(kind)
     batch = source.batch(some(5), spare=50)
     copied = batch.copy()
@@ -372,14 +372,14 @@ def test_batch_copy(kind: Kind) -> None:
     assert copied.frames() == [row.frame for row in some(5)]
 
 
-# Anything at all.
+# Random rows.
 
 uint16 = st.integers(0, 0xFFFF)
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[list[Row], Framing]:
-    """Rows of any content under any framing."""
+    """Rows with any contents and any framing."""
     framing = Framing(
         ethernet=draw(st.booleans()),
         vnet_header_size=draw(st.sampled_from([0, 10, 12, 24])),
@@ -402,13 +402,13 @@ def tables(draw: st.DrawFn) -> tuple[list[Row], Framing]:
 
 
 def vnet_of(words: tuple[int, ...], frame: bytes) -> VnetHeader:
-    """The header with the length of a super-packet's headers, which test_header_length_of_a_super_packet looks at."""
+    """The virtio-net header with a super-packet's header length, which test_header_length_of_a_super_packet tests."""
     header = VnetHeader(*words)
     return header._replace(hdr_len=header_bytes(header, memoryview(frame))) if header.super_packet else header
 
 
 def expected(row: Row, framing: Framing) -> dict[str, Any]:
-    """What a packet of this row has to tell."""
+    """The expected attributes of a packet of this row."""
     header = framing.link_header
     vnet = row.prefix[framing.packet_info_size :][:10]
     order = "<" if framing.vnet_little_endian else ">"
@@ -432,7 +432,7 @@ def expected(row: Row, framing: Framing) -> dict[str, Any]:
 
 
 def hold_against(batch: Any, rows: list[Row], wanted: list[dict[str, Any]]) -> None:
-    """Everything that a batch shows is of these rows."""
+    """Assert that all contents of a batch are those of these rows."""
     assert [fields(packet) for packet in batch] == wanted
     assert [fields(batch[index - len(rows)]) for index in range(len(rows))] == wanted
     assert batch.frames() == [row.frame for row in rows]
@@ -446,7 +446,7 @@ def hold_against(batch: Any, rows: list[Row], wanted: list[dict[str, Any]]) -> N
 @settings(max_examples=100, deadline=None)
 @given(table=tables(), spare=st.integers(0, 3), first=st.integers(0, 7), ring=st.booleans())
 def test_any_batch(kind: Kind, table: tuple[list[Row], Framing], spare: int, first: int, ring: bool) -> None:
-    """A batch of an arena or of a ring, its rest, and copies of both tell what was put in, then and after further batches."""
+    """A batch of an arena or of a ring, its rest, and copies of both have the contents of their rows, also after further batches."""
     rows, framing = table
     source = Ring(framing) if ring and kind is C else Source(kind, framing)
     first = min(first, len(rows) - 1)
@@ -463,11 +463,11 @@ def test_any_batch(kind: Kind, table: tuple[list[Row], Framing], spare: int, fir
         assert taken == [row.frame for row in rows[:first]]
 
 
-# What is told to a receiver wrongly, as by a backend with a defect.
+# Invalid reports, as of a defective backend.
 
 
 def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
-    """A source whose arena has one frame, and what describes it."""
+    """A source whose arena has one frame, and its row."""
     source = Source(C)
     arena = source.receiver.arena()
     view = arena.view
@@ -492,7 +492,7 @@ def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
     ],
 )
 def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
-    """A row whose frame is not where frames are, or is shorter than its link header, is a ValueError that says so."""
+    """A row whose frame is outside the arena, or shorter than its link header, raises ValueError, which says so."""
     source, arena, view = filled()
     offset = {"starts": 16, "lengths": 20}[column]
     struct.pack_into("=I", view, 128 + 3 * offset, value)
@@ -505,7 +505,7 @@ def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
 @needs_core
 @pytest.mark.parametrize("start", [0, 9])
 def test_a_frame_without_room_for_its_header(start: int) -> None:
-    """Where virtio-net headers stand in front of frames, one that starts before there is room for it is a ValueError."""
+    """With virtio-net headers in front of frames, a frame without room for its header raises ValueError."""
     source = Source(C, Framing(True, 10))
     arena = source.receiver.arena()
     source.describe([Row(numbered(1))], [start], arena.view[256 : 256 + ROW_BYTES], 1, 192)
@@ -526,7 +526,7 @@ def test_a_frame_without_room_for_its_header(start: int) -> None:
     ],
 )
 def test_a_report_that_is_wrong(word: str, value: int) -> None:
-    """A report whose table is not in the arena is a ValueError."""
+    """A report whose table is outside the arena raises ValueError."""
     source, arena, _ = filled()
     setattr(source.descriptors.report, word, value)
     with pytest.raises(ValueError, match=r"backend reports|nothing to take in"):
@@ -535,7 +535,7 @@ def test_a_report_that_is_wrong(word: str, value: int) -> None:
 
 @needs_core
 def test_owners() -> None:
-    """An owner has a size that can be, stays where it is, and shows its memory as `view` only, and only an arena's."""
+    """An owner refuses invalid sizes and addresses. Only an arena's memory is accessible, through `view`."""
     for size in (-1, 1, 64, 2**32):
         with pytest.raises(ValueError, match=f"size={size}"):
             C.module.Owner(size)
@@ -558,7 +558,7 @@ def test_owners() -> None:
 
 
 def test_a_batch_of_a_closed_dispatcher() -> None:
-    """A batch, what is left of its iteration, columns and packets stay what they are when the dispatcher is closed."""
+    """A batch, the rest of its iteration, columns and packets do not change when the dispatcher is closed."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left, right:
         rx = linkrx.open(left)
@@ -580,7 +580,7 @@ def test_a_batch_of_a_closed_dispatcher() -> None:
 
 
 def test_interfaces(devices: None) -> None:
-    """On a packet socket the column has the index of the interface; elsewhere it is zero."""
+    """On a packet socket the column has the index of the interface. On other sources it is zero."""
     from linkrx.testing import rigs
 
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -601,7 +601,7 @@ BARE_ROW = Row(b"\x45" + bytes(30), protocol=0x0800)
 
 @every_kind
 def test_vnet_headers_of_a_ring_are_in_its_memory(kind: Kind) -> None:
-    """Each packet of a batch has the header that stood in front of it, however the frames lie."""
+    """Each packet of a batch has the virtio-net header in front of it, in any layout of the frames."""
     framing = Framing(False, 10)
     rows = [Row(BARE_ROW.frame, vnet_bytes(n, 0, n, n, n, n), protocol=0x0800) for n in range(5)]
     source = Ring(framing) if kind is C else Source(kind, framing)

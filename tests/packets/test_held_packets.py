@@ -1,4 +1,4 @@
-"""Packets that are held, and those that nobody holds, which are given again: the way they come makes no difference."""
+"""Held packets, and packet objects that are reused because no reference is held, in all calls that receive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_core = pytest.mark.skipif(
     _core.types is None, reason=f"in plain Python no packet is given again: {_core.reason}"
 )
 
-# What a consumer does with a packet: hold nothing of it; or it, in one of many ways.
+# How a consumer holds a packet: not at all, or in one of many ways.
 KEEP: list[Callable[[linkrx.Packet], object]] = [
     lambda packet: packet,
     lambda packet: (packet,),
@@ -43,7 +43,7 @@ def _traceback_of(packet: linkrx.Packet) -> TracebackType | None:
 
 
 def packet_in(held: object) -> linkrx.Packet:
-    """The packet that one of KEEP holds."""
+    """The packet in an object of KEEP."""
     if isinstance(held, linkrx.Packet):
         return held
     if isinstance(held, tuple):
@@ -62,7 +62,7 @@ def packet_in(held: object) -> linkrx.Packet:
 
 @contextmanager
 def received(count: int, deliver: linkrx.Deliver | None = None) -> Iterator[linkrx.Dispatcher]:
-    """A dispatcher for which so many numbered frames are queued."""
+    """A dispatcher with `count` numbered frames in its queue."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, deliver, batch_size=7) as rx:
         for number in range(count):
@@ -88,7 +88,7 @@ def by_iteration(count: int, take: Callable[[linkrx.Packet], object]) -> None:
 
 
 def by_delivery(count: int, take: Callable[[linkrx.Packet], object]) -> None:
-    """`deliver`, which raises at times."""
+    """`deliver`, which sometimes raises."""
 
     def deliver(_r: object, _l: object, protocol: int, packet: linkrx.Packet) -> None:
         take(packet)
@@ -108,7 +108,7 @@ Way = Callable[[int, Callable[[linkrx.Packet], object]], None]
 @WAYS
 @given(st.lists(st.integers(0, DROP), min_size=1, max_size=60), st.integers(1, 4))
 def test_what_is_held_is_never_another(way: Way, pattern: list[int], last: int) -> None:
-    """Packets held in whatever way, or for as long as a few more come, show what was sent; each comes once, in order."""
+    """Packets that are held in any way, also for a few packets only, do not change, and each is received once, in order."""
     seen: list[int] = []
     held: list[tuple[int, object]] = []
     latest: deque[tuple[int, linkrx.Packet]] = deque(maxlen=last)
@@ -132,14 +132,14 @@ def test_what_is_held_is_never_another(way: Way, pattern: list[int], last: int) 
 @needs_core
 @WAYS
 def test_what_nobody_holds_is_given_again(way: Way) -> None:
-    """A consumer that keeps nothing sees no more than a few packet objects, however many packets come."""
+    """A consumer that holds no packet gets only a few packet objects, for any number of packets."""
     seen: set[int] = set()
     way(140, lambda packet: seen.add(id(packet)))
     assert len(seen) <= 6
 
 
 def test_iterators_side_by_side() -> None:
-    """Two iterations of one batch, the list of it, and its packets by index do not disturb each other."""
+    """Two iterations of one batch, its list, and its packets by index do not affect each other."""
     with received(5) as rx:
         batch = next(rx.batches(0))
         pairs = [(number_of(one), number_of(other)) for one in batch for other in batch]
@@ -149,7 +149,7 @@ def test_iterators_side_by_side() -> None:
 
 
 def test_a_packet_held_by_an_iterator_that_waits() -> None:
-    """The packet that came last stays what it is while its iterator is asked for no more, and behind its end."""
+    """The last packet of an iterator does not change while the iterator is not advanced, and after its end."""
     with received(3) as rx:
         packets = iter(next(rx.batches(0)))
         first = next(packets)

@@ -1,4 +1,4 @@
-"""What a user holds stays true: however it is held, across laps of the memory it lies in, `close()` and collection."""
+"""Held objects do not change: with any holder, after their memory is used again, after `close()` and at collection."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from support.holding import (
 import linkrx
 from linkrx.testing.waiting import PATIENCE, number_of, running
 
-SECRET = 200  # the mark of frames that a later batch must show nothing of
+SECRET = 200  # the mark of frames whose bytes must not appear in a later batch
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -53,7 +53,7 @@ EVERY_CELL = cells()
     ],
 )
 def test_held_across_laps_and_close(cell: Cell, make: Make, eager: bool) -> None:
-    """Packets, batches, columns, views and arrays show what was sent when the collector finds what held them."""
+    """Packets, batches, columns, views and arrays show the sent bytes when their holder is collected."""
     findings: dict[str, Findings] = {name: [] for name in HOLDERS}
     with collector(eager):
         with cell.opened() as (rig, rx):
@@ -71,7 +71,7 @@ def test_held_across_laps_and_close(cell: Cell, make: Make, eager: bool) -> None
             assert collected(findings) == {}
 
 
-# Every way in which packets come. Each takes the packets of a burst that was sent.
+# All calls that receive. Each receives the packets of a burst.
 
 
 def by_dispatch(rx: linkrx.Dispatcher, got: list[linkrx.Packet]) -> None:
@@ -120,7 +120,7 @@ WAYS = (by_dispatch, by_drain, by_recv, by_iteration, by_batches, by_awaiting)
 
 
 def receive_in_every_way(cell: Cell, during: Callable[[], AbstractContextManager[None]]) -> None:
-    """Keep some of the packets across laps and close, and look at them. `during` is around what receives them."""
+    """Keep some packets of each call over laps and close, and check them. `during` is the context of the calls."""
     got: list[linkrx.Packet] = []
     kept: list[tuple[bytes, linkrx.Packet]] = []
 
@@ -144,14 +144,14 @@ def receive_in_every_way(cell: Cell, during: Callable[[], AbstractContextManager
 
 @EVERY_CELL
 def test_held_in_every_way_to_receive(cell: Cell) -> None:
-    """Packets that are kept show what was sent, however they came, and whatever is not kept beside them."""
+    """Kept packets show the sent bytes, for all calls that receive, and with other packets not kept."""
     receive_in_every_way(cell, nullcontext)
 
 
 @EVERY_CELL
 @pytest.mark.parametrize("hook", ["settrace", "setprofile"])
 def test_held_by_a_tracer(cell: Cell, hook: str) -> None:
-    """What a tracer or a profiler keeps, frames of linkrx and packets of its user, shows what was sent."""
+    """Frames and packets that a tracer or a profiler keeps show the sent bytes."""
     frames: list[FrameType] = []
     found: list[tuple[bytes, linkrx.Packet]] = []
     counted = 0
@@ -161,7 +161,7 @@ def test_held_by_a_tracer(cell: Cell, hook: str) -> None:
         frames.append(entered)
         values = list(entered.f_locals.values())
         packet = next((value for value in values if isinstance(value, linkrx.Packet)), None)
-        # In linkrx a packet that nobody has yet may still become another.
+        # Inside linkrx, a packet object that was not returned yet may still be reused.
         if packet is not None and entered.f_code.co_filename == __file__:
             counted += 1
             if counted % 5 == 0:
@@ -186,7 +186,7 @@ def test_held_by_a_tracer(cell: Cell, hook: str) -> None:
 
 @contextmanager
 def taking_turns() -> Iterator[None]:
-    """Threads that want the interpreter get it after a tenth of a millisecond, not after five of them."""
+    """Set the switch interval to a tenth of a millisecond instead of five milliseconds."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0001)
     try:
@@ -197,7 +197,7 @@ def taking_turns() -> Iterator[None]:
 
 @EVERY_CELL
 def test_a_thread_that_reads_meanwhile(cell: Cell) -> None:
-    """What another thread has shows what was sent, whenever it looks, while this one goes on receiving."""
+    """Objects that another thread holds show the sent bytes at any time, while this thread receives."""
     over = threading.Event()
     given: SimpleQueue[tuple[int, linkrx.Packet]] = SimpleQueue()
     failures: list[object] = []
@@ -231,7 +231,7 @@ def test_a_thread_that_reads_meanwhile(cell: Cell) -> None:
 
 @EVERY_CELL
 def test_held_by_a_greenlet(cell: Cell) -> None:
-    """What a suspended greenlet has on its stack shows what was sent."""
+    """Objects on the stack of a suspended greenlet show the sent bytes."""
     greenlet: Any = pytest.importorskip("greenlet", reason="needs greenlet, which is not installed")
     with cell.opened() as (rig, rx):
         found: list[list[str]] = []
@@ -250,10 +250,10 @@ def test_held_by_a_greenlet(cell: Cell) -> None:
 
 @EVERY_CELL
 def test_memory_shows_frames_of_this_batch_only(cell: Cell) -> None:
-    """Nothing of an earlier batch is left in the memory of a later one, between its frames or behind them."""
+    """The memory of a batch has no bytes of an earlier batch, between its frames or behind them."""
     with cell.opened() as (rig, rx):
         secret = frame(rig, SECRET)[-1]
-        for _ in range(4):  # each arena there is
+        for _ in range(4):  # for each arena
             receive(rig, rx, range(SECRET, SECRET + 251 * BURST, 251))
         send(rig, range(20), 61)
         batch = next(rx.batches(PATIENCE))

@@ -1,4 +1,4 @@
-"""What a user holds stays true to the end of a process, in the children that it forks, and where memory is short."""
+"""Held objects do not change until the end of a process, in forked children, and if allocations fail."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from support.paths import TESTS
 
 pytestmark = pytest.mark.usefixtures("devices")
 
-# What a packet that is kept by itself may take besides its bytes.
+# The allowed memory of a kept packet besides its bytes.
 OVERHEAD_MOST = 256
 
-# A process takes half a second: each backend once, and the ring and another where that says enough.
+# A process takes half a second. So one test uses each backend once, and others only the ring and one more.
 EACH_BACKEND = cells("interface-packet_mmap", "packet-recvmmsg", "tap-readv", "tun-os_readv")
 TWO = cells("interface-packet_mmap", "tap-readv")
 
@@ -25,7 +25,7 @@ AT_THE_END = {f"{name}: []": 1 for name in HOLDERS if name != "resurrection"}
 
 
 def lines_of(job: str, cell: str) -> Counter[str]:
-    """What a process has written that did a job, and came to its ordinary end."""
+    """Run a job in a process that ends normally. Returns its output lines."""
     done = subprocess.run(
         [sys.executable, "-m", "support.holding_process", job, cell],
         cwd=TESTS,
@@ -40,7 +40,7 @@ def lines_of(job: str, cell: str) -> Counter[str]:
 
 @EACH_BACKEND
 def test_forks_and_the_end_of_the_interpreter(cell: Cell) -> None:
-    """Children that fork made, with Python's hooks and without, and their parent, see what was sent, to the last finalizer."""
+    """Held objects show the sent bytes in forked children, with Python's hooks and without, and in their parent, until the last finalizer."""
     seen = lines_of("forks", cell.name)
     of_each = {"child: []": 2, "child: refused": 2, "status of the child: 0": 2, "parent: []": 2}
     assert seen == Counter(of_each) + Counter(dict.fromkeys(AT_THE_END, 3))
@@ -49,7 +49,7 @@ def test_forks_and_the_end_of_the_interpreter(cell: Cell) -> None:
 @pytest.mark.counts_memory
 @TWO
 def test_what_one_kept_packet_costs(cell: Cell) -> None:
-    """A packet takes its bytes and a bounded overhead; what is held when the interpreter ends shows what was sent."""
+    """A kept packet takes its bytes and a bounded overhead. Held objects show the sent bytes when the interpreter ends."""
     seen = lines_of("cost", cell.name)
     (cost,) = [int(line.removeprefix("bytes each: ")) for line in seen if line.startswith("bytes each")]
     assert cost <= SIZE + OVERHEAD_MOST
@@ -61,7 +61,7 @@ def test_what_one_kept_packet_costs(cell: Cell) -> None:
     find_spec("_testcapi") is None, reason="needs _testcapi, with which CPython makes an allocation fail"
 )
 def test_every_allocation_fails_in_turn(cell: Cell) -> None:
-    """Whichever allocation of a receive fails, what was held and what comes behind it shows what was sent, in order."""
+    """If any allocation of a receive fails, held objects and later packets show the sent bytes, in order."""
     assert lines_of("no_memory", cell.name) == Counter(
         [
             "out of order: False",

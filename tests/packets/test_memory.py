@@ -1,4 +1,4 @@
-"""The rule of memory: a packet that is held stays true, costs its own bytes, and pins nothing else; so does a batch."""
+"""The rule of memory: a held packet or batch does not change, costs its own bytes, and keeps no other memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WITH_VNET = Framing(True, 10)
 
 
 def rows_of(*numbers: int, size: int = 64, framing: Framing = ETHERNET) -> list[Row]:
-    """Numbered frames; the number is in the virtio-net header as well, where there is one."""
+    """Numbered frames. The number is also in the virtio-net header, if there is one."""
     return [
         Row(numbered(n, size), vnet_bytes(0, 0, 0, 0, n, 0) if framing.vnet_header_size else b"")
         for n in numbers
@@ -66,35 +66,35 @@ def arena() -> Source:
 in_both = pytest.mark.parametrize("make", [arena, ring], ids=lambda make: make.__name__)
 
 
-# What holding costs.
+# The cost of holding.
 
 
 def by_deliver(source: Source) -> list[Any]:
-    """All packets, kept as they are delivered."""
+    """Keep all packets in deliver."""
     kept: list[Any] = []
     source.receiver.deliver(lambda _r, _l, _p, packet: kept.append(packet))
     return kept
 
 
 def by_iteration(source: Source) -> list[Any]:
-    """By iterating over what waits."""
+    """Keep all packets of an iteration."""
     return list(source.receiver)
 
 
 def by_asking(source: Source) -> list[Any]:
-    """One by one, as recv() does."""
+    """Keep packets taken one by one, as by recv()."""
     return [source.receiver.take_packet() for _ in range(source.receiver.left)]
 
 
 def by_batch(source: Source) -> list[Any]:
-    """By iterating over a batch."""
+    """Keep all packets of an iteration over a batch."""
     batch = source.receiver.take_batch()
     assert batch is not None
     return list(batch)
 
 
 def by_index(source: Source) -> list[Any]:
-    """By index into a batch."""
+    """Keep all packets of a batch by index."""
     batch = source.receiver.take_batch()
     assert batch is not None
     return [batch[index] for index in range(len(batch))]
@@ -109,7 +109,7 @@ every_way = pytest.mark.parametrize("keep", [by_deliver, by_iteration, by_asking
 @every_way
 @pytest.mark.parametrize("size", [64, 1514])
 def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Keep, size: int) -> None:
-    """Whichever way packets come, one that is kept costs its bytes and at most 256 more; two arenas are enough, and are let go."""
+    """A kept packet costs its bytes and at most 256 more, for all calls that receive. The receiver uses two arenas, and frees them."""
     source = make()
     rows = [rows_of(*range(first, first + 40), size=size) for first in range(0, 2000, 40)]
     source.fill(rows_of(1))
@@ -139,7 +139,7 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
 @needs_core
 @in_both
 def test_what_deliver_keeps_is_copied_at_once(make: Callable[[], Source]) -> None:
-    """Once deliver has returned, a packet that it keeps reads nowhere but in its own bytes; one that it does not keep costs none."""
+    """After deliver returns, a packet that it keeps has its own copy. A packet that it does not keep is not copied."""
     source = make()
     source.fill(rows_of(*range(9)))
     kept: list[Any] = []
@@ -181,7 +181,7 @@ print(resident() - before - 8 * len(kept), len(kept))
 @pytest.mark.repeats
 @needs_core
 def test_a_million_kept_packets() -> None:
-    """A million kept packets of 64 bytes take at most 2.2 times the memory that their bytes objects would."""
+    """A million kept packets of 64 bytes take at most 2.2 times the memory of their bytes objects."""
     taken = {}
     for what in ("packets", "bytes"):
         done = subprocess.run(
@@ -198,7 +198,7 @@ def test_a_million_kept_packets() -> None:
 
 @every_kind
 def test_nothing_is_leaked(kind: Kind) -> None:
-    """However often packets and batches are made, looked at, kept, refused and let go, no object and no mapping is left."""
+    """Making, reading, keeping, refusing and dropping packets and batches leaks no object and no mapping."""
     sources = [Source(kind, WITH_VNET), Source(kind)] + ([Ring(), Ring(WITH_VNET)] if kind is C else [])
 
     def everything(source: Source) -> None:
@@ -242,16 +242,16 @@ def test_nothing_is_leaked(kind: Kind) -> None:
         for _ in range(1000):
             everything(source)
         blocks, mappings = (after - earlier for earlier, after in zip(before, state(), strict=True))
-        assert blocks < 500  # one each time would be 1000, and caches of the interpreter take some
-        assert mappings < 50  # the sanitizers map some of their own
+        assert blocks < 500  # one leak per round would be 1000; caches of the interpreter take some
+        assert mappings < 50  # the sanitizers make some mappings
 
 
-# A batch, and the memory that it lies in.
+# A batch and its memory.
 
 
 @needs_core
 def test_who_holds_nothing_has_one_arena() -> None:
-    """Where nothing is held, each receive uses the same arena."""
+    """If nothing is held, each receive uses the same arena."""
     source = Source(C)
     seen = set()
     for n in range(20):
@@ -263,7 +263,7 @@ def test_who_holds_nothing_has_one_arena() -> None:
 
 @needs_core
 def test_who_holds_the_last_batch_has_two_arenas() -> None:
-    """A loop variable has the last batch still: two arenas take turns, and nothing is copied."""
+    """If only a loop variable holds the last batch, two arenas are used in turn, and nothing is copied."""
     source = Source(C)
     seen = []
     batch = None
@@ -278,7 +278,7 @@ def test_who_holds_the_last_batch_has_two_arenas() -> None:
 @needs_core
 @in_both
 def test_a_kept_batch_is_copied_once(make: Callable[[], Source]) -> None:
-    """A batch that is kept reads in place one receive longer, and lies in one copy from then on; starts never change."""
+    """A kept batch is read in place for one more receive, and is then copied once. Its starts do not change."""
     source = make()
     batch = source.batch(rows_of(*range(7)))
     starts, places = batch.starts, batch.starts.tolist()
@@ -295,7 +295,7 @@ def test_a_kept_batch_is_copied_once(make: Callable[[], Source]) -> None:
 
 @needs_core
 def test_a_memory_that_is_looked_at_keeps_its_arena() -> None:
-    """While somebody has a view of a batch's memory, that arena is the batch's, and receiving goes on in another."""
+    """While a view of a batch's memory is held, the batch keeps its arena, and the receiver uses another."""
     source = Source(C)
     held = []
     for n in range(6):
@@ -315,7 +315,7 @@ def test_a_memory_that_is_looked_at_keeps_its_arena() -> None:
 @needs_core
 @in_both
 def test_packets_of_a_copied_batch_outlive_it(make: Callable[[], Source]) -> None:
-    """Packets of a batch that has a copy, or an arena, of its own show what they are when the batch is gone."""
+    """Packets of a batch with its own copy or arena do not change after the batch is gone."""
     for viewed in (False, True):
         source = make()
         batch: Any = source.batch(rows_of(1, 2, 3))
@@ -328,14 +328,14 @@ def test_packets_of_a_copied_batch_outlive_it(make: Callable[[], Source]) -> Non
         latest = [source.batch(rows_of(n)) for n in range(20, 24)]
         spoiled = [
             bytes([n]) * size for n in range(40) for size in range(150, 250, 8)
-        ]  # what memory is used for again
+        ]  # memory is used again
         assert [packet[:] for packet in packets] == [numbered(n) for n in (1, 1, 1, 2, 3, 2, 1, 2, 3)]
         assert len(latest) + len(spoiled) > 4
 
 
 @needs_core
 def test_the_last_two_packets_of_an_iteration_are_read_in_place() -> None:
-    """The packet before the last one still reads in place, for a loop variable has it; the one before that has been copied."""
+    """The last two packets of an iteration are read in place, because loop variables hold them. Earlier held packets are copied."""
     for of_batch in (True, False):
         ring = Ring()
         ring.fill(rows_of(*range(4)))
@@ -351,7 +351,7 @@ def test_the_last_two_packets_of_an_iteration_are_read_in_place() -> None:
 
 @needs_core
 def test_views_released_in_any_order() -> None:
-    """Views of a batch's memory, released in any order, after and before their batch, and views of views."""
+    """Views of a batch's memory, and views of views, can be released in any order, before and after their batch."""
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
         source = Source(C)
         batch: Any = source.batch(rows_of(1, 2))
@@ -368,7 +368,7 @@ def test_views_released_in_any_order() -> None:
 
 @needs_core
 def test_releasing_a_receiver_twice() -> None:
-    """What is held when a receiver gives its memory up stays true, also when that is done again, or from within deliver."""
+    """Held objects do not change when a receiver releases its memory, also twice, or inside deliver."""
     for make in (arena, ring):
         source = make()
         source.fill(rows_of(*range(6)))
@@ -391,7 +391,7 @@ def test_releasing_a_receiver_twice() -> None:
 
 @needs_core
 def test_receiving_within_deliver() -> None:
-    """A deliver that receives by itself gets Busy, and every packet comes once."""
+    """A deliver that receives gets Busy, and every packet is delivered once."""
     for make in (arena, ring):
         source = make()
         source.fill(rows_of(*range(6)))
@@ -422,7 +422,7 @@ def test_receiving_within_deliver() -> None:
 
 
 class Looks:
-    """Something that looks at packets and batches when it dies."""
+    """An object whose finalizer reads packets and batches."""
 
     def __init__(self, things: list[Any], findings: list[object]) -> None:
         self.things, self.findings = things, findings
@@ -442,7 +442,7 @@ class Looks:
 
 @contextmanager
 def eager_collector() -> Iterator[None]:
-    """The collector runs at every allocation of a container."""
+    """Run the collector at every allocation of a container."""
     before = gc.get_threshold()
     gc.set_threshold(1)
     try:
@@ -455,7 +455,7 @@ def eager_collector() -> Iterator[None]:
 @needs_core
 @in_both
 def test_finalizers_that_look(make: Callable[[], Source]) -> None:
-    """Finalizers of cycles, run in the middle of whatever allocates, see what was sent, and change nothing for others."""
+    """Finalizers of cycles, which run during any allocation, see the sent bytes, and do not affect other objects."""
     source = make()
     findings: list[object] = []
     with eager_collector():
@@ -490,7 +490,7 @@ def test_finalizers_that_look(make: Callable[[], Source]) -> None:
 
 @needs_core
 def test_a_collection_while_a_view_is_made() -> None:
-    """A finalizer that looks at the same packet or batch, just as a view of it is made, does not change which part that is."""
+    """A finalizer that reads the same packet or batch while a view of it is made does not change the view's range."""
     source = Source(C)
     findings: list[object] = []
     parts = {"data": numbered(1)[14:], "link_header": numbered(1)[:14], "frame": numbered(1)}
@@ -499,7 +499,7 @@ def test_a_collection_while_a_view_is_made() -> None:
         with eager_collector():
             gc.disable()
             Looks([packet], findings)
-            gc.enable()  # the next container is what the collector runs for
+            gc.enable()  # the next container triggers the collector
             view = getattr(packet, part)
         assert bytes(view) == wanted
     for name in ("starts", "timestamps", "flags"):
@@ -515,7 +515,7 @@ def test_a_collection_while_a_view_is_made() -> None:
 
 @needs_core
 def test_packets_in_cycles_are_collected() -> None:
-    """Packets, batches, iterators and views that are part of a cycle go with it, and their memory is free again."""
+    """Packets, batches, iterators and views in a cycle are collected with it, and their memory is freed."""
     source = Source(C)
     source.fill(rows_of(*range(8)))
     cycle: list[Any] = [source.receiver.take_packet(), source.receiver.take_packet()]
@@ -567,7 +567,7 @@ elif sys.argv[1] == "unload":
 
 @pytest.mark.parametrize("way", ["open", "close", "unload"])
 def test_the_end_of_the_interpreter(way: str) -> None:
-    """A program that ends while it holds everything, in cycles and behind finalizers, ends with status 0."""
+    """A program that ends while it holds packets, batches and views, in cycles and with finalizers, ends with status 0."""
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", EXIT, way],
         capture_output=True,
@@ -577,12 +577,12 @@ def test_the_end_of_the_interpreter(way: str) -> None:
     assert "Fatal" not in done.stderr
 
 
-# Memory that is short.
+# Failing allocations.
 
 
 @contextmanager
 def failing(step: int) -> Iterator[None]:
-    """The allocation of that number fails, and the ones behind it do not."""
+    """Let the allocation with this number fail, and not the later ones."""
     testcapi = pytest.importorskip("_testcapi", reason="needs _testcapi, which this Python comes without")
     testcapi.set_nomemory(step, step + 1)
     try:
@@ -592,7 +592,7 @@ def failing(step: int) -> Iterator[None]:
 
 
 def at_each_allocation(use: Callable[[], object], most: int = 400) -> Iterator[BaseException | None]:
-    """Call it so often that each of its allocations has failed once; gives what it raised, and at last None."""
+    """Call a function until each of its allocations has failed once. Yields each exception, and at last None."""
     for step in range(most):
         error: BaseException | None = None
         ended = True
@@ -609,7 +609,7 @@ def at_each_allocation(use: Callable[[], object], most: int = 400) -> Iterator[B
 
 
 def looked_at(source: Source) -> dict[str, Callable[[Any], object]]:
-    """Everything that allocates, of a packet."""
+    """Call every operation of a packet that allocates."""
     return {
         "slice": lambda p: p[3:9],
         "steps": lambda p: p[::2],
@@ -637,7 +637,7 @@ LOOKS = list(looked_at(Source))  # type: ignore[arg-type]
 @in_both
 @pytest.mark.parametrize("name", LOOKS)
 def test_no_memory_to_look_at_a_packet(make: Callable[[], Source], name: str) -> None:
-    """Wherever memory is short as a packet is looked at, that is a MemoryError, and the next look gives what there is."""
+    """If an allocation fails while a packet is read, MemoryError is raised, and the next read succeeds."""
     framing = WITH_VNET
     source = Ring(framing) if make is ring else Source(C, framing)
     row = Row(numbered(5), vnet_bytes(0, 0, 0, 0, 5, 0), flags=4, vlan_tci=3, vlan_tpid=0x8100)
@@ -655,11 +655,11 @@ def test_no_memory_to_look_at_a_packet(make: Callable[[], Source], name: str) ->
 @needs_core
 @in_both
 def test_no_memory_to_hand_over(make: Callable[[], Source]) -> None:
-    """Wherever memory is short as packets are handed over, none is lost and none repeated, but for one whose deliver failed."""
+    """If an allocation fails while packets are delivered, none is lost or repeated, except one whose deliver failed."""
     source = make()
     for way in ("take_packet", "next", "take_batch", "deliver"):
         failures = 0
-        got: list[Any] = [None] * 8  # appending would allocate as well
+        got: list[Any] = [None] * 8  # append() would allocate too
         count = 0
 
         def deliver(
@@ -694,16 +694,16 @@ def test_no_memory_to_hand_over(make: Callable[[], Source]) -> None:
             use()
             seen = got[:count] if way != "take_batch" else list(got[0])
             sent = [numbered(k) for k in range(n, n + 5)]
-            # CPython makes a frame for `deliver` here, and its failure is one of deliver's.
+            # CPython allocates a frame for `deliver` here. If that fails, deliver has failed.
             assert len(seen) >= len(sent) - raised
             assert [bytes(packet) for packet in seen] == [frame for frame in sent if frame in seen]
-        assert failures > 0 or way == "take_batch"  # which was made before
+        assert failures > 0 or way == "take_batch"  # it was made before
 
 
 @needs_core
 @in_both
 def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
-    """Where memory for copies is short as memory is needed again, that is a MemoryError, nothing changes, and it goes on."""
+    """If the copy of a held packet cannot be allocated, MemoryError is raised, nothing changes, and the next receive succeeds."""
     source = make()
     failures = 0
     for n in range(60):
@@ -716,7 +716,7 @@ def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
         for k in range(4):
             try:
                 with failing((n + k) % 12):
-                    # As a fill does: an arena, and the other half of a ring.
+                    # As in a fill: an arena, and the other half of a ring.
                     source.receiver.arena()
                     source.receiver.take_back()
             except MemoryError:
@@ -731,7 +731,7 @@ def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
 
 
 class ShortOfMemory:
-    """A receiver, with one allocation of each take_in that fails at first."""
+    """A receiver in which one allocation of each take_in fails the first time."""
 
     def __init__(self, receiver: Any) -> None:
         self.arena = receiver.arena
@@ -739,7 +739,7 @@ class ShortOfMemory:
         self.step = self.failures = 0
 
     def take_in(self, owner: Any) -> bool:
-        """As the receiver does."""
+        """Make a batch, and repeat it after a MemoryError."""
         self.step += 1
         try:
             with failing(self.step % 6):
@@ -751,7 +751,7 @@ class ShortOfMemory:
 
 @needs_core
 def test_no_memory_to_take_in() -> None:
-    """Where memory is short as a batch is made, the same call does it later, and no packet is lost."""
+    """If an allocation fails while a batch is made, the next call makes it, and no packet is lost."""
     source = arena()
     receiver: Any = source.receiver
     short: Any = ShortOfMemory(receiver)
@@ -765,7 +765,7 @@ def test_no_memory_to_take_in() -> None:
 
 @needs_core
 def test_no_address_space_for_an_arena() -> None:
-    """Where mmap(2) finds no memory for another arena, that is a MemoryError that says so; what is held stays, and it goes on."""
+    """If mmap(2) fails for another arena, MemoryError is raised, held objects do not change, and a later receive succeeds."""
     source = Source(C)
     held = [source.batch(rows_of(n)) for n in range(2)]
     views = [batch.memory for batch in held]
@@ -774,7 +774,7 @@ def test_no_address_space_for_an_arena() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(
         resource.RLIMIT_AS, (pages * resource.getpagesize() // 2, limits[1])
-    )  # no mapping more
+    )  # no further mapping
     try:
         with pytest.raises(
             MemoryError, match=r"an arena of \d+ bytes for received frames: mmap\(2\) found no memory"
@@ -791,7 +791,7 @@ def test_no_address_space_for_an_arena() -> None:
 
 
 def child_says(work: Callable[[], object], fork: Callable[[], int] = os.fork) -> str:
-    """What becomes of some work in a forked child: an empty string, or what it raised; or how the child died."""
+    """Run some work in a forked child. Returns an empty string, its exception, or how the child died."""
     reading, writing = os.pipe()
     child = fork()
     if child == 0:  # pragma: no cover, another process
@@ -810,7 +810,7 @@ def child_says(work: Callable[[], object], fork: Callable[[], int] = os.fork) ->
 
 
 def past_the_hooks() -> int:
-    """A fork that Python is not told of."""
+    """Call fork() of the C library, without Python's hooks."""
     return int(ctypes.PyDLL(None).fork())
 
 
@@ -818,7 +818,7 @@ def past_the_hooks() -> int:
 def held_of_a_ring(
     deliver: Any = None,
 ) -> Iterator[tuple[rigs.Rig, linkrx.Dispatcher, list[Any], Any, list[bytes]]]:
-    """A ring of which packets that read in place, a batch, and the rest of a receive are held."""
+    """A ring of which packets in place, a batch, and the rest of a receive are held."""
     with rigs.interface() as rig, linkrx.open(rig.source, deliver, backend="packet_mmap", batch_size=8) as rx:
         sent = [rig.frame(100, n) for n in range(24)]
         # In one block: of more of them the first would be copied already. The kernel closes one each millisecond.
@@ -837,7 +837,7 @@ def held_of_a_ring(
 @needs_core
 @pytest.mark.usefixtures("devices")
 def test_a_fork_copies_what_is_held_of_a_ring() -> None:
-    """In a child of os.fork what is held of a ring shows what was sent, and so does it in the parent, which goes on."""
+    """Objects held of a ring show the sent bytes in a child of os.fork and in the parent, which still receives."""
     with held_of_a_ring() as (_, rx, packets, batch, sent):
         first = len(batch)
         wanted = [sent[0], sent[0], sent[first], sent[first + 1]]
@@ -861,7 +861,7 @@ def test_a_fork_copies_what_is_held_of_a_ring() -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.skipif(not hasattr(ctypes, "PyDLL"), reason="needs ctypes")
 def test_a_fork_past_pythons_hooks() -> None:
-    """In a child that the C library forked, what reads in a ring is a RuntimeError, and so is receiving; the parent goes on."""
+    """In a child of the C library's fork(), reading in a ring and receiving raise RuntimeError. The parent still receives."""
     got: list[bytes] = []
 
     def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
@@ -888,9 +888,9 @@ def test_a_fork_past_pythons_hooks() -> None:
                 ("RuntimeError: this ", "Closed: this dispatcher belongs to the parent")
             ), (name, said)
             assert "fork()" in said
-        # What is no part of the ring can be asked for.
+        # Attributes outside the ring can be read.
         assert child_says(lambda: (len(packets[0]), batch.lengths, packets[0].protocol), past_the_hooks) == ""
-        # And closing ends the child no earlier than it ends the parent.
+        # And close() does not crash the child.
         assert not child_says(rx.close, past_the_hooks).startswith("status")
         assert packets == [sent[0], sent[0], sent[first], sent[first + 1]]
         while len(got) < len(sent) - first - 2:
@@ -904,7 +904,7 @@ def test_a_fork_past_pythons_hooks() -> None:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("use", ["dispatch", "drain", "batches", "stats", "close"])
 def test_receiving_past_pythons_hooks(use: str) -> None:
-    """In such a child nothing that receives ends the process, whether or not anything is held."""
+    """In a child of the C library's fork(), no call that receives crashes, with or without held objects."""
     with rigs.interface() as rig, linkrx.open(rig.source, lambda *_: None, backend="packet_mmap") as rx:
         for _ in range(3):
             for n in range(5):
@@ -930,7 +930,7 @@ def test_receiving_past_pythons_hooks(use: str) -> None:
         assert rx.stats().packets > before
 
 
-# Anything, in any order.
+# Random operations.
 
 STEPS = (
     "fill",
@@ -952,11 +952,11 @@ STEPS = (
 
 
 class Holder:
-    """Does one thing after the other to a source, keeps what comes of it, and knows what each must show."""
+    """Runs random operations on a source, keeps their results, and knows the expected contents of each."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.sent: list[bytes] = []  # what waits in the receiver
+        self.sent: list[bytes] = []  # the frames that wait in the receiver
         self.number = 0
         self.packets: list[tuple[Any, bytes]] = []
         self.batches: list[tuple[Any, list[bytes]]] = []
@@ -964,7 +964,7 @@ class Holder:
         self.views: list[tuple[memoryview, bytes]] = []
 
     def step(self, name: str, choice: int) -> None:
-        """One thing, if there is what it needs."""
+        """Run one operation, if it is possible now."""
         receiver = self.source.receiver
         getattr(self, f"do_{name}")(receiver, choice)
 
@@ -1064,7 +1064,7 @@ class Holder:
             view.release()
 
     def check(self) -> None:
-        """All that is held shows what it must; without a look that would make packets copies."""
+        """Assert that all held objects have their expected contents, with operations that do not copy packets."""
         assert [packet[:] for packet, _ in self.packets] == [frame for _, frame in self.packets]
         assert [batch.frames() for batch, _ in self.batches] == [frames for _, frames in self.batches]
         assert [bytes(view) for view, _ in self.views] == [frame for _, frame in self.views]
@@ -1081,7 +1081,7 @@ class Holder:
 def test_anything_in_any_order(
     kind: Kind, steps: list[tuple[str, int]], vnet: bool, in_ring: bool, eager: bool
 ) -> None:
-    """Whatever is received, kept, looked at, copied, released and dropped, in any order: what is held shows what was sent."""
+    """Held objects show the sent bytes, after receiving, keeping, reading, copying, releasing and dropping in any order."""
     framing = WITH_VNET if vnet else ETHERNET
     holder = Holder(Ring(framing) if in_ring and kind is C else Source(kind, framing))
     holder.step("fill", 6)
@@ -1098,7 +1098,7 @@ def test_anything_in_any_order(
 
 
 def test_the_core_is_what_is_tested() -> None:
-    """Where the core was built, the public types are those in C."""
+    """If the core was built, the public types are those in C."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left, right, linkrx.open(left) as rx:
         right.send(numbered(1))

@@ -1,4 +1,4 @@
-"""A packet, in C and in plain Python: a read-only buffer of its frame, and what is known about it."""
+"""A packet, in C and in plain Python: a read-only buffer of its frame, and its metadata."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ PAYLOAD = bytes(range(200))
 FRAME = frame(PAYLOAD)
 
 
-# A buffer of its frame.
+# The packet as a buffer.
 
 
 @every_kind
 def test_it_is_a_sequence_of_bytes(kind: Kind) -> None:
-    """len, index from both ends, iteration and `in` are those of its bytes."""
+    """len, indexing from both ends, iteration and `in` work as for the frame's bytes."""
     packet = one(kind, Row(FRAME))
     assert len(packet) == len(FRAME)
     assert [packet[index] for index in range(-len(FRAME), len(FRAME))] == [*FRAME, *FRAME]
@@ -72,7 +72,7 @@ def test_it_is_a_sequence_of_bytes(kind: Kind) -> None:
     "index", [len(FRAME), -len(FRAME) - 1, 2**31, -(2**31), 2**63 - 1, -(2**63), 2**70, -(2**70)]
 )
 def test_index_out_of_range(kind: Kind, index: int) -> None:
-    """An index beyond either end is an IndexError, however far."""
+    """An index beyond either end raises IndexError, however far."""
     packet = one(kind, Row(FRAME))
     with pytest.raises(IndexError):
         packet[index]
@@ -85,7 +85,7 @@ def test_index_out_of_range(kind: Kind, index: int) -> None:
 @every_kind
 @pytest.mark.parametrize("wrong", ["12", None, 1.0, (1, 2), b"\0"])
 def test_index_of_another_type(kind: Kind, wrong: Any) -> None:
-    """An index that is no integer is a TypeError."""
+    """An index that is not an integer raises TypeError."""
     packet = one(kind, Row(FRAME))
     for use in (lambda: packet[wrong], lambda: packet.u16(wrong), lambda: packet.u32(wrong)):
         with pytest.raises(TypeError):
@@ -103,7 +103,7 @@ bounds = st.one_of(st.none(), st.integers(-300, 300), st.sampled_from([2**63 - 1
 @example(first=12, last=14, step=None)
 @example(first=5, last=-(2**64), step=-(2**63))
 def test_slice(kind: Kind, first: int | None, last: int | None, step: int | None) -> None:
-    """A slice is bytes, the same as of bytes, whatever its bounds and step; a step of zero is a ValueError."""
+    """A slice with any bounds and step returns the same bytes as a slice of the frame. A step of zero raises ValueError."""
     packet = one(kind, Row(FRAME))
     if step == 0:
         with pytest.raises(ValueError, match="zero"):
@@ -117,7 +117,7 @@ def test_slice(kind: Kind, first: int | None, last: int | None, step: int | None
 @every_kind
 @given(st.binary(min_size=1, max_size=80), st.integers(-90, 90))
 def test_numbers(kind: Kind, data: bytes, offset: int) -> None:
-    """u16 and u32 read big-endian numbers at an offset, which counts from the end if negative, where there are such."""
+    """u16 and u32 read big-endian numbers at an offset, which counts from the end if negative. Outside the frame they raise IndexError."""
     packet = one(kind, Row(data), BARE)
     for size, read in ((2, packet.u16), (4, packet.u32)):
         at = offset + len(data) if offset < 0 else offset
@@ -140,8 +140,8 @@ def test_bytes(kind: Kind) -> None:
 
 
 @every_kind
-def test_whatever_takes_a_buffer_takes_it(kind: Kind) -> None:
-    """struct, int.from_bytes, hashlib, NumPy, ctypes' kin, files and sockets read the frame out of it."""
+def test_functions_that_take_a_buffer_take_a_packet(kind: Kind) -> None:
+    """struct, int.from_bytes, hashlib, NumPy, files and sockets read the frame from a packet."""
     packet = one(kind, Row(FRAME))
     assert struct.unpack_from("!H", packet, 12) == (0x88B5,)
     assert struct.Struct(f"{len(FRAME)}s").unpack(packet) == (FRAME,)
@@ -182,7 +182,7 @@ def test_its_views(kind: Kind) -> None:
 
 @every_kind
 def test_views_outlive_the_packet(kind: Kind) -> None:
-    """A view of a packet shows the same when the packet is gone and its memory is used again."""
+    """A view of a packet does not change after the packet is gone and its memory is used again."""
     source = Source(kind)
     source.fill([Row(numbered(1)), Row(numbered(2)), Row(numbered(3))])
     views = []
@@ -201,7 +201,7 @@ def test_views_outlive_the_packet(kind: Kind) -> None:
 
 @every_kind
 def test_released_views(kind: Kind) -> None:
-    """A view that was released is a ValueError, and neither the packet nor its other views notice."""
+    """A released view raises ValueError, and the packet and its other views stay valid."""
     packet = one(kind, Row(FRAME))
     views = [packet.frame, packet.frame, packet.data]
     slices = [view[3:9] for view in views]
@@ -219,7 +219,7 @@ def test_released_views(kind: Kind) -> None:
 
 @every_kind
 def test_a_writable_buffer_is_refused(kind: Kind) -> None:
-    """Whoever wants to write into a packet gets the exception that bytes give."""
+    """A request for a writable buffer of a packet raises the same exception as for bytes."""
     packet = one(kind, Row(FRAME))
     with pytest.raises((BufferError, TypeError)):
         io.BytesIO(b"x" * 300).readinto(packet)
@@ -260,11 +260,11 @@ OTHERS: dict[str, Any] = {
 @every_kind
 @pytest.mark.parametrize("name", EQUAL)
 def test_equal_to_any_buffer_of_the_same_bytes(kind: Kind, name: str) -> None:
-    """== and != hold the frame against the bytes of any buffer."""
+    """== and != compare the frame with the bytes of any buffer."""
     packet = one(kind, Row(FRAME))
     assert bool(packet == EQUAL[name]) is True
     assert bool(packet != EQUAL[name]) is False
-    if name not in ("numpy", "a view of another format"):  # whose own comparison goes by elements
+    if name not in ("numpy", "a view of another format"):  # these compare element by element
         assert EQUAL[name] == packet
         assert (EQUAL[name] != packet) is False
 
@@ -272,7 +272,7 @@ def test_equal_to_any_buffer_of_the_same_bytes(kind: Kind, name: str) -> None:
 @every_kind
 @pytest.mark.parametrize("name", OTHERS)
 def test_unequal_to_anything_else(kind: Kind, name: str) -> None:
-    """Another length, other bytes, and what is no buffer are unequal."""
+    """A packet is unequal to a buffer with another length or other bytes, and to an object that is no buffer."""
     packet = one(kind, Row(FRAME))
     assert bool(packet == OTHERS[name]) is False
     assert bool(packet != OTHERS[name]) is True
@@ -280,7 +280,7 @@ def test_unequal_to_anything_else(kind: Kind, name: str) -> None:
 
 @every_kind
 def test_packets_compare_by_their_frames(kind: Kind) -> None:
-    """Packets of the same bytes are equal, whatever else is known about them, and are one key, which their bytes are too."""
+    """Packets with the same bytes are equal, also with different metadata. They and their bytes are the same key of a dictionary."""
     batch = batch_of(kind, [Row(FRAME), Row(FRAME, flags=2, timestamp=9), Row(frame(b"other"))])
     first, second, third = batch
     assert first == second == batch[0].copy()
@@ -294,7 +294,7 @@ def test_packets_compare_by_their_frames(kind: Kind) -> None:
 
 @every_kind
 def test_packets_have_no_order(kind: Kind) -> None:
-    """Less and greater are TypeErrors."""
+    """Ordering packets raises TypeError."""
     batch = batch_of(kind, [Row(FRAME), Row(FRAME)])
     for use in (
         lambda: batch[0] < batch[1],  # type: ignore[operator]
@@ -307,7 +307,7 @@ def test_packets_have_no_order(kind: Kind) -> None:
 
 @every_kind
 def test_equal_to_a_buffer_that_is_released(kind: Kind) -> None:
-    """A released memoryview is equal to nothing."""
+    """A packet is unequal to a released memoryview."""
     packet = one(kind, Row(FRAME))
     released = memoryview(FRAME)
     released.release()
@@ -320,7 +320,7 @@ def test_equal_to_a_buffer_that_is_released(kind: Kind) -> None:
 
 @every_kind
 def test_ethernet_fields(kind: Kind) -> None:
-    """The link header is the first 14 bytes, the source in it is remote, the destination local."""
+    """The link header is the first 14 bytes. Its source is `remote`, its destination `local`."""
     packet = one(kind, Row(frame(b"abc"), interface=7))
     assert packet.frame == frame(b"abc")
     assert packet.link_header == frame(b"")
@@ -340,7 +340,7 @@ def test_fields_without_ethernet(kind: Kind) -> None:
 
 @every_kind
 def test_frame_without_data(kind: Kind) -> None:
-    """A frame of 14 bytes has a link header and no data, and is true all the same."""
+    """A frame of 14 bytes has a link header and no data, and is true."""
     packet = one(kind, Row(frame(b"")))
     assert (len(packet.data), len(packet)) == (0, 14)
     assert packet
@@ -348,7 +348,7 @@ def test_frame_without_data(kind: Kind) -> None:
 
 @every_kind
 def test_plain_packet(kind: Kind) -> None:
-    """Without flags nothing is truncated, outgoing, unfinished, tagged or timed."""
+    """A packet without flags is not truncated or outgoing, has a finished checksum, and has no tag or timestamp."""
     packet = one(kind, Row(frame(), timestamp=5, vlan_tci=6, vlan_tpid=7))
     assert (packet.truncated, packet.outgoing, packet.checksum_unfinished) == (False, False, False)
     assert (packet.timestamp_ns, packet.vlan, packet.vnet) == (None, None, None)
@@ -383,7 +383,7 @@ def test_flag(kind: Kind, flag: Flags, name: str) -> None:
     ],
 )
 def test_vlan(kind: Kind, tci: int, number: int, priority: int, dei: bool) -> None:
-    """The flag tells that there was a tag, not its value; tagged() has it behind the addresses, where it was."""
+    """The flag says whether there was a tag, also of value 0. tagged() has the tag behind the addresses."""
     packet = one(kind, Row(frame(b"abc"), flags=Flags.VLAN, vlan_tci=tci, vlan_tpid=0x88A8))
     assert packet.vlan == Vlan(tpid=0x88A8, tci=tci) == (0x88A8, tci)
     assert (packet.vlan.id, packet.vlan.priority, packet.vlan.dei) == (number, priority, dei)
@@ -395,13 +395,13 @@ def test_vlan(kind: Kind, tci: int, number: int, priority: int, dei: bool) -> No
 @every_kind
 @pytest.mark.parametrize("when", [0, 1, 1_700_000_000_123_456_789, -1, 2**63 - 1, -(2**63)])
 def test_timestamp(kind: Kind, when: int) -> None:
-    """The flag tells that there is a timestamp, not its value."""
+    """The flag says whether there is a timestamp, also of value 0."""
     assert one(kind, Row(frame(), flags=Flags.TIMESTAMP, timestamp=when)).timestamp_ns == when
 
 
 @every_kind
 def test_wire_length_and_interface(kind: Kind) -> None:
-    """The length on the wire is its own number beside the length kept; both numbers have 32 bits."""
+    """wire_length is independent of the packet's length. wire_length and interface have 32 bits."""
     packet = one(kind, Row(frame(), wire_length=2**32 - 1, interface=2**32 - 1, flags=Flags.TRUNCATED))
     assert (packet.wire_length, packet.truncated, len(packet)) == (2**32 - 1, True, len(frame()))
     assert packet.interface == 2**32 - 1
@@ -412,7 +412,7 @@ def test_wire_length_and_interface(kind: Kind) -> None:
 @pytest.mark.parametrize("packet_info", [False, True])
 @pytest.mark.parametrize("little", [False, True])
 def test_vnet_header(kind: Kind, size: int, packet_info: bool, little: bool) -> None:
-    """The header's ten bytes are read in its own byte order, whatever stands in front and behind."""
+    """The ten bytes of the virtio-net header are read in its byte order, with any bytes in front and behind."""
     header = VnetHeader(1, 0x81, 54, 1448, 34, 16)
     raw = struct.pack("<BBHHHH" if little else ">BBHHHH", *header)
     prefix = (b"\xaa" * 4 if packet_info else b"") + raw + b"\xbb" * (size - 10)
@@ -434,7 +434,7 @@ def test_vnet_needs_checksum(flags: int, needs_checksum: bool) -> None:
     ("gso_type", "is_super"), [(0, False), (0x80, False), (1, True), (0x81, True), (4, True), (5, True)]
 )
 def test_vnet_super_packet(gso_type: int, is_super: bool) -> None:
-    """A segmentation type other than none makes a super-packet; the ECN bit alone is no type."""
+    """A packet with a segmentation type other than none is a super-packet. The ECN bit alone is no type."""
     assert VnetHeader(0, gso_type, 0, 0, 0, 0).super_packet is is_super
 
 
@@ -449,14 +449,14 @@ def test_vnet_super_packet(gso_type: int, is_super: bool) -> None:
     ],
 )
 def test_vnet_gso(gso_type: int, gso: Gso | int, ecn: bool) -> None:
-    """The type of a super-packet has a name, without the bit for ECN; one that linkrx does not know is a number."""
+    """The type of a super-packet is a member of Gso, without the ECN bit. An unknown type is a number."""
     header = VnetHeader(0, gso_type, 0, 0, 0, 0)
     assert (header.gso, header.ecn) == (gso, ecn)
 
 
 @pytest.mark.parametrize(("flags", "valid"), [(0, False), (1, False), (2, True), (3, True)])
 def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
-    """Bit 1 of the flags says that the checksum was looked at."""
+    """Bit 1 of the flags says that the checksum was verified."""
     assert VnetHeader(flags, 0, 0, 0, 0, 0).checksum_valid is valid
 
 
@@ -475,7 +475,7 @@ def test_vnet_checksum_valid(flags: int, valid: bool) -> None:
     ],
 )
 def test_header_length_of_a_super_packet(kind: Kind, header: VnetHeader, header_bytes: int) -> None:
-    """How long the headers are is found where the checksum starts; without one the kernel's hint stands."""
+    """hdr_len of a super-packet is computed from the transport header at csum_start. Without a checksum it is the kernel's value."""
     tcp = bytes(12) + b"\x80" + bytes(19)
     packet = one(kind, Row((bytes(34) + tcp).ljust(100), vnet_bytes(*header)), Framing(True, 10))
     assert packet.vnet == header._replace(hdr_len=header_bytes)
@@ -483,7 +483,7 @@ def test_header_length_of_a_super_packet(kind: Kind, header: VnetHeader, header_
 
 @every_kind
 def test_packet_repr(kind: Kind) -> None:
-    """A packet shows its protocol, its route where there is one, its length, and whether it was cut."""
+    """The repr of a packet has its protocol, its addresses if there are any, its length, and whether it was cut."""
     assert (
         repr(one(kind, Row(frame(b"abc"))))
         == "<Packet 0x88b5 02:00:00:00:00:02 > 02:00:00:00:00:01 17 bytes>"
@@ -493,17 +493,17 @@ def test_packet_repr(kind: Kind) -> None:
 
 
 def test_mac() -> None:
-    """An address is written with colons, none as a dash."""
+    """mac() writes an address with colons, and None as a dash."""
     assert mac(LOCAL) == "02:00:00:00:00:01"
     assert mac(None) == "-"
 
 
-# What cannot be done to it.
+# Forbidden operations.
 
 
 @every_kind
 def test_nothing_of_a_packet_can_be_set(kind: Kind) -> None:
-    """Fields, methods and new attributes are AttributeErrors; so are the type's."""
+    """Setting or deleting an attribute of a packet raises AttributeError, and setting one of its type in C TypeError."""
     packet: Any = one(kind, Row(frame()))
     before = fields(packet)
     for name in (*before, "copy", "tobytes", "anything", "_flags", "_timestamp"):
@@ -519,7 +519,7 @@ def test_nothing_of_a_packet_can_be_set(kind: Kind) -> None:
 
 @every_kind
 def test_packets_are_not_made_by_users(kind: Kind) -> None:
-    """No constructor, no subclass in C, no way past them: a TypeError."""
+    """Making a packet by the constructor, by a subclass in C, or by other means raises TypeError."""
     packet_type: Any = kind.module.Packet
     for use in (packet_type, lambda: packet_type(b"frame"), lambda: packet_type.__new__(packet_type)):
         with pytest.raises(TypeError):
@@ -558,7 +558,7 @@ every_row = pytest.mark.parametrize("name", ROWS)
 @every_kind
 @every_row
 def test_copies(kind: Kind, name: str) -> None:
-    """copy(), copy.copy and copy.deepcopy tell the same, and stay when the packet's memory is used again."""
+    """copy(), copy.copy and copy.deepcopy return equal packets, which do not change when the packet's memory is used again."""
     source = Source(kind, ROWS[name][1])
     source.fill([ROWS[name][0]])
     packet = source.receiver.take_packet()
@@ -576,7 +576,7 @@ def test_copies(kind: Kind, name: str) -> None:
 @every_row
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles(kind: Kind, name: str, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a pickle of any protocol a packet tells the same, in either implementation."""
+    """A pickle of any protocol restores all attributes of a packet, in both implementations."""
     packet = one(kind, *ROWS[name])
     pickled = pickle.dumps(packet, protocol)
     wanted = fields(packet)
@@ -590,7 +590,7 @@ def test_pickles(kind: Kind, name: str, protocol: int, monkeypatch: pytest.Monke
 
 
 def state_of(packet: Any) -> tuple[Any, ...]:
-    """What a pickle has of it, the version first."""
+    """The fields of a packet in its pickle, starting with the version."""
     restore, state = packet.__reduce__()
     assert restore is packets.restore_packet
     return tuple(state)
@@ -599,7 +599,7 @@ def state_of(packet: Any) -> tuple[Any, ...]:
 @every_kind
 @pytest.mark.parametrize("version", [0, 2, -1, "1", None])
 def test_a_pickle_of_another_version(kind: Kind, version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pickle of another version is a ValueError that names both."""
+    """A pickle of another version raises ValueError, which names both versions."""
     loaded_in(kind, monkeypatch)
     _, *state = state_of(one(kind, Row(frame())))
     with pytest.raises(ValueError, match=f"format {version}, and this linkrx reads format 1"):
@@ -643,7 +643,7 @@ WRONG: dict[str, list[Any]] = {
 @every_kind
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in STATE for value in WRONG[field]])
 def test_a_damaged_pickle(kind: Kind, field: str, value: Any) -> None:
-    """State of another type or out of range is a ValueError or a TypeError, whichever field it is."""
+    """A field of the wrong type or out of range raises ValueError or TypeError."""
     _, *state = state_of(one(kind, FULL, Framing(True, 10)))
     kind.restore(*state)
     state[STATE.index(field)] = value
@@ -654,7 +654,7 @@ def test_a_damaged_pickle(kind: Kind, field: str, value: Any) -> None:
 @every_kind
 @pytest.mark.parametrize("size", [*range(14), 15, 20])
 def test_a_pickle_of_another_length(kind: Kind, size: int) -> None:
-    """State with too few or too many fields is a TypeError."""
+    """Too few or too many fields raise TypeError."""
     _, *state = state_of(one(kind, Row(frame())))
     with pytest.raises(TypeError):
         kind.restore(*(state * 2)[:size])
@@ -663,16 +663,16 @@ def test_a_pickle_of_another_length(kind: Kind, size: int) -> None:
 @every_kind
 @given(data=st.data())
 def test_a_pickle_with_any_byte_changed(kind: Kind, data: st.DataObject) -> None:
-    """A pickle that was damaged gives a packet or an exception of pickle's, and what it gives can be looked at."""
+    """A pickle with any byte changed gives a packet that can be read, or an exception of unpickling."""
     protocol = data.draw(st.sampled_from([0, 2, 5]))
     pickled = bytearray(pickle.dumps(one(kind, FULL, Framing(True, 10)), protocol))
     at = data.draw(st.integers(0, len(pickled) - 1))
-    # The opcode BYTEARRAY8 has pickle allocate whatever the bytes behind it say.
+    # The opcode BYTEARRAY8 makes pickle allocate as many bytes as the next field says.
     pickled[at] = data.draw(st.integers(0, 255).filter(lambda value: value != pickle.BYTEARRAY8[0]))
     with pytest.MonkeyPatch.context() as patch:
         loaded_in(kind, patch)
         try:
-            # In Python: the one in C has room for as many references as a damaged number tells.
+            # The unpickler in Python: the one in C allocates as many references as a damaged number says.
             loaded = pickle._loads(bytes(pickled))  # type: ignore[attr-defined]
         except Exception:
             return
@@ -683,7 +683,7 @@ def test_a_pickle_with_any_byte_changed(kind: Kind, data: st.DataObject) -> None
 
 
 def echo(inbox: Any, outbox: Any) -> None:
-    """Send back what comes, and its bytes."""
+    """Send back each packet, and its bytes."""
     packet = inbox.get()
     outbox.put((packet, bytes(packet), packet.vlan))
 
@@ -691,7 +691,7 @@ def echo(inbox: Any, outbox: Any) -> None:
 @pytest.mark.repeats
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_through_a_queue_to_another_process() -> None:
-    """A packet goes through a multiprocessing queue and back."""
+    """A packet can be sent through a multiprocessing queue and back."""
     kind = C if C.module else Kind("plain", plain)
     packet = one(kind, FULL, Framing(True, 10))
     # Not "spawn", which leaves a descriptor of its resource tracker open.
@@ -715,13 +715,13 @@ def test_through_a_queue_to_another_process() -> None:
 # Buffers written in Python came with Python 3.12 (PEP 688).
 buffers_in_python = pytest.mark.since(3, 12)
 
-# Hostile buffers. What they do is only possible where a buffer can be written in Python, or by NumPy.
+# Hostile buffers. They need an exporter in Python, or NumPy.
 
 
 @buffers_in_python
 @every_kind
 def test_compared_with_a_buffer_that_looks_back(kind: Kind) -> None:
-    """A buffer whose exporter runs Python code, which makes the packet a copy and uses its memory again, is compared."""
+    """Comparison is correct with a buffer whose exporter copies the packet and uses its memory again."""
     source = Source(kind)
     packet = source.packet_of(1)
 
@@ -736,7 +736,7 @@ def test_compared_with_a_buffer_that_looks_back(kind: Kind) -> None:
 
 
 class Index:
-    """A number that does something before it is one."""
+    """An object whose `__index__` calls a function."""
 
     def __init__(self, number: int, act: Any) -> None:
         self.number, self.act = number, act
@@ -748,7 +748,7 @@ class Index:
 
 @every_kind
 def test_an_index_that_receives(kind: Kind) -> None:
-    """What an `__index__` does to the memory meanwhile does not change what is read."""
+    """An `__index__` that receives does not change the bytes that are read."""
     source = Source(kind)
 
     def receive() -> None:
@@ -769,7 +769,7 @@ def test_an_index_that_receives(kind: Kind) -> None:
 
 @needs_core
 def test_an_index_that_raises() -> None:
-    """What an `__index__` raises comes out."""
+    """An exception of `__index__` propagates."""
     packet = one(C, Row(FRAME))
 
     def fail() -> None:
@@ -783,12 +783,12 @@ def test_an_index_that_raises() -> None:
         packet.u32(Index(1, fail))
 
 
-# Of a ring.
+# Packets in a ring.
 
 
 @needs_core
 def test_a_packet_in_a_ring_is_read_in_place() -> None:
-    """Index, slices, numbers, lengths and fields of a fresh packet come out of the ring's own memory; bytes do from then on not."""
+    """Indexing, slices, numbers, lengths and fields of a fresh packet read the ring's memory. After bytes() they read the copy."""
     ring = Ring()
     ring.fill([Row(numbered(1))])
     packet = ring.receiver.take_packet()
@@ -802,7 +802,7 @@ def test_a_packet_in_a_ring_is_read_in_place() -> None:
 
 @needs_core
 def test_a_ring_that_is_not_mapped() -> None:
-    """Where the word says that the ring is not mapped here, whatever reads its memory is a RuntimeError with a sentence."""
+    """If the guard says that the ring is not mapped in this process, every read of its memory raises RuntimeError with the reason."""
     ring = Ring(Framing(True, 10))
     row = Row(numbered(1), vnet_bytes(0, 0, 0, 0, 0, 0))
     ring.fill([row, row])
@@ -848,7 +848,7 @@ def test_a_ring_that_is_not_mapped() -> None:
 
 @needs_core
 def test_a_ring_that_is_not_mapped_is_not_read_by_deliver() -> None:
-    """Without a virtio-net header, too."""
+    """If the ring is not mapped, delivery raises RuntimeError and loses no packet, also without a virtio-net header."""
     ring = Ring()
     ring.fill([Row(numbered(1))])
     ring.guard.value = 0

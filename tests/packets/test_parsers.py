@@ -1,4 +1,4 @@
-"""Parsers take a packet as it is, in C and in plain Python: none wants `bytes(packet)`."""
+"""Parsers accept a packet itself, in C and in plain Python, instead of `bytes(packet)`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from support.super_packets import LOCAL, REMOTE, Super
 
 FRAME = Super(payload=100, size=0).frames()[0]
 
-# What the parsers below are to find.
+# The fields that the parsers must find.
 Found = tuple[bytes, bytes, str, str, int, int, bytes]
 FOUND: Found = (REMOTE, LOCAL, "198.51.100.1", "198.51.100.2", 4321, 80, FRAME[54:])
 
 
 def imported(*names: str) -> list[Any]:
-    """The modules of a parser, or none of them."""
+    """Import the modules of a parser, or skip the test."""
     package = names[0].partition(".")[0]
     pytest.importorskip(package, reason=f"needs {package}, which is not installed (pip install {package})")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what others' modules warn of as they are compiled
+        warnings.simplefilter("ignore")  # other packages' modules warn at import
         return [import_module(name) for name in names]
 
 
@@ -59,7 +59,7 @@ def by_scapy(frame: Any) -> Found:
 @pytest.mark.parametrize("parse", [by_dpkt, by_pypacker, by_scapy], ids=lambda parse: parse.__name__)
 @pytest.mark.parametrize("given", ["packet", "bytes", "frame"])
 def test_parser(kind: Kind, parse: Callable[[Any], Found], given: str) -> None:
-    """dpkt, pypacker and scapy take a packet as it is; of its frame, which is a memoryview, scapy wants the bytes."""
+    """dpkt, pypacker and scapy accept a packet itself. For its frame, which is a memoryview, scapy needs bytes."""
     packet = one(kind, Row(FRAME, protocol=0x0800))
     what: Any = {"packet": packet, "bytes": bytes(packet), "frame": packet.frame}[given]
     if given == "frame" and parse is by_scapy:
