@@ -1,1 +1,1 @@
-"""What the tests and the benchmarks share."""
+"""Code that tests and benchmarks share."""

@@ -1,4 +1,4 @@
-"""What is tested under pytest-asyncio is tested where that is."""
+"""Ignore the tests of pytest-asyncio if it is not installed."""
 
 from importlib.util import find_spec
 
