@@ -1,4 +1,4 @@
-"""How the C core is built, and what a user is told where it was not, or does not fit."""
+"""The build of the C core, and the messages if it was not built or does not match."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linkrx._core.sources import sources_hash
 
 CORE = ROOT / "linkrx" / "_core"
 MULTIARCH = sysconfig.get_config_var("MULTIARCH") or ""
-# musl has its own headers, and needs the kernel's.
+# musl has its own headers, and also needs the kernel's headers.
 FLAGS = {
     "gcc": [],
     "clang": [],
@@ -27,14 +27,14 @@ FLAGS = {
 }
 COMPILERS = [name for name in FLAGS if shutil.which(name)]
 WARNINGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-# What GCC 14 makes errors by itself.
+# Warnings that are errors by default in GCC 14.
 WARNINGS += ["-Werror=implicit-function-declaration", "-Werror=int-conversion"]
 
 needs_sources = pytest.mark.skipif(not CORE.joinpath("ring.h").exists(), reason="the C sources are not here")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python, finding what is in `cwd` before all else."""
+    """Run this Python with `cwd` first in its module path."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("LINKRX_", "CFLAGS"))
     }
@@ -51,7 +51,7 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 
 def reason(cwd: Path) -> str:
-    """Why the linkrx in a folder has no core, in its own words."""
+    """The reason that the linkrx in a folder gives for having no core."""
     output = python("-c", "from linkrx import _core; print(_core.lib is None, _core.reason)", cwd=cwd)
     assert output.returncode == 0, output.stdout
     missing, _, why = output.stdout.rstrip("\n").partition(" ")
@@ -61,7 +61,7 @@ def reason(cwd: Path) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the checkout, without what was built in it."""
+    """A copy of the checkout, without built files."""
     generated = shutil.ignore_patterns("*.so", "__pycache__", "build_failure.txt", "_built.py")
     shutil.copytree(ROOT / "linkrx", tmp_path / "linkrx", ignore=generated)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -71,7 +71,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def installed(checkout: Path) -> Path:
-    """The same as a wheel leaves it: without the C sources, with a note of which they were."""
+    """A copy as installed by a wheel: without the C sources, with their hash."""
     (checkout / "linkrx/_core/_built.py").write_text(f'SOURCES = "{sources_hash()}"\n')
     for path in list((checkout / "linkrx/_core").rglob("*.*")):
         if path.suffix in (".c", ".h", ".inc"):
@@ -80,7 +80,7 @@ def installed(checkout: Path) -> Path:
 
 
 def put_core(folder: Path) -> None:
-    """The core that was built here."""
+    """Copy the core that was built here."""
     built = [*CORE.glob("_native*.so"), *CORE.glob("_types*.so")]
     assert len(built) == 2
     for path in built:
@@ -91,7 +91,7 @@ def put_core(folder: Path) -> None:
 @pytest.mark.skipif(not COMPILERS, reason="needs gcc, clang or musl-gcc")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_every_header_stands_on_its_own(compiler: str, tmp_path: Path) -> None:
-    """A file that includes one header of the core and nothing else compiles, and every C file does, without a warning."""
+    """A file that includes only one header of the core, and every C file, compile without a warning."""
     headers = sorted(path.name for path in CORE.iterdir() if path.suffix in (".h", ".inc"))
     assert headers
     files = []
@@ -112,7 +112,7 @@ def test_every_header_stands_on_its_own(compiler: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiler", [name for name in COMPILERS if name != "musl-gcc"])
 @pytest.mark.parametrize("limited", [True, False], ids=["limited", "full"])
 def test_every_file_of_the_types_compiles(compiler: str, limited: bool, tmp_path: Path) -> None:
-    """So do the types, their header alone included, with the limited API and, as for free-threaded builds, without."""
+    """Every file of the types, and their header alone, compile with the limited API and, for free-threaded builds, without."""
     alone = tmp_path / "alone.c"
     alone.write_text('#include "types.h"\n')
     flags = [*WARNINGS, "-Wno-unused-function", '-DLRX_SOURCES="test"', f"-I{CORE}", f"-I{CORE / 'types'}"]
@@ -124,14 +124,14 @@ def test_every_file_of_the_types_compiles(compiler: str, limited: bool, tmp_path
 
 
 def build(checkout: Path, compiler: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What `pip install -e .` does to the checkout, with whatever compiler."""
-    # As Debian's Python has it: a flag that speaks of errors is none.
+    """Build the checkout as `pip install -e .` does, with this compiler."""
+    # A flag of Debian's Python. A flag with "error" in its name is no error.
     flags = {"CFLAGS": "-Werror=format-security", **environment}
     return python("setup.py", "build_ext", "--inplace", cwd=checkout, CC=compiler, **flags)
 
 
 def fake_compiler(folder: Path, failing: str) -> str:
-    """A compiler that compiles nothing, and fails on one file."""
+    """A compiler that writes empty files, and fails for one file."""
     path = folder / "fake-cc"
     path.write_text(
         f'#!/bin/sh\ncase "$*" in *{failing}*) echo "{failing}:7:1: error: a comma is missing" >&2; exit 1;; esac\n'
@@ -143,7 +143,7 @@ def fake_compiler(folder: Path, failing: str) -> str:
 
 @needs_sources
 def test_a_compiler_that_fails_on_the_core(checkout: Path) -> None:
-    """The install works, an old core is gone, and `open` and `doctor` tell what the compiler said."""
+    """With a failing compiler the install works, an old core is removed, and `open` and `doctor` show the compiler's output."""
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
     if _core.lib is not None:
         put_core(checkout)
@@ -163,14 +163,14 @@ def test_a_compiler_that_fails_on_the_core(checkout: Path) -> None:
     )
     assert re.search(rf"^  {compiler} .*-c linkrx/_core/packet_mmap.c ", doctor.stdout, re.MULTILINE)
     assert "\n  packet_mmap.c:7:1: error: a comma is missing\n" in doctor.stdout
-    # The next build takes back what this one said.
+    # The next build removes that message.
     done = build(checkout, fake_compiler(checkout, "nothing.c"))
     assert not (checkout / "linkrx/_core/build_failure.txt").exists(), done.stdout
 
 
 @needs_sources
 def test_an_old_build_folder(checkout: Path) -> None:
-    """What an earlier build left in build/ is compiled anew, or not used: no wheel has a core that is out of date."""
+    """Files of an earlier build in build/ are compiled again or not used, so no wheel has an old core."""
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
     done = python(
         "setup.py", "build", "--build-lib", "lib", cwd=checkout, CC=fake_compiler(checkout, "nothing.c")
@@ -202,7 +202,7 @@ def test_an_old_build_folder(checkout: Path) -> None:
     ],
 )
 def test_without_a_compiler(checkout: Path, compiler: str, said: str) -> None:
-    """With a compiler that does nothing, or none, linkrx installs and says which; where the core is required it does not."""
+    """Without a working compiler linkrx installs and gives the reason. If the core is required, the install fails."""
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools, to build")
     done = build(checkout, compiler)
     assert done.returncode == 0, done.stdout
@@ -214,7 +214,7 @@ def test_without_a_compiler(checkout: Path, compiler: str, said: str) -> None:
 
 @needs_sources
 def test_a_checkout_that_was_not_built(checkout: Path) -> None:
-    """linkrx in a checkout without a core says that it is one, and what to type."""
+    """linkrx in a checkout without a core says so, and what to type."""
     why = reason(checkout)
     assert why.startswith(f"the C core was not built: Python took linkrx from the checkout in {checkout}.")
     assert "`python3 -m pip install -e .`" in why
@@ -235,7 +235,7 @@ for _ in range(2):
 
 
 def test_a_missing_core_is_told_once(installed: Path) -> None:
-    """The first open that chooses logs a warning with the reason; later ones, and those that name a backend, do not."""
+    """The first open with auto logs a warning with the reason. Later calls, and calls that name a backend, do not."""
     why = reason(installed)
     assert why == (
         f"the C core is not in {installed}/linkrx/_core: install linkrx again, with `python3 -m pip install "
@@ -251,7 +251,7 @@ STALE = "was built from other sources"
 
 @pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
 def test_a_core_of_another_version_in_a_wheel(installed: Path) -> None:
-    """A core beside other Python files than it was built with is refused with a sentence, and linkrx works without it."""
+    """A core that was built for other Python files is refused with a reason, and linkrx works without it."""
     put_core(installed)
     output = python("-c", "from linkrx import _core; print(_core.reason)", cwd=installed)
     assert output.stdout == "None\n"
@@ -271,7 +271,7 @@ def test_a_core_of_another_version_in_a_wheel(installed: Path) -> None:
 @needs_sources
 @pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
 def test_a_core_of_another_version_in_a_checkout(checkout: Path) -> None:
-    """Once a C file is edited, the core that was built before is refused, and linkrx says that it must be built again."""
+    """After a C file was edited, the old core is refused, and linkrx says that it must be built again."""
     put_core(checkout)
     output = python("-c", "from linkrx import _core; print(_core.reason)", cwd=checkout)
     assert output.stdout == "None\n"
@@ -285,7 +285,7 @@ def test_a_core_of_another_version_in_a_checkout(checkout: Path) -> None:
 
 
 def test_a_core_that_knows_no_version(installed: Path) -> None:
-    """A core from before there was such a note, and one that cannot be loaded, are told apart and refused."""
+    """A core without a hash, and one that cannot be loaded, are refused with different reasons."""
     core = installed / "linkrx/_core"
     (core / "_native.py").write_text("class lib: pass\nclass ffi: string = staticmethod(bytes)\n")
     assert f"{STALE} (unknown)" in reason(installed)

@@ -1,4 +1,4 @@
-"""Choosing: a pure function of what is known, and the environment that may replace or narrow it."""
+"""The choice of a backend: a pure function of backends and capabilities, and the environment variables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BORROWED = replace(PACKET, owned=False)
 
 
 def info(backend: type[Backend], reason: str | None = None) -> linkrx.BackendInfo:
-    """What is known of a backend on some host."""
+    """The BackendInfo of a backend on some host."""
     return linkrx.BackendInfo(backend.name, reason is None, reason, backend.rank, backend.honours, backend)
 
 
@@ -41,14 +41,14 @@ NO_CORE = [*(info(backend, "no core") for backend in (PacketMmap, Recvmmsg, Read
 
 
 class OnlyWhenNamed(OsReadv):
-    """The best of all, but not for everyone."""
+    """A backend of the highest rank that auto does not take for borrowed sources."""
 
     name = "only_when_named"
     rank = 100
 
     @classmethod
     def discouraged(cls, capabilities: Capabilities) -> str | None:
-        """Unless linkrx opened the source itself."""
+        """Discouraged, unless linkrx opened the source."""
         return None if capabilities.owned else "it changes the socket"
 
 
@@ -70,7 +70,7 @@ class OnlyWhenNamed(OsReadv):
     ],
 )
 def test_auto(capabilities: Capabilities, infos: list[linkrx.BackendInfo], ladder: tuple[str, ...]) -> None:
-    """The ladder is all that would do, best first, and its first is chosen."""
+    """The ladder has all backends that accept the source, best first, and the first is chosen."""
     choice = decide(capabilities, infos, Options())
     assert choice.ladder == ladder
     assert choice.backend == ladder[0]
@@ -78,7 +78,7 @@ def test_auto(capabilities: Capabilities, infos: list[linkrx.BackendInfo], ladde
 
 
 def test_it_explains_itself() -> None:
-    """There is one line per backend: chosen, accepted but not best, or refused and why."""
+    """explain() has one line per backend: chosen, accepted, or refused with the reason."""
     assert decide(TAP, ALL, Options()).explain().splitlines() == [
         "packet_mmap  refused   packet_mmap puts a ring on AF_PACKET sockets only, and the source is a TAP queue on tap0",
         "recvmmsg     refused   recvmmsg reads sockets only, and the source is a TAP queue on tap0",
@@ -95,7 +95,7 @@ def test_it_explains_itself() -> None:
 
 
 def test_a_named_backend_is_that_one() -> None:
-    """A name that can is chosen, has nothing to fall back to, and the others say that they were not named."""
+    """A named backend that accepts the source is chosen, without a fallback, and the others have the verdict that they were not named."""
     choice = decide(DATAGRAM, ALL, Options(), "os_readv")
     assert choice.ladder == ("os_readv",)
     assert [(v.backend, v.outcome) for v in choice.verdicts] == [
@@ -131,14 +131,14 @@ def test_a_named_backend_is_that_one() -> None:
 def test_a_named_backend_that_cannot(
     capabilities: Capabilities, infos: list[linkrx.BackendInfo], name: str, error: type[Exception], said: str
 ) -> None:
-    """A name that cannot is an error that says why, never another backend."""
+    """A named backend that refuses the source raises an error with the reason. No other backend is taken."""
     with pytest.raises(error, match=said):
         decide(capabilities, infos, Options(), name)
 
 
 @pytest.mark.parametrize("option", ["timestamps", "outgoing"])
 def test_options_nobody_honours(option: str) -> None:
-    """An option that no backend can honour is refused with every backend's reason, named or auto."""
+    """An option that no backend can honour is refused with each backend's reason, for a named backend and for auto."""
     infos = [info(Readv), info(OsReadv)]
     wanted: Any = {option: True}
     with pytest.raises(
@@ -150,14 +150,14 @@ def test_options_nobody_honours(option: str) -> None:
 
 
 def test_auto_passes_over_what_cannot_honour_an_option() -> None:
-    """With an option set, only backends that honour it are on the ladder."""
+    """The ladder only has backends that honour all given options."""
     choice = decide(PACKET, ALL, Options(timestamps=True))
     assert choice.ladder == ("packet_mmap", "recvmmsg")
     assert "readv cannot honour timestamps=True" in choice.explain()
 
 
 def test_avoid() -> None:
-    """Avoided names are refused under auto; one that does not exist is avoided already."""
+    """Avoided backends are refused for auto. An unknown name in LINKRX_AVOID has no effect."""
     choice = decide(DATAGRAM, ALL, Options(), avoid=["recvmmsg"])
     assert choice.ladder == ("readv", "os_readv")
     assert choice.verdicts[1].reason == "LINKRX_AVOID names it"
@@ -167,7 +167,7 @@ def test_avoid() -> None:
 
 
 def test_demotion() -> None:
-    """A demoted choice moves one step down the ladder and keeps the reason."""
+    """A demoted choice is the next backend of the ladder, and has the reason."""
     choice = decide(DATAGRAM, ALL, Options()).demoted("the kernel said no")
     assert choice.ladder == ("readv", "os_readv")
     assert [(v.backend, v.outcome) for v in choice.verdicts] == [
@@ -182,7 +182,7 @@ def test_demotion() -> None:
 def test_the_environment(
     datagram: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """LINKRX_BACKEND replaces "auto" but no name; LINKRX_AVOID narrows "auto", and warns of what does not exist."""
+    """LINKRX_BACKEND replaces "auto", but no named backend. LINKRX_AVOID narrows "auto", and an unknown name logs a warning."""
     supported = that_take("unix_dgram")
     monkeypatch.setenv("LINKRX_BACKEND", "os_readv")
     with linkrx.open(datagram) as rx:
@@ -209,7 +209,7 @@ def test_the_environment(
 
 
 def test_backends_are_listed() -> None:
-    """linkrx.backends() names every backend, best first, and says why one is not supported."""
+    """linkrx.backends() lists every backend, best first, with the reason if one is not supported."""
     found = linkrx.backends()
     assert [one.rank for one in found] == sorted((one.rank for one in found), reverse=True)
     assert all((one.reason is None) == one.supported for one in found)
@@ -217,7 +217,7 @@ def test_backends_are_listed() -> None:
 
 
 def outcome(call: Callable[..., linkrx.Choice | linkrx.Dispatcher], *arguments: Any, **options: Any) -> Any:
-    """The choice that comes of a call, or the type and text of its error."""
+    """The choice of a call, or the type and text of its error."""
     try:
         made = call(*arguments, **options)
     except (linkrx.LinkrxError, TypeError, ValueError) as error:
@@ -245,7 +245,7 @@ def outcome(call: Callable[..., linkrx.Choice | linkrx.Dispatcher], *arguments: 
     ],
 )
 def test_choose_says_what_open_does(datagram: socket.socket, options: dict[str, Any]) -> None:
-    """linkrx.choose gives the choice or the error of linkrx.open, whatever the options."""
+    """linkrx.choose gives the same choice or error as linkrx.open, for any options."""
     assert outcome(linkrx.choose, datagram, **options) == outcome(linkrx.open, datagram, **options)
 
 
@@ -257,14 +257,14 @@ def test_choose_says_what_open_does(datagram: socket.socket, options: dict[str, 
 def test_choose_says_it_of_an_interface(
     options: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it does of an interface, under the environment's say."""
+    """For an interface, with environment variables, linkrx.choose gives the same choice or error as linkrx.open."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with veth() as (near, _):
         assert outcome(linkrx.choose, near, **options) == outcome(linkrx.open, near, **options)
 
 
-# What PySys_Audit says of the sockets that are made.
+# The audit events of sockets.
 _made: list[int] | None = None
 
 
@@ -289,7 +289,7 @@ sys.addaudithook(_audit)
     ],
 )
 def test_open_opens_nothing_that_it_cannot_use(options: dict[str, Any]) -> None:
-    """What linkrx.open refuses, it refuses before it opens a packet socket."""
+    """If linkrx.open refuses, it does so before it opens a packet socket."""
     global _made
     _made = []
     try:
@@ -304,7 +304,7 @@ def test_open_opens_nothing_that_it_cannot_use(options: dict[str, Any]) -> None:
 
 
 def test_choose_reads_nothing_and_changes_nothing(datagram: socket.socket) -> None:
-    """After choose the source has its packet, its flags and its buffer still."""
+    """choose receives no packet, and does not change the source's flags and buffer."""
     before = settings_of(datagram.fileno())
     linkrx.choose(datagram, receive_buffer=100_000)
     assert settings_of(datagram.fileno()) == before

@@ -1,4 +1,4 @@
-"""The house: rooms stand on floors, imports point down, no file imports itself in a circle, and only C and the core say cffi."""
+"""The structure of the package: imports point down from floor to floor and have no circles, and only the core uses cffi."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import linkrx
 
 PACKAGE = Path(linkrx.__file__).parent
 
-# Floor by floor, lowest first. A room is a folder of linkrx/ or a file beside these.
+# The floors, lowest first. A room is a folder of linkrx/, or a file at its top.
 FLOORS = (
     {"errors", "kernel", "_core"},
     {"memory", "packets", "sources"},
@@ -29,7 +29,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Names that say nothing about what a file holds.
+# File names without a subject.
 VAGUE = {"utils", "util", "common", "helpers", "base", "types", "misc"}
 
 MODULES = house.modules(PACKAGE)
@@ -37,7 +37,7 @@ ARROWS = house.imports(MODULES)
 
 
 def test_every_room_has_a_floor() -> None:
-    """Each folder and file of linkrx/ is on one floor, and no file has a name that says nothing."""
+    """Each folder and file of linkrx/ is on one floor, and no file has a name without a subject."""
     assert {room(module) for module in MODULES if len(module) > 1} <= set(FLOOR_OF)
     assert not {path.stem for path in MODULES.values()} & VAGUE
 
@@ -105,7 +105,7 @@ def test_the_package_shows_its_public_names() -> None:
 
 
 def test_no_test_imports_another() -> None:
-    """What tests share is in tests/support/."""
+    """No test imports from another test, only from tests/support/."""
     for path in Path(__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -114,7 +114,7 @@ def test_no_test_imports_another() -> None:
 
 
 def test_one_core_for_all_versions_of_python() -> None:
-    """No format with a "#": what the headers of CPython 3.13 compile of that, 3.11 refuses. And None is referred to, see types.h."""
+    """The C types use no "#" in formats, which CPython 3.11 refuses if compiled with headers of 3.13, and redefine each Py_RETURN_* macro that they use (types.h)."""
     sources = {path.name: path.read_text() for path in (PACKAGE / "_core" / "types").glob("*.[ch]")}
     assert [name for name, text in sources.items() if re.search(r'"[^"\n]*[ysz]#[^"\n]*"', text)] == []
     redefined = set(

@@ -1,4 +1,4 @@
-"""What the README and the files of docs/ say: their programs run as they stand there, and their links lead somewhere."""
+"""The programs in the README and docs/ run unchanged, and their links have targets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
 from linkrx.testing.waiting import patiently
 
-# Programs that begin with a title have a test of their own: below, and those of docs/testing.md in testing/test_plugin.py.
+# Programs with a title have their own test: below, or in testing/test_plugin.py for docs/testing.md.
 TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 TITLES |= {"A first test", "A network", "Conformance", "Rigs"}
 TITLES |= {"Keep what is wanted", "Record and read"}
@@ -44,7 +44,7 @@ def test_the_readme_is_short() -> None:
 
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process, killed where the test fails: else the end of this would wait for it for ever."""
+    """A process, which is killed at the end, because a failing test would otherwise wait for it for ever."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         try:
             yield process
@@ -53,7 +53,7 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
 
 
 def anchors(document: Path) -> set[str]:
-    """What a link to a heading of a document may say behind the #, as GitHub makes it of the heading."""
+    """The anchors of a document's headings, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -61,7 +61,7 @@ def anchors(document: Path) -> set[str]:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_links(document: Path) -> None:
-    """Each relative link is to a file that is there, and to a heading that it has."""
+    """Each relative link leads to an existing file, and to an existing heading."""
     for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
         if not link.startswith("https://"):
             path, _, anchor = link.partition("#")
@@ -71,7 +71,7 @@ def test_links(document: Path) -> None:
 
 
 def test_the_failure_matrix_names_what_there_is() -> None:
-    """Each test that tests/README.md names is in the file that it links to."""
+    """Each test in tests/README.md is in the file of its link."""
     named = re.findall(r"\[`(test_\w+)`\]\(([\w./]+\.py)\)", (TESTS / "README.md").read_text())
     assert len(named) > 80
     for name, file in named:
@@ -85,14 +85,14 @@ def test_every_document_is_found() -> None:
 
 
 def test_every_program_is_run() -> None:
-    """A program has a title that is tested here, or begins without one and receives on "eth0"."""
+    """Each program has a title that is tested here, or has no title and is run by test_the_other_programs."""
     titles = [re.match(r'"""(.*)\."""\n', program) for program in programs()]
     assert sorted(found[1] for found in titles if found) == sorted(TITLES)
 
 
 @pytest.mark.usefixtures("devices")
 def test_the_ten_line_program() -> None:
-    """The program of the README has ten lines, and receives ten packets from an interface and ends."""
+    """The program of the README has ten lines, receives ten packets from an interface, and ends."""
     (program,) = programs(README)
     assert len(program.splitlines()) == 10
     with veth() as (near, far), injector_on(far) as injector:
@@ -102,7 +102,7 @@ def test_the_ten_line_program() -> None:
             env={**os.environ, "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
         ) as process:
             assert process.stdout is not None
-            # It explains the choice once it receives; only then is anything sent.
+            # It prints the choice after open, so frames are sent only then.
             explained = [process.stdout.readline() for _ in linkrx.backends()]
             for number in range(10):
                 injector.send(LOCAL + REMOTE + b"\x08\x00" + bytes(50 + number))
@@ -117,7 +117,7 @@ def test_the_ten_line_program() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_the_other_programs() -> None:
-    """Every other program runs to its end on an interface that frames come in on."""
+    """Every other program runs to its end on an interface that receives frames."""
     others = [program for program in programs(*DOCUMENTS[1:]) if not program.startswith('"""')]
     assert others
     with veth() as (near, far), injector_on(far) as injector:
@@ -143,7 +143,7 @@ def example(title: str, near: str) -> list[str]:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.skipif(_core.reason is not None, reason=f"capture files take the C core: {_core.reason}")
 def test_recording(tmp_path: Path) -> None:
-    """The first program of capture-files.md records ten packets and reads them, and the second keeps those of ARP."""
+    """The first program of capture-files.md records ten packets and reads them, and the second records the ARP packets of them."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -172,14 +172,14 @@ def udp_packet(source: int, destination: int, body: bytes) -> bytes:
 
 
 def dhcp(op: int, address: str) -> bytes:
-    """What a client asks (1) or a server answers (2): RFC 2131."""
+    """A DHCP message of a client (op 1) or of a server (op 2): RFC 2131."""
     head = struct.pack("!4B3I", op, 1, 6, 0, 1, 0, 0) + socket.inet_aton(address)
     return (head.ljust(28, b"\0") + REMOTE).ljust(300, b"\0")
 
 
 @pytest.mark.usefixtures("devices")
 def test_the_dhcp_watcher() -> None:
-    """It prints who asks and who gets what, and nothing of other packets."""
+    """The DHCP watcher prints requests and assigned addresses, and nothing for other packets."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -190,7 +190,7 @@ def test_the_dhcp_watcher() -> None:
         reader, lines = process.stdout, []
         with selectors.DefaultSelector() as selector:
             selector.register(reader, selectors.EVENT_READ)
-            while not selector.select(0.01):  # until it receives
+            while not selector.select(0.01):  # until the program receives
                 assert process.poll() is None
                 injector.send(asks)
         injector.send(udp_packet(53, 53, bytes(300)))
@@ -207,13 +207,13 @@ def test_the_dhcp_watcher() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_fanout() -> None:
-    """Each packet goes to one of the two processes, and both get some."""
+    """In the fanout program each packet goes to one of the two processes, and both get some."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
         started(
             example("Fanout", near),
-            env={**os.environ, "PYTHONUNBUFFERED": ""},  # else two processes mix within a line
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # else lines of the two processes mix
         ) as process,
     ):
         assert process.stdout is not None
@@ -230,7 +230,7 @@ def test_fanout() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_fanout_ends_on_a_busy_network() -> None:
-    """Both processes end while packets never stop, where an idle time alone would never be over."""
+    """Both processes of the fanout program end under load, although the idle time never passes."""
     with veth() as (near, far), injector_on(far) as injector:
         command = example("Fanout", near)
         assert command[-1].count("time.monotonic() + 10") == 1
@@ -247,7 +247,7 @@ def test_fanout_ends_on_a_busy_network() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_super_packets() -> None:
-    """It prints what was agreed to, and the frames that a super-packet stands for."""
+    """The super-packets program prints the accepted offloads, and the frames of a super-packet."""
     (program,) = [program for program in programs() if program.startswith('"""Super-packets."""')]
     case = Super(payload=4000, size=1448)
     with started([sys.executable, "-c", program]) as process:
@@ -260,7 +260,7 @@ def test_super_packets() -> None:
             sender.send(case.vnet() + case.frame())
         lines = process.stdout.read().splitlines()
         assert process.wait(30) == 0
-    # The kernel may send packets of its own, to find neighbours: shorter ones.
+    # The kernel may send shorter packets, for neighbour discovery.
     words = [line.split() for line in lines]
     assert sum(int(line[0]) for line in words) >= 3
     assert max(int(line[3]) for line in words) == len(case.frames()[0]) == 1502
@@ -268,7 +268,7 @@ def test_super_packets() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_ctrl_c() -> None:
-    """A handler that calls stop() makes Ctrl-C an end, without a traceback."""
+    """With a handler that calls stop(), Ctrl-C ends the program without a traceback."""
     with (
         veth() as (near, far),
         injector_on(far) as injector,
@@ -277,7 +277,7 @@ def test_ctrl_c() -> None:
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            while not selector.select(0.01):  # until it receives
+            while not selector.select(0.01):  # until the program receives
                 assert process.poll() is None
                 injector.send(LOCAL + REMOTE + b"\x08\x00" + bytes(50))
         process.send_signal(signal.SIGINT)
@@ -289,7 +289,7 @@ def test_ctrl_c() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_the_host() -> None:
-    """The program has thirty lines, answers ARP and ping, and prints what it has answered."""
+    """The host has at most thirty lines, answers ARP and ping, and prints the answered packets."""
     (program,) = [program for program in programs() if program.startswith('"""A host."""')]
     assert sum(bool(line.strip()) for line in program.splitlines()) <= 30
     with (
@@ -324,7 +324,7 @@ def test_the_host() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_the_tunnel() -> None:
-    """Packets of the device go to the peer, what comes from there goes to the device, and Ctrl-C ends both."""
+    """The tunnel sends packets of the device to the peer, and the peer's packets to the device, and Ctrl-C ends it."""
     (program,) = [program for program in programs() if program.startswith('"""A tunnel."""')]
     packet = udp_packet(1, 2, b"through the tunnel")[14:]
     with (

@@ -1,4 +1,4 @@
-"""The test session itself: its counts add up over processes, and it leaves nothing behind, however it ends."""
+"""The test session itself: its counts add up over processes, and it leaves nothing, also if it is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SESSION = 3  # proc(5): the field of /proc/PID/stat, counted from the state
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """pytest in two processes and the one that leads them, in a session of their own."""
+    """Start pytest with two workers, in a new session."""
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *arguments],
         cwd=HERE.parent,
@@ -48,7 +48,7 @@ def members(session: int) -> list[int]:
 
 
 def test_counts_add_up() -> None:
-    """The summary counts the cells of all processes: as many as passed."""
+    """The summary counts the conformance cells of all processes, as many as tests passed."""
     cells = str(HERE / "backends" / "test_conformance.py")
     with start(cells, "-k", "os_readv-udp or os_readv-pipe") as session:
         output, _ = session.communicate(timeout=300)
@@ -70,7 +70,7 @@ def test_counts_add_up() -> None:
     ids=["ctrl_c", "interrupted", "terminated", "killed"],
 )
 def test_nothing_is_left(end: Callable[[int], None]) -> None:
-    """A session that is ended amid its tests leaves no process, and so no network namespace and no device."""
+    """A session that is interrupted or killed leaves no process, and so no network namespace and no device."""
     with ExitStack() as stack:
         session = stack.enter_context(
             start(str(HERE / "backends" / "test_conformance.py"), str(HERE / "test_without_core.py"))

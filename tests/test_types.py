@@ -1,4 +1,4 @@
-"""What users write passes their type checkers, and the public names are these."""
+"""Type checkers accept users' programs, and the list of public names is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linkrx import _core
 
 HERE = Path(__file__).parent
 
-# What nobody but linkrx makes: its constructor is not for users.
+# Types that only linkrx makes. Their constructors are not public.
 MADE_BY_LINKRX = {
     "BackendInfo",
     "Batch",
@@ -30,7 +30,7 @@ MADE_BY_LINKRX = {
     "Stats",
     "Verdict",
 }
-# Classes in these are for authors of backends, who import from there.
+# Modules for authors of backends, which export their own classes.
 FOR_AUTHORS = {"linkrx.backend"}
 
 # Each line must be refused by every checker.
@@ -48,7 +48,7 @@ MISTAKES = [
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with every program of the documents, the client, and a file of mistakes from its second line on."""
+    """A folder with every program of the documents, the client, and a file that has a mistake in each line after the first."""
     for number, program in enumerate(documents.programs()):
         (tmp_path / f"document_{number}.py").write_text(program)
     (tmp_path / "client.py").write_text((HERE / "support" / "client.py").read_text())
@@ -58,7 +58,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, *command: str) -> set[tuple[str, int]]:
-    """File and line of each error that a type checker finds."""
+    """The file and line of each error of a type checker."""
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -72,19 +72,19 @@ EXPECTED = {("mistakes.py", line) for line in range(2, 2 + len(MISTAKES))}
 
 
 def test_mypy(programs: Path) -> None:
-    """mypy --strict accepts what is right, and refuses each mistake."""
+    """mypy --strict accepts the programs, and reports each mistake."""
     files = sorted(path.name for path in programs.glob("*.py"))
     assert refused(programs, "mypy", "--strict", "--config-file=", "--no-pretty", *files) == EXPECTED
 
 
 def test_pyright(programs: Path) -> None:
-    """So does pyright, with its strict rules."""
+    """pyright with its strict rules accepts the programs, and reports each mistake."""
     assert refused(programs, "basedpyright", "--pythonpath", sys.executable) == EXPECTED
 
 
 @pytest.mark.skipif(_core.types is None, reason=f"of the types in C: {_core.reason}")
 def test_the_stub_of_the_types(tmp_path: Path) -> None:
-    """What the stub of the types in C says is what the module has."""
+    """The stub of the types in C matches the module."""
     allowed = tmp_path / "allowed.txt"
     # Buffers of C types have this method from Python 3.12 on (PEP 688).
     allowed.write_text(r"linkrx\._core\._types\.\w+\.__buffer__" * (sys.version_info < (3, 12)))
@@ -99,7 +99,7 @@ def test_the_stub_of_the_types(tmp_path: Path) -> None:
 
 
 def test_the_public_list() -> None:
-    """The client uses each name of linkrx.__all__, in which there is no other, and every name is there."""
+    """linkrx.__all__ has exactly the names that the client uses, and each of them exists."""
     used = set(re.findall(r"\blinkrx\.(\w+)", (HERE / "support" / "client.py").read_text()))
     assert used == set(linkrx.__all__)
     assert sorted(linkrx.__all__) == list(dict.fromkeys(sorted(linkrx.__all__)))
@@ -110,7 +110,7 @@ def test_the_public_list() -> None:
 
 
 def test_names_are_imported_when_they_are_used() -> None:
-    """`import linkrx` imports nothing else of it, and a room of the same name never takes the place of a function."""
+    """`import linkrx` imports no other module of it, and a room of the same name does not replace a function."""
     program = (
         "import sys, linkrx\n"
         "assert [name for name in sys.modules if name.startswith('linkrx')] == ['linkrx']\n"
@@ -129,7 +129,7 @@ def test_names_are_imported_when_they_are_used() -> None:
 
 
 def shown(name: str) -> Iterator[tuple[str, Any]]:
-    """Every annotation that the public name shows, with where it stands."""
+    """Every annotation of a public name, with its position."""
     thing = getattr(linkrx, name)
     exported = {one: getattr(linkrx, one) for one in linkrx.__all__}
     names = {**vars(builtins), **exported}  # some modules import only for type checkers
@@ -150,7 +150,7 @@ def shown(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def classes(hint: Any) -> Iterator[type]:
-    """Every class in a type."""
+    """The classes in a type."""
     if isinstance(hint, list | tuple):
         for part in hint:
             yield from classes(part)

@@ -1,4 +1,4 @@
-"""The contract once more with the compiled core switched off: everything works on os_readv, and says what is missing."""
+"""linkrx without the compiled core: the contract holds on os_readv, and errors say what is missing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import linkrx
 
 HERE = Path(__file__).parent
 
-# What Python does with a module that is None in sys.modules: importing it raises ImportError.
+# Importing a module that is None in sys.modules raises ImportError.
 SWITCH_OFF = "import sys; sys.modules['linkrx._core._native'] = None; "
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program without the core. One that hangs is ended by its own guard, which each test in it has to itself."""
+    """Run a program without the core. Each test in it has its own guard against hanging."""
     faulthandler.cancel_dump_traceback_later()
     return subprocess.run(
         [sys.executable, "-c", SWITCH_OFF + program, *arguments],
@@ -34,7 +34,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# How a device's deletion is noticed has nothing to do with the core, and one source of each kind stands for its variants.
+# The deletion of a device is noticed without the core, and one source of each kind is enough.
 VARIANTS = (
     "seqpacket",
     "dgram_ip",
@@ -72,7 +72,7 @@ def test_the_contract_holds(names: list[str]) -> None:
         "-p",
         "no:cacheprovider",
         "-n",
-        "0",  # another process would have the core
+        "0",  # a worker process would use the core
         *([] if thorough() else ["-k", PART]),
         *(str(HERE / name) for name in names),
     )
@@ -84,7 +84,7 @@ def test_the_contract_holds(names: list[str]) -> None:
 
 
 def test_every_other_backend_says_why_it_is_missing() -> None:
-    """Without the core only os_readv is supported, and the others give a sentence with what to type."""
+    """Without the core only os_readv is supported, and the others give a reason that says what to type."""
     result = run(
         "import linkrx\n"
         "for info in linkrx.backends(): print(info.name, info.supported, info.reason)\n"
@@ -100,7 +100,7 @@ def test_every_other_backend_says_why_it_is_missing() -> None:
 
 
 def test_a_python_without_rwf_nowait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Python was built with headers that lack RWF_NOWAIT, os_readv polls, and a blocking source blocks nobody."""
+    """If Python was built with headers without RWF_NOWAIT, os_readv polls before it reads, and does not block on a blocking source."""
     monkeypatch.delattr(os, "RWF_NOWAIT")
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, backend="os_readv") as rx:

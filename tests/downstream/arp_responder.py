@@ -1,4 +1,4 @@
-"""A toy: a host that exists only in Python, and answers ARP requests for its address on a TAP device.
+"""A small host in Python, which answers ARP requests for its address on a TAP device.
 
 python arp_responder.py tap0 10.0.0.2
 """
@@ -17,14 +17,14 @@ FIXED = (1, 0x0800, 6, 4)
 
 
 class Responder:
-    """Answers for one IPv4 address on one TAP queue, until it is stopped."""
+    """Answers ARP requests for one IPv4 address on one TAP queue, until it is stopped."""
 
     def __init__(self, queue: linkrx.TunTap, address: str) -> None:
         self._address = socket.inet_aton(address)
         self._rx = linkrx.open(queue, self._deliver)
 
     def run(self) -> None:
-        """Until `stop`, which any thread may call."""
+        """Answer until `stop`, which any thread may call."""
         with self._rx:
             self._rx.run()
 

@@ -1,1 +1,1 @@
-"""Fuzzing of the C core: one harness for each of its files, and the inputs that reached everything they reach."""
+"""Fuzzing of the C core: one harness for each file, and the inputs that together have its full coverage."""

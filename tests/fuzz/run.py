@@ -1,7 +1,7 @@
-"""Fuzz one file of the C core: `python tests/fuzz/run.py classify --seconds 60`. Needs clang with libFuzzer.
+"""Fuzzes one file of the C core: `python tests/fuzz/run.py classify --seconds 60`. It needs clang with libFuzzer.
 
-The inputs in NAME.hex, one a line in hexadecimal, are where it starts from. With `--keep` those that together reach
-what all inputs reached are written back there. A line with a comment found a defect once, and stays.
+It starts from the inputs in NAME.hex, one per line in hexadecimal. With `--keep` it writes back a set of inputs with the same
+coverage as all inputs. A line with a comment once found a defect, and is kept.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ NAMES = ("bpf", "capture_file", "classify", "packet_mmap", "readv", "recvmmsg", 
 SANITIZERS = "address,undefined"
 FLAGS = ("-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all")
 
-# What a corpus may take: read in a sitting, replayed in a second.
+# The limit of a corpus, so that it can be read, and replayed in a second.
 LINES = 60
 CHARACTERS = 20_000
 INPUT_BYTES = 600
 
 
 def compiled(compiler: str, name: str, folder: Path, *, sanitizers: str, core: Path = CORE) -> Path:
-    """The harness of that name, built in `folder`; with `fuzzer` among the sanitizers libFuzzer is its main."""
+    """Build the harness of that name in `folder`. With `fuzzer` among the sanitizers, libFuzzer provides main()."""
     program = folder / name
     sources = [HERE / f"{name}.c"] + ([] if "fuzzer" in sanitizers else [HERE / "replay.c"])
     if name != "bpf":
         sources += [core / f"{filters}.c" for filters in ("bpf", "bpf_check", "bpf_loads")]
         if name != "classify":
-            sources.append(core / "classify.c")  # what a fill ends with
+            sources.append(core / "classify.c")  # a fill ends with classification
     subprocess.run(
         [compiler, *FLAGS, f"-fsanitize={sanitizers}", f"-I{core}", *map(str, sources), "-o", str(program)],
         check=True,
@@ -47,7 +47,7 @@ def lines_of(name: str) -> list[str]:
 
 
 def write_seeds(name: str, folder: Path) -> list[Path]:
-    """A file for each line of a corpus."""
+    """Write a file for each line of a corpus."""
     folder.mkdir()
     paths = []
     for number, line in enumerate(lines_of(name), 1):
@@ -57,14 +57,14 @@ def write_seeds(name: str, folder: Path) -> list[Path]:
 
 
 def merged(program: Path, into: Path, counters: int, *folders: Path) -> list[bytes]:
-    """The inputs that together reach all that was reached; with `counters` also all how often it was."""
+    """The inputs that together have the full coverage. With `counters`, also the same execution counts."""
     into.mkdir()
     subprocess.run([program, "-merge=1", f"-use_counters={counters}", into, *folders], check=True)
     return sorted((path.read_bytes() for path in into.iterdir()), key=lambda data: (len(data), data))
 
 
 def keep(name: str, needed: list[bytes], wanted: list[bytes]) -> None:
-    """Write a corpus anew: what found a defect, what is needed, and as much of what is wanted as it may take."""
+    """Write a corpus: inputs that found a defect, inputs that coverage needs, and further inputs up to the limit."""
     lines = [line for line in lines_of(name) if "#" in line]
     spare = max(0, LINES - len(lines) - len(needed))
     lines += [data.hex() for data in needed + wanted[:: len(wanted) // (spare + 1) + 1] if data]
@@ -75,7 +75,7 @@ def keep(name: str, needed: list[bytes], wanted: list[bytes]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, fuzz, and say where the input lies that failed."""
+    """Build, fuzz, and print the path of an input that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seconds", type=int, default=60)

@@ -1,4 +1,4 @@
-"""Frames that are longer than 64 KiB: TCP over IPv6 on a veth pair whose gso_max_size allows them."""
+"""Frames longer than 64 KiB: TCP over IPv6 on a veth pair whose gso_max_size allows them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from linkrx.testing.waiting import PATIENCE, running, until
 pytestmark = pytest.mark.usefixtures("devices")
 
 GSO_MAX_SIZE = 200_000
-SOURCE_TEXTS_LARGEST = 65_664  # what the source text's ladder holds
+SOURCE_TEXTS_LARGEST = 65_664  # the sum of the source text's ladder
 STREAM = random.Random(6).randbytes(8_000_000)
 
 ETHERTYPE_IPV6 = 0x86DD
@@ -30,21 +30,21 @@ SYN = 0x02
 
 
 def give_address(name: str) -> None:
-    """Switch IPv6 on, which makes a link-local address, without waiting for others to object to it."""
+    """Switch IPv6 on, which makes a link-local address, without duplicate address detection."""
     settings = Path("/proc/sys/net/ipv6/conf", name)
     (settings / "accept_dad").write_text("0")
     (settings / "disable_ipv6").write_text("0")
 
 
 def link_local(name: str) -> str:
-    """The address that the kernel gives the interface, once it is this host's."""
+    """The link-local address of the interface, when the kernel accepts packets for it."""
 
     def found() -> list[str]:
         lines = Path("/proc/thread-self/net/if_inet6").read_text().splitlines()
         return [line.split()[0] for line in lines if line.startswith("fe80") and line.split()[-1] == name]
 
-    # It has one when link_watch has seen the carrier, and that is local when a worker of the kernel's has found that nobody is to
-    # be asked.
+    # The interface has an address when link_watch has seen the carrier. The address becomes local when a worker of the kernel has
+    # skipped duplicate address detection.
     until(found)
     (digits,) = found()
     until(partial(local_route, digits, name))
@@ -63,7 +63,7 @@ def tcp_of(packet: linkrx.Packet) -> bytes | None:
 
 @pytest.mark.parametrize("backend", that_take("packet"))
 def test_big_tcp_frames_are_whole(backend: str) -> None:
-    """IPv6 BIG TCP frames above 65,664 bytes come uncut, with every byte that the sender wrote."""
+    """IPv6 BIG TCP frames above 65,664 bytes are received whole, with every byte that the sender wrote."""
     namespace = new_network()
     with veth() as (near, far):
         for device in (Device(near, far), Device(far, near)):
@@ -110,7 +110,8 @@ def test_big_tcp_frames_are_whole(backend: str) -> None:
             if body:
                 assert body == STREAM[at : at + len(body)]
                 seen.update(range(at // 1000, -(-(at + len(body)) // 1000)))
-    # Every thousand bytes of it: segments follow one another. Who gets no turn for a while has no more room: that is counted.
+    # Compare every thousand bytes, because segments are contiguous. A receiver that does not run for a while has no more room, and
+    # then the kernel counts drops.
     assert len(seen) == len(STREAM) // 1000 or dropped
 
 

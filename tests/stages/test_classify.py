@@ -1,4 +1,4 @@
-"""Which received frames are packets: the rules one by one, and C against Python on anything at all."""
+"""Classification: the rules one by one, and C against Python on random frames."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def core_classifier(
     interface: int = 0,
     filter: Filter | None = None,
 ) -> Classify:
-    """lrx_classify(), as the receiver in C calls it."""
+    """Call lrx_classify() as the receiver in C does."""
     described = _core.new(
         "struct lrx_classifier *",
         descriptors=descriptors.address(),
@@ -94,7 +94,7 @@ ROOM = 4096  # bytes for the frames of one receive, the table behind them
 
 @dataclass(frozen=True)
 class Received:
-    """What a backend reports of one packet, and the bytes it put into memory."""
+    """One packet of a backend: its row, and its bytes in memory."""
 
     data: bytes
     wire_length: int = 0
@@ -110,7 +110,7 @@ class Received:
 
 @dataclass
 class Outcome:
-    """What classification left behind."""
+    """The result of classification."""
 
     count: int
     table: Table
@@ -118,12 +118,12 @@ class Outcome:
     frames: list[bytes] = field(default_factory=list)
 
     def counted(self) -> dict[int, int]:
-        """The slots that are not zero."""
+        """The counters that are not zero."""
         return {slot: number for slot, number in enumerate(self.counters) if number}
 
 
 def run(make: Make, framing: Framing, packets: Sequence[Received], interface: int = 0) -> Outcome:
-    """Lay the packets out as a backend does, and classify them."""
+    """Write the packets into memory as a backend does, and classify them."""
     descriptors = Descriptors(len(packets) + 3)
     arena = Owner(2 * ROOM)
     cursor = 0
@@ -179,7 +179,7 @@ def test_ethernet_frame(make: Make) -> None:
 @both
 @pytest.mark.parametrize("length", range(1, 14))
 def test_runt(make: Make, length: int) -> None:
-    """A frame shorter than its link header is counted, skipped, and costs neither neighbour."""
+    """A frame shorter than its link header is counted and skipped, and its neighbours are delivered."""
     good = [Received(frame(1537)), Received(frame(1538))]
     got = run(make, ETHERNET, [good[0], Received(b"\x42" * length), good[1]])
     assert list(got.table.protocols) == [1537, 1538]
@@ -190,7 +190,7 @@ def test_runt(make: Make, length: int) -> None:
 @both
 @pytest.mark.parametrize("framing", [ETHERNET, BARE, Framing(True, 10), Framing(False, 0, True)])
 def test_length_zero(make: Make, framing: Framing) -> None:
-    """A packet of no bytes is empty, with or without headers in front, and no runt."""
+    """A packet of no bytes counts as empty, with or without headers in front, and not as a runt."""
     assert run(make, framing, [Received(b"")]).counted() == {EMPTY: 1}
 
 
@@ -205,7 +205,7 @@ def test_link_header_alone_is_a_packet(make: Make) -> None:
 @both
 @pytest.mark.parametrize("version", range(16))
 def test_ip_version_tells_the_protocol(make: Make, version: int) -> None:
-    """Without a link header version 4 is 0x0800 and 6 is 0x86DD; any other is counted and skipped."""
+    """Without a link header, IP version 4 gives 0x0800 and 6 gives 0x86DD. Other versions are counted and skipped."""
     known = {4: 0x0800, 6: 0x86DD}
     data = bytes([version << 4 | 5]) + b"rest"
     got = run(make, BARE, [Received(b"\x45"), Received(data), Received(b"\x60")])
@@ -218,7 +218,7 @@ def test_ip_version_tells_the_protocol(make: Make, version: int) -> None:
 @both
 @pytest.mark.parametrize("field", [0, 46, 1500, 1535, 1536, 0x0800, 0xFFFF])
 def test_length_field_is_handed_over(make: Make, field: int) -> None:
-    """The type field is the protocol as it stands, also when it is an 802.3 length."""
+    """The protocol is the type field, also if it is an 802.3 length."""
     assert list(run(make, ETHERNET, [Received(frame(field))]).table.protocols) == [field]
 
 
@@ -226,7 +226,7 @@ def test_length_field_is_handed_over(make: Make, field: int) -> None:
 @pytest.mark.parametrize("size", [10, 12, 24])
 @pytest.mark.parametrize("framing", [ETHERNET, BARE])
 def test_virtio_net_header_alone(make: Make, size: int, framing: Framing) -> None:
-    """A length up to the header's is an empty packet; one byte more is a frame of one byte."""
+    """A message that is not longer than its virtio-net header counts as empty. With one byte more it is a frame of one byte."""
     with_header = Framing(framing.ethernet, size)
     for n in (1, size - 1, size):
         assert run(make, with_header, [Received(b"\x45" * n)]).counted() == {EMPTY: 1}
@@ -236,7 +236,7 @@ def test_virtio_net_header_alone(make: Make, size: int, framing: Framing) -> Non
 
 @both
 def test_prefix_is_stripped(make: Make) -> None:
-    """Packet information comes first, then the virtio-net header, then the frame; lengths are the frame's."""
+    """Packet information is first, then the virtio-net header, then the frame. Lengths are the frame's."""
     framing = Framing(True, 12, True)
     got = run(make, framing, [Received(WHOLE + b"v" * 12 + frame(), 4 + 12 + len(frame()))])
     assert got.frames == [frame()]
@@ -247,7 +247,7 @@ def test_prefix_is_stripped(make: Make) -> None:
 
 @both
 def test_stripped_packet_information_says_truncated(make: Make) -> None:
-    """TUN_PKT_STRIP in the packet information flags the packet and is counted; its absence is not."""
+    """TUN_PKT_STRIP in the packet information flags the packet as truncated, which is counted."""
     framing = Framing(True, 0, True)
     got = run(make, framing, [Received(STRIPPED + frame()), Received(WHOLE + frame())])
     assert list(got.table.flags) == [Flags.TRUNCATED, 0]
@@ -257,7 +257,7 @@ def test_stripped_packet_information_says_truncated(make: Make) -> None:
 @both
 @pytest.mark.parametrize("flags", [0x0002, 0x0100, 0xFFFE])
 def test_other_packet_information_flags(make: Make, flags: int) -> None:
-    """No bit of the packet information but TUN_PKT_STRIP means truncation."""
+    """Only TUN_PKT_STRIP in the packet information means truncation."""
     got = run(make, Framing(True, 0, True), [Received(struct.pack("=HH", flags, 0) + frame())])
     assert list(got.table.flags) == [0]
 
@@ -272,7 +272,7 @@ def test_no_packet_information_no_strip(make: Make) -> None:
 
 @both
 def test_wire_length(make: Make) -> None:
-    """A wire length beyond the length says truncated; none, or one below, means as long as the length."""
+    """A wire length above the length flags truncation. A wire length of 0, or below the length, becomes the length."""
     size = len(frame())
     got = run(make, ETHERNET, [Received(frame(), wire) for wire in (0, size - 1, size, size + 1, 9000)])
     assert list(got.table.wire_lengths) == [size, size, size, size + 1, 9000]
@@ -282,14 +282,14 @@ def test_wire_length(make: Make) -> None:
 
 @both
 def test_wire_length_of_a_prefixed_frame(make: Make) -> None:
-    """The prefix counts in what the kernel tells, and not in what the packet says."""
+    """The kernel's wire length includes the prefix, and the packet's does not."""
     got = run(make, Framing(True, 10), [Received(b"v" * 10 + frame(), 1010)])
     assert list(got.table.wire_lengths) == [1000]
 
 
 @both
 def test_truncated_counts_among_all(make: Make) -> None:
-    """A cut packet is counted as such once, also when it is a runt or of unknown protocol."""
+    """A cut packet is counted as truncated once, also if it is a runt or of unknown protocol."""
     assert run(make, ETHERNET, [Received(b"short", 100)]).counted() == {RUNTS: 1, CUT: 1}
     assert run(make, BARE, [Received(b"\0", 100)]).counted() == {UNKNOWN_PROTOCOL: 1, CUT: 1}
     flagged = Received(frame(), 100, Flags.TRUNCATED)
@@ -298,7 +298,7 @@ def test_truncated_counts_among_all(make: Make) -> None:
 
 @both
 def test_metadata_goes_with_its_packet(make: Make) -> None:
-    """Timestamp, flags and VLAN tag stay with their packet when ones before it are left out."""
+    """Timestamp, flags and VLAN tag stay with their packet if earlier packets are skipped."""
     flags = Flags.VLAN | Flags.TIMESTAMP | Flags.OUTGOING | Flags.CHECKSUM_UNFINISHED
     whole = Received(frame(), 0, int(flags), -(2**63), 0x2005, 0x88A8)
     got = run(make, ETHERNET, [Received(b""), Received(b"runt", 0, 1, 7, 8, 9), whole])
@@ -310,7 +310,7 @@ def test_metadata_goes_with_its_packet(make: Make) -> None:
 
 @both
 def test_interface(make: Make) -> None:
-    """A packet's interface is the one that the backend tells; where it tells none, the source's."""
+    """A packet's interface is the one that the backend reports, or else the source's."""
     packets = [Received(frame(), interface=interface) for interface in (0, 7, 2**32 - 1)]
     assert list(run(make, ETHERNET, packets).table.interfaces) == [0, 7, 2**32 - 1]
     assert list(run(make, ETHERNET, packets, interface=3).table.interfaces) == [3, 7, 2**32 - 1]
@@ -319,7 +319,7 @@ def test_interface(make: Make) -> None:
 @both
 @pytest.mark.parametrize("framing", [ETHERNET, BARE, Framing(True, 10, True)])
 def test_malformed_rows_are_counted_and_not_read(make: Make, framing: Framing) -> None:
-    """A row with MALFORMED is one malformed packet whatever its length, and cut if it says so; it never flags a packet."""
+    """A row with MALFORMED counts as one malformed packet of any length, also as cut if flagged. No delivered packet has the flag."""
     whole = Received(bytes(framing.prefix) + (frame() if framing.ethernet else b"\x45"))
     bad = [Received(b"", 0, MALFORMED), Received(STRIPPED, 9000, MALFORMED)]
     got = run(make, framing, [whole, *bad, Received(b"", 0, MALFORMED | Flags.TRUNCATED), whole])
@@ -330,14 +330,14 @@ def test_malformed_rows_are_counted_and_not_read(make: Make, framing: Framing) -
 
 @both
 def test_nothing_but_bad_packets(make: Make) -> None:
-    """A receive that held no packet leaves an empty table and says so."""
+    """A receive without valid packets leaves an empty table."""
     got = run(make, ETHERNET, [Received(b""), Received(b"runt")])
     assert (got.count, got.frames) == (0, [])
 
 
 @both
 def test_counters_add_up(make: Make) -> None:
-    """The counters of one receive are added to those of the ones before."""
+    """The counts of one receive are added to those of earlier receives."""
     descriptors, counters, arena = Descriptors(1), new_counters(), Owner(ROOM)
     one = make(descriptors, BARE, counters)
     arena.view[arena.cursor] = 0x45
@@ -350,27 +350,27 @@ def test_counters_add_up(make: Make) -> None:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Where a packet lies, wherever that is, and what is said of it."""
+    """A row with any position and metadata."""
 
     start: int
     length: int
-    edge: int | None  # so many bytes behind the prefix instead, so that limits are not rare
+    edge: int | None  # a length relative to the prefix instead, so that limits are not rare
     wire_length: int
     flags: int
     timestamp: int
     vlan_tci: int
     vlan_tpid: int
     interface: int
-    inner_type: int | None  # written where the type behind an inner VLAN tag would stand
-    first_byte: int | None  # written where the frame starts, so that known versions are not rare
+    inner_type: int | None  # written to the offset of the type behind an inner VLAN tag
+    first_byte: int | None  # written to the start of the frame, so that known versions are not rare
     protocol: int
     link_type: int
     address: int
     address_length: int
-    tun_pi_flags: int | None  # written where packet information would stand
+    tun_pi_flags: int | None  # written to the offset of packet information
 
 
-MEMORY = 1280  # frames may lie, and overlap, anywhere in it
+MEMORY = 1280  # frames may be, and overlap, anywhere in it
 
 uint16 = st.integers(0, 0xFFFF)
 descriptor_of_anything = st.builds(
@@ -433,7 +433,7 @@ def test_c_and_python_agree(
     filters: bool,
     tags: bool,
 ) -> None:
-    """Both leave the same memory, table and all, the same counters and header behind."""
+    """C and Python leave the same memory, table, counters and report."""
     memory = random.Random(seed).randbytes(MEMORY)
     program = Maker(seed, 100, ANYWHERE, headers=(bpf.NET_OFF, bpf.LL_OFF)).program() if filters else []
     rule = Filter(program, tags)
@@ -472,7 +472,7 @@ def test_c_and_python_agree(
         left.append((bytes(arena.view), list(counters), bytes(descriptors.report)))
     of_python, of_c = left
     assert of_python == of_c
-    # Every packet was counted exactly once, as one thing or another.
+    # Every packet was counted exactly once.
     slots = of_c[1]
     kinds = (PACKETS, RUNTS, EMPTY, UNKNOWN_PROTOCOL, COUNT_MALFORMED, FILTERED)
     assert sum(slots[slot] - counted for slot in kinds) == len(packets)

@@ -1,4 +1,4 @@
-"""A TCP connection of the kernel's, streamed through a TAP into linkrx: cut by the kernel, cut by linkrx, and whole."""
+"""A TCP connection from the kernel through a TAP to linkrx: segmented by the kernel, segmented by linkrx, and whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTES = 3_000_000
 
 
 def checksums_are_right(frame: bytes, version: int) -> bool:
-    """Of IPv4 and of TCP: the sum of what carries its own checksum is 0xffff."""
+    """Whether the checksums of IPv4 and TCP are correct: data with its checksum has the sum 0xffff."""
     ip, tcp = frame[ETH_HEADER_BYTES:][: IP_BYTES[version]], frame[ETH_HEADER_BYTES + IP_BYTES[version] :]
     addresses = ip[12:20] if version == 4 else ip[8:40]
     length = int.from_bytes(ip[2:4], "big") - len(ip) if version == 4 else int.from_bytes(ip[4:6], "big")
@@ -33,8 +33,9 @@ def checksums_are_right(frame: bytes, version: int) -> bool:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_byte_of_a_stream(mode: str, version: int, timestamps: bool) -> None:
-    """All bytes come in order, every checksum is right or said to be unfinished, and with offloads the
-    kernel sent super-packets.
+    """All bytes are received in order, and every checksum is correct or marked as unfinished.
+
+    With offloads the kernel sent super-packets.
     """
     seen: Counter[str] = Counter()
     at = ETH_HEADER_BYTES + PROTOCOL_AT[version]
@@ -54,7 +55,7 @@ def test_every_byte_of_a_stream(mode: str, version: int, timestamps: bool) -> No
             if sink.finished:
                 break
         stats = rx.stats()
-    # Not `repeated`: the kernel sends the last segment once more when nobody looked at it for a while (RFC 8985, 7).
+    # `repeated` may be more than 0: the kernel sends the last segment again without an acknowledgement (RFC 8985, 7).
     assert (sink.received, sink.finished, sink.ahead) == (BYTES, True, 0)
     assert (stats.malformed, stats.truncated, stats.kernel_drops) == (0, 0, 0)
     if mode == "whole":
@@ -67,7 +68,7 @@ def test_every_byte_of_a_stream(mode: str, version: int, timestamps: bool) -> No
 
 
 def test_a_wrong_byte_is_seen() -> None:
-    """The sink tells a byte that is not the one that was sent, and the check one that is not what was summed."""
+    """The sink detects a wrong byte of the stream, and the checksum check detects a changed byte."""
     with stream("kernel", 4, 1000) as (rx, sink):
         right = sink.pattern
         for batch in rx.batches(PATIENCE):

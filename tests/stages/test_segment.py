@@ -1,4 +1,4 @@
-"""Splitting super-packets, and finishing checksums: the rules one by one."""
+"""Segmentation of super-packets, and finishing of checksums: the rules one by one."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ every_kind = pytest.mark.parametrize("case", EVERY_KIND, ids=["tcp4", "udp4", "t
 
 
 def row(case: Super, **changes: int) -> Row:
-    """A super-packet as it is taken, with changes to its virtio-net header."""
+    """The row of a super-packet, with changes to its virtio-net header."""
     return Row(case.vnet(**changes) + case.frame())
 
 
 def whole(*frames: bytes) -> list[Row]:
-    """Frames as they are given: with a virtio-net header that asks for nothing."""
+    """The expected rows of frames, with virtio-net headers of zeroes."""
     return [Row(bytes(VNET) + frame) for frame in frames]
 
 
 BAD = Row(b"", MALFORMED)
-# A frame that nothing is to be done to.
+# A frame that needs no segmentation and no checksum.
 OTHER = Row(bytes(VNET) + Super(payload=10, size=0).frames()[0])
 
 
 @both
 @every_kind
 def test_split(make: Make, case: Super) -> None:
-    """The frames are those of a sender who segments by itself."""
+    """The frames are those of a sender that segments itself."""
     assert Bench(make, PLAIN).all([row(case)]) == whole(*case.frames())
 
 
@@ -74,14 +74,14 @@ def test_split(make: Make, case: Super) -> None:
 @every_kind
 @pytest.mark.parametrize("hint", [0, 1, 14, 3000, 0xFFFF])
 def test_hdr_len_is_not_trusted(make: Make, case: Super, hint: int) -> None:
-    """Whatever hdr_len says, the frames are the same."""
+    """The frames are the same for any hdr_len."""
     assert Bench(make, PLAIN).all([row(case, hdr_len=hint)]) == whole(*case.frames())
 
 
 @both
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_byte_order(make: Make, order: str) -> None:
-    """The numbers of the virtio-net header are read in the order that the framing tells."""
+    """The virtio-net header is read in the byte order of the framing."""
     framing = Framing(True, VNET, vnet_little_endian=order == "<")
     case = EVERY_KIND[0]
     assert Bench(make, framing).all([Row(case.vnet(order) + case.frame())]) == whole(*case.frames())
@@ -91,7 +91,7 @@ def test_byte_order(make: Make, order: str) -> None:
 @pytest.mark.parametrize("size", [10, 11, 12, 24, 4096])
 @pytest.mark.parametrize("information", [b"", WHOLE])
 def test_prefix(make: Make, size: int, information: bytes) -> None:
-    """Every segment has the packet information, and a virtio-net header of zeroes as long as the one that was taken."""
+    """Every segment has the packet information, and a virtio-net header of zeroes with the same length."""
     case = EVERY_KIND[1]
     framing = Framing(True, size, packet_info=bool(information))
     taken = Row(information + case.vnet() + b"\xee" * (size - VNET) + case.frame())
@@ -101,7 +101,7 @@ def test_prefix(make: Make, size: int, information: bytes) -> None:
 
 @both
 def test_metadata_goes_with_every_segment(make: Make) -> None:
-    """Timestamp, VLAN tag and flags are those of the super-packet, but no checksum is unfinished any more."""
+    """Every segment has the timestamp, VLAN tag and flags of the super-packet, but no unfinished checksum."""
     case = EVERY_KIND[0]
     flags = VLAN | TIMESTAMP
     data = row(case).data
@@ -113,7 +113,7 @@ def test_metadata_goes_with_every_segment(make: Make) -> None:
 @both
 @pytest.mark.parametrize("version", [4, 6])
 def test_udp_checksum_of_zero(make: Make, version: int) -> None:
-    """In UDP a sum of zero is written as 0xffff, in TCP as it is; a finished packet never has zero."""
+    """A checksum of zero becomes 0xffff in UDP and stays zero in TCP segments. A finished packet never has zero."""
     for protocol, split in ((TCP, b"\0\0"), (UDP, b"\xff\xff")):
         for size, checksum in ((1400, split), (0, b"\xff\xff")):
             case = Super(version, protocol, 1400 + 100 if size else 100, size)
@@ -130,7 +130,7 @@ def test_udp_checksum_of_zero(make: Make, version: int) -> None:
 @both
 @pytest.mark.parametrize("ecn", [False, True])
 def test_flags_of_the_edges(make: Make, ecn: bool) -> None:
-    """CWR is on the first segment only, FIN and PSH on the last only, the others on all."""
+    """CWR is set on the first segment only, FIN and PSH on the last only, and the other flags on all."""
     case = Super(flags=ACK | FIN | PSH | CWR | ECE, ecn=ecn)
     given = Bench(make, PLAIN).all([row(case)])
     flags = [one.data[VNET + case.transport + 13] for one in given]
@@ -140,7 +140,7 @@ def test_flags_of_the_edges(make: Make, ecn: bool) -> None:
 @both
 @pytest.mark.parametrize("dont_fragment", [False, True])
 def test_identification_counts(make: Make, dont_fragment: bool) -> None:
-    """Every segment has an IPv4 identification of its own, over the wrap."""
+    """The IPv4 identification increases with every segment, and wraps."""
     case = Super(4, TCP, 5000, 1448, identification=0xFFFE, dont_fragment=dont_fragment)
     given = Bench(make, PLAIN).all([row(case)])
     assert [one.data[VNET + 18 : VNET + 20] for one in given] == [b"\xff\xfe", b"\xff\xff", b"\0\0", b"\0\1"]
@@ -150,7 +150,7 @@ def test_identification_counts(make: Make, dont_fragment: bool) -> None:
 @every_kind
 @pytest.mark.parametrize("payload", [0, 1, 22, 100])
 def test_checksum_is_finished(make: Make, case: Super, payload: int) -> None:
-    """A packet that only needs its checksum gets it, also one of 64 bytes, and its header says so."""
+    """A packet that only needs its checksum gets it, also one of 64 bytes, and its virtio-net header is zeroed."""
     case = replace(case, payload=payload, size=0)
     taken = Row(case.vnet() + case.frame(), CHECKSUM_UNFINISHED | VLAN, 4711, 0, 3)
     taken = replace(taken, wire_length=len(taken.data))
@@ -161,7 +161,7 @@ def test_checksum_is_finished(make: Make, case: Super, payload: int) -> None:
 @both
 @every_kind
 def test_one_segment_is_a_packet(make: Make, case: Super) -> None:
-    """What is called a super-packet, but has not more than one segment, gets its checksum and is left as it is."""
+    """A packet marked as super-packet with only one segment gets its checksum, and is otherwise unchanged."""
     case = replace(case, payload=1448)
     whole_one = replace(case, size=0)
     for size in (1448, 1449, 0xFFFF):
@@ -176,14 +176,14 @@ def test_one_segment_is_a_packet(make: Make, case: Super) -> None:
 @both
 @pytest.mark.parametrize("version", [4, 6])
 def test_tcp_without_a_pseudo_header(make: Make, version: int) -> None:
-    """Without NEEDS_CSUM the checksums of TCP segments are made from the addresses."""
+    """Without NEEDS_CSUM the checksums of TCP segments are computed with the pseudo-header."""
     case = Super(version)
     assert Bench(make, PLAIN).all([row(case, flags=0, csum_start=0)]) == whole(*case.frames())
 
 
 @both
 def test_the_rest_is_copied(make: Make) -> None:
-    """Packets that ask for nothing, or are no longer than the headers in front, come out as they went in."""
+    """Packets that need nothing, or are not longer than their prefix, are copied unchanged."""
     rows = [
         OTHER,
         Row(bytes(VNET) + b"x"),
@@ -198,7 +198,7 @@ def test_the_rest_is_copied(make: Make) -> None:
 @both
 @pytest.mark.parametrize("how", ["flag", "wire length", "packet information"])
 def test_truncated(make: Make, how: str) -> None:
-    """A cut packet keeps its unfinished checksum, and a cut super-packet is malformed, and said to be cut."""
+    """A cut packet keeps its unfinished checksum. A cut super-packet is malformed and flagged as cut."""
     framing = Framing(True, VNET, packet_info=True)
     head = STRIPPED if how == "packet information" else WHOLE
     for case in (Super(payload=500, size=0), Super(payload=5000)):
@@ -241,7 +241,7 @@ MALFORMATIONS: dict[str, Row] = {
 @both
 @pytest.mark.parametrize("name", MALFORMATIONS)
 def test_malformed(make: Make, name: str) -> None:
-    """What cannot be split or finished is a row of its own that describes nothing, and costs neither neighbour."""
+    """A packet that cannot be split or finished gives one malformed row, and its neighbours are not affected."""
     good = EVERY_KIND[3]
     given = Bench(make, PLAIN).all([row(good), MALFORMATIONS[name], OTHER])
     assert given == [*whole(*good.frames()), BAD, OTHER]
@@ -249,12 +249,12 @@ def test_malformed(make: Make, name: str) -> None:
 
 @both
 def test_limits(make: Make) -> None:
-    """A segment may be as long as IP allows, and a checksum the last of a frame."""
+    """A segment can be as long as IP allows, and a checksum can be the last bytes of a frame."""
     case = Super(payload=65_496, size=65_495)
     assert Bench(make, PLAIN).all([row(case)]) == whole(*case.frames())
     data = row(Super(payload=10, size=0), csum_start=54, csum_offset=8).data
     (given,) = Bench(make, PLAIN).all([Row(data)])
-    # What stands in the field is in the sum.
+    # The sum includes the contents of the checksum field.
     checksum = 0xFFFF ^ ones_complement(data[VNET + 54 :])
     assert given == Row(bytes(VNET) + data[VNET:-2] + checksum.to_bytes(2, "big"))
 
@@ -275,7 +275,7 @@ def test_cut_anywhere_in_the_headers(make: Make, case: Super) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 @pytest.mark.parametrize("room", [1600, 3100, 10_000, 200_000])
 def test_carry_over(make: Make, rows: int, room: int) -> None:
-    """A super-packet that rows or room do not suffice for goes on in the next call; nothing is lost or twice."""
+    """A super-packet that does not fit into the rows or the room continues in the next call, without losing or repeating a frame."""
     first, second = Super(payload=30_000), Super(6, UDP, payload=9000, size=1400)
     expected = [*whole(*first.frames()), OTHER, *whole(*second.frames()), BAD, OTHER]
     taken = [row(first), OTHER, row(second), MALFORMATIONS["UFO"], OTHER]
@@ -284,7 +284,7 @@ def test_carry_over(make: Make, rows: int, room: int) -> None:
 
 @both
 def test_waiting(make: Make) -> None:
-    """Rows wait until all of their frames are out."""
+    """`waiting` is true until all frames of the rows are given."""
     bench = Bench(make, PLAIN, 2)
     assert bench.segmenter.waiting == 0
     bench.take([row(Super(payload=5000)), OTHER])  # four segments
@@ -297,7 +297,7 @@ def test_waiting(make: Make) -> None:
 
 @both
 def test_no_room(make: Make) -> None:
-    """With less room than the next frame takes nothing is given, and nothing is lost; aligned room counts."""
+    """With less aligned room than the next frame needs, no row is given, and none is lost."""
     bench = Bench(make, PLAIN)
     rows = [OTHER, OTHER]
     bench.take(rows)
@@ -312,7 +312,7 @@ def test_no_room(make: Make) -> None:
 
 @both
 def test_error_follows_the_packets(make: Make) -> None:
-    """The errno of a receive comes with the last of its packets, not before; so it does without any packet."""
+    """The errno of a receive is reported with the last of its packets, or without packets."""
     bench = Bench(make, PLAIN, 2)
     bench.take([row(Super(payload=5000))], receives=9, error=77)
     bench.give(100_000)
@@ -324,12 +324,12 @@ def test_error_follows_the_packets(make: Make) -> None:
     assert (bench.given.report.error, bench.taken.report.error) == (9, 0)
     bench.take([OTHER])
     bench.give(100_000)
-    assert bench.given.report.error == 9  # until somebody acts upon it
+    assert bench.given.report.error == 9  # until it is handled
 
 
 @both
 def test_receives_are_counted_once(make: Make) -> None:
-    """How many calls took is told with the first of the packets."""
+    """The number of receives is reported once, with the first packets."""
     bench = Bench(make, PLAIN, 2)
     bench.take([row(Super(payload=5000))], receives=9)
     seen = []
@@ -340,16 +340,16 @@ def test_receives_are_counted_once(make: Make) -> None:
 
 
 def test_which_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segmenter is C's with the compiled core, Python's without."""
+    """The segmenter is in C with the compiled core, and in Python without."""
     made = [segment.segmenter(Descriptors(1), Descriptors(1), PLAIN)] if _core.lib else []
     monkeypatch.setattr(_core, "lib", None)
     made.append(segment.segmenter(Descriptors(1), Descriptors(1), PLAIN))
     assert [type(one) for one in made] == [segment.CSegmenter, segment.PythonSegmenter][-len(made) :]
 
 
-@pytest.mark.only(3, 11)  # by whose instructions the interruptions come
+@pytest.mark.only(3, 11)  # the interruptions depend on its instructions
 def test_interrupted() -> None:
-    """A signal handler that raises anywhere in the Python segmenter costs no frame, and gives none twice."""
+    """A signal handler that raises anywhere in the Python segmenter loses and repeats no frame."""
     case = Super(payload=5000)
     bench = Bench(segment.PythonSegmenter, PLAIN, 2)
     for events in range(1000):
@@ -363,7 +363,7 @@ def test_interrupted() -> None:
             interrupted = True
             if (
                 not bench.given.report.count
-            ):  # what was taken is whole, and the next pass goes on in the same place
+            ):  # the rows are whole, and the next pass continues at the same place
                 assert bytes(bench.taken.memory) == before
                 bench.segmenter.segment(bench.staging, bench.arena, 100_000)
         else:

@@ -1,4 +1,4 @@
-"""The kernel segments the same super-packets, and every frame of its and of ours is the same, byte for byte."""
+"""The kernel and linkrx segment the same super-packets into the same frames, byte for byte."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LONGEST = 200_000
 
 @contextmanager
 def two_queues(mode: str) -> Iterator[tuple[Queue, Queue]]:
-    """Of a device whose reader takes super-packets, and of one for whose reader the kernel segments."""
+    """A queue with super-packets, and one for which the kernel segments."""
     queues: list[Queue] = []
     try:
         for offload in (True, False):
@@ -51,7 +51,7 @@ def two_queues(mode: str) -> Iterator[tuple[Queue, Queue]]:
 
 
 def check(mode: str, cases: list[Super]) -> None:
-    """Three ways to the same frames: the kernel's, ours of what was injected, and ours of what arrived whole."""
+    """Assert that the kernel's frames equal linkrx's frames of the injected and of the received super-packet."""
     framing = Framing(mode == "tap", VNET_HEADER_BYTES)
     benches = [Bench(make, framing, 256) for make in MAKES]
     with two_queues(mode) as (whole, cut):
@@ -77,7 +77,7 @@ NOPS = b"\x01"
 TIMESTAMP = b"\x01\x01\x08\x0a" + bytes(range(8))
 PADDING = b"\x01\x04" + bytes(4)  # PadN: six bytes of an extension header
 HOP_BY_HOP, ROUTING, DESTINATION = 0, 43, 60
-ROUTE = b"\x04\x00" + bytes(4)  # of type 4, no segments left
+ROUTE = b"\x04\x00" + bytes(4)  # type 4, no segments left
 EXTENSIONS = (
     (),
     ((HOP_BY_HOP, PADDING),),
@@ -87,17 +87,17 @@ EXTENSIONS = (
 
 
 def size_for(mtu: int, case: Super) -> int:
-    """The payload of one segment on a link with that MTU."""
+    """The payload of one segment on a link with this MTU."""
     return mtu - (case.headers - len(case.link))
 
 
 def most_of(case: Super) -> int:
-    """The most payload that IP's 65,535 bytes allow."""
+    """The largest payload within IP's 65,535 bytes."""
     return 65_535 - (case.headers - len(case.link)) + (40 if case.version == 6 else 0)
 
 
 def sizes_of(case: Super) -> Iterator[Super]:
-    """A case with every MTU, and with payloads about the edges."""
+    """A case with every MTU, and payloads around the limits."""
     for mtu in (576, 1280, 1500, 9000):
         size = size_for(mtu, case)
         most = min(most_of(case), 128 * size if case.protocol == UDP else 70_000)
@@ -110,7 +110,7 @@ def sizes_of(case: Super) -> Iterator[Super]:
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_sizes(mode: str, protocol: int, version: int) -> None:
-    """For MTUs from 576 to 9,000 and payloads from one byte more than a segment to the most."""
+    """The frames are the same for MTUs from 576 to 9,000, and payloads from one byte more than a segment to the maximum."""
     options = TIMESTAMP if protocol == TCP else b""
     base = Super(version, protocol, ethernet=mode == "tap", tcp_options=options)
     check(mode, list(sizes_of(base)))
@@ -118,7 +118,7 @@ def test_sizes(mode: str, protocol: int, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_tiny_segments(version: int) -> None:
-    """Hundreds and thousands of segments of a few bytes."""
+    """The frames are the same for hundreds and thousands of segments of a few bytes."""
     cases = [Super(version, TCP, payload, size) for size in (8, 9, 88) for payload in (size + 1, 999, 20_000)]
     cases += [Super(version, UDP, payload, size) for size in (1, 8, 9) for payload in (size + 1, 128 * size)]
     check("tap", [*cases, Super(version, TCP, 65_000, 8)])
@@ -127,7 +127,7 @@ def test_tiny_segments(version: int) -> None:
 @pytest.mark.parametrize("ecn", [False, True])
 @pytest.mark.parametrize("version", [4, 6])
 def test_tcp_flags(version: int, ecn: bool) -> None:
-    """FIN and PSH, CWR with and without the ECN bit, and the flags that every segment keeps."""
+    """The frames are the same with FIN and PSH, CWR with and without the ECN bit, and other flags."""
     flags = (0, ACK, ACK | PSH, ACK | FIN, ACK | FIN | PSH, ACK | URG, ACK | CWR, ACK | CWR | ECE, 0xFF)
     sequences = (0, 0xFFFFFFFF - 1448, 0xFFFFF800)
     cases = [
@@ -139,7 +139,7 @@ def test_tcp_flags(version: int, ecn: bool) -> None:
 
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 def test_ipv4_headers(protocol: int) -> None:
-    """Options of IPv4, the identification with its wrap, with and without DF."""
+    """The frames are the same with IPv4 options, identifications that wrap, with and without DF."""
     cases = [
         Super(4, protocol, 9000, 1400, ip_options=NOPS * n, identification=number, dont_fragment=df)
         for n, number, df in itertools.product((0, 4, 40), (0, 0xFFFD, 0xFFFF), (False, True))
@@ -149,7 +149,7 @@ def test_ipv4_headers(protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 def test_ipv6_extension_headers(protocol: int) -> None:
-    """Hop-by-hop, routing and destination headers in front of the transport's."""
+    """The frames are the same with hop-by-hop, routing and destination headers."""
     cases = [
         Super(6, protocol, payload, 1200, extensions=headers)
         for headers, payload in itertools.product(EXTENSIONS, (1201, 5000, 60_000))
@@ -162,14 +162,14 @@ def test_ipv6_extension_headers(protocol: int) -> None:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 def test_vlan_tags(protocol: int, version: int, tags: tuple[int, ...]) -> None:
-    """One tag or two in the frame, of 802.1Q and 802.1ad."""
+    """The frames are the same with one or two tags of 802.1Q and 802.1ad."""
     base = Super(version, protocol, 9000, 1400, tags=tags)
     check("tap", [base, Super(version, protocol, 300, 0, tags=tags), *list(sizes_of(base))[::5]])
 
 
 @pytest.mark.parametrize("n", range(0, 44, 4))
 def test_tcp_options(n: int) -> None:
-    """TCP headers of every length."""
+    """The frames are the same with TCP headers of every length."""
     cases = [Super(version, TCP, 5000, 1400, tcp_options=NOPS * n) for version in (4, 6)]
     check("tap", cases)
 
@@ -178,7 +178,7 @@ def test_tcp_options(n: int) -> None:
 @pytest.mark.parametrize("protocol", [TCP, UDP])
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_plain_packets(mode: str, protocol: int, version: int) -> None:
-    """Packets that only want their checksum, also of 64 bytes, and with a checksum of zero."""
+    """The frames are the same for packets that only need their checksum, also of 64 bytes, and with a checksum of zero."""
     cases = [
         Super(version, protocol, payload, 0, ethernet=mode == "tap")
         for payload in (0, 1, 2, 3, 10, 22, 100, 101, 1000, 1400)
@@ -187,7 +187,7 @@ def test_plain_packets(mode: str, protocol: int, version: int) -> None:
 
 
 def with_checksum_zero(case: Super) -> Super:
-    """The same with a first word of payload that makes the last frame's sum zero."""
+    """The case with a first word of payload that makes the last frame's checksum zero."""
     at = (case.payload - 1) // case.size * case.size if case.is_super else 0
     zeroed = replace(case, data=case.data[:at] + bytes(2) + case.data[at + 2 :])
     last = zeroed.frames()[-1]
@@ -199,14 +199,14 @@ def with_checksum_zero(case: Super) -> Super:
 @pytest.mark.parametrize("payload", [65_468, 65_469, 65_495, 65_496, 66_000, 150_000])
 @pytest.mark.parametrize("version", [4, 6])
 def test_big_tcp(version: int, payload: int) -> None:
-    """TCP of more than IP's 65,535 bytes, in IPv6 with the jumbo option, which no segment has, and without."""
+    """The frames are the same for TCP of more than 65,535 bytes over IPv6, with and without the jumbo option, which segments lack."""
     base = Super(version, TCP, payload, 1400, data=NOISE * 3)
     check("tap", [base, replace(base, size=9000), *([replace(base, jumbo=True)] if version == 6 else [])])
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_checksum_of_zero_in_a_segment(version: int) -> None:
-    """A segment's sum of zero is 0xffff in UDP, and zero in TCP."""
+    """A segment's checksum of zero is 0xffff in UDP, and zero in TCP."""
     cases = [with_checksum_zero(Super(version, protocol, 4000, 1400)) for protocol in (TCP, UDP)]
     for case, checksum in zip(cases, (b"\x00\x00", b"\xff\xff"), strict=True):
         place = case.transport + case.checksum_offset
@@ -216,7 +216,7 @@ def test_checksum_of_zero_in_a_segment(version: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_anything(seed: int) -> None:
-    """Any mixture of all of these."""
+    """The frames are the same for random mixtures of these properties."""
     dice = random.Random(seed)
     cases = []
     for _ in range(40):
@@ -245,7 +245,7 @@ def test_anything(seed: int) -> None:
 
 
 def lie(dice: random.Random) -> tuple[bytes, bytes]:
-    """A virtio-net header and a frame, of which one or both may say what is not so."""
+    """A virtio-net header and a frame, of which one or both may have wrong fields."""
     version, protocol = dice.choice((4, 6)), dice.choice((TCP, UDP))
     case = Super(
         version,
@@ -276,7 +276,7 @@ def lie(dice: random.Random) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_lies(seed: int) -> None:
-    """Of what is described falsely the kernel makes nothing, or we do, or both make the same frames."""
+    """For a wrong virtio-net header, the kernel or linkrx refuses the packet, or both give the same frames."""
     dice = random.Random(seed)
     benches = [Bench(make, Framing(True, VNET_HEADER_BYTES), 256) for make in MAKES]
     with closing(Queue("tap", offload=False)) as queue:

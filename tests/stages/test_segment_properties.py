@@ -1,4 +1,4 @@
-"""Splitting super-packets: C against Python on anything at all, and both against frames that were built field by field."""
+"""Segmentation of super-packets: C against Python on random input, and both against frames that were built field by field."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ lies = st.fixed_dictionaries(
 
 @st.composite
 def rows_of_anything(draw: st.DrawFn, framing: Framing) -> Row:
-    """A super-packet that may be cut, overwritten, and described falsely; or bytes that are none."""
+    """A super-packet that may be cut, overwritten, or have a wrong header, or random bytes."""
     case = replace(draw(supers), ethernet=framing.ethernet)
     order = "<" if framing.vnet_little_endian else ">"
     vnet = case.vnet(order, **draw(st.one_of(st.just({}), lies))) + bytes(
@@ -89,7 +89,7 @@ framings = st.builds(
 @settings(max_examples=400, deadline=None)
 @given(st.data(), framings, st.integers(1, 6), st.randoms(use_true_random=False))
 def test_c_and_python_agree(data: st.DataObject, framing: Framing, rows: int, dice: random.Random) -> None:
-    """Call by call both leave the same memory, descriptors and counts behind, until all is given."""
+    """In each call C and Python leave the same memory, descriptors and counts, until all rows are given."""
     taken = data.draw(st.lists(rows_of_anything(framing), max_size=4))
     benches = [Bench(make, framing, rows, n) for n, make in enumerate(MAKES)]
     for bench in benches:
@@ -117,7 +117,7 @@ def test_c_and_python_agree(data: st.DataObject, framing: Framing, rows: int, di
     )
 )
 def test_super_packets_of_every_kind(make: Make, cases: list[Super]) -> None:
-    """Whatever their headers hold, the frames are those that were built field by field."""
+    """For any headers, the frames equal those that were built field by field."""
     cases = [replace(case, ecn=case.ecn and case.protocol == TCP) for case in cases]
     blank = bytes(VNET_HEADER_BYTES)
     expected = [Row(blank + frame) for case in cases for frame in case.frames()]

@@ -1,4 +1,4 @@
-"""What the sockets of this host send as super-packets comes out as frames that a receiver would take."""
+"""Super-packets that sockets of this host send become valid frames."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MSS = 1300
 
 
 class SenderQueue(Queue):
-    """Of a device with addresses: what its sockets send is ours, what finds neighbours and groups is not."""
+    """The queue of a device with addresses. Packets of neighbour discovery and group membership are skipped."""
 
     def ours(self, frame: bytes) -> bool:
         ip = frame[14:] if self.mode == "tap" else frame
@@ -55,7 +55,7 @@ class SenderQueue(Queue):
 
 @contextmanager
 def connected(mode: str, *, offload: bool) -> Iterator[Queue]:
-    """A queue whose device has the addresses of SOURCES, and knows where those of TARGETS are."""
+    """A queue whose device has the addresses of SOURCES, and permanent neighbours for those of TARGETS."""
     from pyroute2 import IPRoute
 
     queue = SenderQueue(mode, offload=offload)
@@ -75,7 +75,7 @@ def connected(mode: str, *, offload: bool) -> Iterator[Queue]:
                     route.neigh(
                         "replace", ifindex=device.index, dst=peer, lladdr=LOCAL.hex(":"), state="permanent"
                     )
-        # Local are the IPv6 addresses only when a worker of the kernel's has found that nobody is to be asked.
+        # The IPv6 addresses become local when a worker of the kernel has skipped duplicate address detection.
         address = SOURCES[6].hex()
         until(lambda: local_route(address, queue.tap.name))
         yield queue
@@ -84,7 +84,7 @@ def connected(mode: str, *, offload: bool) -> Iterator[Queue]:
 
 
 def frames_of(queue: Queue, taken: list[bytes]) -> list[bytes]:
-    """The frames that were read, split by both, if they were read with a virtio-net header."""
+    """The frames of a queue. With a virtio-net header they are split by C and by Python."""
     if not queue.prefix:
         return taken
     framing = Framing(queue.mode == "tap", VNET_HEADER_BYTES)
@@ -98,7 +98,7 @@ def frames_of(queue: Queue, taken: list[bytes]) -> list[bytes]:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_udp_segment(mode: str, version: int, size: int) -> None:
-    """Datagrams that a socket sends with UDP_SEGMENT are those that the kernel makes for a device without offloads."""
+    """Datagrams that a socket sends with UDP_SEGMENT equal those that the kernel makes for a device without offloads."""
     sent = []
     for offload in (True, False):
         with (
@@ -123,7 +123,7 @@ def test_udp_segment(mode: str, version: int, size: int) -> None:
 
 
 class Connection:
-    """The far end of a TCP connection, played by hand over a queue."""
+    """The far end of a TCP connection, implemented over a queue."""
 
     def __init__(self, queue: Queue, version: int) -> None:
         self.queue, self.version = queue, version
@@ -135,7 +135,7 @@ class Connection:
         self.ports = (0, 0)
 
     def segments(self) -> Iterator[bytes]:
-        """TCP segments that come from the kernel, their checksums verified."""
+        """TCP segments from the kernel, with verified checksums."""
         poll = select.poll()
         poll.register(self.queue.tap.fileno(), select.POLLIN)
         while True:
@@ -180,7 +180,7 @@ class Connection:
         os.write(self.queue.tap.fileno(), bytes(self.queue.prefix) + link[: self.link] + ip + l4)
 
     def receive(self, sender: socket.socket, stream: bytes) -> None:
-        """Accept the connection that `sender` has asked for, have it send `stream`, and take that as it comes."""
+        """Accept the connection of `sender`, let it send `stream`, and return the received stream."""
         sent = False
         for l4 in self.segments():
             source, target, number = struct.unpack_from("!HHI", l4)
@@ -189,8 +189,8 @@ class Connection:
                 self.first = number + 1
                 self.answer(SYN | ACK, 1000, self.first, struct.pack("!BBHBBBB", 2, 4, MSS, 1, 3, 3, 7))
                 sender.settimeout(PATIENCE_MS / 1000)
-                if not sent:  # the kernel asks again where it is not answered within a second
-                    sender.sendall(stream)  # no more than its buffer holds
+                if not sent:  # the kernel repeats a SYN that is not answered within a second
+                    sender.sendall(stream)  # fits into its buffer
                     sent = True
                 continue
             body = l4[(l4[12] >> 4) * 4 :]
@@ -206,11 +206,11 @@ class Connection:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_tcp(mode: str, version: int) -> None:
-    """A stream that a socket sends comes whole, in super-packets, and every segment of it has its checksums right."""
+    """A stream that a socket sends is received whole, in super-packets, and every segment has correct checksums."""
     stream = NOISE[:60_000]
     with connected(mode, offload=True) as queue, socket.socket(FAMILIES[version]) as sender:
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)
-        # Closed with a reset: what it has left to say is not for the tests behind this one.
+        # Close with a reset, so that no more of its packets reach later tests.
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sender.setblocking(False)
         sender.bind((socket.inet_ntop(FAMILIES[version], SOURCES[version]), 0))

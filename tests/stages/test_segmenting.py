@@ -1,4 +1,4 @@
-"""`segment=True`, from the source to the packet: every backend, and every kind of source that has super-packets."""
+"""`segment=True` on every backend, and every kind of source with super-packets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Send = Callable[[bytes], object]
 
 
 def sender_on(interface: str) -> socket.socket:
-    """A packet socket that sends frames with a virtio-net header in front."""
+    """A packet socket that sends frames with a virtio-net header."""
     sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     sender.bind((interface, 0))
@@ -44,7 +44,7 @@ def sender_on(interface: str) -> socket.socket:
 
 @contextmanager
 def queue(mode: str) -> Iterator[tuple[Any, Send]]:
-    """A queue that takes super-packets, and what sends them into it."""
+    """A queue with super-packets, and a function that sends to it."""
     with linkrx.TunTap(mode=mode, vnet_header=True, offload=True) as opened:
         Device(opened.name).set_up()
         with sender_on(opened.name) as sender:
@@ -53,14 +53,14 @@ def queue(mode: str) -> Iterator[tuple[Any, Send]]:
 
 @contextmanager
 def interface() -> Iterator[tuple[Any, Send]]:
-    """An interface by name, and what sends to it."""
+    """An interface by name, and a function that sends to it."""
     with rigs.veth() as (near, far), sender_on(far) as sender:
         yield near, sender.send
 
 
 @contextmanager
 def packet() -> Iterator[tuple[Any, Send]]:
-    """A borrowed packet socket, and what sends to it."""
+    """A borrowed packet socket, and a function that sends to it."""
     with (
         rigs.veth() as (near, far),
         sender_on(far) as sender,
@@ -72,7 +72,7 @@ def packet() -> Iterator[tuple[Any, Send]]:
 
 @contextmanager
 def datagrams() -> Iterator[tuple[Any, Send]]:
-    """A datagram socket whose peer puts a virtio-net header in front of each frame."""
+    """A datagram socket whose peer sends a virtio-net header in front of each frame."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender:
         sender.setblocking(False)
@@ -95,7 +95,7 @@ CELLS = [
     or (backend == "packet_mmap" and kind in ("interface", "packet"))
 ]
 
-# Super-packets of TCP and UDP, one whose checksum only is unfinished, and one of each as short as can be.
+# Super-packets of TCP and UDP, a packet with an unfinished checksum, and the shortest packet of each.
 CASES = [
     Super(),
     Super(version=6, payload=20_000),
@@ -108,7 +108,7 @@ CASES = [
 
 
 def frames_of(rx: linkrx.Dispatcher, wanted: int) -> list[bytes]:
-    """So many frames that are ours; the kernel sends packets of its own, to find neighbours."""
+    """Receive `wanted` frames of the tests. The kernel also sends packets, for neighbour discovery."""
     found: list[bytes] = []
     for batch in rx.batches(PATIENCE):
         found += [bytes(got) for got in batch if is_ours(got)]
@@ -128,7 +128,7 @@ def is_ours(got: linkrx.Packet) -> bool:
 
 @contextmanager
 def opened(kind: str, backend: str, **options: Any) -> Iterator[tuple[linkrx.Dispatcher, Send]]:
-    """A dispatcher that splits, and what sends to it."""
+    """A dispatcher with segment=True, and a function that sends to it."""
     make, needed = SOURCES[kind]
     with (
         make() as (source, send),
@@ -139,7 +139,7 @@ def opened(kind: str, backend: str, **options: Any) -> Iterator[tuple[linkrx.Dis
 
 @pytest.mark.parametrize(("kind", "backend"), CELLS)
 def test_frames(kind: str, backend: str) -> None:
-    """Super-packets arrive as the frames that they stand for, in order among other packets, all checksums complete."""
+    """Super-packets are received as their frames, in order with other packets, and all checksums are complete."""
     cases = [replace(case, ethernet=kind != "tun") for case in CASES]
     with opened(kind, backend) as (rx, send):
         for case in cases:
@@ -153,7 +153,7 @@ def test_frames(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 @pytest.mark.parametrize(("kind", "backend"), CELLS)
 def test_a_super_packet_larger_than_a_batch(kind: str, backend: str, batch_size: int) -> None:
-    """What has no room in a batch is in the next ones; nothing is lost and no neighbour suffers."""
+    """Frames that do not fit into a batch are in the next batches, and no frame is lost."""
     cases = [replace(case, ethernet=kind != "tun") for case in (CASES[4], CASES[0], CASES[3], CASES[4])]
     with opened(kind, backend, batch_size=batch_size) as (rx, send):
         for case in cases:
@@ -171,7 +171,7 @@ def test_a_super_packet_larger_than_a_batch(kind: str, backend: str, batch_size:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_small_packets_come_together(backend: str) -> None:
-    """Packets that are far smaller than the largest that can come make large batches, and each receive is counted once."""
+    """Small packets come in large batches, and each receive is counted once."""
     with opened("unix_dgram", backend) as (rx, send):
         for _ in range(50):
             send(CASES[4].vnet() + CASES[4].frame())
@@ -185,7 +185,7 @@ def test_small_packets_come_together(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_malformed(backend: str) -> None:
-    """What a virtio-net header tells wrongly is counted and skipped, and its neighbours are whole."""
+    """A packet with a wrong virtio-net header is counted and skipped, and its neighbours are received whole."""
     good = CASES[0]
     bad = [
         good.vnet(csum_start=5000) + good.frame(),
@@ -207,7 +207,7 @@ def test_malformed(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_malformed_before_the_end(backend: str) -> None:
-    """A peer that hangs up behind what cannot be split ends reception, and what cannot be split is counted."""
+    """If the peer closes after a malformed packet, the packet is counted and reception ends."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with receiver, sender, linkrx.open(receiver, backend=backend, vnet_header=True, segment=True) as rx:
         sender.send(CASES[0].vnet(gso_size=0) + CASES[0].frame())
@@ -219,7 +219,7 @@ def test_malformed_before_the_end(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_deliver_and_the_vnet_header(backend: str) -> None:
-    """Each frame is delivered by itself, with addresses and a virtio-net header that asks for nothing."""
+    """Each frame is delivered separately, with addresses and a virtio-net header of zeroes."""
     got: list[linkrx.Packet] = []
     message: set[tuple[bytes | None, bytes | None, int]] = set()
 
@@ -243,7 +243,7 @@ def test_deliver_and_the_vnet_header(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_stop_within_a_super_packet(backend: str) -> None:
-    """A stop counts what was received and not handed over: frames of the batch, and a super-packet as one."""
+    """After a stop, received packets that were not delivered are counted: each frame of the batch, and a super-packet as one."""
     with opened("unix_dgram", backend, batch_size=2) as (rx, send):
         send(CASES[1].vnet() + CASES[1].frame())
         assert bytes(rx.recv(PATIENCE)) == CASES[1].frames()[0]
@@ -255,7 +255,7 @@ def test_stop_within_a_super_packet(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "packet_mmap"])
 def test_polling_within_a_super_packet(backend: str) -> None:
-    """fileno() stays readable until the last frame of a super-packet was handed over, and not longer."""
+    """fileno() is readable until the last frame of a super-packet was delivered, and not longer."""
     with opened("unix_dgram", backend, batch_size=1) as (rx, send):
         fd = rx.fileno()
         send(CASES[0].vnet() + CASES[0].frame())
@@ -268,18 +268,18 @@ def test_polling_within_a_super_packet(backend: str) -> None:
 
 
 def readable(fd: int) -> bool:
-    """What an event loop would see."""
+    """Whether fileno() is readable."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
 
 
-# Whole.
+# Super-packets that are delivered whole.
 
 
 @pytest.mark.parametrize(("kind", "backend"), CELLS)
 def test_whole(kind: str, backend: str) -> None:
-    """Without segment=True a super-packet is one packet, and `vnet` tells its kind, sizes and unfinished checksum."""
+    """Without segment=True a super-packet is one packet, and `vnet` has its kind, sizes and unfinished checksum."""
     case = replace(CASES[0], ethernet=kind != "tun", ecn=True)
     make, _ = SOURCES[kind]
     vnet_header = None if kind in ("tap", "tun") else True
@@ -297,7 +297,7 @@ def test_whole(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("recvmmsg", "packet_mmap")])
 def test_a_tag_goes_with_every_frame(backend: str) -> None:
-    """The VLAN tag and the time of a super-packet on a packet socket are those of each of its frames."""
+    """Each frame of a super-packet on a packet socket has its VLAN tag and timestamp."""
     case = replace(CASES[0], tags=(0x8100,))
     with opened("interface", backend, timestamps=True) as (rx, send):
         send(case.vnet() + case.frame())
@@ -311,11 +311,11 @@ def test_a_tag_goes_with_every_frame(backend: str) -> None:
         assert [bytes(p) for p in got] == untagged
 
 
-# The packet socket's own header.
+# The virtio-net header of a packet socket.
 
 
 def vnet_of(sock: socket.socket) -> int:
-    """The size of the virtio-net header that it puts in front of frames."""
+    """The size of the virtio-net header of a packet socket."""
     return sock.getsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ)
 
 
@@ -330,7 +330,7 @@ def vnet_of(sock: socket.socket) -> int:
     ],
 )
 def test_a_borrowed_socket_is_set_back(options: dict[str, Any], size: int) -> None:
-    """A packet socket puts a virtio-net header in front of frames while it is asked to, and then as before."""
+    """A borrowed packet socket has a virtio-net header while a dispatcher needs it, and its old setting after close."""
     with packet() as (borrowed, _):
         with linkrx.open(borrowed, backend=BACKENDS[-1], **options) as rx:
             assert vnet_of(borrowed) == size
@@ -339,7 +339,7 @@ def test_a_borrowed_socket_is_set_back(options: dict[str, Any], size: int) -> No
 
 
 def test_a_socket_that_has_a_header_keeps_it() -> None:
-    """A virtio-net header that the owner of a packet socket set is used, and left."""
+    """A virtio-net header that the owner of a packet socket set is used, and not removed."""
     with packet() as (borrowed, send):
         borrowed.setsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ, 12)
         with linkrx.open(borrowed, backend=BACKENDS[-1], segment=True) as rx:
@@ -349,7 +349,7 @@ def test_a_socket_that_has_a_header_keeps_it() -> None:
 
 
 def test_a_socket_with_a_ring() -> None:
-    """A packet socket that has a ring is no source, with segment=True neither: the error says why."""
+    """A packet socket that has a ring is refused with segment=True too, with the reason."""
     with packet() as (borrowed, _):
         borrowed.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("4I", 4096, 2, 2048, 4))
         with pytest.raises(linkrx.UnsupportedSource, match="has a ring"):
@@ -367,13 +367,13 @@ def test_a_socket_with_a_ring() -> None:
     ],
 )
 def test_refused_on_datagrams(options: dict[str, Any], message: str) -> None:
-    """What segment=True cannot go with is told by name."""
+    """An option that excludes segment=True raises an error that names it."""
     with datagrams() as (source, _), pytest.raises(linkrx.UnsupportedOption, match=message):
         linkrx.open(source, **options)
 
 
 def test_refused_where_the_caller_denies_the_header() -> None:
-    """A queue that has a header is not said to have none: what contradicts segment=True is named."""
+    """vnet_header=False with segment=True on a queue with a header raises an error that names the contradiction."""
     with (
         queue("tap") as (tap, _),
         pytest.raises(linkrx.UnsupportedOption, match=r"vnet_header=False .* Leave out"),
@@ -383,7 +383,7 @@ def test_refused_where_the_caller_denies_the_header() -> None:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_refused_on_a_queue_without_header(mode: str) -> None:
-    """A queue without virtio-net header is refused with the call that opens it with one."""
+    """A queue without virtio-net header is refused with an error that shows how to open it with one."""
     with (
         linkrx.TunTap(mode=mode) as opened_queue,
         pytest.raises(
@@ -401,13 +401,13 @@ def test_refused_on_a_queue_without_header(mode: str) -> None:
     ],
 )
 def test_refused_on_an_interface(options: dict[str, Any], message: str) -> None:
-    """On an interface too, what excludes segment=True is told by name."""
+    """On an interface too, an option that excludes segment=True raises an error that names it."""
     with interface() as (near, _), pytest.raises(linkrx.UnsupportedOption, match=message):
         linkrx.open(near, segment=True, **options)
 
 
 def test_refused_on_a_cooked_socket() -> None:
-    """A cooked packet socket has no virtio-net header, and the error says which has."""
+    """A cooked packet socket is refused, and the error says which sources have a virtio-net header."""
     with (
         socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as cooked,
         pytest.raises(linkrx.UnsupportedOption, match="SOCK_RAW"),
@@ -415,11 +415,11 @@ def test_refused_on_a_cooked_socket() -> None:
         linkrx.open(cooked, segment=True, ethernet=False)
 
 
-# What the kernel cannot tell.
+# Packets that a virtio-net header cannot describe.
 
 
 class Refusing(OsReadv):
-    """A source that loses every second packet as the kernel does for which it knows no virtio-net header."""
+    """A source that drops every second packet with EINVAL, like the kernel if it cannot make the virtio-net header."""
 
     name = "refusing"
     rank = 5
@@ -434,7 +434,7 @@ class Refusing(OsReadv):
 
 
 def test_packets_that_the_kernel_cannot_describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """EINVAL where there is a virtio-net header costs the packet that it is about, is counted, and is no failure."""
+    """With a virtio-net header, EINVAL of a read means one dropped packet, which is counted, and reception continues."""
     monkeypatch.setattr("linkrx.registry.classes", lambda: (Refusing,))
     Refusing.calls = 0
     with datagrams() as (source, send):

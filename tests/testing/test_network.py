@@ -1,4 +1,4 @@
-"""The ends of a test's network: what they do to an interface, what they send, and what a test is told that fails."""
+"""The ends of a test's network: sending, expecting, failure messages, and changes to an interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = bytes.fromhex("02005e000002 02005e000001")
 
 
 def frame(number: int = 0, size: int = 60) -> bytes:
-    """A frame that tells its number."""
+    """A frame that contains its number."""
     return (HEADER + b"\x88\xb5" + number.to_bytes(4, "big")).ljust(size, b".")
 
 
@@ -47,16 +47,16 @@ def failure(call: Any, *arguments: Any, **options: Any) -> list[str]:
 
 
 def arrived(end: End, count: int) -> None:
-    """Wait until so many packets are there that nobody has expected yet: a ring hands them over when its timer runs."""
+    """Wait until `count` packets have come that no `expect` took. A ring delivers them when its timer expires."""
     for _ in patiently(lambda: len(end._came) >= count):
         end.record_the_rest()
 
 
-# What comes.
+# Expected packets.
 
 
 def test_frames_in_any_form(linkrx_veth: Pair) -> None:
-    """A frame is whatever bytes() makes of it, alone or several, to send and to expect."""
+    """inject and expect accept one frame or several, as bytes or as an object that bytes() converts."""
     scapy: Any = pytest.importorskip("scapy.layers.l2")
     packet = scapy.Ether(frame())
     near, far = linkrx_veth
@@ -73,7 +73,7 @@ def test_frames_in_any_form(linkrx_veth: Pair) -> None:
 
 
 def test_what_was_not_expected_waits(linkrx_veth: Pair) -> None:
-    """`expect` takes packets in any order; what it did not take is there for the next one, and for `collect`."""
+    """`expect` takes packets in any order. Packets that it did not take stay for the next `expect` and for `collect`."""
     near, far = linkrx_veth
     near.inject(frame(number) for number in range(5))
     assert far.expect(frame(3)) == frame(3)
@@ -94,7 +94,7 @@ needs_metadata = pytest.mark.skipif(
 
 @needs_metadata
 def test_tagged_frames(linkrx_veth: Pair) -> None:
-    """A frame with a VLAN tag is expected as it is on the wire, though the kernel takes the tag out."""
+    """A frame with a VLAN tag is expected as on the wire, although the kernel takes the tag out."""
     near, far = linkrx_veth
     tagged = HEADER + struct.pack("!HH", 0x8100, 42) + frame()[12:]
     near.inject(tagged)
@@ -109,11 +109,11 @@ needs_libpcap = pytest.mark.skipif(
 
 @needs_libpcap
 def test_expressions(linkrx_veth: Pair) -> None:
-    """What is expected may be an expression of tcpdump's; it is told as it was given, and a wrong one is an error at once."""
+    """`expect` accepts an expression in tcpdump's language. A failure shows the expression, and an invalid one raises at once."""
     near, far = linkrx_veth
     tagged = HEADER + struct.pack("!HH", 0x8100, 42) + arp("10.0.0.3")[12:]
     near.inject([frame(), arp("10.0.0.2"), tagged])
-    if _core.reason is None:  # os_readv tells no tags
+    if _core.reason is None:  # os_readv does not get tags
         assert far.expect("vlan 42 and arp") == arp("10.0.0.3")
     assert far.expect("arp dst host 10.0.0.2") == arp("10.0.0.2")
     far.expect_nothing(0, "udp")
@@ -131,7 +131,7 @@ def test_expressions(linkrx_veth: Pair) -> None:
 
 @needs_libpcap
 def test_expressions_of_ip_packets(linkrx_tun: Tap) -> None:
-    """On a TUN device an expression is about IP packets."""
+    """On a TUN device an expression applies to IP packets."""
     packet = bytes.fromhex("4500001c00000000401100000a0000010a000002 00350043 0008 0000")
     os.write(linkrx_tun.queue.fileno(), packet)
     linkrx_tun.expect("udp src port 53 and dst host 10.0.0.2")
@@ -140,7 +140,7 @@ def test_expressions_of_ip_packets(linkrx_tun: Tap) -> None:
 
 
 def test_many_frames(linkrx_veth: Pair) -> None:
-    """A thousand frames of an ordinary MTU wait for the test, also without privileges."""
+    """An end queues a thousand frames of an ordinary MTU, also without privileges."""
     near, far = linkrx_veth
     near.inject(frame(number, 1514) for number in range(1000))
     assert far.collect(1000) == [frame(number, 1514) for number in range(1000)]
@@ -148,7 +148,7 @@ def test_many_frames(linkrx_veth: Pair) -> None:
 
 @needs_metadata
 def test_both_directions_are_recorded() -> None:
-    """A network that records keeps every packet of every end; what an end sent itself is nothing that it got."""
+    """A recording network keeps every packet of every end. A packet that an end sent does not count as received by it."""
     with Network(records=True) as network:
         near, far = network.veth()
         near.inject(frame(1))
@@ -169,11 +169,11 @@ def test_both_directions_are_recorded() -> None:
     ]
 
 
-# What a failing test is told.
+# Messages of a failing test.
 
 
 def test_a_frame_that_did_not_come(linkrx_veth: Pair) -> None:
-    """It is told what was expected, what came, and in which bytes the most similar differs."""
+    """The failure shows the expected frame, the received frames, and the bytes in which the most similar one differs."""
     near, far = linkrx_veth
     near.inject([frame(), arp("10.0.0.3")])
     arrived(far, 2)
@@ -191,7 +191,7 @@ def test_a_frame_that_did_not_come(linkrx_veth: Pair) -> None:
 
 
 def test_a_predicate_that_was_never_true(linkrx_veth: Pair) -> None:
-    """Of a predicate its name is told, and what came."""
+    """The failure of a predicate shows its name and the received packets."""
 
     def is_arp(packet: linkrx.Packet) -> bool:
         return packet.protocol == 0x0806
@@ -209,7 +209,7 @@ def test_a_predicate_that_was_never_true(linkrx_veth: Pair) -> None:
 
 
 def test_too_few(linkrx_veth: Pair) -> None:
-    """`collect` tells how many came, and which."""
+    """The failure of `collect` shows how many packets came, and which."""
     near, far = linkrx_veth
     near.inject(frame())
     arrived(far, 1)
@@ -223,7 +223,7 @@ def test_too_few(linkrx_veth: Pair) -> None:
 
 
 def test_something_where_nothing_should_come(linkrx_veth: Pair) -> None:
-    """`expect_nothing` ends with the first packet that counts, and tells which."""
+    """`expect_nothing` fails at the first packet that matches, and shows it."""
     near, far = linkrx_veth
     near.inject([frame(), arp("10.0.0.2")])
     assert failure(far.expect_nothing, 30, arp("10.0.0.2")) == [
@@ -241,12 +241,12 @@ def test_something_where_nothing_should_come(linkrx_veth: Pair) -> None:
     ],
 )
 def test_lines(data: bytes, line: str) -> None:
-    """Frames of any length have a line."""
+    """A frame of any length gives a line."""
     assert differences.line_of(data) == line
 
 
 def test_lines_of_ip() -> None:
-    """Of IP packets it has addresses, protocol and ports, and cut anywhere it is still a line."""
+    """The line of an IP packet has addresses, protocol and ports. A packet that is cut anywhere gives a line too."""
     udp = struct.pack("!HHHH", 68, 67, 8, 0)
     four = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28, 0, 0, 64, 17, 0, b"\x0a\0\0\1", b"\x0a\0\0\2") + udp
     six = struct.pack("!IHBB16s16s", 6 << 28, 8, 58, 64, bytes(15) + b"\1", bytes(15) + b"\2") + udp
@@ -259,7 +259,7 @@ def test_lines_of_ip() -> None:
 
 
 def test_long_differences() -> None:
-    """Of a long difference the first rows are shown, and frames of different lengths differ where one has ended."""
+    """Only the first rows of a long difference are shown. Frames of different lengths differ after the end of the shorter one."""
     assert list(differences.difference(bytes(1000), b"\1" * 1000))[-1] == "  ... and 55 rows more"
     assert list(differences.difference(b"ab", b"a")) == [
         "  - 0000  61 62",
@@ -268,11 +268,11 @@ def test_long_differences() -> None:
     ]
 
 
-# What is done to an interface.
+# Changes to an interface.
 
 
 def test_down_and_up(linkrx_veth: Pair) -> None:
-    """What is down sends nothing and says so; up again it goes on, and what came before is kept."""
+    """An end that is down refuses to send. When it is up again it works, and earlier packets are kept."""
     near, far = linkrx_veth
     near.inject(frame(1))
     near.down()
@@ -297,7 +297,7 @@ def test_another_name(linkrx_veth: Pair) -> None:
 
 
 def test_deleted(linkrx_veth: Pair) -> None:
-    """A deleted end ends both; what came stays, and whoever waits is told at once."""
+    """Deleting an end ends both. Received packets are kept, and a waiting call fails at once."""
     near, far = linkrx_veth
     near.inject(frame())
     near.delete()
@@ -309,7 +309,7 @@ def test_deleted(linkrx_veth: Pair) -> None:
 
 
 def test_mtu(linkrx_veth: Pair) -> None:
-    """The MTU bounds what is sent, and the error names what raises it."""
+    """A frame longer than the MTU is refused, and the error says how to raise the MTU."""
     near, far = linkrx_veth
     assert near.mtu == 1500
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_mtu(linkrx_veth: Pair) -> None:
 
 
 def test_addresses(linkrx_veth: Pair) -> None:
-    """Link and IP addresses are set and read; an IPv6 address turns IPv6 on for that interface."""
+    """Link and IP addresses can be set and read. An IPv6 address switches IPv6 on for that interface."""
     near, _ = linkrx_veth
     near.set_mac(HEADER[:6])
     assert near.mac == HEADER[:6]
@@ -339,7 +339,7 @@ def test_addresses(linkrx_veth: Pair) -> None:
 
 
 def udp_through(near: End, far: End) -> linkrx.Packet:
-    """A UDP packet of the kernel's, as it comes in."""
+    """A UDP packet of the kernel, as an end receives it."""
     near.add_address("10.0.0.1/24")
     subprocess.run(
         ["ip", "neighbour", "add", "10.0.0.2", "lladdr", far.mac.hex(":"), "dev", near.name], check=True
@@ -352,7 +352,7 @@ def udp_through(near: End, far: End) -> linkrx.Packet:
 @needs_metadata
 @pytest.mark.parametrize("on", [False, True])
 def test_offloads(linkrx_veth: Pair, on: bool) -> None:
-    """Without offloads, as ends are made, the kernel finishes checksums and leaves no segmentation to the device."""
+    """By default ends have no offloads, so the kernel finishes checksums and segments packets."""
     near, far = linkrx_veth
     if on:
         near.set_offloads(True)
@@ -365,12 +365,12 @@ def test_offloads(linkrx_veth: Pair, on: bool) -> None:
 
 
 def _again(far: End, packet: linkrx.Packet, wanted: bytes) -> None:
-    """Expect what is not there, with that packet at hand."""
+    """Fail an `expect` with this packet received."""
     far._came.append(packet)
     far.expect(wanted, timeout=0)
 
 
-# TAP, TUN, bridge, and what is there already.
+# TAP, TUN, bridge, and existing interfaces.
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def network(linkrx_network: Network) -> Network:
 
 @pytest.mark.parametrize("mode", ["tap", "tun"])
 def test_a_queue(network: Network, mode: str) -> None:
-    """What is injected is read from the queue, and what is written to the queue comes in."""
+    """Injected frames are read from the queue, and frames that are written to the queue are received."""
     end = network.tap() if mode == "tap" else network.tun()
     packet = (
         frame()
@@ -401,7 +401,7 @@ def test_a_queue(network: Network, mode: str) -> None:
 
 
 def test_a_queue_that_nobody_reads(network: Network) -> None:
-    """Frames for which the queue has no room are lost as on any device, and a failing test is told how many."""
+    """Frames for which the queue has no room are lost, and the message of a failing test has their number."""
     end = network.tap()
     assert end.queue
     end.inject(frame(number) for number in range(3000))
@@ -424,7 +424,7 @@ def test_several_queues_with_headers(network: Network) -> None:
 
 
 def test_a_bridge(network: Network) -> None:
-    """Each port gets what another sends to all, once, and IP packets that are wrong as well."""
+    """Each port of a bridge receives a broadcast of another port once, also with an invalid IP packet."""
     bridge = network.bridge()
     one, other, third = (bridge.port() for _ in range(3))
     wrong = b"\xff" * 6 + one.mac + b"\x08\x00" + b"not an IP packet".ljust(46)
@@ -441,7 +441,7 @@ def test_a_bridge(network: Network) -> None:
 
 
 def test_what_is_there_already(network: Network) -> None:
-    """`end` makes an end of an interface that the network has: on lo what is sent comes in."""
+    """`end` makes an end of an existing interface. On lo it receives the frames that it sends."""
     end = network.end("lo")
     end.inject(frame())
     end.expect(frame())
@@ -449,7 +449,7 @@ def test_what_is_there_already(network: Network) -> None:
 
 
 def test_from_any_thread(linkrx_veth: Pair) -> None:
-    """Under asyncio, ends are used as anywhere, and what waits is put into a thread."""
+    """Under asyncio, methods that wait can be run in a thread, and the others in the event loop."""
 
     async def main() -> None:
         near, far = linkrx_veth
@@ -463,7 +463,7 @@ def test_from_any_thread(linkrx_veth: Pair) -> None:
 
 
 def test_back_behind_an_exception() -> None:
-    """Whatever ends the block, the thread is back, and no descriptor is left."""
+    """After the block, also after an exception, the thread is in its old namespace, and no descriptor is left."""
     before = Path("/proc/thread-self/ns/net").readlink()
     for fail in ("veth", "bridge", "tap"):
         with pytest.raises(RuntimeError), Network() as network:
@@ -475,7 +475,7 @@ def test_back_behind_an_exception() -> None:
 
 
 def test_a_kernel_without_such_devices(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kind of device that the kernel has no driver for is an error that says how to load one."""
+    """A kind of device without a driver in the kernel raises an error that says how to load one."""
     with pytest.raises(
         linkrx.LinkrxError, match=r"no lrxnone devices: load the driver with `sudo modprobe lrxnone`"
     ):
@@ -484,12 +484,12 @@ def test_a_kernel_without_such_devices(network: Network, monkeypatch: pytest.Mon
 
 
 def ends_with(error: linkrx.LinkrxError) -> Any:
-    """What Network does by itself."""
+    """Raise an error, in place of a method."""
     raise error
 
 
 def test_without_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every backend that a host can have, an exchange is the same."""
+    """An exchange of frames works on every backend that a host can have."""
     every = linkrx.backends()
     for lacking in range(3):
         there = [info for info in every if info.supported and info.name != "readv"][lacking:] or every[-1:]

@@ -1,4 +1,4 @@
-"""The pytest plugin as a project of somebody else's meets it: suites of their own, in processes of their own."""
+"""The pytest plugin in other projects: each test runs a suite in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import linkrx
 from linkrx import _core
 
 DOWNSTREAM = TESTS / "downstream"
-PATIENCE = 120.0  # seconds until a suite that should have ended hangs
+PATIENCE = 120.0  # seconds after which a suite counts as hanging
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -32,7 +32,7 @@ Suite = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that anyone may read and write."""
+    """A folder that every user may read and write."""
     with tempfile.TemporaryDirectory(prefix="linkrx-plugin-") as made:
         path = Path(made)
         path.chmod(0o777)
@@ -40,20 +40,20 @@ def folder() -> Iterator[Path]:
 
 
 def inherited(**environment: str) -> dict[str, str]:
-    """The environment, less what belongs to the run of these tests."""
+    """The environment, without the variables of this test run."""
     own = ("LINKRX_", "PYTEST_", "PYTHON")
     return {name: value for name, value in os.environ.items() if not name.startswith(own)} | environment
 
 
 def pytest_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """pytest, which leaves nothing in the folder, and loads no plugins that are of no use here and take a while."""
+    """The pytest command. It writes nothing to the folder, and does not load slow plugins that are not needed."""
     without = [f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "benchmark")]
     return [python, "-B", "-m", "pytest", *without, "-ra", *arguments]
 
 
 @pytest.fixture
 def suite(folder: Path) -> Suite:
-    """Runs pytest on the source of a test file, as root or whoever runs these tests; with `unprivileged` without privileges."""
+    """Runs pytest on the source of a test file, as the current user, or with `unprivileged` without privileges."""
     (folder / "hold").mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
 
@@ -83,12 +83,12 @@ def suite(folder: Path) -> Suite:
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line without the time: "2 passed, 1 skipped"."""
+    """The last line without the time, like "2 passed, 1 skipped"."""
     return re.sub(r"^=* ?| in [\d.]+s.*$", "", (done.stdout.splitlines() or [""])[-1])
 
 
 def interfaces() -> set[str]:
-    """What there is where these tests run."""
+    """The interfaces in the namespace of these tests."""
     return {name for _, name in socket.if_nameindex()}
 
 
@@ -134,7 +134,7 @@ def test_bridge(linkrx_bridge):
 
 
 def test_it_imports_nothing(suite: Suite) -> None:
-    """A suite that uses none of it loads the plugin, and nothing of linkrx."""
+    """A suite without the fixtures loads the plugin, and no other module of linkrx."""
     done = suite(
         "import sys\n"
         "def test_nothing():\n"
@@ -145,7 +145,7 @@ def test_it_imports_nothing(suite: Suite) -> None:
 
 
 def test_each_test_has_a_network_of_its_own(suite: Suite) -> None:
-    """A test sees no device of another, and the process is back where it was behind each."""
+    """A test sees no device of another test, and after each test the process is in its old namespace."""
     done = suite(
         WHERE
         + """
@@ -174,7 +174,7 @@ def test_back():
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_without_root(suite: Suite, workers: tuple[str, ...]) -> None:
-    """With --linkrx-private it takes no privilege, and tests are run as whoever runs them."""
+    """With --linkrx-private no privilege is needed, and tests keep the user ID."""
     more = f"\ndef test_who():\n    assert os.getuid() == {os.getuid() or 65534}\n"
     closed = "\ndef test_closed(tmp_path):\n    (tmp_path / 'x').touch(mode=0)\n    with pytest.raises(PermissionError):\n        (tmp_path / 'x').open()\n"
     done = suite(
@@ -184,7 +184,7 @@ def test_without_root(suite: Suite, workers: tuple[str, ...]) -> None:
 
 
 def test_the_ini_line(suite: Suite, folder: Path) -> None:
-    """A line of the ini file does what the option does."""
+    """A line of the ini file has the same effect as the option."""
     (folder / "pytest.ini").write_text("[pytest]\nlinkrx_private = true\n")
     done = suite(EXCHANGE, unprivileged=True)
     assert outcome(done) == "1 passed"
@@ -192,7 +192,7 @@ def test_the_ini_line(suite: Suite, folder: Path) -> None:
 
 
 def test_without_the_option(suite: Suite) -> None:
-    """Without privileges and option the test is skipped, and the reason says what to type; --linkrx-require makes it fail."""
+    """Without privileges and option a test is skipped, and the reason says what to type. With --linkrx-require it fails."""
     skipped = suite(EXCHANGE, unprivileged=True)
     assert outcome(skipped) == "1 skipped"
     assert "run pytest with --linkrx-private, or put `linkrx_private = true` into its ini" in skipped.stdout
@@ -208,7 +208,7 @@ NO_DRIVER = 'mount -t tmpfs none /dev/net; exec "$@"'
 
 
 def test_no_tap_driver(suite: Suite) -> None:
-    """Without /dev/net/tun tests of TAP devices are skipped and say what to do, those that make one by hand too; others run."""
+    """Without /dev/net/tun, tests with TAP devices are skipped with a remedy, also if they make the device themselves. Others run."""
     hidden = ("unshare", "--mount", "bash", "-euc", NO_DRIVER, "_")
     source = ALL_KINDS + "\ndef test_by_hand(linkrx_network):\n    linkrx_network.tap()\n"
     done = suite(source, before=hidden)
@@ -219,18 +219,18 @@ def test_no_tap_driver(suite: Suite) -> None:
 
 @pytest.mark.superuser
 def test_a_closed_tap_driver(suite: Suite) -> None:
-    """Where /dev/net/tun is there and not for this user, the reason says so and what to type."""
+    """If this user may not open /dev/net/tun, the reason says so and what to type."""
     if os.getuid():
         pytest.skip("only root can make a device file")
     closed = 'mount -t tmpfs none /dev/net; mknod -m 600 /dev/net/tun c 10 200; exec "$@"'
-    # Root that may not do what it likes with files of others.
+    # Root without the privilege to open files of other users.
     closed = closed.replace("exec", "chown 1 /dev/net/tun; exec setpriv --bounding-set=-dac_override")
     done = suite(ALL_KINDS, before=("unshare", "--mount", "bash", "-euc", closed, "_"))
     assert outcome(done) == "2 passed, 2 skipped"
     assert "opening /dev/net/tun needs access to the device; `sudo chgrp GROUP /dev/net/tun" in done.stdout
 
 
-# A user namespace around, whose limit is its own: how many user namespaces there may be inside.
+# An outer user namespace, which has its own limit of inner user namespaces.
 NO_USER_NAMESPACES = (
     *("unshare", "--user", "--map-root-user", "bash", "-euc"),
     'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all "$@"',
@@ -239,14 +239,14 @@ NO_USER_NAMESPACES = (
 
 
 def test_no_user_namespaces(suite: Suite) -> None:
-    """Where the kernel allows no user namespace, tests are skipped with that reason; what needs none runs."""
+    """If the kernel allows no user namespace, tests are skipped with that reason. Tests without devices run."""
     done = suite(EXCHANGE + "\ndef test_other(): pass\n", "--linkrx-private", before=NO_USER_NAMESPACES)
     assert outcome(done) == "1 passed, 1 skipped"
     assert "user.max_user_namespaces is 0" in done.stdout
 
 
 def test_no_pyroute2(suite: Suite, folder: Path) -> None:
-    """Without pyroute2 tests of devices are skipped, and the reason is the command that installs it."""
+    """Without pyroute2, tests with devices are skipped, and the reason has the command that installs it."""
     (folder / "hidden").mkdir()
     (folder / "hidden" / "pyroute2.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'pyroute2'\")\n"
@@ -266,7 +266,7 @@ thread.start()
 
 
 def test_threads_before_the_fixture(suite: Suite) -> None:
-    """Threads that run already stay where they are, and keep nobody from a network; those that start in a test are in it."""
+    """Threads that run before a test stay in their namespace and do not prevent the fixture. Threads that a test starts are in its network."""
     done = suite(
         WHERE
         + THREAD
@@ -288,7 +288,7 @@ def test_end():
 
 
 def test_threads_before_pytest(suite: Suite, folder: Path) -> None:
-    """Where a thread keeps the process from a user namespace, tests are skipped and its name is told."""
+    """If a thread prevents a user namespace, tests are skipped and the reason has its name."""
     (folder / "threaded.py").write_text(THREAD)
     done = suite(EXCHANGE, "-p", "threaded", "--linkrx-private", unprivileged=True, PYTHONPATH=str(folder))
     assert outcome(done) == "1 skipped"
@@ -296,7 +296,7 @@ def test_threads_before_pytest(suite: Suite, folder: Path) -> None:
 
 
 def test_a_test_that_kills_its_worker(suite: Suite) -> None:
-    """A worker that is killed in the middle of a test fails that test alone, and leaves nothing where it came from."""
+    """A worker that is killed during a test fails only that test, and leaves nothing in the outer namespace."""
     source = ALL_KINDS + "\ndef test_killed(linkrx_network, linkrx_tap):\n    os.kill(os.getpid(), 9)\n"
     before = interfaces()
     done = suite(source, "-n", "2", "--linkrx-private", unprivileged=True)
@@ -305,18 +305,18 @@ def test_a_test_that_kills_its_worker(suite: Suite) -> None:
 
 
 def networks() -> set[str]:
-    """The network namespaces of all processes that this one may look at."""
+    """The network namespaces of all processes that this one may read."""
     found = set()
     for process in Path("/proc").glob("[0-9]*/ns/net"):
         try:
             found.add(str(process.readlink()))
-        except OSError:  # it has ended, or is another's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def test_pytest_is_killed(folder: Path) -> None:
-    """pytest that is killed in a test with devices leaves neither process, namespace nor interface."""
+    """pytest that is killed during a test with devices leaves no process, namespace or interface."""
     (folder / "test_suite.py").write_text(
         WHERE
         + "\ndef test_hang(linkrx_tap, linkrx_bridge):\n"
@@ -347,7 +347,7 @@ def test_pytest_is_killed(folder: Path) -> None:
 
 @pytest.mark.parametrize("unprivileged", [False, True], ids=["as_caller", "without_privileges"])
 def test_nested(suite: Suite, unprivileged: bool) -> None:
-    """A network in a network, and pytest in a test, leave the outer ones as they were."""
+    """A nested network, and pytest inside a test, do not change the outer network."""
     done = suite(
         WHERE
         + """
@@ -391,7 +391,7 @@ def test_pytest_in_process(pytester, linkrx_tap):
 
 
 def test_two_suites_at_once(folder: Path) -> None:
-    """Two suites that run at the same time have devices of the same names, and do not meet."""
+    """Two suites that run at the same time use the same device names without a conflict."""
     (folder / "test_suite.py").write_text(
         "import os\n"
         "from pathlib import Path\n"
@@ -427,7 +427,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_downstream(folder: Path, way: str) -> None:
-    """A project of its own tests its program on TAP devices, as root, as an ordinary user, and in several processes."""
+    """tests/downstream tests its program on TAP devices as root, as an ordinary user, and in several processes."""
     unprivileged, arguments = WAYS[way]
     project = folder / "project"
     shutil.copytree(DOWNSTREAM, project, ignore=shutil.ignore_patterns("__pycache__"))
@@ -477,7 +477,7 @@ def test_without():
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
-    """Each test that fails, wherever, has a file of what its ends saw; the report names it, and other tests have none."""
+    """Each failing test, in any phase, has a file with the packets of its ends, which the report names. Other tests have none."""
     done = suite(FAILING, "--linkrx-private", "--linkrx-capture", "captures", *workers, unprivileged=True)
     assert outcome(done) == "3 failed, 2 passed, 1 error"
     written = sorted(path for path in (folder / "captures").rglob("*") if path.is_file())
@@ -493,7 +493,7 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
             ends = [rx.interface_name(packet.interface) for packet in seen]
         knows_direction = (
             _core.reason is None
-        )  # os_readv tells no direction, and has nothing of what an end sent
+        )  # os_readv does not get the direction, and does not receive frames that an end sent
         assert sorted(map(bytes, seen)) == sorted(frames * (2 if knows_direction else 1))
         if knows_direction:
             found = {(name, packet.outgoing) for name, packet in zip(ends, seen, strict=True)}
@@ -502,7 +502,7 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
 
 
 def test_a_folder_for_captures_that_cannot_be(suite: Suite, folder: Path) -> None:
-    """Where the folder cannot be made, pytest says so and runs nothing."""
+    """If the folder for captures cannot be made, pytest says so and runs no test."""
     (folder / "file").write_text("")
     done = suite(EXCHANGE, "--linkrx-capture", "file/captures")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
@@ -519,7 +519,7 @@ def documented(title: str) -> str:
 
 
 def test_the_first_test(suite: Suite) -> None:
-    """From nothing to the first green test it is less than twenty lines, and no root."""
+    """The documented first test has less than twenty lines, and passes without root."""
     beginning = DOCUMENT.read_text().partition("## The first test")[2].partition("\n## ")[0]
     typed = [block.strip() for block in re.findall(r"```(?:sh|python)\n(.*?)```", beginning, re.DOTALL)]
     assert len("\n".join(typed).splitlines()) < 20
@@ -529,7 +529,7 @@ def test_the_first_test(suite: Suite) -> None:
 
 
 def test_the_failing_expect(suite: Suite) -> None:
-    """What the document shows of a failing `expect` is what pytest prints."""
+    """The document shows a failing `expect` as pytest prints it."""
     (shown,) = re.findall(r"```text\n(>  .*?)```", DOCUMENT.read_text(), re.DOTALL)
     done = suite(
         f"import sys\nsys.path.insert(0, {str(DOWNSTREAM)!r})\nsys.path.insert(0, {str(DOWNSTREAM / 'tests')!r})\n"
@@ -553,7 +553,7 @@ def test_the_failing_expect(suite: Suite) -> None:
     ],
 )
 def test_the_other_programs(title: str, pattern: str) -> None:
-    """The programs that need no pytest run to their end, and print what they say."""
+    """The documented programs without pytest run to their end, and print the expected output."""
     done = subprocess.run(
         [sys.executable, "-c", documented(title)],
         env=inherited(),

@@ -1,4 +1,4 @@
-"""linkrx.testing as the authors of plug-ins meet it, and the private network that its checks need."""
+"""linkrx.testing for authors of plug-ins, and the private network that its checks need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linkrx import testing
 from linkrx.kernel import remedies
 from linkrx.testing.capture_rigs import CAPTURE_RIGS
 
-# A plug-in backend of another name that does what os_readv does.
+# A plug-in backend that is os_readv under another name.
 PLUG_IN = """
 from linkrx.backends.os_readv import OsReadv
 
@@ -25,7 +25,7 @@ class Mine(OsReadv):
     name = "mine"
 """
 
-# Where the caller is root in a user namespace, and of the machine has what any user has.
+# The caller is root in a user namespace, and has the rights of an ordinary user on the machine.
 AS_ANYONE = """
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
 Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
 """
 
-# Without any capability, whoever runs the tests: capset(2), linux/capability.h.
+# Drop all capabilities: capset(2), linux/capability.h.
 AS_NOBODY = """
 import ctypes, struct
 assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0
@@ -55,7 +55,7 @@ except linkrx.MissingPrivilege as error:
 
 
 def run(program: str, path: Path | None = None) -> str:
-    """What a program of its own process prints; `path` is searched for modules and distributions."""
+    """Run a program in its own process. Returns its output. `path` is searched for modules and distributions."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **({} if path is None else {"PYTHONPATH": str(path)})},
@@ -76,7 +76,7 @@ def documented() -> str:
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("who", ["", AS_ANYONE], ids=["as_caller", "in_a_user_namespace"])
 def test_the_documented_program(who: str, tmp_path: Path) -> None:
-    """The program that linkrx.testing prints checks a plug-in backend on every kind of source, also without root."""
+    """The program in the docstring of linkrx.testing checks a plug-in backend on every kind of source, also without root."""
     (tmp_path / "mine.py").write_text(PLUG_IN)
     described = tmp_path / "mine-1.0.dist-info"
     described.mkdir()
@@ -94,7 +94,7 @@ def test_the_documented_program(who: str, tmp_path: Path) -> None:
 
 
 def test_a_backend_that_does_not_exist() -> None:
-    """An unknown name is an error that lists the backends there are and says where one's own is found."""
+    """An unknown name raises an error that lists the backends and says how to add another."""
     for use in (
         lambda: testing.cells("carrier_pigeon"),
         testing.Cell("carrier_pigeon", linkrx.testing.rigs.udp, testing.CHECKS[0]).run,
@@ -109,7 +109,7 @@ def test_a_backend_that_does_not_exist() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_the_private_network_has_its_loopback_interface() -> None:
-    """Behind enter_private_network UDP reaches 127.0.0.1, and no other interface is there."""
+    """After enter_private_network UDP reaches 127.0.0.1, and there is no other interface than lo."""
     output = run(
         ENTER + "import socket\n"
         "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
@@ -122,7 +122,7 @@ def test_the_private_network_has_its_loopback_interface() -> None:
 
 @pytest.mark.usefixtures("devices")
 def test_a_process_with_threads_is_told_which() -> None:
-    """Where threads keep a process from a user namespace, the error names them and says what to do."""
+    """If threads prevent a user namespace, the error names them and says what to do."""
     before, after = ENTER.split("try:")
     output = run(
         AS_NOBODY
@@ -153,7 +153,7 @@ def test_a_process_with_threads_is_told_which() -> None:
 def test_the_narrowest_remedy_for_user_namespaces(
     settings: dict[str, str], output: str, tmp_path: Path
 ) -> None:
-    """What forbids user namespaces decides what is to be typed, and that is nothing that opens more than it must."""
+    """The remedy for a refused user namespace depends on the cause, and grants no more than needed."""
     for name, value in settings.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(value)
@@ -164,7 +164,7 @@ def test_the_narrowest_remedy_for_user_namespaces(
 
 
 def test_a_refusal_says_what_to_type() -> None:
-    """Where the kernel allows neither, the error has its reason, what is missing and what to type."""
+    """If the kernel allows neither namespace, the error has its reason, the missing privilege and what to type."""
     output = run(
         AS_NOBODY
         + "from linkrx.kernel import libc, uapi\n"
@@ -179,7 +179,7 @@ def test_a_refusal_says_what_to_type() -> None:
 
 
 def test_threads_of_other_libraries_have_names_too() -> None:
-    """A thread that Python did not start is listed by what the kernel calls it, the main thread first."""
+    """A thread that Python did not start is listed with the kernel's name for it, after the main thread."""
     output = run(
         "import _thread\n"
         "from linkrx.kernel import namespace\n"
@@ -233,7 +233,7 @@ sys.exit(checks.main(sys.argv[1:2]))
     ids=["all", "failing", "unknown"],
 )
 def test_the_checks_as_a_command(arguments: list[str], status: int, lines: list[str]) -> None:
-    """`python -m linkrx.testing NAME` counts the outcomes, shows what failed, and does without devices where it must."""
+    """`python -m linkrx.testing NAME` counts the outcomes, shows failures, and runs without devices if it cannot make any."""
     done = subprocess.run(
         [sys.executable, "-c", CHECKED, *arguments],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""How checks and tests wait: for as long as PATIENCE, measured in turns."""
+"""The waits of checks and tests last up to PATIENCE, measured in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def clock(*readings: float) -> SimpleNamespace:
 
 
 def test_a_machine_that_stood_still_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that leaps by an hour during a turn does not end the wait: another turn comes."""
+    """A clock that jumps by an hour during a turn does not end the wait."""
     monkeypatch.setattr(waiting, "time", clock(0, 1, 3601, 3602))
     turns: list[None] = []
     turns.extend(waiting.patiently(lambda: len(turns) == 3))

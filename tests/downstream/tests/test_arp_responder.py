@@ -1,4 +1,4 @@
-"""The toy on real TAP devices."""
+"""The ARP responder on real TAP devices."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def request(wanted: str) -> bytes:
 
 
 def reply(address: str = "10.0.0.2") -> bytes:
-    """The answer to it."""
+    """The reply to `request`."""
     arp = ARP.pack(*FIXED, 2, MAC, socket.inet_aton(address), ASKER, socket.inet_aton("10.0.0.1"))
     return ASKER + MAC + b"\x08\x06" + arp
 
 
 @pytest.fixture
 def tap(linkrx_tap: Tap) -> Iterator[Tap]:
-    """A TAP device whose queue the responder has."""
+    """A TAP device whose queue the responder reads."""
     responder = Responder(linkrx_tap.queue, "10.0.0.2")
     thread = threading.Thread(target=responder.run)
     thread.start()
@@ -43,14 +43,14 @@ def tap(linkrx_tap: Tap) -> Iterator[Tap]:
 
 
 def test_it_answers(tap: Tap) -> None:
-    """A request for its address gets one reply, with its link address."""
+    """A request for the responder's address gets one reply, with its link address."""
     tap.inject(request("10.0.0.2"))
     tap.expect(reply())
     tap.expect_nothing()
 
 
 def test_it_is_silent_for_others(tap: Tap) -> None:
-    """Requests for other addresses, other protocols and short packets get nothing."""
+    """Requests for other addresses, other protocols and short packets get no reply."""
     tap.inject([request("10.0.0.3"), request("10.0.0.2")[:30], b"\xff" * 12 + b"\x08\x00" + bytes(46)])
     tap.expect_nothing()
 
@@ -62,7 +62,7 @@ def test_it_answers_each(tap: Tap) -> None:
 
 
 def test_it_survives_a_link_that_goes_down(tap: Tap) -> None:
-    """After down and up it goes on."""
+    """The responder answers after its link was down."""
     tap.down()
     tap.up()
     tap.inject(request("10.0.0.2"))
@@ -70,7 +70,7 @@ def test_it_survives_a_link_that_goes_down(tap: Tap) -> None:
 
 
 def test_the_kernel_finds_it(tap: Tap) -> None:
-    """The kernel learns its address from it, and then sends to it."""
+    """The kernel learns the responder's link address from it, and then sends to it."""
     tap.add_address("10.0.0.1/24")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"hello", ("10.0.0.2", 9))
@@ -80,7 +80,7 @@ def test_the_kernel_finds_it(tap: Tap) -> None:
 
 
 def test_as_a_process(linkrx_network: Network, linkrx_tap: Tap) -> None:
-    """A process of its own opens the device by name; a frame that is injected waits until it has."""
+    """The responder runs in its own process, which opens the device by name. inject waits until it has opened it."""
     with subprocess.Popen([sys.executable, arp_responder.__file__, linkrx_tap.name, "10.0.0.2"]) as process:
         try:
             linkrx_tap.inject(request("10.0.0.2"), timeout=30)
@@ -90,7 +90,7 @@ def test_as_a_process(linkrx_network: Network, linkrx_tap: Tap) -> None:
 
 
 def test_behind_a_switch(linkrx_bridge: Bridge, tap: Tap) -> None:
-    """Two hosts on a switch with it: who asked gets the reply, the other only the request."""
+    """On a bridge, the port that sent the request gets the reply, and another port only the request."""
     linkrx_bridge.attach(tap)
     one, other = linkrx_bridge.port(), linkrx_bridge.port()
     one.inject(request("10.0.0.2"))
@@ -100,11 +100,11 @@ def test_behind_a_switch(linkrx_bridge: Bridge, tap: Tap) -> None:
 
 
 def test_the_network_is_empty(linkrx_network: Network) -> None:
-    """No test sees the devices of another."""
+    """A test sees no device of another test."""
     assert [name for _, name in socket.if_nameindex()] == ["lo"]
     linkrx.TunTap("tap0").close()
 
 
 def test_who_runs_this() -> None:
-    """Tests run as whoever started them."""
+    """Tests keep the user ID of the caller."""
     assert str(os.getuid()) == os.environ.get("EXPECTED_UID", str(os.getuid()))

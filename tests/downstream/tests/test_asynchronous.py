@@ -13,7 +13,7 @@ FRAME = bytes.fromhex("02005e000002 02005e000001 88b5") + bytes(50)
 
 @pytest.mark.asyncio
 async def test_ends(linkrx_veth: tuple[End, End]) -> None:
-    """What waits is put into a thread; the rest is called in the event loop, configuration as well."""
+    """Methods that wait are run in a thread, and the others in the event loop, also those that configure."""
     near, far = linkrx_veth
     waiting = asyncio.create_task(asyncio.to_thread(far.expect, FRAME))
     near.set_mtu(1400)
