@@ -180,7 +180,7 @@ class Connection:
         os.write(self.queue.tap.fileno(), bytes(self.queue.prefix) + link[: self.link] + ip + l4)
 
     def receive(self, sender: socket.socket, stream: bytes) -> None:
-        """Accept the connection of `sender`, let it send `stream`, and return the received stream."""
+        """Accept the connection of `sender`, let it send `stream`, and receive the whole of it."""
         sent = False
         for l4 in self.segments():
             source, target, number = struct.unpack_from("!HHI", l4)
