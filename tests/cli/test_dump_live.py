@@ -206,6 +206,7 @@ def test_what_waits_behind_the_last_packet_is_counted() -> None:
         Capture("-i", near, "-t", "-c", "1", "--backend", "recvmmsg", "udp") as capture,
     ):
         capture.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, capture.process.pid, os.WSTOPPED | os.WNOWAIT)
         for _ in range(200):
             incoming.send(GOOD["udp"])
         capture.process.send_signal(signal.SIGCONT)
@@ -279,7 +280,7 @@ def test_recording_in_a_terminal(tmp_path: Path) -> None:
             for number in range(1, 4):
                 incoming.send(GOOD["udp"])
                 shown = until(ours, f"\r{number} packet", shown)
-            assert f"\r3 packets, {3 * 47} bytes, 0 dropped" in shown
+            until(ours, f"\r3 packets, {3 * 47} bytes, 0 dropped", shown)
             process.send_signal(signal.SIGINT)
             shown = until(ours, "dropped by kernel\r\n")
             assert summary(shown.replace("\r\n", "\n")) == (3, 3, 0)
