@@ -14,7 +14,7 @@ class UnsupportedSource(LinkrxError, ValueError):
 
 
 class UnsupportedOption(LinkrxError, ValueError):
-    """The source or the backend cannot honour an option, or the option contradicts what the probe found."""
+    """The source or the backend cannot honour an option, or the option contradicts the result of probing."""
 
 
 class BackendUnavailable(LinkrxError, RuntimeError):

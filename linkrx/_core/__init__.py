@@ -43,8 +43,8 @@ def _why_missing(name: str, error: ImportError) -> str:
     if failure is not None:
         summary = failure.partition("\n")[0]
         return (
-            f"the C core could not be built when linkrx was installed: {summary}; `linkrx doctor` shows all that "
-            "the compiler said. Mend that, and install linkrx again"
+            f"the C core could not be built when linkrx was installed: {summary}; `linkrx doctor` shows the output of the "
+            "compiler. Fix the cause, and install linkrx again"
         )
     if any(_HERE.glob(f"{name}.*so")):
         return f"the C core cannot be loaded ({error}): {_again()}"

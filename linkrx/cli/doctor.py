@@ -39,7 +39,7 @@ def run(terminal: Terminal, source: str | None = None, protocol: int | None = No
     failure = _core.build_failure()
     if _core.reason is not None and failure is not None:
         terminal.line()
-        terminal.heading("what the compiler said when the C core could not be built")
+        terminal.heading("output of the compiler when the build of the C core failed")
         for line in failure.splitlines():
             terminal.line(f"  {line}")
     if source is not None:
@@ -106,7 +106,7 @@ def _explain(terminal: Terminal, source: str, protocol: int | None) -> None:
     asked = repr(source) if protocol is None else f"{source!r}, protocol=0x{protocol:04x}"
     found = linkrx.probe(source)
     terminal.line()
-    terminal.heading(f"what the probe found on {source}")
+    terminal.heading(f"capabilities of {source}")
     terminal.table((), [(field.name, str(getattr(found, field.name))) for field in fields(found)])
     terminal.line()
     terminal.heading(f"what linkrx.open({asked}) would take, and why")

@@ -42,7 +42,7 @@ class Reader:
         self._registered: Waiter | None = None  # the waiter that the loop's reader belongs to
         self._waiter: Waiter | None = None
         self._asking: asyncio.TimerHandle | None = None  # the next read, if the event loop may not watch
-        self._said = False  # this was logged
+        self._warned = False  # this was logged
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
@@ -94,17 +94,17 @@ class Reader:
             except OSError as error:
                 if error.errno not in REFUSED:
                     raise
-                self._say_refused(error)
+                self._warn_refused(error)
                 if self._asking is not None:
                     self._asking.cancel()
                 self._asking = self.loop.call_later(ASK_AGAIN, self._receive)
             else:
                 self._registered = waiter
 
-    def _say_refused(self, error: OSError) -> None:
+    def _warn_refused(self, error: OSError) -> None:
         """Log once that the event loop may not watch the descriptor."""
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "the event loop cannot watch the %s, so linkrx reads it every %d ms: %s (%s), as from a seccomp filter for "
                 "epoll_ctl(2). Change the filter to allow it",

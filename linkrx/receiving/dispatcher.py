@@ -175,7 +175,7 @@ class Dispatcher(Reception):
         self._check_open()
         chosen = self._backends[self.choice.backend]
         self._source_filter.change(self._run_filter, filter, chosen, self._mechanism.readable_within)
-        self._tell_filter()
+        self._explain_filter()
 
     # Ending.
 
@@ -231,7 +231,7 @@ class Dispatcher(Reception):
                 try:
                     alone = self._close_alone()
                 finally:
-                    self._tell_waiting()
+                    self._wake_closers()
                 if not alone:
                     self._wait_until_left()
         _alive.discard(self)
@@ -248,7 +248,7 @@ class Dispatcher(Reception):
         finally:
             self._waiting.remove(gone)
 
-    def _tell_waiting(self) -> None:
+    def _wake_closers(self) -> None:
         for gone in tuple(self._waiting):
             gone.set()
 
@@ -259,7 +259,7 @@ class Dispatcher(Reception):
             if self._closed and not self._released:
                 self.close()
         finally:
-            self._tell_waiting()
+            self._wake_closers()
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -28,11 +28,15 @@ def plan_at_open(settings: Settings, backend: type[Backend]) -> Plan | None:
         return None
     options, found = settings.options, settings.capabilities
     return filters.planned(
-        settings.filter, found, fresh=found.owned, segment=options.segment, metadata=_tells(backend, options)
+        settings.filter,
+        found,
+        fresh=found.owned,
+        segment=options.segment,
+        metadata=_reports_metadata(backend, options),
     )
 
 
-def _tells(backend: type[Backend], options: Options) -> bool:
+def _reports_metadata(backend: type[Backend], options: Options) -> bool:
     """Whether the metadata of packets is complete. Sockets bound to an EtherType do not get VLAN tags: __netif_receive_skb_core()."""
     return backend.tells_metadata and options.protocol in (None, ETH_P_ALL)
 
@@ -89,7 +93,7 @@ class SourceFilter:
         plan = self._plan
         if (
             plan is None
-            or _tells(backend, self._options)
+            or _reports_metadata(backend, self._options)
             or not (plan.program.tags or (plan.program.cuts and not plan.own))
         ):
             return
@@ -101,7 +105,7 @@ class SourceFilter:
             self._source.capabilities,
             fresh=False,
             segment=self._options.segment,
-            metadata=_tells(backend, self._options),
+            metadata=_reports_metadata(backend, self._options),
         )
 
     def _put(self, run: Run, plan: Plan | None, readable_within: float) -> None:

@@ -31,7 +31,7 @@ def following(choice: Choice, error: OSError, title: str) -> Choice:
     return after
 
 
-def say_cut(choice: Choice, title: str) -> None:
+def warn_cut(choice: Choice, title: str) -> None:
     """Warn that frames are cut, if no other backend can take over."""
     logger.warning(
         "%s on the %s: %s, as the next ones will be. Open it again: its blocks are then made for what the interface and its "

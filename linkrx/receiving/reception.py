@@ -26,7 +26,7 @@ from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
 from linkrx.receiving.filtering import SourceFilter
-from linkrx.receiving.ladder import following, say_cut
+from linkrx.receiving.ladder import following, warn_cut
 from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
 from linkrx.receiving.stats import End, Stats, Tally
@@ -116,7 +116,7 @@ class Reception(Receiver):
             self._use(self._mechanism.native)
             chosen = backends[self.choice.backend]
             self._source_filter.open(self._run_filter, chosen, self._mechanism.readable_within)
-            self._tell_filter()
+            self._explain_filter()
             source.start(self._mechanism.joining)
             self._mechanism.start()
             if (state := source.link_state()) is LinkState.GONE:
@@ -225,9 +225,9 @@ class Reception(Receiver):
         """Handle a frame that was cut because it is longer than a block of the ring: take the next backend, or warn once."""
         if len(self.choice.ladder) > 1:
             self._demote(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
-        elif not self._tally.cut_said:
-            self._tally.cut_said = True
-            say_cut(self.choice, self.source.capabilities.title)
+        elif not self._tally.cut_warned:
+            self._tally.cut_warned = True
+            warn_cut(self.choice, self.source.capabilities.title)
 
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. Packets that come while a ring is removed are lost. A refused call loses none."""
@@ -243,7 +243,7 @@ class Reception(Receiver):
         refused.close()
         chosen = self._backends[choice.backend]
         self._source_filter.backend_changed(self._run_filter, chosen, mechanism.readable_within)
-        self._tell_filter()
+        self._explain_filter()
 
     def _run_filter(self, program: bytes | FilePrograms, tags: bool, seconds: float) -> None:
         done = self._set_filter(program, tags, seconds)
@@ -251,7 +251,7 @@ class Reception(Receiver):
             time.sleep(_LOOK_AGAIN)
             done = self._exchange_filter()
 
-    def _tell_filter(self) -> None:
+    def _explain_filter(self) -> None:
         self.choice = replace(self.choice, filter=self._source_filter.explanation)
 
     def _watch_link(self, *, down: bool) -> None:

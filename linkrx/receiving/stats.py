@@ -11,7 +11,7 @@ class Tally:
     """The counters of a Reception. Classification and the receiver have others.
 
     `undelivered`: packets that the backend held at a stop. `indescribable`: packets that a virtio-net header cannot describe.
-    `ring_drops`: drops of a ring that another backend has replaced. `cut_said`: the warning about cut frames was logged.
+    `ring_drops`: drops of a ring that another backend has replaced. `cut_warned`: the warning about cut frames was logged.
     """
 
     waits: int = 0
@@ -19,7 +19,7 @@ class Tally:
     undelivered: int = 0
     indescribable: int = 0
     ring_drops: int = 0
-    cut_said: bool = False
+    cut_warned: bool = False
 
 
 class End(Enum):

@@ -98,7 +98,7 @@ class Wakeup:
         self.source = source
         self.registered = True
         self._link_down = False
-        self._said: set[str] = set()  # the refused system calls that were reported
+        self._warned: set[str] = set()  # the refused system calls that were reported
         self._epoll = _epoll()
         self._timer = Timer()
         try:
@@ -160,7 +160,7 @@ class Wakeup:
             except FileExistsError:  # an exception interrupted this function, or `pause_source`
                 pass
             except OSError as error:
-                self._say_refused("epoll_ctl(2)", error, "linkrx reads the source every 10 ms instead")
+                self._warn_refused("epoll_ctl(2)", error, "linkrx reads the source every 10 ms instead")
                 self._timer.clear()
                 return
             self._watch()
@@ -176,7 +176,7 @@ class Wakeup:
         except FileNotFoundError:  # an exception came after the first call
             pass
         except OSError as error:
-            self._say_refused(
+            self._warn_refused(
                 "epoll_ctl(2)",
                 error,
                 "fileno() stays readable while the source is readable but has nothing to read",
@@ -190,20 +190,20 @@ class Wakeup:
             self._timer.set(interval)
         except OSError as error:
             self._timer.close()
-            self._say_refused(
+            self._warn_refused(
                 "timerfd_settime(2)",
                 error,
                 "fileno() does not become readable when an interface is deleted while it is down",
             )
         return self._timer.fd >= 0
 
-    def _say_refused(self, call: str, error: OSError, consequence: str) -> None:
+    def _warn_refused(self, call: str, error: OSError, consequence: str) -> None:
         """Log a refused system call once. Raises the error if it is no refusal."""
         code = error.errno or 0
         if code not in REFUSED:
             raise error
-        if call not in self._said:
-            self._said.add(call)
+        if call not in self._warned:
+            self._warned.add(call)
             logger.warning(
                 "%s is refused now, but was allowed when the source was opened: %s (%s), as from a seccomp filter. %s. Change the "
                 "filter to allow it",
