@@ -1,7 +1,7 @@
 """The fastest and most dependable way to receive link-layer packets in Python on Linux.
 
-`linkrx.open(source)` probes what the source can do, picks the best backend and hands over every packet with its
-protocol and link addresses.
+`linkrx.open(source)` probes the source, chooses the best backend, and delivers every packet with its protocol and link
+addresses.
 """
 
 import importlib as _importlib

@@ -99,7 +99,7 @@ def open(  # noqa: A001
     The options are those of `OpenOptions`:
 
     * `batch_size`: packets per receive at most. The default depends on the backend.
-    * `ethernet`, `vnet_header`, `packet_info`: the framing, where the probe cannot know it.
+    * `ethernet`, `vnet_header`, `packet_info`: the framing, if probing cannot find it out.
     * `buffer_sizes`: sizes of the iovec buffers for a packet. `snaplen`: bytes that are kept of each frame. Both can cut packets.
     * `segment`: split super-packets into the frames that they stand for, with complete checksums. For sources with a virtio-net
       header; packet sockets are given one.

@@ -124,7 +124,7 @@ class PacketMmap(CoreBackend):
         return dropped
 
     def freezes(self) -> int | None:
-        """tp_freeze_q_cnt; None where a seccomp filter forbids getsockopt(2)."""
+        """tp_freeze_q_cnt; None if a seccomp filter forbids getsockopt(2)."""
         frozen: int = _core.lib.lrx_ring_freezes(self._state)
         return None if frozen < 0 else frozen
 

@@ -1,23 +1,23 @@
-"""The meaning of an errno in place of packets."""
+"""The meaning of errnos."""
 
 from __future__ import annotations
 
 import errno
 
-# What seccomp filters answer: those of containers the first, for system calls that they do not know, or that the kernel lacks,
-# the second, and systemd's whatever their unit says.
+# Errors from seccomp filters. Those of containers return EPERM, or ENOSYS for system calls that they do not know, as the kernel
+# does. Those of systemd return the errno of their unit.
 FORBIDDEN = frozenset({errno.EPERM, errno.ENOSYS, errno.EACCES})
 # The kernel, or a seccomp filter, refuses the mechanism itself.
 REFUSED = FORBIDDEN | {errno.ENOTSOCK, errno.EOPNOTSUPP}
-# What preadv2(2) answers where a driver, the kernel, or a seccomp filter does not have RWF_NOWAIT.
+# Errors of preadv2(2) if a driver, the kernel or a seccomp filter does not support RWF_NOWAIT.
 NOWAIT_UNKNOWN = FORBIDDEN | {errno.EOPNOTSUPP}
-# Also while it is set up: no memory for it, or a kernel that does not have it.
+# The same while the mechanism is set up. Then also: no memory for it, or a kernel that lacks it.
 UNAVAILABLE = REFUSED | {errno.ENOMEM, errno.EINVAL, errno.ENOPROTOOPT}
 # A TAP or TUN queue whose device was deleted: EFAULT from a read that was waiting, EBADFD from then on.
 QUEUE_GONE = frozenset({errno.EBADFD, errno.EFAULT})
 INTERFACE_GONE = frozenset({errno.ENODEV, errno.ENXIO})
-# Reported once, then reception goes on: memory pressure, and what came back for packets that the same socket sent
-# (ICMP errors on UDP; ECONNRESET on a seqpacket socket whose peer closed with our data unread).
+# Errors after which reception goes on: memory pressure, and errors of packets that the same socket sent (ICMP errors on UDP;
+# ECONNRESET on a seqpacket socket whose peer closed with unread data).
 TRANSIENT = frozenset(
     {
         errno.ENOBUFS,

@@ -21,8 +21,8 @@ def capability(name: str) -> str:
 def device_file(path: str) -> str:
     """The advice for missing access to a device file."""
     return (
-        f"`sudo chgrp GROUP {path} && sudo chmod 660 {path}` opens it to one group of yours, until the next start: what its "
-        f"members can do with it is use devices that are theirs, and make some where they have CAP_NET_ADMIN; {MORE}"
+        f"`sudo chgrp GROUP {path} && sudo chmod 660 {path}` opens it to one group, until the next start. Its members can then "
+        f"use their own devices, and make devices where they have CAP_NET_ADMIN; {MORE}"
     )
 
 
@@ -38,14 +38,14 @@ def user_namespace(settings: Path = Path("/proc/sys")) -> str:
     interpreter = os.path.realpath(sys.executable)
     if number("kernel/apparmor_restrict_unprivileged_userns") == 1:
         return (
-            "AppArmor keeps user namespaces from programs without a profile: `echo 'abi <abi/4.0>, profile linkrx "
+            "AppArmor refuses user namespaces to programs without a profile: `echo 'abi <abi/4.0>, profile linkrx "
             f"{interpreter} flags=(unconfined) {{ userns, }}' | sudo tee /etc/apparmor.d/linkrx && sudo apparmor_parser -r "
-            f"/etc/apparmor.d/linkrx` allows them to whatever runs in this interpreter, and to nothing else; {MORE}"
+            f"/etc/apparmor.d/linkrx` allows them to programs of this interpreter only; {MORE}"
         )
     for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):
         if number(name) == 0:
             return (
-                f"{name.replace('/', '.')} is 0, which keeps user namespaces from all but root: run this one command with "
-                f"sudo, or allow them to everyone, and with them parts of the kernel that only root reaches otherwise; {MORE}"
+                f"{name.replace('/', '.')} is 0, which allows user namespaces to root only: run this one command with sudo, or "
+                f"allow them to everyone, which opens parts of the kernel that only root can use otherwise; {MORE}"
             )
     return f"run this one command with sudo; in a container, add `--cap-add SYS_ADMIN` to its start; {MORE}"

@@ -67,8 +67,8 @@ def refuse_gro(fd: int) -> None:
         return  # Linux before 5.0
     if glues:
         raise UnsupportedSource(
-            f"file descriptor {fd} is a UDP socket with UDP_GRO, on which the kernel hands over several datagrams as one: "
-            f"turn it off with setsockopt(socket.IPPROTO_UDP, {UDP_GRO}, 0)"
+            f"file descriptor {fd} is a UDP socket with UDP_GRO, on which the kernel merges datagrams: turn it off with "
+            f"setsockopt(socket.IPPROTO_UDP, {UDP_GRO}, 0)"
         )
 
 

@@ -11,7 +11,7 @@ BUFFER_SIZES = (128, 256, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # _core/readv.h LRX_SIZES_MAX; far fewer than the kernel's IOV_MAX of 1024.
 SIZES_MAX = 64
 
-# Thirty times the largest frame that any Linux device hands over.
+# Thirty times the largest frame of any Linux device.
 CAPACITY_MAX = 16 * 1024 * 1024
 
 
@@ -61,7 +61,7 @@ class IovecBuffer:
             if left <= 0:
                 break
             if view is None:
-                raise ValueError(f"pull({n}) before next_iovecs(): there is nothing to hand over")
+                raise ValueError(f"pull({n}) before next_iovecs(): there are no buffers")
             pulled.append(view[: min(left, len(view))])
             left -= len(view)
             self._views[index] = None

@@ -171,7 +171,7 @@ class Receiver(Filtering, Sending, Callbacks):
     def _await(self, timeout: float | None) -> str:
         """Wait up to `timeout` seconds until packets are pending: "ready", "nothing" or "over".
 
-        With a timeout of 0 it receives again where all frames were skipped, up to as many frames as a batch has rows.
+        With a timeout of 0 it receives again if all frames were skipped, up to as many frames as a batch has rows.
         """
         deadline = deadline_after(timeout)
         before, idle = received(self._counters), 0

@@ -1,4 +1,4 @@
-"""The types that receive and wait: those of the C core where it was built, else those in plain Python."""
+"""The types that receive and wait: those of the C core if it was built, else those in plain Python."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Reception(Receiver):
     # Mechanisms in Python.
 
     def _fill(self, arena: Owner) -> int:
-        """Let the mechanism fill. Its errno goes into the report, and is handled after the packets in front of it."""
+        """Let the mechanism fill. Its errno goes into the report, and is handled after the packets before it."""
         report, mechanism = self._report, self._mechanism
         report.held = 1  # until it is known, because an exception may come at any point
         try:

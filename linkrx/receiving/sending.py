@@ -59,7 +59,7 @@ def refusal(code: int, length: int, capabilities: Capabilities) -> Exception:
         return UnsupportedSource(
             f"nothing can be sent: the {title} has no peer ({os.strerror(code)}): connect() it"
         )
-    needs = "; the {} has no virtio-net header to say so in. segment=True, where it was received, completes such packets"
+    needs = ", but the {} has no virtio-net header, which would describe that. Receive such packets with segment=True"
     if code == UNFINISHED:
         return ValueError("the packet's checksum is unfinished" + needs.format(title))
     if code == SUPER_PACKET:

@@ -38,7 +38,7 @@ class Stats:
     `undelivered` were received, and dropped by `stop()`. `runts`, `empty` and `unknown_protocol` are received frames that are no
     packets. `malformed` are super-packets that cannot be split, and frames whose checksum cannot be finished, because their
     virtio-net header is wrong. `truncated` counts among all of these. `filtered` are packets that linkrx rejected by the filter,
-    and with `outgoing=True` on every interface also those of `lo` as they leave. It is None where linkrx rejects nothing:
+    and with `outgoing=True` on every interface also those of `lo` as they leave. It is None if linkrx rejects nothing:
     the kernel does not count what its filter rejects.
 
     `kernel_drops` never reached linkrx. `ring_freezes` is how often the kernel found a ring full. `receives` are system calls

@@ -20,7 +20,7 @@ RECHECK_SECONDS = 0.02
 # epoll_wait(2) takes milliseconds in an int; a longer wait is made of several.
 _LONGEST_SLEEP = 3600.0
 SHORTEST_CALL = 0.001  # a timer set to 0 never fires
-# The longest wait while a link is down, as in receive.c: its end must be noticed where the kernel refuses to set the timer, too.
+# The longest wait while a link is down, as in receive.c, so that a deletion is noticed even if the kernel refuses to set the timer.
 _LONGEST_LOOK = 0.04
 
 

@@ -57,7 +57,7 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
 def patiently(condition: Callable[[], object]) -> Iterator[None]:
     """Yield until the condition holds. Raises AssertionError if it does not hold within PATIENCE seconds.
 
-    One turn counts as TURN_MOST seconds at most. So no test fails where a virtual machine stood still while it was saved or moved.
+    A turn counts as TURN_MOST seconds at most, so that no test fails because a virtual machine was paused to save or move it.
     """
     left, before = PATIENCE, time.monotonic()
     while not condition():

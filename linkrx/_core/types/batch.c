@@ -355,7 +355,7 @@ static PyGetSetDef batch_attributes[] = {
     COLUMN("starts", COLUMN_STARTS, "The offset of each frame in `memory` (uint32)."),
     COLUMN("lengths", COLUMN_LENGTHS, "Bytes of each frame, link header included (uint32)."),
     COLUMN("wire_lengths", COLUMN_WIRE_LENGTHS,
-           "The length of each frame before it was cut, where the kernel reports it (uint32)."),
+           "The length of each frame before it was cut, if the kernel reports it (uint32)."),
     COLUMN("interfaces", COLUMN_INTERFACES, "The index of the interface of each packet, on packet sockets; else 0 (uint32)."),
     COLUMN("timestamps", COLUMN_TIMESTAMPS, "The time at which the kernel received each frame: nanoseconds since 1970, or 0 (int64)."),
     COLUMN("protocols", COLUMN_PROTOCOLS, "The EtherType of each packet (uint16)."),

@@ -369,7 +369,7 @@ static PyGetSetDef packet_attributes[] = {
      "The index of the interface that the frame came through, on packet sockets; else 0.", NULL},
     {"link_type", packet_link_type, NULL,
      "The type of the device that the frame came through: ARPHRD_* of linux/if_arp.h. 1: Ethernet.", NULL},
-    {"truncated", packet_flag, NULL, "Whether the frame was cut: `wire_length` is the true length, where the kernel reports it.", (void *)LRX_TRUNCATED},
+    {"truncated", packet_flag, NULL, "Whether the frame was cut: `wire_length` is the length before that, if the kernel reports it.", (void *)LRX_TRUNCATED},
     {"outgoing", packet_flag, NULL, "Whether this host sent the frame; only ever True with outgoing=True.",
      (void *)LRX_OUTGOING},
     {"checksum_unfinished", packet_flag, NULL,
@@ -388,10 +388,10 @@ static PyMethodDef packet_methods[] = {
     {"__bytes__", packet_tobytes, METH_NOARGS, "__bytes__($self, /)\n--\n\nThe frame as bytes."},
     {"u16", packet_u16, METH_O,
      "u16($self, offset, /)\n--\n\nThe two bytes at an offset into the frame, as a big-endian number.\n\n"
-     "A negative offset counts from the end. Raises IndexError where there are no two."},
+     "A negative offset counts from the end. Raises IndexError if there are no two."},
     {"u32", packet_u32, METH_O,
      "u32($self, offset, /)\n--\n\nThe four bytes at an offset into the frame, as a big-endian number.\n\n"
-     "A negative offset counts from the end. Raises IndexError where there are no four."},
+     "A negative offset counts from the end. Raises IndexError if there are no four."},
     {"tagged", packet_tagged, METH_NOARGS,
      "tagged($self, /)\n--\n\nThe frame as it was on the wire: with the VLAN tag that the kernel took out put back."},
     {"copy", packet_copy, METH_NOARGS, "copy($self, /)\n--\n\nThe same packet, in memory of its own."},

@@ -53,7 +53,7 @@
 #define PAUSE 0.01
 /* Seconds until a signal is seen that came between the last check and the wait. */
 #define SLICE 1.0
-/* The longest wait while a link is down: its end must be noticed where the kernel refuses to set the timer, too. */
+/* The longest wait while a link is down, so that a deletion is noticed even if the kernel refuses to set the timer. */
 #define LOOK 0.04
 #define SECOND 1000000000LL
 /* CPython's switch interval in nanoseconds: sys.getswitchinterval(). */
@@ -281,7 +281,7 @@ static int wait(Receiver *r, double seconds)
     return readable ? 1 : count > 0 ? 2 : 0;
 }
 
-/* Learn whether to read before waiting: after reads in vain, more and more calls wait at once. */
+/* Learn whether to read before waiting: the more reads found nothing, the more calls wait at once. */
 static bool read_first(Receiver *r, double timeout)
 {
     const struct lrx_report *report = report_of(r);
@@ -346,7 +346,7 @@ static int wait_for_source(Receiver *r, double seconds)
     return sleep_on(&source, 1, seconds < PAUSE ? seconds : PAUSE);
 }
 
-/* With a timeout of 0 it receives again where all frames were skipped, up to as many frames as a batch has rows. */
+/* With a timeout of 0 it receives again if all frames were skipped, up to as many frames as a batch has rows. */
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
