@@ -34,7 +34,7 @@ from linkrx.testing.waiting import patiently
 # Programs with a title have their own test: below, or in testing/test_plugin.py for docs/testing.md.
 TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 TITLES |= {"A first test", "A network", "Conformance", "Rigs"}
-TITLES |= {"Keep what is wanted", "Record and read"}
+TITLES |= {"Record the ARP packets", "Record and read"}
 
 
 def test_the_readme_is_short() -> None:
@@ -171,7 +171,7 @@ def test_recording(tmp_path: Path) -> None:
     assert len(lines) == 11
     assert all(f" {near} <Packet 0x0806 " in line for line in lines[:-1])
     assert lines[-1] == "End.EOF"
-    (program,) = [one for one in programs() if one.startswith('"""Keep what is wanted."""')]
+    (program,) = [one for one in programs() if one.startswith('"""Record the ARP packets."""')]
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     with linkrx.open(tmp_path / "arp.pcap") as rx:
         assert len(list(rx)) == 10
