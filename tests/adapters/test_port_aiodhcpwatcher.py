@@ -47,10 +47,10 @@ def test_the_same_requests(name: str) -> None:
         rig.send(SENT[name])
         ours = WATCHER.parse(rx.recv(PATIENCE))
     fields = ("ip_address", "hostname", "mac_address")
-    told = [tuple(getattr(one, field) for field in fields) for one in [*theirs, ours] if one is not None]
-    assert len(told) in (0, 2)
-    assert len(set(told)) <= 1
-    assert bool(told) == (name not in ("discover", "no DHCP"))
+    requests = [tuple(getattr(one, field) for field in fields) for one in [*theirs, ours] if one is not None]
+    assert len(requests) in (0, 2)
+    assert len(set(requests)) <= 1
+    assert bool(requests) == (name not in ("discover", "no DHCP"))
 
 
 def test_on_linkrx(monkeypatch: pytest.MonkeyPatch) -> None:

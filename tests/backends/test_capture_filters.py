@@ -477,6 +477,6 @@ def test_asynchronously_and_from_another_thread() -> None:
             finally:
                 stop.set()
         assert rx.end is linkrx.End.EOF
-        told = rx.stats()
-        assert told.packets == len(seen)
-        assert told.packets + (told.filtered or 0) == 4000
+        stats = rx.stats()
+        assert stats.packets == len(seen)
+        assert stats.packets + (stats.filtered or 0) == 4000

@@ -78,8 +78,8 @@ def test_the_limit_is_raised_after_open(caplog: pytest.LogCaptureFixture) -> Non
             sender.send(HEADER + super_packet(LONG, sequence))
             whole = rx.recv(PATIENCE)
             assert (whole.truncated, bytes(whole)) == (False, super_packet(LONG, sequence))
-        told = rx.stats()
-        assert (told.truncated, told.demotions, told.packets) == (1, 1, 8)
+        stats = rx.stats()
+        assert (stats.truncated, stats.demotions, stats.packets) == (1, 1, 8)
         assert "packet_mmap   refused   refused at run time: a frame was cut" in rx.choice.explain()
     assert messages(caplog) == [
         f"packet_mmap on the AF_PACKET socket on {near}: a frame was cut that is longer than a block of the ring; going on "
@@ -128,14 +128,14 @@ def test_super_packets_that_are_to_be_split() -> None:
         far.set(gso_max_size=300_000)
         sender.send(HEADER + super_packet(LONG))
         before = given_up(rx)
-        told = rx.stats()
-        assert told.truncated > 0
-        assert told.malformed or before
+        stats = rx.stats()
+        assert stats.truncated > 0
+        assert stats.malformed or before
         sender.send(HEADER + super_packet(LONG))
         frames = [rx.recv(PATIENCE).tobytes() for _ in range(-(-LONG // SIZE))]
         assert b"".join(frame[HEADERS:] for frame in frames) == super_packet(LONG)[HEADERS:]
         assert {len(frame) for frame in frames[:-1]} == {SIZE + HEADERS}
-        assert rx.stats().truncated == told.truncated
+        assert rx.stats().truncated == stats.truncated
 
 
 def test_the_drops_of_a_ring_that_is_given_up_stay_counted() -> None:

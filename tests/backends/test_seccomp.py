@@ -66,7 +66,7 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
     """Run `work` in a forked child. The child requests actions on the rig: "down", "up", "delete" or "hang up"."""
     asks, asking = os.pipe()
     done, doing = os.pipe()
-    told, telling = os.pipe()
+    failure_in, failure_out = os.pipe()
     pid = os.fork()
     if not pid:  # pragma: no cover, another process
         os.close(asks)
@@ -81,10 +81,10 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
             work(ask)
             status = 0
         except BaseException:
-            os.write(telling, traceback.format_exc().encode()[-4000:])
+            os.write(failure_out, traceback.format_exc().encode()[-4000:])
         finally:
             os._exit(status)
-    for end in (asking, done, telling):
+    for end in (asking, done, failure_out):
         os.close(end)
     try:
         while True:
@@ -99,9 +99,9 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
                 assert rig.device is not None
                 {"down": rig.device.set_down, "up": rig.device.set_up, "delete": rig.device.delete}[wish]()
             os.write(doing, b".")
-        said = os.read(told, 4000).decode()
+        said = os.read(failure_in, 4000).decode()
     finally:
-        for end in (asks, doing, told):
+        for end in (asks, doing, failure_in):
             os.close(end)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert (status, said) == (0, "")
@@ -162,8 +162,8 @@ def receive_to_the_end(rig: Rig, backend: str, ask: Ask, refused: Callable[[], N
             rx.stop(flush=True)
             assert rx.run() is linkrx.End.STOPPED
         assert rx.drain() == 0
-        told = rx.stats()
-        assert told.packets + told.undelivered == len(got)
+        stats = rx.stats()
+        assert stats.packets + stats.undelivered == len(got)
     # The kernel may have dropped frames that were in transit when the device was deleted.
     assert got in (sent, sent[:-1] if rig.device is not None else sent)
 
@@ -304,8 +304,8 @@ def test_what_is_asked_for_without_getsockopt(make: rigs.MakeRig) -> None:
                 assert rx.stats().kernel_drops == 0
                 if backend == that_take("packet")[-1]:
                     deny(errno.EPERM, "getsockopt")
-                    told = rx.stats()
-                    assert (told.kernel_drops, told.ring_freezes) == (None, None)
+                    stats = rx.stats()
+                    assert (stats.kernel_drops, stats.ring_freezes) == (None, None)
                     if rx.capabilities.owned:
                         rx.set_filter("arp")
                         rig.send(rig.frame(100))

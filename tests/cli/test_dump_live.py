@@ -65,7 +65,7 @@ def test_lines_come_at_once_and_ctrl_c_ends_with_a_summary() -> None:
         code, output, errors = capture.end(signal.SIGINT)
     assert (code, output) == (0, "")
     assert summary(errors) == (2, 2, 0)
-    assert capture.told == [
+    assert capture.messages == [
         f"linkrx: listening on {near}, whole frames, backend {backend_of(near)}; Ctrl-C ends it\n"
     ]
 
@@ -162,7 +162,7 @@ def test_snaplen() -> None:
         pair() as (near, incoming, _),
         Capture("-i", near, "-s", "36", "--json", "-c", "1", "udp") as capture,
     ):
-        assert "36 bytes of each frame" in capture.told[0]
+        assert "36 bytes of each frame" in capture.messages[0]
         incoming.send(GOOD["udp"])
         found = json.loads(capture.line())
     assert (found["length"], found["captured"], found["cut"]) == (47, 36, "udp")
@@ -181,10 +181,10 @@ def test_every_backend(backend: str) -> None:
     ):
         incoming.send(GOOD["udp"])
         code, output, errors = capture.end()
-    assert f"backend {backend};" in capture.told[0]
+    assert f"backend {backend};" in capture.messages[0]
     assert re.fullmatch(rf"\d\d:\d\d:\d\d\.\d{{6}} {re.escape(UDP_LINE)}\n", output)
     assert code == 0
-    assert ("has no kernel timestamps" in "".join(capture.told) + errors) == (
+    assert ("has no kernel timestamps" in "".join(capture.messages) + errors) == (
         "timestamps" not in info.honours
     )
     done = linkrx_command("dump", "-i", "lo", "--backend", backend, "-Q", "out", "--duration", "0.01")

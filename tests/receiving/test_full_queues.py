@@ -179,13 +179,13 @@ def test_a_queue_that_is_full(make: Make, backend: str) -> None:
 @pytest.mark.parametrize(("make", "backend"), cells())
 def test_full_in_a_flood_both_ways(make: Make, backend: str) -> None:
     """Threads, `deliver` and a signal handler that send to a full queue get BlockingIOError, while packets are received."""
-    told: dict[str, int] = {"deliver": 0, "signal": 0, "thread": 0}
+    refusals: dict[str, int] = {"deliver": 0, "signal": 0, "thread": 0}
     over: list[bool] = []
 
     with ExitStack() as stack:
 
         def deliver(*_: object) -> None:
-            told["deliver"] += refused(rx, frame)
+            refusals["deliver"] += refused(rx, frame)
 
         narrow = make(stack, backend, deliver, LARGE)
         rx, frame = narrow.rx, narrow.frame
@@ -193,20 +193,20 @@ def test_full_in_a_flood_both_ways(make: Make, backend: str) -> None:
             pass
 
         def handler(_number: int, _frame: FrameType | None) -> None:
-            told["signal"] += refused(rx, frame)
+            refusals["signal"] += refused(rx, frame)
 
         def flood() -> None:
             while not over:
                 narrow.receive()
-                told["thread"] += refused(rx, frame)
-                told["thread"] += rx.send_batch([frame] * 10) == 0
+                refusals["thread"] += refused(rx, frame)
+                refusals["thread"] += rx.send_batch([frame] * 10) == 0
 
         before = signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         try:
             with running(flood):
                 try:
-                    while min(told.values()) < 10:
+                    while min(refusals.values()) < 10:
                         rx.run(count=10, duration=PATIENCE)
                 finally:
                     over.append(True)

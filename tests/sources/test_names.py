@@ -97,8 +97,10 @@ def test_packets_of_an_interface_whose_name_is_no_text(backend: str, source: str
                 injector.send(FRAME)
             while len(got) < 3:
                 got += [packet for packet in [rx.recv(10)] if packet.protocol == 0x88B5]
-            told = {(packet.interface, packet.protocol, packet.remote, bytes(packet.data)) for packet in got}
-            assert told == {(index, 0x88B5, FRAME[6:12], FRAME[14:])}
+            metadata = {
+                (packet.interface, packet.protocol, packet.remote, bytes(packet.data)) for packet in got
+            }
+            assert metadata == {(index, 0x88B5, FRAME[6:12], FRAME[14:])}
             assert rx.interface_name(index) == os.fsdecode(NO_TEXT) or source in (
                 "by name",
                 "bound",

@@ -118,12 +118,12 @@ def macvtap(over: str, name: str) -> Iterator[int]:
         except NetlinkError as error:
             pytest.skip(f"needs macvtap: {error}")
         route.link("set", index=route.link_lookup(ifname=name)[0], state="up")
-    # Not by trying: whoever opens the device of another namespace, as of another process of this run, gets a queue of it.
+    # The number is read and not tried, because opening the device of another namespace makes a queue of it.
     show = "mount -t sysfs none /sys; cat /sys/class/net/$1/macvtap/*/dev"
-    told = subprocess.run(
+    shown = subprocess.run(
         ["unshare", "--mount", "sh", "-euc", show, "_", name], capture_output=True, text=True, check=True
     )
-    major, minor = map(int, told.stdout.split(":"))
+    major, minor = map(int, shown.stdout.split(":"))
     with tempfile.TemporaryDirectory() as folder:
         os.mknod(f"{folder}/queue", 0o20600, os.makedev(major, minor))
         fd = os.open(f"{folder}/queue", os.O_RDWR | os.O_NONBLOCK)

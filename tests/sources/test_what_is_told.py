@@ -79,16 +79,16 @@ def test_unfinished_checksums(backend: str) -> None:
         case = Super(4, UDP, 100, 0)
         sender.send(case.vnet() + case.frame())
         sender.send(bytes(10) + case.frame())
-        told: list[int] = []
+        unfinished: list[int] = []
         for batch in rx.batches(PATIENCE):
-            told += [
+            unfinished += [
                 flags & linkrx.Flags.CHECKSUM_UNFINISHED
                 for flags, protocol in zip(batch.flags, batch.protocols, strict=True)
                 if protocol == 0x0800
             ]
-            if len(told) == 2:
+            if len(unfinished) == 2:
                 break
-        assert told == [linkrx.Flags.CHECKSUM_UNFINISHED, 0]
+        assert unfinished == [linkrx.Flags.CHECKSUM_UNFINISHED, 0]
 
 
 @backends
@@ -236,8 +236,8 @@ def test_super_packets_of_tunnels_on_packet_sockets(backend: str) -> None:
             sender.send(case.vnet() + case.frame())
             injector.send(LOCAL + REMOTE + OURS + bytes(46))
             assert len(ours(rx, 1)) == 1
-            told = rx.stats()
-            assert told.malformed + (told.kernel_drops or 0) == 1
+            stats = rx.stats()
+            assert stats.malformed + (stats.kernel_drops or 0) == 1
             assert rx.end is None
         with linkrx.open(near, backend=backend) as rx:
             sender.send(case.vnet() + case.frame())

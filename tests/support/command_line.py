@@ -67,7 +67,7 @@ def in_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 class Capture:
-    """A process of `linkrx dump`. The constructor returns when it captures. `told` holds its first lines on standard error."""
+    """A process of `linkrx dump`. The constructor returns when it captures. `messages` holds its first lines on standard error."""
 
     def __init__(
         self, *arguments: str, program: tuple[str, ...] = ("-m", "linkrx"), **environment: str
@@ -81,13 +81,13 @@ class Capture:
             bufsize=0,  # bytes in a buffer of Python would be missing in end()
             env={**inherited, **environment},
         )
-        self.told: list[str] = []
+        self.messages: list[str] = []
         assert self.process.stderr is not None
         while line := self.process.stderr.readline():
-            self.told.append(line.decode())
-            if "listening on" in self.told[-1]:
+            self.messages.append(line.decode())
+            if "listening on" in self.messages[-1]:
                 return
-        raise AssertionError(f"linkrx dump does not listen: {self.told}")
+        raise AssertionError(f"linkrx dump does not listen: {self.messages}")
 
     def line(self) -> str:
         """Wait for the next line of standard output."""
