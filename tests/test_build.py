@@ -234,7 +234,7 @@ for _ in range(2):
 """
 
 
-def test_a_missing_core_is_told_once(installed: Path) -> None:
+def test_a_missing_core_is_logged_once(installed: Path) -> None:
     """The first open with auto logs a warning with the reason. Later calls, and calls that name a backend, do not."""
     why = reason(installed)
     assert why == (
@@ -284,7 +284,7 @@ def test_a_core_of_another_version_in_a_checkout(checkout: Path) -> None:
     assert re.search(rf"^C core +no: the C core .* {STALE}", doctor.stdout, re.MULTILINE)
 
 
-def test_a_core_that_knows_no_version(installed: Path) -> None:
+def test_a_core_without_a_hash(installed: Path) -> None:
     """A core without a hash, and one that cannot be loaded, are refused with different reasons."""
     core = installed / "linkrx/_core"
     (core / "_native.py").write_text("class lib: pass\nclass ffi: string = staticmethod(bytes)\n")

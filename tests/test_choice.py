@@ -137,7 +137,7 @@ def test_a_named_backend_that_cannot(
 
 
 @pytest.mark.parametrize("option", ["timestamps", "outgoing"])
-def test_options_nobody_honours(option: str) -> None:
+def test_options_that_no_backend_honours(option: str) -> None:
     """An option that no backend can honour is refused with each backend's reason, for a named backend and for auto."""
     infos = [info(Readv), info(OsReadv)]
     wanted: Any = {option: True}
@@ -244,7 +244,7 @@ def outcome(call: Callable[..., linkrx.Choice | linkrx.Dispatcher], *arguments: 
         {"batchsize": 3},
     ],
 )
-def test_choose_says_what_open_does(datagram: socket.socket, options: dict[str, Any]) -> None:
+def test_choose_is_the_same_as_open(datagram: socket.socket, options: dict[str, Any]) -> None:
     """linkrx.choose gives the same choice or error as linkrx.open, for any options."""
     assert outcome(linkrx.choose, datagram, **options) == outcome(linkrx.open, datagram, **options)
 
@@ -254,7 +254,7 @@ def test_choose_says_what_open_does(datagram: socket.socket, options: dict[str, 
     "options", [{}, {"segment": True}, {"vnet_header": True}, {"timestamps": True}, {"fanout": 3}]
 )
 @pytest.mark.parametrize("environment", [{}, {"LINKRX_BACKEND": "recvmmsg"}, {"LINKRX_AVOID": "packet_mmap"}])
-def test_choose_says_it_of_an_interface(
+def test_choose_is_the_same_as_open_for_an_interface(
     options: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For an interface, with environment variables, linkrx.choose gives the same choice or error as linkrx.open."""

@@ -84,7 +84,7 @@ def test_links(document: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
-def test_the_failure_matrix_names_what_there_is() -> None:
+def test_the_failure_matrix_names_existing_tests() -> None:
     """Each test in tests/README.md is in the file of its link."""
     named = re.findall(r"\[`(test_\w+)`\]\(([\w./]+\.py)\)", (TESTS / "README.md").read_text())
     assert len(named) > 80

@@ -62,7 +62,7 @@ def test_the_watcher_reads_requests() -> None:
 
 
 @given(st.integers(14, 400), st.binary(max_size=100))
-def test_the_watcher_survives_what_is_malformed(cut: int, behind: bytes) -> None:
+def test_the_watcher_survives_malformed_frames(cut: int, behind: bytes) -> None:
     """parse() raises no exception for frames that are cut or have bytes appended."""
     WATCHER.parse(packet_of(request()[:cut] + behind))
 

@@ -126,7 +126,7 @@ def test_no_such_interface() -> None:
 
 
 @pytest.mark.parametrize("wanted", [{"promisc": True}, {"type": 0x0800}])
-def test_what_a_borrowed_source_cannot_have(wanted: dict[str, Any]) -> None:
+def test_options_that_a_borrowed_source_cannot_have(wanted: dict[str, Any]) -> None:
     """promisc and type are refused, and not ignored, for sources other than an interface by name."""
     with rigs.tap() as rig, pytest.raises(linkrx.UnsupportedOption, match=r"promiscuous|protocol"):
         L2Socket(rig.source, **wanted)

@@ -113,7 +113,7 @@ def test_a_file_is_read_from_where_it_stands(path: Path) -> None:
             assert bytes(rx.recv(10)) == frame(60, 0)
 
 
-def test_what_is_no_capture_file(tmp_path: Path) -> None:
+def test_invalid_capture_files(tmp_path: Path) -> None:
     """An invalid capture file is refused: a path at open, others at the first read. The error says what to type."""
     other = tmp_path / "other"
     other.write_bytes(b"text, not packets")
@@ -299,7 +299,7 @@ def test_a_compressed_pipe(size: int, batch_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "fifo", "pipe", "buffered", "bytes", "read", "gzip.open"])
-def test_what_is_compressed_is_told_by_its_first_byte(tmp_path: Path, kind: str) -> None:
+def test_gzip_is_detected_by_its_first_byte(tmp_path: Path, kind: str) -> None:
     """gzip is detected by its first byte on a path, a FIFO, a pipe, a file that was peeked, memory, and an object with `read` alone."""
     packets = packets_of(3000)
     data = captures.pcap(packets)

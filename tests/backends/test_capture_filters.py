@@ -342,7 +342,7 @@ def test_a_filter_that_comes_later(filtered: bool) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_waits_is_judged_with_its_header(name: str) -> None:
+def test_waiting_packets_are_filtered_with_their_header(name: str) -> None:
     """A filter that is set while packets wait accepts the same of them as a filter given to open."""
     data = pcap_of(name, records_of(name, 3))
     for expression in ("udp", "less 80", "ip6 or arp", "link[3] & 1 = 0"):

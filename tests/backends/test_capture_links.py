@@ -195,7 +195,7 @@ def test_a_link_type_of_too_many_bits(form: str) -> None:
         list(rx)
 
 
-def test_everything_that_a_packet_knows(tmp_path: Path) -> None:
+def test_all_metadata_of_a_packet(tmp_path: Path) -> None:
     """Packets of a file with every link type keep all metadata when they are recorded again.
 
     These are bytes, protocol, addresses, device, direction, time in nanoseconds and true length, and each interface's name and

@@ -110,7 +110,7 @@ def test_no_other_backend_may_take_over(caplog: pytest.LogCaptureFixture, option
 @pytest.mark.parametrize(
     "options", [{"snaplen": 200}, {"buffer_sizes": (100, 100)}], ids=["snaplen", "ladder"]
 )
-def test_who_wants_no_more_keeps_the_ring(options: dict[str, Any]) -> None:
+def test_the_ring_is_kept_if_snaplen_fits(options: dict[str, Any]) -> None:
     """If `snaplen` fits into a block, nothing that was asked for is missing, and no other backend takes over."""
     with pair() as (near, far, sender), linkrx.open(near, **options) as rx:
         far.set(gso_max_size=300_000)

@@ -81,7 +81,7 @@ def packet_socket(near: str, kind: socket.SocketKind = socket.SOCK_RAW) -> socke
 # The choice.
 
 
-def test_it_is_what_auto_takes_for_an_interface(wire: Wire) -> None:
+def test_auto_takes_a_ring_for_an_interface(wire: Wire) -> None:
     """auto takes a ring for an interface by name, and not for a borrowed socket."""
     with linkrx.open(wire[0]) as rx:
         assert rx.backend == "packet_mmap"
@@ -242,14 +242,14 @@ def test_a_block_is_a_batch_unless_asked_otherwise(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["interface", "peer"])
-def test_what_the_interface_and_its_peer_are_set_up_for(wire: Wire, end: int) -> None:
+def test_blocks_fit_the_interface_and_its_peer(wire: Wire, end: int) -> None:
     """Blocks are larger if the super-packet limit of an interface, or of its veth peer, is larger."""
     Device(str(wire[end])).set(gso_max_size=200_000)
     with ring_on(wire[0]) as rx:
         assert packet_mmap._largest(rx._config) == 200_000
 
 
-def test_what_an_interface_with_another_name_is_set_up_for(wire: Wire) -> None:
+def test_blocks_of_an_interface_with_an_alternative_name(wire: Wire) -> None:
     """An interface that is opened by an alternative name has the same blocks as by its own."""
     Device(wire[0]).set(gso_max_size=200_000)
     name = "alternative_" + "n" * 100
@@ -292,7 +292,7 @@ def test_all_that_was_sent_comes_once_and_in_order(wire: Wire, batch_size: int) 
     assert (counted.kernel_drops, counted.ring_freezes, counted.truncated) == (0, 0, 0)
 
 
-def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
+def test_drops_of_an_overrun_are_counted_exactly(wire: Wire) -> None:
     """After an overrun, sent equals delivered plus kernel_drops, with statistics read at any time, and the ring still receives."""
     sent = delivered = 0
     with ring_on(wire[0], receive_buffer=1) as rx:
@@ -314,7 +314,7 @@ def test_what_an_overrun_loses_is_counted_exactly(wire: Wire) -> None:
         assert number_of(rx.recv(10)) == sent
 
 
-def test_what_a_socket_dropped_before_is_not_counted(wire: Wire) -> None:
+def test_earlier_drops_of_a_socket_are_not_counted(wire: Wire) -> None:
     """On a borrowed socket kernel_drops starts at 0 with the ring."""
     with packet_socket(wire[0]) as borrowed:
         borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
@@ -326,7 +326,7 @@ def test_what_a_socket_dropped_before_is_not_counted(wire: Wire) -> None:
             assert rx.stats().kernel_drops == 0
 
 
-def test_what_is_held_never_keeps_the_ring_full(wire: Wire) -> None:
+def test_held_packets_do_not_keep_the_ring_full(wire: Wire) -> None:
     """If every packet of many laps is kept, none is lost, and each shows its sent bytes."""
     kept: list[linkrx.Packet] = []
     total = 6_000
@@ -459,7 +459,7 @@ def test_the_virtio_net_header_is_kept(wire: Wire, size: int) -> None:
 # The link.
 
 
-def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None:
+def test_packets_in_the_ring_come_before_link_down(wire: Wire) -> None:
     """Packets in a block that is open when the link goes down are delivered before the link counts as down."""
     near, far, injector = wire
     with ring_on(near, latency=0.2) as rx:
@@ -476,7 +476,7 @@ def test_what_is_in_the_ring_comes_before_the_link_goes_down(wire: Wire) -> None
         assert number_of(rx.recv(10)) == 5
 
 
-def test_what_is_in_the_ring_comes_before_the_interface_is_gone(wire: Wire) -> None:
+def test_packets_in_the_ring_come_before_a_deletion(wire: Wire) -> None:
     """Packets in a block that is open when the interface is deleted are delivered before the end."""
     near, _, injector = wire
     with ring_on(near, latency=0.2) as rx:
@@ -536,7 +536,7 @@ def test_a_socket_that_has_a_ring_already(wire: Wire) -> None:
             borrowed.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
 
 
-def test_a_stranger_that_got_the_number_keeps_its_ring(wire: Wire) -> None:
+def test_a_ring_of_a_reused_descriptor_is_kept(wire: Wire) -> None:
     """If the owner closed its socket and another socket with a ring reuses the number, close does not change that socket."""
     borrowed = packet_socket(wire[0])
     number = borrowed.fileno()

@@ -99,7 +99,7 @@ with linkrx.open(receiver) as rx:
 
 @needs_core
 @pytest.mark.parametrize("take", ["rx.drain()", "got.append(rx.recv(0))", "got.extend(next(rx.batches(0)))"])
-def test_a_call_that_does_not_wait_gets_what_is_there(take: str) -> None:
+def test_a_call_that_does_not_wait_gets_queued_packets(take: str) -> None:
     """A call that does not wait returns the queued packets, even if the mechanism is refused in that call."""
     lines = run(f"""
 got = []
@@ -178,7 +178,7 @@ with linkrx.open(reader) as rx:
 
 
 @needs_core
-def test_what_is_held_survives_a_demotion() -> None:
+def test_held_packets_survive_a_demotion() -> None:
     """Packets, batches and views from before a demotion do not change when the next backend receives."""
     lines = run("""
 with linkrx.open(receiver) as rx:

@@ -295,7 +295,7 @@ def test_a_source_that_is_ready_for_nothing(refused: tuple[str, ...], before: bo
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("make", [rigs.interface, rigs.packet])
-def test_what_is_asked_for_without_getsockopt(make: rigs.MakeRig) -> None:
+def test_counters_filters_and_flush_without_getsockopt(make: rigs.MakeRig) -> None:
     """Without getsockopt, counters of the kernel are None, a filter is set or refused with a reason, and a flush ends."""
 
     def work(_: Ask) -> None:
@@ -328,7 +328,7 @@ def test_what_is_asked_for_without_getsockopt(make: rigs.MakeRig) -> None:
 
 @needs_core
 @pytest.mark.usefixtures("devices")
-def test_a_ring_that_cannot_be_asked() -> None:
+def test_a_ring_whose_link_cannot_be_queried() -> None:
     """If neither getsockopt(2) nor recvfrom(2) reports the link, the next backend takes over after the ring's packets."""
 
     def work(_: Ask) -> None:

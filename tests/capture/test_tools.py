@@ -181,7 +181,7 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
 
 
 @needs("tshark")
-def test_what_is_made_by_hand(original: Path) -> None:
+def test_files_made_by_hand(original: Path) -> None:
     """linkrx and tshark read the same bytes, times, lengths, interface names and directions of a file made by hand."""
     assert of_linkrx(original) == of_tshark(original)
 

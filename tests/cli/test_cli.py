@@ -261,7 +261,7 @@ def test_doctor_on_an_interface() -> None:
 
 
 @pytest.mark.usefixtures("devices")
-def test_doctor_on_an_interface_whose_name_is_no_text() -> None:
+def test_doctor_on_an_interface_whose_name_is_not_utf8() -> None:
     """The doctor prints an interface name that is not valid text as its bytes, in any locale."""
     name = b"l\xff\xe9x7"
     subprocess.run([b"ip", b"link", b"add", b"name", name, b"type", b"bridge"], check=True)

@@ -253,7 +253,7 @@ def test_json_of_every_protocol(dump: Run, every_protocol: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["pcap", "cap", "pcapng", "other"])
-def test_recording_what_is_read(dump: Run, every_protocol: str, tmp_path: Path, form: str) -> None:
+def test_recording_packets_of_a_file(dump: Run, every_protocol: str, tmp_path: Path, form: str) -> None:
     """-w records the packets that the expression accepts, as pcap if the file's name says so, else as pcapng."""
     out = tmp_path / f"out.{form}"
     done = dump("-r", every_protocol, "-w", str(out), "-c", "3", "arp")
@@ -431,7 +431,7 @@ def test_other_link_types(dump: Run, tmp_path: Path, title: str, data: bytes) ->
     assert done.stdout == f"{sender}length 33: IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5\n"
 
 
-def test_a_link_type_that_nobody_knows(dump: Run, tmp_path: Path) -> None:
+def test_an_unknown_link_type(dump: Run, tmp_path: Path) -> None:
     """Packets of an unknown link type are printed as bytes."""
     path = tmp_path / "unknown.pcap"
     path.write_bytes(captures.pcap([Recorded(bytes(range(20)), 20, START)], link_type=147))

@@ -176,7 +176,7 @@ def test_header_fields() -> None:
         ),
     ],
 )
-def test_what_linkrx_says_otherwise_than_tcpdump(title: str, text: str) -> None:
+def test_lines_that_differ_from_tcpdump(title: str, text: str) -> None:
     """VLANs, fragments, extension headers, unknown EtherTypes and DHCP have these lines."""
     assert shown(GOOD[title]) == text
 
@@ -195,7 +195,7 @@ def test_what_linkrx_says_otherwise_than_tcpdump(title: str, text: str) -> None:
         ("terminal escapes", r"A? \x1b[31mred\x0a."),
     ],
 )
-def test_what_cannot_be_is_said(title: str, mark: str) -> None:
+def test_invalid_fields_are_named(title: str, mark: str) -> None:
     """A line names the invalid field after the valid parts of a packet."""
     assert mark in shown(BAD[title])
 

@@ -199,7 +199,7 @@ def test_duration() -> None:
 
 
 @needs_core
-def test_what_waits_behind_the_last_packet_is_counted() -> None:
+def test_packets_after_the_last_one_are_counted() -> None:
     """-c ends after that many packets. Packets that waited at the end, more than a batch, count as received by filter, and not as captured."""
     with (
         pair() as (near, incoming, _),

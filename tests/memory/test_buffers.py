@@ -205,7 +205,7 @@ def test_pull_twice() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (10, 0), (-1,), (1,) * (SIZES_MAX + 1)])
-def test_sizes_that_cannot_be(sizes: tuple[int, ...]) -> None:
+def test_invalid_sizes(sizes: tuple[int, ...]) -> None:
     """No sizes, more sizes than one call of the kernel takes, and a size below one raise an error with the limits."""
     with pytest.raises(ValueError, match=f"give 1 to {SIZES_MAX} sizes of at least 1 byte"):
         IovecBuffer(sizes)

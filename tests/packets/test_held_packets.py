@@ -107,7 +107,7 @@ Way = Callable[[int, Callable[[linkrx.Packet], object]], None]
 
 @WAYS
 @given(st.lists(st.integers(0, DROP), min_size=1, max_size=60), st.integers(1, 4))
-def test_what_is_held_is_never_another(way: Way, pattern: list[int], last: int) -> None:
+def test_held_packets_do_not_change(way: Way, pattern: list[int], last: int) -> None:
     """Packets that are held in any way, also for a few packets only, do not change, and each is received once, in order."""
     seen: list[int] = []
     held: list[tuple[int, object]] = []
@@ -131,7 +131,7 @@ def test_what_is_held_is_never_another(way: Way, pattern: list[int], last: int) 
 
 @needs_core
 @WAYS
-def test_what_nobody_holds_is_given_again(way: Way) -> None:
+def test_packet_objects_are_reused(way: Way) -> None:
     """A consumer that holds no packet gets only a few packet objects, for any number of packets."""
     seen: set[int] = set()
     way(140, lambda packet: seen.add(id(packet)))

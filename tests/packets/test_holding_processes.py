@@ -48,7 +48,7 @@ def test_forks_and_the_end_of_the_interpreter(cell: Cell) -> None:
 
 @pytest.mark.counts_memory
 @TWO
-def test_what_one_kept_packet_costs(cell: Cell) -> None:
+def test_memory_of_one_kept_packet(cell: Cell) -> None:
     """A kept packet takes its bytes and a bounded overhead. Held objects show the sent bytes when the interpreter ends."""
     seen = lines_of("cost", cell.name)
     (cost,) = [int(line.removeprefix("bytes each: ")) for line in seen if line.startswith("bytes each")]

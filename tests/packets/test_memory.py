@@ -138,7 +138,7 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
 
 @needs_core
 @in_both
-def test_what_deliver_keeps_is_copied_at_once(make: Callable[[], Source]) -> None:
+def test_packets_that_deliver_keeps_are_copied_at_once(make: Callable[[], Source]) -> None:
     """After deliver returns, a packet that it keeps has its own copy. A packet that it does not keep is not copied."""
     source = make()
     source.fill(rows_of(*range(9)))
@@ -250,7 +250,7 @@ def test_nothing_is_leaked(kind: Kind) -> None:
 
 
 @needs_core
-def test_who_holds_nothing_has_one_arena() -> None:
+def test_without_held_objects_there_is_one_arena() -> None:
     """If nothing is held, each receive uses the same arena."""
     source = Source(C)
     seen = set()
@@ -262,7 +262,7 @@ def test_who_holds_nothing_has_one_arena() -> None:
 
 
 @needs_core
-def test_who_holds_the_last_batch_has_two_arenas() -> None:
+def test_a_held_last_batch_needs_two_arenas() -> None:
     """If only a loop variable holds the last batch, two arenas are used in turn, and nothing is copied."""
     source = Source(C)
     seen = []
@@ -294,7 +294,7 @@ def test_a_kept_batch_is_copied_once(make: Callable[[], Source]) -> None:
 
 
 @needs_core
-def test_a_memory_that_is_looked_at_keeps_its_arena() -> None:
+def test_a_view_of_memory_keeps_its_arena() -> None:
     """While a view of a batch's memory is held, the batch keeps its arena, and the receiver uses another."""
     source = Source(C)
     held = []

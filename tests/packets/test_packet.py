@@ -162,7 +162,7 @@ def test_functions_that_take_a_buffer_take_a_packet(kind: Kind) -> None:
 
 
 @every_kind
-def test_its_views(kind: Kind) -> None:
+def test_views(kind: Kind) -> None:
     """frame, link_header, data and memoryview(packet) are read-only, contiguous views of bytes."""
     packet = one(kind, Row(FRAME))
     for view, shown in (
@@ -293,7 +293,7 @@ def test_packets_compare_by_their_frames(kind: Kind) -> None:
 
 
 @every_kind
-def test_packets_have_no_order(kind: Kind) -> None:
+def test_packets_cannot_be_ordered(kind: Kind) -> None:
     """Ordering packets raises TypeError."""
     batch = batch_of(kind, [Row(FRAME), Row(FRAME)])
     for use in (

@@ -225,7 +225,7 @@ def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair)
             rx.stop()
 
 
-def test_a_packet_that_is_waited_for_in_vain(run: Run, seqpacket: Pair) -> None:
+def test_repeated_timeouts_lose_no_packet(run: Run, seqpacket: Pair) -> None:
     """Repeated timeouts of wait_for(anext(packets)) lose no later packet, and the loop has no reader afterwards."""
 
     async def work() -> None:
@@ -365,7 +365,7 @@ def test_a_second_task_on_the_same_iterator(run: Run, seqpacket: Pair) -> None:
     run(work())
 
 
-def test_thrown_out_while_it_waits(seqpacket: Pair) -> None:
+def test_an_exception_in_a_waiting_coroutine(seqpacket: Pair) -> None:
     """After a waiting coroutine was closed or got an exception, another one can receive."""
     with linkrx.open(seqpacket[0]) as rx:
         packets = aiter(rx)
@@ -422,7 +422,7 @@ def test_the_users_own_reader_stays(run: Run, seqpacket: Pair) -> None:
 
 
 @pytest.mark.parametrize("mute", [True, False])
-def test_a_task_goes_on_when_somebody_else_sees_the_end(run: Run, seqpacket: Pair, mute: bool) -> None:
+def test_a_task_ends_after_another_call_reported_the_end(run: Run, seqpacket: Pair, mute: bool) -> None:
     """A task that waits in `async for` ends, even if another call has already reported the end."""
 
     async def work() -> None:

@@ -11,7 +11,7 @@ from linkrx.testing import rigs
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("packet"))
-def test_drops_are_told_of(
+def test_drops_are_logged(
     backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While drops increase, each interval has one warning, with the numbers and the remedy. Otherwise there is none."""
@@ -37,7 +37,7 @@ def test_drops_are_told_of(
 
 
 @pytest.mark.usefixtures("devices")
-def test_not_more_often_than_that(caplog: pytest.LogCaptureFixture) -> None:
+def test_drops_are_not_logged_within_an_interval(caplog: pytest.LogCaptureFixture) -> None:
     """Within an interval no further warning is logged."""
     with rigs.interface() as rig, rig.open("auto", receive_buffer=2304) as rx:
         for _ in range(3000):

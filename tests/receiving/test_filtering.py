@@ -70,7 +70,7 @@ def nothing_more(rx: linkrx.Dispatcher) -> None:
 
 
 @pytest.mark.parametrize("backend", ON_PACKET)
-def test_who_filters_an_interface(wire: Wire, backend: str) -> None:
+def test_the_kernel_filters_an_interface(wire: Wire, backend: str) -> None:
     """For an interface the kernel filters, from before the socket is bound, and linkrx counts no rejected packets."""
     near, injector = wire
     assert "the kernel" in (linkrx.choose(near, backend=backend, filter=EVEN).filter or "")
@@ -83,7 +83,7 @@ def test_who_filters_an_interface(wire: Wire, backend: str) -> None:
         assert rx.stats().filtered is None
 
 
-def test_who_filters_other_sources() -> None:
+def test_linkrx_filters_other_sources() -> None:
     """For other sources linkrx filters, and counts rejected packets."""
     with pair() as (receiver, sender), linkrx.open(receiver, filter=EVEN) as rx:
         for number in range(4):
@@ -116,7 +116,7 @@ def test_nothing_comes_before_the_filter() -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in ON_PACKET if name != "packet_mmap"])
-def test_what_was_queued_before(wire: Wire, borrowed: socket.socket, backend: str) -> None:
+def test_packets_that_were_queued_before(wire: Wire, borrowed: socket.socket, backend: str) -> None:
     """linkrx filters the packets that a borrowed socket had queued, and the kernel the others. None is discarded unfiltered."""
     for number in range(6):
         wire[1].send(frame(number))
@@ -193,7 +193,7 @@ def test_a_filter_that_cannot_be_read(borrowed: socket.socket) -> None:
         linkrx.open(borrowed, filter=EVEN)
 
 
-def test_what_only_the_kernel_can_tell(wire: Wire, borrowed: socket.socket) -> None:
+def test_filters_that_only_the_kernel_can_run(wire: Wire, borrowed: socket.socket) -> None:
     """A program that reads the receive hash runs in the kernel for an interface by name, and is refused if packets may be queued."""
     with linkrx.open(wire[0], filter=RXHASH) as rx:
         wire[1].send(frame(1))

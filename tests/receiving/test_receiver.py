@@ -49,7 +49,7 @@ def suppressed(error: type[Exception], call: Callable[..., object], *arguments: 
     [(rigs.pipe_nonblocking, backend) for backend in that_take("pipe")]
     + [(rigs.tap, backend) for backend in that_take("tap")],
 )
-def test_somebody_makes_the_open_file_block(kind: rigs.MakeRig, backend: str) -> None:
+def test_another_owner_makes_the_open_file_block(kind: rigs.MakeRig, backend: str) -> None:
     """If another owner of the open file clears O_NONBLOCK, no call blocks, with an empty queue or after the last packet."""
     with kind() as rig, rig.open(backend, ignore) as rx:
         fd = rig.source if isinstance(rig.source, int) else rig.source.fileno()  # type: ignore[union-attr]

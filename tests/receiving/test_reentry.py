@@ -222,7 +222,7 @@ def test_a_child_cannot_go_on_with_an_iteration(ends: Pair) -> None:
         assert [number_of(next(packets)) for _ in range(2)] == [1, 2]
 
 
-def test_options_are_not_set_back_on_a_stranger() -> None:
+def test_options_are_not_restored_on_a_reused_descriptor() -> None:
     """If the owner has closed its socket and another socket reuses the number, close does not change the other socket."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with sender:

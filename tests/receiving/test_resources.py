@@ -96,9 +96,7 @@ KINDS = [rigs.unix_dgram, rigs.tap, rigs.interface, rigs.packet, rigs.packet_seg
         for backend in that_take(kind.__name__.replace("interface", "packet").removesuffix("_segment"))
     ],
 )
-def test_whichever_step_of_open_fails_the_steps_before_it_are_undone(
-    backend: str, kind: rigs.MakeRig
-) -> None:
+def test_a_failed_open_leaves_nothing(backend: str, kind: rigs.MakeRig) -> None:
     """If any call of open fails, no descriptor, thread, ring, membership or option is left."""
     options = {} if kind is rigs.tap else {"receive_buffer": 123_456}
     if kind in (rigs.interface, rigs.packet, rigs.packet_segment):

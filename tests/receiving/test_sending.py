@@ -103,7 +103,7 @@ def test_a_packet_keeps_its_virtio_net_header(ends: Pair, size: int, order: int)
     assert got[3] == bytes(size) + bytes(one)
 
 
-def test_what_needs_a_virtio_net_header(ends: Pair) -> None:
+def test_packets_that_need_a_virtio_net_header(ends: Pair) -> None:
     """On a source without virtio-net header, super-packets and unfinished checksums raise ValueError, and other packets are sent."""
     unsendable = {
         "super-packet": packet(ETHERNET + bytes(60), vnet=TCP),
@@ -266,7 +266,7 @@ def test_a_peer_that_has_closed() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_no_buffer(ends: Pair, backend: str) -> None:
+def test_objects_that_are_no_buffer(ends: Pair, backend: str) -> None:
     """An object that is no buffer raises TypeError. If frames before it were sent, the next call raises."""
     with linkrx.open(ends[0], backend=backend) as rx:
         for wrong in ("frame", 5, None, [frame(1)]):

@@ -95,7 +95,7 @@ def test_a_socket_with_a_ring(backend: str) -> None:
 
 @udp_backends
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_datagrams_that_the_kernel_glues(backend: str, family: int) -> None:
+def test_datagrams_that_the_kernel_merges(backend: str, family: int) -> None:
     """A UDP socket with UDP_GRO is refused with a remedy, and accepted after the remedy."""
     with socket.socket(family, socket.SOCK_DGRAM) as borrowed:
         borrowed.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
@@ -108,7 +108,7 @@ def test_datagrams_that_the_kernel_glues(backend: str, family: int) -> None:
 @pytest.mark.usefixtures("devices")
 @packet_backends
 @pytest.mark.parametrize("kind", [socket.SOCK_RAW, socket.SOCK_DGRAM])
-def test_an_interface_that_was_gone_before(backend: str, kind: int) -> None:
+def test_an_interface_that_was_deleted_before_open(backend: str, kind: int) -> None:
     """A dispatcher on a socket whose interface was deleted before open ends at once."""
     with veth() as (near, _), socket.socket(socket.AF_PACKET, kind, 0) as borrowed:
         borrowed.bind((near, ETH_P_ALL))

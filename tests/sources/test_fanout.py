@@ -163,7 +163,7 @@ def test_fanout_is_for_what_linkrx_opens(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "hash", ("auto", 3), ("auto",), (None, "hash"), [1, "hash"]])
-def test_what_is_no_group(wire: Wire, value: Any) -> None:
+def test_values_that_are_no_group(wire: Wire, value: Any) -> None:
     """fanout= raises TypeError for a value that is not a number, "auto", or a pair of one of these and a mode."""
     with pytest.raises(TypeError, match="give the number of a group or 'auto'"):
         linkrx.open(wire[0], fanout=value)
@@ -172,7 +172,7 @@ def test_what_is_no_group(wire: Wire, value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "said"), [(-1, "0 to 65535"), (65_536, "0 to 65535"), ((1, "rnd"), "give one of the modes")]
 )
-def test_groups_that_cannot_be(wire: Wire, value: Any, said: str) -> None:
+def test_invalid_groups(wire: Wire, value: Any, said: str) -> None:
     """A number out of range and an unknown mode raise ValueError, which lists the valid ones."""
     with pytest.raises(ValueError, match=said):
         linkrx.open(wire[0], fanout=value)
@@ -228,7 +228,7 @@ def test_flows_with_fragments_stay_together(wire: Wire, sizes: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("mode", ["hash", "lb"])
-def test_rollover_is_only_what_was_asked_for(wire: Wire, mode: str) -> None:
+def test_rollover_only_if_requested(wire: Wire, mode: str) -> None:
     """With "+rollover" after the mode, packets for a member whose ring is full go to another member. Without it they are lost.
 
     The kernel looks for room (packet_rcv_has_room) and takes it (tpacket_rcv) in two steps. If the timer closes the last block

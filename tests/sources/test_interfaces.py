@@ -25,7 +25,7 @@ def of(name: str) -> linkrx.Interface:
     return found
 
 
-def test_every_interface_is_told() -> None:
+def test_every_interface_is_listed() -> None:
     """Names, indices, states, MTUs, addresses and link types are correct, in order of the index."""
     with veth() as (near, far), linkrx.TunTap(mode="tun") as tun:
         Device(far).set_down()
@@ -58,7 +58,7 @@ def test_alternative_names() -> None:
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip, of iproute2")
-def test_it_is_what_ip_link_shows() -> None:
+def test_the_same_as_ip_link() -> None:
     """State, MTU and address are the same as in `ip -j link`."""
     with veth():
         shown = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout)

@@ -30,7 +30,7 @@ Wire = tuple[str, str, socket.socket]
 
 
 @needs_core
-def test_the_stripped_vlan_tag_is_told(wire: Wire) -> None:
+def test_the_stripped_vlan_tag(wire: Wire) -> None:
     """packet.vlan is the outer tag that the kernel took out, with its priority, also if it is zero. An inner tag stays."""
     near, _, injector = wire
     addresses = LOCAL + REMOTE
@@ -52,7 +52,7 @@ def test_the_stripped_vlan_tag_is_told(wire: Wire) -> None:
 
 
 @needs_core
-def test_the_tag_is_told_whatever_else_the_socket_is_asked_for(wire: Wire) -> None:
+def test_the_vlan_tag_with_other_control_messages(wire: Wire) -> None:
     """The VLAN tag is read on a borrowed socket that has other control messages switched on."""
     near, _, injector = wire
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
@@ -121,7 +121,7 @@ def test_own_transmissions_on_demand(wire: Wire) -> None:
 @needs_core
 @pytest.mark.parametrize("source", ["lo", "raw", "cooked", "fanout"])
 @pytest.mark.parametrize("outgoing", [False, True])
-def test_what_lo_brings_back_comes_once(devices: None, source: str, outgoing: bool) -> None:
+def test_frames_on_lo_are_received_once(devices: None, source: str, outgoing: bool) -> None:
     """A frame that is sent on `lo` is received once, as incoming, also with outgoing=True."""
     with socket.socket() as some:
         bring_up("lo", some)

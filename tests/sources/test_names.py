@@ -65,7 +65,7 @@ def test_alternative_names(backend: str, size: int) -> None:
 
 
 @backends
-def test_a_name_that_is_no_text(backend: str) -> None:
+def test_a_name_that_is_not_utf8(backend: str) -> None:
     """A name that is not UTF-8 is decoded by os.fsdecode() and encoded by os.fsencode()."""
     with veth() as (near, far), named(near, far, NO_TEXT):
         name = os.fsdecode(NO_TEXT)
@@ -87,7 +87,7 @@ def every_packet(source: str, near: str) -> Iterator[Any]:
 
 @backends
 @pytest.mark.parametrize("source", ["any", "by name", "unbound", "bound", "cooked unbound", "cooked bound"])
-def test_packets_of_an_interface_whose_name_is_no_text(backend: str, source: str) -> None:
+def test_packets_of_an_interface_whose_name_is_not_utf8(backend: str, source: str) -> None:
     """If an interface's name is not UTF-8, also after open, no packet is lost, and each has its interface, sender and protocol."""
     with veth() as (near, far), every_packet(source, near) as given, injector_on(far) as injector:
         index = socket.if_nametoindex(near)

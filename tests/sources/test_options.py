@@ -60,7 +60,7 @@ def is_one(name: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("name", NUMERIC)
 @pytest.mark.parametrize("value", [*NUMBERS, *OTHERS], ids=lambda value: repr(value)[:20])
-def test_what_is_no_number_of_an_option(datagram: socket.socket, name: str, value: Any) -> None:
+def test_invalid_numbers_of_options(datagram: socket.socket, name: str, value: Any) -> None:
     """A number out of range raises ValueError, and a value of another type TypeError. Both messages begin with the option's name."""
     if is_one(name, value):
         return
@@ -98,14 +98,14 @@ def test_what_is_no_timeout(datagram: socket.socket, way: str, timeout: Any, kin
 
 
 @pytest.mark.parametrize("sizes", [(math.nan,), (1.5,), (True,), ("1",), 3, None])
-def test_what_is_no_ladder(sizes: Any) -> None:
+def test_invalid_buffer_sizes(sizes: Any) -> None:
     """IovecBuffer raises TypeError, which names the sizes, for sizes that are not int."""
     with pytest.raises(TypeError, match=r"^buffer_sizes="):
         linkrx.IovecBuffer(sizes)
 
 
 @pytest.mark.parametrize("size", [math.nan, 1.5, True, "1", None])
-def test_what_is_no_size_of_a_header(size: Any) -> None:
+def test_invalid_header_sizes(size: Any) -> None:
     """IovecBuffer raises TypeError for a virtio-net header size that is not int."""
     with pytest.raises(TypeError, match=r"^vnet_header_size="):
         linkrx.IovecBuffer(vnet_header_size=size)

@@ -718,13 +718,13 @@ def test_unknown_interface() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "lo\0x", "n" * 128, "a/b", ".", "\udcff\udcff\udcff\udcff" * 32])
-def test_what_cannot_be_an_interface(name: str) -> None:
+def test_invalid_interface_names(name: str) -> None:
     """An invalid interface name is refused, and not truncated to a shorter name."""
     assert refusal(name).startswith(f"{name!r} cannot be the name of an interface")
 
 
 @pytest.mark.parametrize("source", [True, 2**40, None, 1.5, b"lo"])
-def test_what_is_no_source(source: Any) -> None:
+def test_objects_that_are_no_source(source: Any) -> None:
     """Objects that are neither a descriptor, nor have one, nor name an interface are refused."""
     assert refusal(source).startswith(f"{source!r} is no source")
 
@@ -953,7 +953,7 @@ def test_unknown_option(datagram: socket.socket) -> None:
         ("vnet_header", 9),
     ],
 )
-def test_value_that_cannot_be(datagram: socket.socket, name: str, value: float) -> None:
+def test_an_invalid_value(datagram: socket.socket, name: str, value: float) -> None:
     """A value that is invalid for every source raises ValueError, which quotes it, and not UnsupportedOption."""
     options: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}")) as caught:
@@ -962,7 +962,7 @@ def test_value_that_cannot_be(datagram: socket.socket, name: str, value: float) 
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1,) * 65])
-def test_ladder_that_cannot_be(datagram: socket.socket, sizes: tuple[int, ...]) -> None:
+def test_an_invalid_ladder(datagram: socket.socket, sizes: tuple[int, ...]) -> None:
     """A ladder that IovecBuffer refuses raises ValueError in open too."""
     with pytest.raises(ValueError, match="buffer_sizes"):
         linkrx.open(datagram, buffer_sizes=sizes)
@@ -981,7 +981,7 @@ def test_values_at_the_limits(datagram: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(("vnet_header", "size"), [(True, 10), (False, 0), (12, 12), (24, 24)])
-def test_caller_says_what_a_socket_cannot(vnet_header: bool | int, size: int) -> None:
+def test_options_define_the_headers_on_a_datagram_socket(vnet_header: bool | int, size: int) -> None:
     """On a datagram socket, the options of the caller define the headers in front of a packet."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender, linkrx.open(receiver, vnet_header=vnet_header, ethernet=False) as rx:

@@ -64,7 +64,7 @@ def test_tags_are_forgotten() -> None:
         assert (got.protocol, got.vlan, bytes(got)) == (LLDP, None, of(LLDP, 0))
 
 
-def test_what_is_sent_may_be_of_another_protocol() -> None:
+def test_sending_another_protocol() -> None:
     """A dispatcher that receives one protocol can send frames of any protocol."""
     with (
         veth() as (near, far),

@@ -291,7 +291,7 @@ def test_vnet_header(mode: str) -> None:
         assert not takes_super_packets("lrxo0")
 
 
-def test_offload_is_told() -> None:
+def test_accepted_offloads() -> None:
     """With offload=True `offload` contains checksums and TCP, and these are switched on at the device."""
     with linkrx.TunTap("lrxo1", vnet_header=True, offload=True) as queue:
         assert queue.offload & TSO == TSO

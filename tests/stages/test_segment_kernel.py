@@ -275,7 +275,7 @@ def lie(dice: random.Random) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_lies(seed: int) -> None:
+def test_wrong_virtio_net_headers(seed: int) -> None:
     """For a wrong virtio-net header, the kernel or linkrx refuses the packet, or both give the same frames."""
     dice = random.Random(seed)
     benches = [Bench(make, Framing(True, VNET_HEADER_BYTES), 256) for make in MAKES]

@@ -72,7 +72,7 @@ def test_frames_in_any_form(linkrx_veth: Pair) -> None:
             near.inject(wrong)  # type: ignore[arg-type]
 
 
-def test_what_was_not_expected_waits(linkrx_veth: Pair) -> None:
+def test_packets_that_were_not_expected_are_kept(linkrx_veth: Pair) -> None:
     """`expect` takes packets in any order. Packets that it did not take stay for the next `expect` and for `collect`."""
     near, far = linkrx_veth
     near.inject(frame(number) for number in range(5))
@@ -400,7 +400,7 @@ def test_a_queue(network: Network, mode: str) -> None:
     assert end.queue is end.queue
 
 
-def test_a_queue_that_nobody_reads(network: Network) -> None:
+def test_a_queue_that_is_not_read(network: Network) -> None:
     """Frames for which the queue has no room are lost, and the message of a failing test has their number."""
     end = network.tap()
     assert end.queue
@@ -440,7 +440,7 @@ def test_a_bridge(network: Network) -> None:
     other.expect_nothing()
 
 
-def test_what_is_there_already(network: Network) -> None:
+def test_an_existing_interface(network: Network) -> None:
     """`end` makes an end of an existing interface. On lo it receives the frames that it sends."""
     end = network.end("lo")
     end.inject(frame())

@@ -501,7 +501,7 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
             assert found == {("veth0", True), ("veth1", False)} | both
 
 
-def test_a_folder_for_captures_that_cannot_be(suite: Suite, folder: Path) -> None:
+def test_a_folder_for_captures_that_cannot_be_made(suite: Suite, folder: Path) -> None:
     """If the folder for captures cannot be made, pytest says so and runs no test."""
     (folder / "file").write_text("")
     done = suite(EXCHANGE, "--linkrx-capture", "file/captures")

@@ -121,7 +121,7 @@ def test_the_private_network_has_its_loopback_interface() -> None:
 
 
 @pytest.mark.usefixtures("devices")
-def test_a_process_with_threads_is_told_which() -> None:
+def test_threads_that_prevent_a_user_namespace_are_named() -> None:
     """If threads prevent a user namespace, the error names them and says what to do."""
     before, after = ENTER.split("try:")
     output = run(

@@ -105,6 +105,6 @@ def test_the_network_is_empty(linkrx_network: Network) -> None:
     linkrx.TunTap("tap0").close()
 
 
-def test_who_runs_this() -> None:
+def test_the_user_id() -> None:
     """Tests keep the user ID of the caller."""
     assert str(os.getuid()) == os.environ.get("EXPECTED_UID", str(os.getuid()))
