@@ -1,4 +1,4 @@
-/* What the kernel allows: the barest loops in C that do the same receive; and what puts frames into their queues. */
+/* The floors: minimal C loops that receive with the same system calls, and functions that send frames to their queues. */
 #define _GNU_SOURCE
 #include <poll.h>
 #include <stdint.h>
@@ -13,9 +13,9 @@
 #define MESSAGES 64
 #define LINE 64
 #define PAGE 4096
-#define STAMP 42   /* where in a frame its number is: behind the headers of Ethernet, IPv4 and UDP */
+#define STAMP 42   /* the offset of a frame's number: after the headers of Ethernet, IPv4 and UDP */
 
-/* What was received. The checksum (Adler-32 of all bytes, in order) is taken when `checked` is set: not while timed. */
+/* The received frames. If `checked` is set, which it is not in timed drains, the checksum is the Adler-32 of all bytes. */
 struct account {
     uint64_t packets, bytes;
     uint32_t check, checked;
@@ -35,11 +35,11 @@ static inline void take(struct account *account, const uint8_t *frame, size_t si
     }
 }
 
-/* read() one packet behind the other into `size` bytes until `wanted` are there, or nothing is left.
+/* read() packets into `size` bytes of memory, one after the other, until there are `wanted` or the queue is empty.
  *
- * Large frames come from page-aligned memory of the kernel, and a copy from there to where a page of ours begins, or less
- * than 32 bytes behind that, takes three times as long (65,535 bytes on an AMD EPYC: 33 us against 9): each load seems to
- * depend on the store before, as far as the lower twelve bits of the address tell. No frame is put there. */
+ * The kernel's memory of large frames is page-aligned. A copy from there to the start of a page, or to the first 32 bytes of
+ * a page, takes three times as long (65,535 bytes on an AMD EPYC: 33 us against 9), probably because the lower twelve bits
+ * of the addresses make each load look as if it depends on the store before. No frame is placed there. */
 void drain_read(int fd, uint8_t *memory, long size, long wanted, struct account *result)
 {
     struct account account = *result;
@@ -59,7 +59,7 @@ void drain_read(int fd, uint8_t *memory, long size, long wanted, struct account 
     *result = account;
 }
 
-/* recvmmsg() batches of 64 into fixed slots of `slot` bytes; with metadata as linkrx asks for it on a packet socket. */
+/* recvmmsg() batches of 64 into fixed slots of `slot` bytes, with the metadata that linkrx asks for on a packet socket. */
 static void drain_messages(int fd, uint8_t *memory, long slot, long wanted, struct account *result, int metadata)
 {
     static struct mmsghdr headers[MESSAGES];
@@ -103,7 +103,7 @@ void drain_recvmmsg_metadata(int fd, uint8_t *memory, long slot, long wanted, st
     drain_messages(fd, memory, slot, wanted, result, 1);
 }
 
-/* Put a ring on a packet socket, as linkrx does by default, whose blocks are closed every millisecond. */
+/* Set up a ring on a packet socket with linkrx's defaults. The kernel closes a block after a millisecond. */
 uint8_t *make_ring(int fd, unsigned block_size, unsigned blocks)
 {
     int version = TPACKET_V3;
@@ -132,8 +132,8 @@ void free_ring(uint8_t *ring, unsigned block_size, unsigned blocks)
     munmap(ring, (size_t)block_size * blocks);
 }
 
-/* Walk the ring from block `*next` until no closed block is left, reading each packet's header and nothing of the
- * packet. Where the header is that is eight further on is a guess, and to ask memory for it takes a third off. */
+/* Walk the ring from block `*next` until no closed block is left. It reads each packet's header, and no packet. It prefetches
+ * the header eight packets ahead, whose address is a guess, which saves a third of the time. */
 void walk_ring(uint8_t *ring, unsigned block_size, unsigned blocks, uint32_t *next, struct account *result)
 {
     struct account account = *result;
@@ -163,8 +163,7 @@ static void stamp(uint8_t *frame, uint64_t number)
         frame[STAMP + k] = (uint8_t)(number >> (24 - 8 * k));
 }
 
-/* Send the frames from number `first` on, each with its number in it, from `distinct` of them in turn. Returns how many
- * were taken. */
+/* Send frames numbered from `first`, made from `distinct` frames in turn. Returns how many the kernel accepted. */
 long fill(int fd, uint8_t *frames, long size, long distinct, long first, long packets)
 {
     for (long k = first; k < first + packets; k++) {
@@ -176,7 +175,7 @@ long fill(int fd, uint8_t *frames, long size, long distinct, long first, long pa
     return packets;
 }
 
-/* Send the frames, one behind the other in memory: many to a call on a socket, or with write(). */
+/* Send frames that are contiguous in memory: many per call on a socket, or one per write(). */
 long send_all(int fd, uint8_t *frames, long size, long packets, long socket)
 {
     struct mmsghdr messages[MESSAGES] = {0};
@@ -210,7 +209,7 @@ struct flood {
     uint64_t accepted, refused, took_ns, cpu_ns;
 };
 
-/* Send as fast as it goes for so long. */
+/* Send as fast as possible for a duration. */
 void flood(int fd, uint8_t *frame, long size, uint64_t duration_ns, struct flood *result)
 {
     uint64_t cpu = clock_of(CLOCK_THREAD_CPUTIME_ID), start = clock_of(CLOCK_MONOTONIC), now = start;
@@ -229,10 +228,10 @@ void flood(int fd, uint8_t *frame, long size, uint64_t duration_ns, struct flood
     result->cpu_ns = clock_of(CLOCK_THREAD_CPUTIME_ID) - cpu;
 }
 
-#define SPIN_NS 100000   /* before a frame is due: a sleep ends that much late */
+#define SPIN_NS 100000   /* busy-wait this long before a frame is due, because a sleep may end that late */
 
-/* Send so many frames as `fill` does, one every `interval_ns`. What is late is sent at once. Returns those that were taken;
- * `late` counts those that were sent an interval or more behind their time. */
+/* Send frames as `fill` does, one every `interval_ns`. A late frame is sent at once. Returns how many the kernel accepted.
+ * `late` counts frames that were sent late by an interval or more. */
 long send_paced(int fd, uint8_t *frames, long size, long distinct, long packets, uint64_t interval_ns, uint64_t *late)
 {
     uint64_t start = clock_of(CLOCK_MONOTONIC);
@@ -252,7 +251,7 @@ long send_paced(int fd, uint8_t *frames, long size, long distinct, long packets,
     return packets;
 }
 
-/* Send frames one by one with a pause before each in which who receives falls asleep, and say when each was sent. */
+/* Send frames one by one, with a pause before each in which the receiver falls asleep. Stores when each was sent. */
 void send_singly(int fd, uint8_t *frame, long size, long packets, const uint64_t *pauses_ns, uint64_t *sent)
 {
     for (long k = 0; k < packets; k++) {
@@ -264,7 +263,7 @@ void send_singly(int fd, uint8_t *frame, long size, long packets, const uint64_t
     }
 }
 
-/* poll(), then read(), and say when each was there. Gives up on a packet that takes ten seconds. */
+/* poll() and read() packets. Stores when each was received. Gives up after ten seconds without a packet. */
 void receive_singly(int fd, uint8_t *memory, long packets, uint64_t *arrived)
 {
     struct pollfd wait = {.fd = fd, .events = POLLIN};

@@ -1,11 +1,11 @@
-// gVisor's own inbound dispatchers on a descriptor, told what to do over standard input and output.
+// Runs gVisor's own inbound dispatchers on a descriptor, controlled over standard input and output.
 //
 //	gvisor FD MODE PACKETS
 //
-// MODE is readv, recvmmsg or mmap. Attach starts a goroutine that receives as soon as there is a packet; behind the last
-// of PACKETS its delivery does not return, so that a queue can be filled. For each line "drain" or "check" delivery
-// returns, and when PACKETS more were delivered it is told how long that took in nanoseconds, their bytes, with
-// "check" the Adler-32 of these, and how often another thread was given the processor meanwhile. The first PACKETS are delivered before any line is read, and told of with one line.
+// MODE is readv, recvmmsg or mmap. Attach starts a goroutine that receives as soon as there is a packet. The delivery of the
+// last of PACKETS does not return, so that a queue can be filled. For each line "drain" or "check" it returns. After PACKETS
+// more deliveries the program prints the nanoseconds that they took, their bytes, with "check" their Adler-32, and how often
+// another thread got the processor. The first PACKETS are delivered before any line is read, and reported with one line.
 //
 // With PACKETS 0 delivery always returns. A line "count" is answered with the packets so far and the processor time of
 // this process in nanoseconds.
@@ -38,7 +38,7 @@ type result struct {
 	check uint32
 }
 
-// counter is the network stack that the endpoint delivers to.
+// counter is the network stack to which the endpoint delivers.
 type counter struct {
 	wanted, packets uint64
 	bytes           int

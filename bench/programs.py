@@ -286,7 +286,7 @@ def main() -> None:
         "programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(PROGRAMS)}; all without"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--write", type=Path, help="put the table into this file")
+    parser.add_argument("--write", type=Path, help="write the table into this file")
     arguments = parser.parse_args()
     enter_private_network()
     wanted = [name for name in PROGRAMS if name in arguments.programs or not arguments.programs]

@@ -194,9 +194,13 @@ def flat(kinds: list[str], packets: int, seed: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the soak. Returns 0 without errors."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="of disturbance, all sources together")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="minutes of disturbance for all sources together"
+    )
     parser.add_argument("--seed", type=int, default=time.time_ns() % 100_000)
-    parser.add_argument("--packets", type=int, default=10_000_000, help="in each flat run; 0: none")
+    parser.add_argument(
+        "--packets", type=int, default=10_000_000, help="packets in each flat run; 0: no flat run"
+    )
     parser.add_argument("--sources", nargs="*", choices=list(KINDS), default=list(KINDS))
     chosen = parser.parse_args(arguments)
     if threading.active_count() > 1:

@@ -1,5 +1,5 @@
-/* The barest loops in C that read super-packets, and that make frames of them: TCP and UDP behind an Ethernet header and
- * an IP header without options, known to be what they say. Bytes are copied and added up as linkrx does it; what it looks at and writes down is left out. */
+/* Minimal C loops that read super-packets, and that split them into frames: TCP and UDP behind an Ethernet header and an IP
+ * header without options. They copy and add up bytes as linkrx does, but check no header and write no metadata. */
 #include <arpa/inet.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,7 +12,7 @@
 #define GSO_SIZE_AT 4
 #define ETHERNET 14
 
-/* read() into `memory`, one super-packet behind the other, until nothing is left. Returns how many. */
+/* read() super-packets into `memory`, one after the other, until the queue is empty. Returns their number. */
 long drain_whole(int fd, uint8_t *memory, long size, uint64_t *bytes)
 {
     long packets = 0, cursor = 0;
@@ -29,8 +29,8 @@ long drain_whole(int fd, uint8_t *memory, long size, uint64_t *bytes)
     }
 }
 
-/* The same, and each super-packet, while it is in the cache, into frames. Returns how many frames. The first ROOM bytes of
- * `memory` are read into, the rest is written to, one frame behind the other. */
+/* The same, and splits each super-packet while it is in the cache. Returns the number of frames. It reads into the first
+ * ROOM bytes of `memory`, and writes contiguous frames to the rest. */
 long drain_split(int fd, uint8_t *memory, long size, uint64_t *bytes)
 {
     const uint8_t *frame = memory + VNET;
@@ -48,7 +48,7 @@ long drain_split(int fd, uint8_t *memory, long size, uint64_t *bytes)
         uint32_t checksum_at = tcp ? 16 : 6;
         uint16_t id = ntohs(word_at(frame + ETHERNET + 4));
         uint32_t sequence;
-        /* The sums that all frames have: of the IP header, of the pseudo-header and of TCP's, each without what differs. */
+        /* The sums that are the same for all frames: of the IP header, the pseudo-header and the TCP header, without the fields that differ. */
         uint64_t ip_sum = sum_of(frame + ETHERNET, 20) - word_at(frame + ETHERNET + 2) - word_at(frame + ETHERNET + 4) -
                           word_at(frame + ETHERNET + 10);
         uint64_t l4_sum = sum_of(frame + transport, header) + (uint16_t)~htons((uint16_t)(length - transport));

@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="keep all that was measured there")
+    parser.add_argument("--json", type=Path, help="write every round to this file")
     parser.add_argument("--from", type=Path, dest="measured", help="show this file; measure nothing")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-/* Sends numbered frames, each made from its number and the seed alone: `Traffic.frame` in traffic.py is the same. */
+/* Sends numbered frames. Each depends only on its number and the seed: `Traffic.frame` in traffic.py makes the same frame. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>
@@ -12,17 +12,17 @@
 #define LEAST 60
 #define LAST_LENGTH 9000
 
-/* Shared with Python, which reads and writes single words of it while `send_numbered` runs. */
+/* Shared with Python, which reads and writes single words while `send_numbered` runs. */
 struct traffic {
     volatile uint64_t stop, burst, pause_us;   /* written by Python; `burst` 0 sends nothing */
-    volatile uint64_t idle;                    /* 1: it has seen that it is to send nothing */
-    volatile uint64_t next, limit;             /* the number of the next frame, and of the last one plus 1 */
+    volatile uint64_t idle;                    /* 1: it has seen `burst` 0 */
+    volatile uint64_t next, limit;             /* the numbers of the next frame, and behind the last one */
     volatile uint64_t accepted, refused_full, refused_down, refused_other, last_errno;
     uint64_t seed, ethernet, prefix, strange, handled;
-    const uint8_t *block;                      /* 65536 + LONGEST bytes that contents are cut from */
+    const uint8_t *block;                      /* 65536 + LONGEST bytes, of which frames take their contents */
 };
 
-/* The second half with `handled` only: LLC and VLAN, which the kernel may have a handler for. */
+/* The second half is used with `handled` only: LLC and VLAN, for which the kernel may have a handler. */
 static const uint16_t ethertypes[8] = {0x88b5, 0x88b6, 0xffff, 0x88b5, 0x0000, 0x05dc, 0x0003, 0x8100};
 
 uint64_t mix(uint64_t number, uint64_t seed)
@@ -39,8 +39,8 @@ static void put_number(uint8_t *at, uint64_t number)
         at[k] = (uint8_t)(number >> (32 - 8 * k));
 }
 
-/* Bits of `mix`: 0-7 strange or not, 8-15 long or short, 16-31 how long, 32-34 which ethertype, 40-55 where in the
- * block. Without `strange` all frames are LEAST bytes of the first ethertype. */
+/* Bits of `mix`: 0-7 whether it is strange, 8-15 long or short, 16-31 the length, 32-34 the ethertype, 40-55 the offset in
+ * the block. Without `strange` all frames are LEAST bytes of the first ethertype. */
 static long build(const struct traffic *t, uint64_t number, uint8_t *frame)
 {
     uint64_t z = mix(number, t->seed);
@@ -52,7 +52,7 @@ static long build(const struct traffic *t, uint64_t number, uint8_t *frame)
     if (t->ethernet) {
         uint16_t type = ethertypes[strange ? (z >> 32) % (t->handled ? 8 : 4) : 0];
         if (strange && (z & 1) && type != 0x8100)
-            length = HEAD;                     /* nothing behind the link header */
+            length = HEAD;                     /* only the link header */
         memcpy(frame, content, (size_t)length);
         memcpy(frame, "\x02\0\0\0\0\x01\x02", 7);
         put_number(frame + 7, number);
@@ -64,7 +64,7 @@ static long build(const struct traffic *t, uint64_t number, uint8_t *frame)
         memcpy(frame, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5", HEAD);
         frame += HEAD;
     }
-    if (strange && (z & 1) && !t->prefix)      /* a cooked socket is told what such a frame is, and delivers it */
+    if (strange && (z & 1) && !t->prefix)      /* a cooked socket gets its protocol from the kernel, and delivers it */
         length = 1;
     memcpy(frame, content, (size_t)length);
     frame[0] = strange ? 0x17 : number & 1 ? 0x45 : 0x60;   /* 1 is no version of IP */
@@ -79,8 +79,8 @@ static void nap(uint64_t microseconds)
     nanosleep(&time, NULL);
 }
 
-/* Bursts with a pause behind each until `stop` or `limit`. A number is spent on a frame that the kernel took, and on
- * one that it refused: the reader sees numbers that grow, with gaps. */
+/* Send bursts with a pause after each, until `stop` or `limit`. A frame that the kernel refuses uses up its number too, so the
+ * reader sees increasing numbers with gaps. */
 void send_numbered(int fd, struct traffic *t)
 {
     uint8_t frame[LONGEST + HEAD];

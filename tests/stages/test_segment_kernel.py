@@ -62,7 +62,7 @@ def check(mode: str, cases: list[Super]) -> None:
             assert expected, case
             segmented["frames"] += len(expected)
             segmented["packets injected"] += 1
-            segmented["of them read whole"] += len(arrived) == 1 < len(expected)
+            segmented["of them received whole"] += len(arrived) == 1 < len(expected)
             assert case.frames() == expected, case
             for bench in benches:
                 for rows in ([Row(vnet + frame)], [Row(data) for data in arrived]):
@@ -291,5 +291,5 @@ def test_wrong_virtio_net_headers(seed: int) -> None:
             for bench in benches:
                 given = bench.all([Row(vnet + frame)])
                 made = [row.data[VNET_HEADER_BYTES:] for row in given if not row.flags & MALFORMED]
-                segmented["false ones that both make frames of"] += bool(expected and made)
+                segmented["wrong headers that both segment"] += bool(expected and made)
                 assert not expected or not made or made == expected, (vnet, frame)
