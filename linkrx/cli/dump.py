@@ -13,7 +13,7 @@ import linkrx
 from linkrx.cli.dump_options import UsageError, Wanted
 from linkrx.cli.printing import Printer, one_line
 from linkrx.cli.recording import Recorder
-from linkrx.cli.terminal import on_stdout
+from linkrx.cli.terminal import on_stdout, report
 from linkrx.factory import from_environment
 from linkrx.packets import Batch, Packet
 from linkrx.registry import backends
@@ -146,26 +146,26 @@ def _announce(rx: linkrx.Dispatcher, wanted: Wanted) -> None:
         report(f"{rx.backend} does not receive packets that this host sends: only incoming packets are shown")
 
 
-def report(sentence: str) -> None:
-    """Print a sentence on standard error."""
-    print(f"linkrx: {sentence}", file=sys.stderr, flush=True)
-
-
 @contextmanager
 def ending_on_signals(rx: linkrx.Dispatcher, *, live: bool) -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM end reception. `live`: queued packets are received first. A second signal raises KeyboardInterrupt.
+    """Let SIGINT, SIGTERM and SIGHUP end reception. `live`: queued packets are received first. A second SIGINT, or a SIGINT after
+    another signal, raises KeyboardInterrupt.
 
-    Gives the list of signals that came.
+    The others may come twice: timeout(1) sends its signal to the process and to the group, a shell passes SIGHUP on. nohup(1)
+    ignores SIGHUP, which stays. Gives the list of signals that came.
     """
     came: list[int] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
-        if came:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
         rx.stop(flush=live)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield came
     finally:

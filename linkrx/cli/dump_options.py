@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from linkrx.kernel.uapi import ETH_HEADER_BYTES
 from linkrx.memory.layouts import CAPACITY_MAX
@@ -58,6 +61,21 @@ class Wanted:
             raise UsageError(
                 "-w - writes a capture file to standard output, which is a terminal: give a pipe or a file"
             )
+        if self.read is not None and self.write is not None:
+            read, written = _regular_file(self.read, 0), _regular_file(self.write, 1)
+            if read is not None and read == written:
+                raise UsageError(
+                    f"-w {self.write} is the file that -r reads, and recording would overwrite it: give another name"
+                )
+
+
+def _regular_file(name: str, standard: int) -> tuple[int, int] | None:
+    """The device and inode of a regular file. None for anything else. `standard`: the descriptor that "-" stands for."""
+    try:
+        found = os.fstat(standard) if name == "-" else Path(name).stat()
+    except OSError:
+        return None  # opening it gives a better error
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

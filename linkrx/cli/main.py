@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 import linkrx
 from linkrx.cli import demo, doctor, dump
 from linkrx.cli.dump_options import UsageError, add_options, wanted
-from linkrx.cli.terminal import on_stdout, sentence
+from linkrx.cli.recording import NotRecorded
+from linkrx.cli.terminal import on_stdout, report, sentence
 from linkrx.sources.options import ETHERTYPE_MOST
 
 OK, FAILED, USAGE, CANNOT_RUN = range(4)
@@ -71,7 +73,8 @@ A summary then counts the packets that were captured, that the filter accepted, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Wrong usage, `--help` and `--version` raise SystemExit."""
-    arguments = _parser().parse_args(argv)
+    _open_closed_streams()
+    arguments = _parse(argv)
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -87,6 +90,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _open_closed_streams() -> None:
+    """Open /dev/null for each standard stream that the caller closed.
+
+    Else a file or socket would get that descriptor, and print() to a standard error that is None writes to standard output.
+    Standard input and output get the wrong access mode, so that using them is an error.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_WRONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            # Unbuffered: what cannot be written would fail again at exit.
+            raw = io.FileIO(os.open(os.devnull, flags), mode)
+            setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments. The words of dump's expression may stand between its options, which argparse does not support."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "dump" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.expression += rest
+    return arguments
+
+
 def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "demo":
@@ -99,13 +130,13 @@ def _run(arguments: argparse.Namespace) -> int:
     except linkrx.RecordingFailed as error:
         if error.errno == errno.EPIPE:
             raise BrokenPipeError(*error.args) from error
-        print(f"linkrx: {sentence(error)}", file=sys.stderr)
+        report(sentence(error))
         return FAILED
     except (UsageError, linkrx.UnsupportedOption) as error:
-        print(f"linkrx: {error}", file=sys.stderr)
+        report(str(error))
         return USAGE if arguments.command == "dump" else FAILED
-    except (linkrx.LinkrxError, OSError) as error:
-        print(f"linkrx: {sentence(error)}", file=sys.stderr)
+    except (linkrx.LinkrxError, NotRecorded, OSError) as error:
+        report(sentence(error))
         return CANNOT_RUN if arguments.command == "demo" else FAILED
 
 

@@ -54,7 +54,7 @@ class Printer:
     ) -> None:
         self._rx = rx
         # The seconds after which tick() is to be called if no packet comes. None: never.
-        self.patience = READER_PATIENCE if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) else None
+        self.patience = reader_patience()
         self._live = rx.capabilities.kind != "capture_file"
         self._several = every
         self._json, self._link, self._verbose = as_json, link, verbose
@@ -78,12 +78,9 @@ class Printer:
             write(text)
 
     def tick(self) -> None:
-        """Raise BrokenPipeError if the reader of the pipe is gone. Only a write would show it, and no packet may come for long."""
+        """Raise BrokenPipeError if the reader of the pipe is gone."""
         if self.patience is not None:
-            ended = select.poll()
-            ended.register(sys.stdout.fileno(), 0)
-            if any(events & select.POLLERR for _, events in ended.poll(0)):
-                raise BrokenPipeError
+            check_reader()
 
     def _fields(self, packet: Packet, wire_length: int) -> Fields:
         frame = packet.tobytes()
@@ -150,6 +147,19 @@ class Printer:
         return name
 
 
+def reader_patience() -> float | None:
+    """The seconds between two checks of the reader of standard output. None if it is no pipe."""
+    return READER_PATIENCE if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) else None
+
+
+def check_reader() -> None:
+    """Raise BrokenPipeError if the reader of the pipe is gone. Only a write would show it, and no packet may come for long."""
+    ended = select.poll()
+    ended.register(sys.stdout.fileno(), 0)
+    if any(events & select.POLLERR for _, events in ended.poll(0)):
+        raise BrokenPipeError
+
+
 def _mark_unfinished(fields: Fields) -> None:
     """Mark a checksum that the sender left to a device as unfinished instead of wrong."""
     for name in ("tcp", "udp"):
@@ -165,10 +175,13 @@ def one_line(name: str) -> str:
 def write(text: str) -> None:
     """Write lines and a line feed to standard output, without a buffer.
 
-    Writes to the descriptor. With PYTHONUNBUFFERED, sys.stdout may write only a part when a signal comes. If another process has
+    Writes to the descriptor, in the encoding of standard output. Raises OSError. With PYTHONUNBUFFERED, sys.stdout may write only a part when a signal comes. If another process has
     made the terminal or pipe non-blocking, this waits until it has room.
     """
-    descriptor, data = sys.stdout.fileno(), memoryview(text.encode("utf-8", "replace") + b"\n")
+    descriptor, data = (
+        sys.stdout.fileno(),
+        memoryview(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace")),
+    )
     while data:
         try:
             data = data[os.write(descriptor, data) :]
@@ -176,6 +189,10 @@ def write(text: str) -> None:
             room = select.poll()
             room.register(descriptor, select.POLLOUT)
             room.poll()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "<stdout>") from error
 
 
 def _longest(rx: linkrx.Dispatcher) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import sys
 from collections.abc import Collection, Sequence
@@ -29,7 +30,7 @@ class Terminal:
 
     def line(self, text: str = "", style: str = "") -> None:
         """Print a line and flush it, so that the reader of a pipe sees each packet at once."""
-        print(text.rstrip(), flush=True)
+        print(escaped(text).rstrip(), flush=True)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
@@ -62,7 +63,7 @@ class RichTerminal(Terminal):
         from rich.text import Text
 
         # Text, because rich would read brackets in a string as markup.
-        self._console.print(Text(text.rstrip(), style or _style(text)), soft_wrap=True)
+        self._console.print(Text(escaped(text).rstrip(), style or _style(text)), soft_wrap=True)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
@@ -81,22 +82,51 @@ class RichTerminal(Terminal):
                 no_wrap=index + 1 < len(titles or rows[0]),
             )
         for cells in rows:
-            table.add_row(*(Text(cell, _style(cell)) for cell in cells))
+            table.add_row(*(Text(escaped(cell), _style(cell)) for cell in cells))
         self._console.print(table)
 
 
 def on_stdout() -> Terminal:
-    """The terminal for stdout. Names of interfaces may be any bytes, and are printed unchanged."""
+    """The terminal for stdout. Names of interfaces may be any bytes, and are printed unchanged but for control characters."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout.reconfigure(errors=_ENCODING_ERRORS)
     return RichTerminal() if sys.stdout.isatty() and find_spec("rich") else Terminal()
+
+
+def _bytes_or_escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode a byte that is no UTF-8 as that byte, and a character that the encoding does not have as an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+_ENCODING_ERRORS = "linkrx.bytes_or_escape"
+codecs.register_error(_ENCODING_ERRORS, _bytes_or_escape)
+
+
+def escaped(text: str) -> str:
+    """The text with each control character as an escape, because a terminal would obey it. Line feeds stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable() or letter == "\n" or "\udc80" <= letter <= "\udcff"
+        else repr(letter)[1:-1]
+        for letter in text
+    )
+
+
+def report(text: str) -> None:
+    """Print a sentence on standard error."""
+    print(f"linkrx: {escaped(text)}", file=sys.stderr, flush=True)
 
 
 def sentence(error: Exception) -> str:
     """The text of an error without Python's "[Errno 1]"."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return error.strerror if error.filename is None else f"{error.filename!r}: {error.strerror}"
 
 
 def _style(text: str) -> str:

@@ -113,7 +113,7 @@ def _first_type(path: str | os.PathLike[str]) -> int | None:
     """
     shown = repr(os.fspath(path))
     try:
-        mode = Path(path).stat().st_mode
+        mode = os.stat(path).st_mode  # noqa: PTH116 # Path takes "" for "."
         if stat.S_ISDIR(mode):
             raise UnsupportedSource(f"{shown} is a directory: give the path of a capture file")
         if not stat.S_ISREG(mode):

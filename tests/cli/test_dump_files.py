@@ -331,7 +331,7 @@ sys.exit(main(sys.argv[1:]))
         (("-r", "EVERY", "-p"), 2, "-p is for capturing"),
         (("-r", "EVERY", "-ttttt"), 2, "-t is given 5 times"),
         (("-r", "EVERY", "-w", "/dev/null", "--json"), 2, "-w FILE records packets and prints none"),
-        (("-r", "EVERY", "-w", "/nowhere/x"), 1, "/nowhere/x: No such file or directory"),
+        (("-r", "EVERY", "-w", "/nowhere/x"), 1, "'/nowhere/x': No such file or directory"),
         (("-r", "EVERY", "-w", "/dev/full"), 1, "No space left on device"),
         (("-r", "EVERY", "-c", "0"), 2, "'0' is not a number of 1 or more"),
         (("-r", "EVERY", "--duration", "nan"), 2, "'nan' is not a number of seconds"),

@@ -7,6 +7,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 from typing import Self
 
@@ -41,9 +42,10 @@ def linkrx_command(*arguments: str, **environment: str) -> subprocess.CompletedP
 
 
 def in_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Run `python -m linkrx` in a pseudo-terminal. Returns exit code and output."""
+    """Run `python -m linkrx` in a pseudo-terminal of COLUMNS columns. Returns exit code and output."""
     ours, theirs = pty.openpty()
     try:
+        termios.tcsetwinsize(theirs, (24, int(environment.get("COLUMNS", "120"))))
         process = subprocess.Popen(
             [sys.executable, "-m", "linkrx", *arguments],
             stdin=theirs,
