@@ -84,6 +84,7 @@ CHECKS: tuple[Check, ...] = (
     exceptions.check_collected,
     lifetimes.check_keeping,
     lifetimes.check_keeping_batches,
+    lifetimes.check_long_beside_short,
     resources.check_restoring,
     resources.check_polling,
     resources.check_overrun,

@@ -51,3 +51,23 @@ def check_keeping_batches(rig: Rig, backend: str) -> None:
         assert [bytes(held.memory[start : start + length]) for start, length in columns] == frames
         assert [bytes(packet) for packet in held] == frames
         assert list(held.wire_lengths) == list(map(len, frames))
+
+
+def check_long_beside_short(rig: Rig, backend: str) -> None:
+    """A batch shows all its frames, through `memory` and as packets, whatever the order of long and short ones is."""
+    count = min(rig.queue, 10)
+    long, short = rig.longest, max(60, rig.shortest)
+    with rig.open(backend, batch_size=count) as rx:
+        for first_short in range(count):
+            frames = [rig.frame(short if n >= first_short and n % 3 else long, n) for n in range(count)]
+            for frame in frames:
+                rig.send(frame)
+            left = list(frames)
+            for batch in rx.batches(PATIENCE):
+                here, left = left[: len(batch)], left[len(batch) :]
+                memory, columns = batch.memory, zip(batch.starts, batch.lengths, strict=True)
+                assert [bytes(memory[start : start + length]) for start, length in columns] == here
+                assert batch.frames() == here
+                if not left:
+                    break
+            assert not left

@@ -32,6 +32,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     Batch *b = *spare;
     Table *t;
     uint32_t end = 0, packed = 0;
+    bool ascending = true;
 
     if (owner->batch) {
         PyErr_SetString(PyExc_BufferError, "another batch still uses this memory: call take_back() first");
@@ -58,13 +59,15 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
             Py_DECREF((PyObject *)b);
             return NULL;
         }
+        ascending &= place - framing.vnet >= end;
         if (place + length > end)
             end = place + length;
         packed += aligned(framing.vnet + length);
     }
     /* In a ring, `memory` is a copy of the frames, because blocks have other data. In an arena it is a copy if more than half of the
-     * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. */
-    b->apart = !owner->mapped || end / 2 > packed;
+     * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. It is also a copy if a frame lies before
+     * the end of an earlier one, as a short packet after a long one of recvmmsg does: clear_gaps() goes through the memory once. */
+    b->apart = !owner->mapped || !ascending || end / 2 > packed;
     for (uint32_t k = 0, next = 0; b->apart && k < count; k++) {
         t->starts[k] = next + framing.vnet;
         end = t->starts[k] + t->lengths[k];
@@ -134,7 +137,7 @@ static uint32_t begin_of(const Batch *b, Py_ssize_t k)
     return b->table->starts[k] - b->framing.vnet;
 }
 
-/* Zero the gaps between frames. They have data of other batches, or of frames that are no packets. */
+/* Zero the gaps between frames, which lie in ascending order. The gaps have data of other batches, or of frames that are no packets. */
 static void clear_gaps(const Batch *b, uint8_t *memory)
 {
     const Table *t = b->table;
