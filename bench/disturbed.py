@@ -162,7 +162,7 @@ class Disturbed:
         self.account.delivered += 1
         number, fault = self._road.traffic.fault(packet, last=self._last)
         if fault:
-            self.account.blame(f"{fault} (dispatcher {self.account.happened['opened']})")
+            self.account.add_fault(f"{fault} (dispatcher {self.account.happened['opened']})")
         self._last = number
         if keep and len(self._kept) < KEPT_MOST and self._random.random() < 0.001:
             self._kept.append((packet if number & 1 else packet.frame, self._road.traffic.frame(number)))
@@ -240,7 +240,7 @@ class Disturbed:
             stats = rx.stats()
             answered = wire.drops()
         if stats.kernel_drops is None or not asked - opened <= stats.kernel_drops <= answered - before_open:
-            self.account.blame(
+            self.account.add_fault(
                 f"kernel_drops is not in {asked - opened}..{answered - before_open} {where}: {stats}"
             )
         if wire.name in (
@@ -250,7 +250,9 @@ class Disturbed:
             handed = wire.counted().handed - handed
             known = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
             if handed != known:
-                self.account.blame(f"{handed - known} of {handed} frames are in no counter {where}: {stats}")
+                self.account.add_fault(
+                    f"{handed - known} of {handed} frames are in no counter {where}: {stats}"
+                )
 
     def _disturb_one(self) -> None:
         """Open a dispatcher, receive and disturb for a while, stop, and add up its counters."""
@@ -272,11 +274,11 @@ class Disturbed:
         account.unknown += stats.unknown_protocol
         account.undelivered += stats.undelivered
         if stats.packets != account.delivered - delivered:
-            account.blame(
+            account.add_fault(
                 f"stats() says {stats.packets} of {account.delivered - delivered} delivered {where}: {stats}"
             )
         if ended is not linkrx.End.STOPPED:
-            account.blame(f"the end is {ended} {where}: {stats}")
+            account.add_fault(f"the end is {ended} {where}: {stats}")
 
     # Frames that remain.
 
@@ -303,15 +305,19 @@ class Disturbed:
         wire, account = self._road, self.account
         for kept, sent in self._kept:
             if bytes(kept) != sent:
-                account.blame(f"a kept frame changed: {sent[:20].hex()}")
+                account.add_fault(f"a kept frame changed: {sent[:20].hex()}")
         account.happened["kept"] = len(self._kept)
         self._kept.clear()
         if wire.traffic.control.other:
-            account.blame(f"send() failed with errno {wire.traffic.control.last_errno}")
+            account.add_fault(f"send() failed with errno {wire.traffic.control.last_errno}")
         if account.lost_by_kernel:
-            account.blame(f"{account.lost_by_kernel} frames that send() took are in no counter of the kernel")
+            account.add_fault(
+                f"{account.lost_by_kernel} frames that send() took are in no counter of the kernel"
+            )
         if account.lost_by_linkrx:
-            account.blame(f"{account.lost_by_linkrx} frames that the kernel handed over are in no counter")
+            account.add_fault(
+                f"{account.lost_by_linkrx} frames that the kernel handed over are in no counter"
+            )
 
 
 def left_in_ring(rx: linkrx.Dispatcher) -> int:
@@ -344,7 +350,7 @@ class DisturbedRings(Disturbed):
 
     def __init__(self, wire: Wire, seed: int) -> None:
         super().__init__(wire, "packet_mmap", seed)
-        self._sent = self._eaten = 0  # until the last settlement
+        self._sent = self._lost_with_link = 0  # until the last settlement
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -359,14 +365,14 @@ class DisturbedRings(Disturbed):
         wire = self._road
         end = time.monotonic() + SETTLING
         while True:  # the other processor may still process some
-            others, eaten, sent = known(), wire.counted().no_link, wire.traffic.control.accepted
-            lost = sent - self._sent - (eaten - self._eaten) - others
+            others, lost_with_link, sent = known(), wire.counted().no_link, wire.traffic.control.accepted
+            lost = sent - self._sent - (lost_with_link - self._lost_with_link) - others
             if not lost or time.monotonic() > end:
                 break
             time.sleep(0.001)
         if lost:
-            self.account.blame(f"{lost} of {sent - self._sent} frames are in no counter {where}")
-        self._sent, self._eaten = sent, eaten
+            self.account.add_fault(f"{lost} of {sent - self._sent} frames are in no counter {where}")
+        self._sent, self._lost_with_link = sent, lost_with_link
 
     def _count_unread(self) -> None:
         """Count frames that came without a ring: without a listening socket, or into a queue that the next ring empties."""

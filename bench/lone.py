@@ -114,7 +114,7 @@ def new_loop() -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
-def shower(check: Check | None) -> Handle:
+def callback_for(check: Check | None) -> Handle:
     """The function that is called with each packet."""
 
     def ignore(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
@@ -145,7 +145,7 @@ def hand(queue: Alone, fd: int, *, wait: bool) -> Reader:
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
         count = 0
-        read, wanted, ready = reading(fd, shower(check)), [fd], select.select
+        read, wanted, ready = reading(fd, callback_for(check)), [fd], select.select
 
         def one() -> None:
             ready(wanted, (), ())
@@ -168,7 +168,7 @@ def hand_in_loop(queue: Alone, fd: int) -> Reader:
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
         with new_loop() as loop:
-            clock, show = InLoop(queue, loop), shower(check)
+            clock, show = InLoop(queue, loop), callback_for(check)
 
             def handle(remote: bytes, local: bytes, protocol: int, frame: bytes) -> None:
                 show(remote, local, protocol, frame)
@@ -186,7 +186,7 @@ def linkrx_alone(queue: Alone, source: Source, way: str, backend: str) -> Reader
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
-        handle = shower(check)
+        handle = callback_for(check)
         delivers = way in ("dispatch", "drain")
         with linkrx.open(source, handle if delivers else None, backend=backend) as rx:
             wanted = [rx.fileno()]
@@ -217,7 +217,7 @@ def linkrx_in_loop(queue: Alone, source: Source, way: str, backend: str) -> Read
 
     @contextmanager
     def opened(check: Check | None) -> Iterator[Drain]:
-        show = shower(check)
+        show = callback_for(check)
 
         def handle(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
             show(remote, local, protocol, packet)

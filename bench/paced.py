@@ -16,7 +16,7 @@ from typing import Any
 
 from compiled import end
 from floors import Frames
-from lone import Handle, new_loop, reading, shower
+from lone import Handle, callback_for, new_loop, reading
 from peers import Missing
 from queues import Source
 from race import Check, Drain, OwnClock, Queue, Reader, preemptions
@@ -90,7 +90,7 @@ class Counted:
     def __init__(self, check: Check | None, packets: int) -> None:
         self.timed, self.count = check is None, 0
         self.over: Callable[[], object] = lambda: None
-        show, seen = shower(check), 0
+        show, seen = callback_for(check), 0
 
         def handle(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
             nonlocal seen

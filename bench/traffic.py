@@ -177,7 +177,7 @@ class Account:
         counted = self.runts + self.empty + self.unknown + self.undelivered
         return self.kernel.handed - self.delivered - counted - self.left
 
-    def blame(self, fault: str) -> None:
+    def add_fault(self, fault: str) -> None:
         """Record a fault."""
         if len(self.faults) < FAULTS_MOST:
             self.faults.append(fault)
@@ -193,8 +193,8 @@ class Wire:
     links: tuple[str, ...]
     counted: Callable[[], Counted]
     drops: Callable[[], int]  # the kernel's counter behind `Stats.kernel_drops`
-    # Frames that came since the last call. `nobody`: whether no socket listened.
-    unread: Callable[[bool], int] = lambda nobody: 0
+    # Frames that came since the last call. `without_listener`: whether no socket listened.
+    unread: Callable[[bool], int] = lambda without_listener: 0
 
 
 def device_counters(name: str) -> dict[str, int]:
@@ -263,14 +263,14 @@ def _wire(stack: ExitStack, kind: str, seed: int, *, strange: bool) -> tuple[str
     return near, far, traffic
 
 
-def _eaten(near: str, far: str, traffic: Traffic) -> int:
+def _lost_with_link(near: str, far: str, traffic: Traffic) -> int:
     # A link that goes down loses frames at three places. (1) The sender's carrier is off and its queueing discipline is noop:
     # the far end's tx_dropped counts, and send() succeeds. (2) The near end is no longer up: the far end's tx_dropped and
     # the near end's rx_dropped count, and send() fails with ENOBUFS, so each failed send() is counted twice. (3) The near
     # end's frames are in the CPU's backlog, but the packet socket's hook is removed: the near end's rx_dropped counts, and
     # send() has succeeded.
-    eaten = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
-    return eaten - 2 * int(traffic.control.full)
+    lost_with_link = device_counters(far)["tx_dropped"] + device_counters(near)["rx_dropped"]
+    return lost_with_link - 2 * int(traffic.control.full)
 
 
 def _bound(kind: str, near: str) -> socket.socket:
@@ -293,7 +293,7 @@ def _packet(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
             # Reading clears both.
             packets, drops = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             queued, dropped = queued + packets - drops, dropped + drops
-            return Counted(handed=queued, no_room=dropped, no_link=_eaten(near, far, traffic))
+            return Counted(handed=queued, no_room=dropped, no_link=_lost_with_link(near, far, traffic))
 
         def drops() -> int:
             words = borrowed.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * (SK_MEMINFO_DROPS + 1))
@@ -309,12 +309,12 @@ def _borrowed_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
         borrowed = stack.enter_context(_bound("packet", near))
 
         def counted() -> Counted:
-            return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic))
+            return Counted(handed=0, no_room=0, no_link=_lost_with_link(near, far, traffic))
 
-        def unread(nobody: bool) -> int:
+        def unread(without_listener: bool) -> int:
             # Without a ring, frames go to the socket's queue until it is full. The next ring empties it.
             packets, _ = struct.unpack("II", borrowed.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
-            return int(packets) if nobody else 0
+            return int(packets) if without_listener else 0
 
         yield Wire(kind, borrowed, traffic, (near, far), counted, _not_told, unread)
 
@@ -326,15 +326,15 @@ def _own_ring(kind: str, seed: int, *, strange: bool) -> Iterator[Wire]:
         arrived = dropped = unheard = 0
 
         def counted() -> Counted:
-            return Counted(handed=0, no_room=0, no_link=_eaten(near, far, traffic) - unheard)
+            return Counted(handed=0, no_room=0, no_link=_lost_with_link(near, far, traffic) - unheard)
 
-        def unread(nobody: bool) -> int:
+        def unread(without_listener: bool) -> int:
             # Frames that come while no socket listens are in the near end's rx_packets, and in its rx_dropped, which also
             # counts frames lost with the link.
             nonlocal arrived, dropped, unheard
             now, arrived_before, dropped_before = device_counters(near), arrived, dropped
             arrived, dropped = now["rx"], now["rx_dropped"] - traffic.control.full
-            if not nobody:
+            if not without_listener:
                 return 0
             unheard += dropped - dropped_before
             return int(arrived - arrived_before)

@@ -546,8 +546,8 @@ def test_a_ring_of_a_reused_descriptor_is_kept(wire: Wire) -> None:
         borrowed.close()
         os.dup2(other.fileno(), number)
         rx.close()
-    with socket.socket(fileno=number) as stranger, pytest.raises(OSError, match="busy"):
-        stranger.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
+    with socket.socket(fileno=number) as reused, pytest.raises(OSError, match="busy"):
+        reused.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
 
 
 def test_a_forked_child_leaves_the_ring_alone(wire: Wire) -> None:

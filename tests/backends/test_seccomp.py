@@ -72,8 +72,8 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
         os.close(asks)
         os.close(doing)
 
-        def ask(wish: str) -> None:
-            os.write(asking, wish.encode().ljust(8))
+        def ask(action: str) -> None:
+            os.write(asking, action.encode().ljust(8))
             assert os.read(done, 1)
 
         status = 1
@@ -89,15 +89,15 @@ def in_child(rig: Rig, work: Callable[[Ask], None]) -> None:
     try:
         while True:
             assert select.select([asks], [], [], PATIENCE)[0], "the child asks for nothing, and does not end"
-            wish = os.read(asks, 8).decode().strip()
-            if not wish:
+            action = os.read(asks, 8).decode().strip()
+            if not action:
                 break
-            if wish == "hang up":
+            if action == "hang up":
                 assert rig.hang_up is not None
                 rig.hang_up()
             else:
                 assert rig.device is not None
-                {"down": rig.device.set_down, "up": rig.device.set_up, "delete": rig.device.delete}[wish]()
+                {"down": rig.device.set_down, "up": rig.device.set_up, "delete": rig.device.delete}[action]()
             os.write(doing, b".")
         said = os.read(failure_in, 4000).decode()
     finally:

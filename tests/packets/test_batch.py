@@ -497,7 +497,7 @@ def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
     offset = {"starts": 16, "lengths": 20}[column]
     struct.pack_into("=I", view, 128 + 3 * offset, value)
     with pytest.raises(ValueError, match="the backend reports packet 0 at"):
-        source.receiver.take_in(arena)
+        source.receiver.make_batch(arena)
     assert source.receiver.left == 0
     assert not arena.held
 
@@ -510,7 +510,7 @@ def test_a_frame_without_room_for_its_header(start: int) -> None:
     arena = source.receiver.arena()
     source.describe([Row(numbered(1))], [start], arena.view[256 : 256 + ROW_BYTES], 1, 192)
     with pytest.raises(ValueError, match=f"packet 0 at {start}"):
-        source.receiver.take_in(arena)
+        source.receiver.make_batch(arena)
 
 
 @needs_core
@@ -530,7 +530,7 @@ def test_a_report_that_is_wrong(word: str, value: int) -> None:
     source, arena, _ = filled()
     setattr(source.descriptors.report, word, value)
     with pytest.raises(ValueError, match=r"backend reports|nothing to take in"):
-        source.receiver.take_in(arena)
+        source.receiver.make_batch(arena)
 
 
 @needs_core

@@ -126,7 +126,7 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
             if found is not None:
                 arenas[id(found)] = found
         source.receiver.release()
-        source.receiver.take_back()
+        source.receiver.copy_held()
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -228,7 +228,7 @@ def test_nothing_is_leaked(kind: Kind) -> None:
             source.receiver.deliver(lambda *_: 1 // 0)
         source.receiver.drop()
         with suppress(ValueError):
-            source.receiver.take_in(source.receiver.arena())
+            source.receiver.make_batch(source.receiver.arena())
         source.receiver.release()
 
     def state() -> tuple[int, int]:
@@ -326,11 +326,11 @@ def test_packets_of_a_copied_batch_outlive_it(make: Callable[[], Source]) -> Non
         packets += [copied[1], *copied]
         del batch, copied, view
         latest = [source.batch(rows_of(n)) for n in range(20, 24)]
-        spoiled = [
+        filled_again = [
             bytes([n]) * size for n in range(40) for size in range(150, 250, 8)
         ]  # memory is used again
         assert [packet[:] for packet in packets] == [numbered(n) for n in (1, 1, 1, 2, 3, 2, 1, 2, 3)]
-        assert len(latest) + len(spoiled) > 4
+        assert len(latest) + len(filled_again) > 4
 
 
 @needs_core
@@ -382,7 +382,7 @@ def test_releasing_a_receiver_twice() -> None:
             source.receiver.release()
 
         assert source.receiver.deliver(deliver) == 1
-        source.receiver.take_back()
+        source.receiver.copy_held()
         assert kept == [numbered(0), numbered(1)]
         assert source.receiver.left == 0
         source.fill(rows_of(9))
@@ -718,7 +718,7 @@ def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
                 with failing((n + k) % 12):
                     # As in a fill: an arena, and the other half of a ring.
                     source.receiver.arena()
-                    source.receiver.take_back()
+                    source.receiver.copy_held()
             except MemoryError:
                 failures += 1
             assert [packet[:] for packet in held] == wanted
@@ -731,22 +731,22 @@ def test_no_memory_to_copy_what_is_held(make: Callable[[], Source]) -> None:
 
 
 class ShortOfMemory:
-    """A receiver in which one allocation of each take_in fails the first time."""
+    """A receiver in which one allocation of each make_batch fails the first time."""
 
     def __init__(self, receiver: Any) -> None:
         self.arena = receiver.arena
-        self.taken_in = receiver.take_in
+        self.wrapped_make_batch = receiver.make_batch
         self.step = self.failures = 0
 
-    def take_in(self, owner: Any) -> bool:
+    def make_batch(self, owner: Any) -> bool:
         """Make a batch, and repeat it after a MemoryError."""
         self.step += 1
         try:
             with failing(self.step % 6):
-                return bool(self.taken_in(owner))
+                return bool(self.wrapped_make_batch(owner))
         except MemoryError:
             self.failures += 1
-            return bool(self.taken_in(owner))
+            return bool(self.wrapped_make_batch(owner))
 
 
 @needs_core
@@ -1091,7 +1091,7 @@ def test_anything_in_any_order(
         if eager:
             gc.collect(0)
     holder.source.receiver.release()
-    holder.source.receiver.take_back()
+    holder.source.receiver.copy_held()
     holder.check()
     for packet, frame in holder.packets:
         assert bytes(packet) == frame

@@ -841,7 +841,7 @@ def test_a_ring_that_is_not_mapped() -> None:
     assert (len(packet), packet.protocol, packet.wire_length, packet != b"x") == (64, 0x88B5, 64, True)
     ring.guard.value = 1
     assert packet == numbered(1)
-    ring.receiver.take_back()
+    ring.receiver.copy_held()
     ring.guard.value = 0
     assert packet == numbered(1)
 

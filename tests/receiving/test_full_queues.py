@@ -54,7 +54,7 @@ def slow(name: str, limit: int) -> Iterator[Callable[[], None]]:
 
 
 @dataclass
-class Narrow:
+class SlowSource:
     """An open dispatcher on a slow device, a frame to send, a call that makes room, and a call that sends to it."""
 
     rx: linkrx.Dispatcher
@@ -63,19 +63,19 @@ class Narrow:
     receive: Callable[[], object]
 
 
-Make = Callable[[ExitStack, str, Any, int], Narrow]
+Make = Callable[[ExitStack, str, Any, int], SlowSource]
 
 
-def by_name(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
+def by_name(stack: ExitStack, backend: str, deliver: Any, limit: int) -> SlowSource:
     """An interface by name."""
     near, far = stack.enter_context(veth())
     let_through = stack.enter_context(slow(near, limit))
     rx = stack.enter_context(linkrx.open(near, deliver, backend=backend))
     injector = stack.enter_context(injector_on(far))
-    return Narrow(rx, FRAME, let_through, lambda: injector.send(FRAME))
+    return SlowSource(rx, FRAME, let_through, lambda: injector.send(FRAME))
 
 
-def packet_socket(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
+def packet_socket(stack: ExitStack, backend: str, deliver: Any, limit: int) -> SlowSource:
     """A borrowed packet socket with the smallest send buffer."""
     near, far = stack.enter_context(veth())
     let_through = stack.enter_context(slow(near, limit))
@@ -84,10 +84,10 @@ def packet_socket(stack: ExitStack, backend: str, deliver: Any, limit: int) -> N
     borrowed.bind((near, ETH_P_ALL))
     rx = stack.enter_context(linkrx.open(borrowed, deliver, backend=backend))
     injector = stack.enter_context(injector_on(far))
-    return Narrow(rx, FRAME, let_through, lambda: injector.send(FRAME))
+    return SlowSource(rx, FRAME, let_through, lambda: injector.send(FRAME))
 
 
-def tap(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
+def tap(stack: ExitStack, backend: str, deliver: Any, limit: int) -> SlowSource:
     """A TAP queue with a small send buffer, bridged to a slow interface."""
     near, _ = stack.enter_context(veth())
     queue = stack.enter_context(linkrx.TunTap())
@@ -101,10 +101,10 @@ def tap(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
     let_through = stack.enter_context(slow(near, limit))
     rx = stack.enter_context(linkrx.open(queue, deliver, backend=backend))
     injector = stack.enter_context(injector_on(queue.name))
-    return Narrow(rx, FRAME, let_through, lambda: injector.send(FRAME))
+    return SlowSource(rx, FRAME, let_through, lambda: injector.send(FRAME))
 
 
-def udp(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
+def udp(stack: ExitStack, backend: str, deliver: Any, limit: int) -> SlowSource:
     """A connected UDP socket with the smallest send buffer."""
     near, _ = stack.enter_context(veth())
     subprocess.run(["ip", "addr", "add", "192.0.2.1/24", "dev", near], check=True)
@@ -121,7 +121,7 @@ def udp(stack: ExitStack, backend: str, deliver: Any, limit: int) -> Narrow:
     head = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(FRAME), 0, 0, 64, socket.IPPROTO_UDP, 0)
     addresses = socket.inet_aton("192.0.2.2") + socket.inet_aton("192.0.2.1")
     datagram = head + addresses + struct.pack("!HHHH", 5000, 4000, 8 + len(FRAME), 0) + FRAME
-    return Narrow(rx, FRAME, let_through, lambda: peer.sendto(datagram, ("192.0.2.1", 0)))
+    return SlowSource(rx, FRAME, let_through, lambda: peer.sendto(datagram, ("192.0.2.1", 0)))
 
 
 LARGE = 1 << 30

@@ -235,8 +235,8 @@ def test_options_are_not_restored_on_a_reused_descriptor() -> None:
             number = receiver.fileno()
             receiver.close()
             os.dup2(other.fileno(), number)
-        with socket.socket(fileno=number) as stranger:
-            assert stranger.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > usual
+        with socket.socket(fileno=number) as reused:
+            assert reused.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > usual
 
 
 def test_packets_taken_one_by_one_leave_nothing_to_poll(ends: Pair) -> None:

@@ -122,16 +122,16 @@ def transfer(rx: linkrx.Dispatcher, listener: socket.socket, sender: socket.sock
     with accepted:
         accepted.settimeout(PATIENCE)
 
-        def swallow() -> None:
+        def read_all() -> None:
             left = len(STREAM)
             while left:
                 got = len(accepted.recv(1 << 20))
                 assert got
                 left -= got
 
-        with running(swallow) as swallows, running(lambda: sender.sendall(STREAM)):
+        with running(read_all) as reading, running(lambda: sender.sendall(STREAM)):
             while (
-                swallows.is_alive()
+                reading.is_alive()
             ):  # meanwhile, or a ring, whose timer closes a block each millisecond, has no more room
                 for batch in rx.batches(0.01):
                     packets += batch

@@ -83,17 +83,17 @@ def numbered(number: int, size: int = 64) -> bytes:
     return frame(number.to_bytes(4, "big") * (size // 4))[:size]
 
 
-class Hand:
+class SteppedReceiver:
     """A receiver whose steps a test calls one by one: fill an arena, make a batch, deliver."""
 
     def __init__(self, kind: Kind, framing: Framing, descriptors: Descriptors) -> None:
-        hand = self
+        stepped = self
 
         class Receiver(kind.module.Receiver if kind.module is _core.types else plain_receiver.Receiver):  # type: ignore[misc]
             """The methods of reception that a receiver without a source calls."""
 
             def _fill(self, arena: Any) -> int:
-                hand.filling = arena
+                stepped.filling = arena
                 return 0
 
             def _look_at_drops(self) -> float:
@@ -111,7 +111,7 @@ class Hand:
         self.mechanism = 0
         self.counters = new_counters()
         self.rx._prepare(
-            lambda *arguments: hand.deliver_to(*arguments),  # type: ignore[misc]
+            lambda *arguments: stepped.deliver_to(*arguments),  # type: ignore[misc]
             descriptors.memory,
             descriptors.rows,
             self.counters,
@@ -143,7 +143,7 @@ class Hand:
             self.rx._poll()
         return self.filling
 
-    def take_in(self, _arena: object) -> bool:
+    def make_batch(self, _arena: object) -> bool:
         """Make a batch from the descriptors."""
         return bool(self.rx._poll())
 
@@ -173,7 +173,7 @@ class Hand:
         self.rx._release()
         self.rx._use(self.mechanism)
 
-    def take_back(self) -> None:
+    def copy_held(self) -> None:
         """Copy held packets out of memory that does not belong to the receiver."""
         self.rx._copy_held()
 
@@ -185,7 +185,7 @@ class Source:
         self.kind = kind
         self.framing = framing
         self.descriptors = Descriptors(rows)
-        self.receiver: Any = Hand(kind, framing, self.descriptors)
+        self.receiver: Any = SteppedReceiver(kind, framing, self.descriptors)
 
     def fill(self, rows: Sequence[Row], spare: int = 2, gap: bytes = b"") -> bool:
         """Receive these rows. In memory, `gap` is in front of each prefix and frame; the bytes between them stay as they were."""
@@ -199,7 +199,7 @@ class Source:
             at = align(at + len(data))
         count = len(rows) + spare
         self.describe(rows, starts, view[at : at + ROW_BYTES * count], count, at - arena.cursor)
-        return bool(self.receiver.take_in(arena))
+        return bool(self.receiver.make_batch(arena))
 
     def describe(
         self, rows: Sequence[Row], starts: Sequence[int], memory: memoryview, count: int, end: int
