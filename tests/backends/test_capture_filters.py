@@ -208,7 +208,7 @@ def test_tcpdump_agrees(name: str, tmp_path: Path) -> None:
 @needs_tcpdump
 @pytest.mark.parametrize("piece", [None, 700])
 def test_a_file_of_every_link_type(tmp_path: Path, piece: int | None) -> None:
-    """Of a pcapng file with an interface of each link type, linkrx accepts the packets that tcpdump accepts of one pcap file each.
+    """In a pcapng file with one interface per link type, linkrx accepts the packets that tcpdump accepts in one pcap file per type.
 
     The pieces in which the file is read do not matter.
     """

@@ -70,7 +70,7 @@ def shell(*arguments: str, redirect: str) -> tuple[int, bytes, str]:
     ],
 )
 def test_closed_streams(one: Path, arguments: tuple[str, ...], redirect: str) -> None:
-    """A standard stream that is closed is one sentence and exit code 1 if dump needs it."""
+    """If a standard stream that dump needs is closed, dump prints one error and exits with 1."""
     code, output, errors = shell(
         *(str(one) if word == "ONE" else word for word in arguments), redirect=redirect
     )
@@ -103,7 +103,7 @@ def test_a_recording_without_standard_error(tmp_path: Path) -> None:
 @needs_core
 @pytest.mark.parametrize("option", [(), ("--json",)])
 def test_a_full_disk(one: Path, option: tuple[str, ...]) -> None:
-    """If standard output is full, the error says what it could not write, with exit code 1."""
+    """If standard output is full, dump prints an error about it and exits with 1."""
     code, _, errors = shell("-r", str(one), *option, redirect=">/dev/full")
     assert (code, errors) == (1, "linkrx: '<stdout>': No space left on device\n")
 
@@ -230,7 +230,7 @@ def test_words_between_options(one: Path) -> None:
 @needs_core
 @pytest.mark.parametrize("name", ["-r", "-w"])
 def test_empty_names(one: Path, name: str) -> None:
-    """An empty name of a file is an error that shows it."""
+    """An empty file name gives an error that shows it."""
     done = linkrx_command("dump", *(("-r", str(one)) if name == "-w" else ()), name, "")
     assert done.returncode == 1
     assert "''" in done.stderr

@@ -38,7 +38,7 @@ def slow(name: str, limit: int) -> Iterator[Callable[[], None]]:
     def tc(what: str, *parameters: str) -> None:
         subprocess.run(["tc", "qdisc", what, "dev", name, "root", *parameters], check=True)
 
-    # A frame in 14 seconds: whoever is kept off the processor for one must find it as full as before.
+    # One frame in 14 seconds: after a wait for the processor, a test must find the queue still full.
     tc("add", "tbf", "rate", "64bit", "burst", "2000", "limit", str(limit))
     deleted: list[bool] = []
 
@@ -159,7 +159,7 @@ def test_a_queue_that_is_full(make: Make, backend: str) -> None:
         narrow = make(stack, backend, ignore, LARGE)
         rx, frame = narrow.rx, narrow.frame
         sent = rx.send_batch([frame] * MANY)
-        while taken := rx.send_batch([frame] * MANY):  # for what was on its way to the device
+        while taken := rx.send_batch([frame] * MANY):  # frames that were in transit to the device
             sent += taken
         assert 0 < sent < MANY
         assert rx.stats().sent == sent

@@ -41,7 +41,7 @@ from linkrx.testing.waiting import PATIENCE, running, until
 TESTS = Path(__file__).parent.parent
 ETHERNET = LOCAL + REMOTE + b"\x08\x00"
 LITTLE, BIG = 1, 2
-# A virtio-net header: flags, kind, headers, segment, where the checksum starts, and where it is.
+# The fields of a virtio-net header: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset.
 TCP = (1, 1, 54, 1448, 34, 16)
 
 

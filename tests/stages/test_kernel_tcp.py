@@ -75,7 +75,7 @@ def test_a_wrong_byte_is_seen() -> None:
             for packet in batch:
                 if (
                     len(packet) > 1000 and not sink.received
-                ):  # the kernel sends it again where it is not answered soon
+                ):  # the kernel sends it again without an early answer
                     frame = bytearray(packet.frame)
                     assert checksums_are_right(bytes(frame), 4)
                     frame[500] ^= 1
