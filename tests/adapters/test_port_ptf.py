@@ -61,8 +61,18 @@ def test_a_run_of_ptf(tmp_path: Path) -> None:
         program = str(Path(sys.executable).parent / "ptf")
         platform = ["--platform-dir", str(ROOT / "docs" / "ports"), "--platform", "ptf_linkrx"]
         interfaces = ["-i", f"0@{near}", "-i", f"1@{far}"]
+        patience = ["--default-timeout", str(PATIENCE)]  # two seconds by default
         done = subprocess.run(
-            [sys.executable, program, "--allow-user", *platform, *interfaces, "--test-dir", str(tmp_path)],
+            [
+                sys.executable,
+                program,
+                "--allow-user",
+                *platform,
+                *interfaces,
+                *patience,
+                "--test-dir",
+                str(tmp_path),
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
