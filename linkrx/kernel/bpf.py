@@ -83,12 +83,12 @@ def is_absolute(code: int) -> bool:
     return code & 0x07 == LD and code & 0xE0 == ABS
 
 
-def wrong(program: Sequence[Instruction]) -> tuple[int, str] | None:
+def wrong(program: Sequence[Instruction], most: int = INSTRUCTIONS_MOST) -> tuple[int, str] | None:
     """The first instruction that the kernel would refuse, and why; None for a program that it takes: bpf_check_classic()."""
     if not program:
         return 0, "there is no instruction; one that takes every packet is (6, 0, 0, 0xFFFFFFFF)"
-    if len(program) > INSTRUCTIONS_MOST:
-        return INSTRUCTIONS_MOST, f"the kernel takes {INSTRUCTIONS_MOST} instructions at most"
+    if len(program) > most:
+        return most, f"the kernel takes {most} instructions at most"
     for index, instruction in enumerate(program):
         reason = _illegal(instruction, len(program) - 1 - index)
         if reason:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from linkrx.errors import UnsupportedOption
+from linkrx.kernel import bpf
 from linkrx.kernel.bpf import Instruction
 
 # The name on Debian, and on most other distributions.
@@ -46,6 +47,7 @@ _NETMASK_UNKNOWN = 0xFFFFFFFF  # pcap/pcap.h PCAP_NETMASK_UNKNOWN
 _SEARCH_SECONDS = 1.0
 _ENDINGS = ("", " 1", " ip", " host 1.2.3.4", " host 02:00:00:00:00:01", " net 1.0.0.0/8", " = 1")
 _ENDINGS_IN_BRACKETS = ("] = 1", "0] = 1")
+_SHOWN = 200  # characters of an expression in that message
 _WORDS = re.compile(r"[\w.:/\\-]+|[<>=!]=|<<|>>|&&|\|\||\S")
 
 # Before libpcap 1.8 pcap_compile() had global state.
@@ -128,11 +130,24 @@ def compiled(expression: str, link: Link) -> list[Instruction]:
     if message is not None and link.of_file and _NOT_OF_FILES in message:
         program, message = _compile(library, expression, Link(_datalink(library, link)))
     if message is None:
+        _check(program, expression, link)
         return program
     where = _place(library, expression, link, message)
     raise (RejectsAll if _NONE_TAKEN in message else ValueError)(
         f"filter={expression!r} on frames of link type {_described(library, link)}: libpcap says: {message}{where}"
     )
+
+
+def _check(program: list[Instruction], expression: str, link: Link) -> None:
+    """Raise UnsupportedOption for a program that the kernel would refuse: libpcap's `protochain` has a loop. On a file, any length."""
+    found = bpf.wrong(program, len(program) if link.of_file else bpf.INSTRUCTIONS_MOST)
+    if found is not None:
+        loop = ", because `protochain` needs a loop" if "protochain" in expression else ""
+        shown = expression if len(expression) <= _SHOWN else f"{expression[:_SHOWN]}..."
+        raise UnsupportedOption(
+            f"filter={shown!r}: neither the kernel nor linkrx can run what libpcap makes of it{loop}: instruction {found[0]} of "
+            f"{len(program)}: {found[1]}"
+        )
 
 
 def _described(library: ctypes.CDLL, link: Link) -> str:

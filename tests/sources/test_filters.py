@@ -17,6 +17,7 @@ import linkrx
 from linkrx import _core
 from linkrx.kernel import bpf
 from linkrx.kernel.bpf import Filtered
+from linkrx.memory.framing import OF_FILE
 from linkrx.sources import filters, libpcap
 from linkrx.sources.capabilities import Capabilities
 
@@ -85,6 +86,30 @@ def test_wrong_filters(given: object, kind: type[Exception], says: str) -> None:
     """`open` and `choose` refuse each invalid filter with an error that shows the position."""
     with pytest.raises(kind, match=re.escape(says)):
         linkrx.choose("lo", filter=given)  # type: ignore[arg-type]
+
+
+@needs_libpcap
+@pytest.mark.parametrize("expression", ["ip6 protochain 58", "ip protochain 6", "udp or ip6 protochain 17"])
+@pytest.mark.parametrize("link_type", [1, 101, 113, 276])
+def test_expressions_with_a_loop(expression: str, link_type: int) -> None:
+    """libpcap compiles `protochain` to a program with a loop. Every source refuses it, and no such program runs."""
+    for source in (ETHERNET, RAW, UNBOUND):
+        with pytest.raises(linkrx.UnsupportedOption, match=r"`protochain` needs a loop.* backwards"):
+            filters.compiled(expression, source, ethernet=source is ETHERNET)
+    with pytest.raises(linkrx.UnsupportedOption, match=r"`protochain` needs a loop.* backwards"):
+        filters.for_file(expression, OF_FILE | link_type)
+
+
+@needs_libpcap
+def test_expressions_that_compile_to_many_instructions() -> None:
+    """A program that is too long for the kernel is refused with its length. A capture file takes it, as tcpdump does."""
+    expression = " or ".join(f"ip[{at}] = {value}" for at in range(40) for value in range(60))
+    with pytest.raises(
+        linkrx.UnsupportedOption, match="the kernel takes 4096 instructions at most"
+    ) as caught:
+        filters.compiled(expression, ETHERNET, ethernet=True)
+    assert len(str(caught.value)) < 600
+    assert len(filters.for_file(expression, OF_FILE | 1).instructions) > bpf.INSTRUCTIONS_MOST
 
 
 @needs_libpcap
