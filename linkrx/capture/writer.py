@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import stat
+import threading
 import time
 import warnings
 from array import array
@@ -54,7 +55,7 @@ class PcapWriter:
     host sent, and the drops at the end. A pcap file has one link type. Both have the original length of cut packets, and the
     VLAN tags that the kernel took out of frames. A packet without a timestamp gets the time of the call of `write`.
 
-    One thread may use it at a time. Raises OSError if the file cannot be opened.
+    Several threads may use it. Raises OSError if the file cannot be opened.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PcapWriter:
         format: Literal["pcapng", "pcap"] = "pcapng",
         source: Dispatcher | None = None,
     ) -> None:
+        self._using = threading.RLock()
         self._closed = True  # until all is open
         self._owned = False
         if format not in ("pcapng", "pcap"):
@@ -89,12 +91,13 @@ class PcapWriter:
 
     def _open(self, file: str | os.PathLike[str] | WritableFile) -> None:
         self._fd = -1  # -1: written by its `write` method
+        self._raw: io.FileIO | socket.SocketIO | None = None  # the borrowed file that has the descriptor
         self._write: Callable[[memoryview], int | None]
         if isinstance(file, (str, os.PathLike)):
             self._name = repr(os.fspath(file))
             self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             self._owned = True
-        elif isinstance(file, io.TextIOBase) or not hasattr(file, "write"):
+        elif isinstance(file, io.TextIOBase) or not hasattr(file, "write") or not _is_writable(file):
             raise TypeError(f"PcapWriter({file!r}): give a path, or a binary file such as open(path, 'wb')")
         else:
             self._name = str(getattr(file, "name", type(file).__name__))
@@ -103,7 +106,7 @@ class PcapWriter:
             if isinstance(raw, (io.FileIO, socket.SocketIO)):
                 if raw is not file:
                     file.flush()  # type: ignore[attr-defined] # buffered, so it has flush()
-                self._fd = raw.fileno()
+                self._fd, self._raw = raw.fileno(), raw
         self._write = file.write if self._fd < 0 else partial(os.write, self._fd)  # type: ignore[union-attr]
 
     @property
@@ -121,9 +124,14 @@ class PcapWriter:
         Raises RecordingFailed, an OSError, if the file cannot take them, such as on a full disk or a closed pipe. A regular file
         is then truncated to its last whole record. Raises ValueError for a packet that has no link type, or one that differs
         from the link type of a pcap file. Raises Closed after close(). An exception of a signal handler may lose packets of this
-        call, but leaves no partial record.
+        call, but leaves no partial record. Raises RuntimeError if a signal handler, or the file's own `write`, calls it meanwhile.
         """
-        self._check()
+        self._check_thread()
+        with self._using:
+            self._check()
+            self._record(packets)
+
+    def _record(self, packets: Packet | Batch) -> None:
         self._flush()  # the rest of a call that an exception of a signal handler ended
         count = len(packets) if isinstance(packets, Batch) else 1
         clock, following = time.time_ns(), 0
@@ -185,22 +193,32 @@ class PcapWriter:
             raise self._failure
         memory = memoryview(self._buffer)
         while self._end:
-            written = sum(size or 0 for size in self._done)
+            written = 0
+            for size in self._done:
+                if not isinstance(size, int) or not 0 < size <= self._end - written:
+                    raise self._failed(self._invalid(size), written)
+                written += size
             if written == self._end:
                 packets = self._packets + self._pending
                 self._packets, self._pending, self._end, self._done = packets, 0, 0, []
                 break
+            if self._raw is not None and self._raw.closed:
+                self._fd = -1  # it may be another file's by now
+                raise self._failed(OSError(errno.EBADF, "the file was closed"), written)
             try:
                 self._done.extend(map(self._write, (memory[written : self._end],)))
             except BlockingIOError as error:
                 if self._fd < 0:
-                    self._fail(error, written)
+                    raise self._failed(error, written) from error
                 self._wait()
             except OSError as error:
-                self._fail(error, written)
-            else:
-                if self._done[-1] is None:  # a non-blocking RawIOBase has no room
-                    self._fail(BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), written)
+                raise self._failed(error, written) from error
+
+    def _invalid(self, size: object) -> OSError:
+        """The error for a result of `write` that is no number of bytes."""
+        if size is None and isinstance(self._file, io.RawIOBase):
+            return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # non-blocking, without room
+        return OSError(errno.EIO, f"its write() returned {size!r}, not the number of bytes that it wrote")
 
     def _wait(self) -> None:
         """Wait until a non-blocking pipe has room."""
@@ -208,8 +226,8 @@ class PcapWriter:
         poll.register(self._fd, select.POLLOUT)
         poll.poll()
 
-    def _fail(self, error: OSError, written: int) -> None:
-        """Truncate a regular file to its last whole record, and raise RecordingFailed."""
+    def _failed(self, error: OSError, written: int) -> RecordingFailed:
+        """Truncate a regular file to its last whole record. Returns the exception to raise."""
         packets, whole = blocks.whole_packets(self._buffer, written, pcapng=self._pcapng)
         torn = written - whole
         if torn and self._fd >= 0 and stat.S_ISREG(os.fstat(self._fd).st_mode):
@@ -219,7 +237,14 @@ class PcapWriter:
         failure = RecordingFailed(self._name, error, self._packets + packets, torn)
         self._packets, self._pending, self._end, self._done = failure.packets, 0, 0, []
         self._failure = failure
-        raise failure from error
+        return failure
+
+    def _check_thread(self) -> None:
+        """Raise RuntimeError if this thread is already writing."""
+        if self._using._is_owned():  # type: ignore[attr-defined] # a method of the RLock of CPython
+            raise RuntimeError(
+                "this PcapWriter is writing: a signal handler, or the file's write(), cannot use it"
+            )
 
     def _check(self) -> None:
         if self._closed:
@@ -227,15 +252,17 @@ class PcapWriter:
 
     def close(self) -> None:
         """Write the drop statistics, and close the file if it was given as a path. Idempotent. Raises RecordingFailed."""
-        if self._closed:
-            return
-        try:
-            if self._failure is None:
-                self._flush()
-                self._put_end()
-                self._flush()
-        finally:
-            self._release()
+        self._check_thread()
+        with self._using:
+            if self._closed:
+                return
+            try:
+                if self._failure is None:
+                    self._flush()
+                    self._put_end()
+                    self._flush()
+            finally:
+                self._release()
 
     def _put_end(self) -> None:
         """Append the interface statistics. In a pcap file without packets, append the file header."""
@@ -269,3 +296,8 @@ class PcapWriter:
         if getattr(self, "_owned", False):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._release()
+
+
+def _is_writable(file: object) -> bool:
+    """Whether a file object says that it can be written. One without such a method can."""
+    return not isinstance(file, io.IOBase) or file.closed or file.writable()

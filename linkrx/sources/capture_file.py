@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -172,7 +173,7 @@ class CaptureReader:
                 read = self._by_descriptor(fd)
             else:
                 found = _descriptor_of(file)
-                read = _by_method(file) if found is None else _drained(file, self._by_descriptor(found))
+                read = _by_method(file) if found is None else _borrowed(file, self._by_descriptor(found))
             self._content = _Content(read)
             self.read = self._content.read
             if self.fd < 0:
@@ -282,6 +283,18 @@ def _by_method(file: BinaryFile) -> Read:
         if got and got[0] is None:  # a non-blocking file without data
             got.clear()
             raise BlockingIOError
+
+    return read
+
+
+def _borrowed(file: BinaryFile, behind: Read) -> Read:
+    """A read from a file object with a descriptor, until it is closed: then the descriptor may be another file's."""
+    drained = _drained(file, behind)
+
+    def read(got: Got, memory: memoryview) -> None:
+        if getattr(file, "closed", False):
+            raise OSError(errno.EBADF, "the file was closed")
+        drained(got, memory)
 
     return read
 
