@@ -199,6 +199,8 @@ class Packet(bytes):
     def __repr__(self) -> str:
         return describe(self)
 
+    __str__ = __repr__  # bytes has its own
+
 
 def restore(
     frame: bytes,

@@ -483,13 +483,13 @@ def test_header_length_of_a_super_packet(kind: Kind, header: VnetHeader, header_
 
 @every_kind
 def test_packet_repr(kind: Kind) -> None:
-    """The repr of a packet has its protocol, its addresses if there are any, its length, and whether it was cut."""
+    """A packet is printed as its protocol, its addresses if there are any, its length, and whether it was cut."""
     assert (
         repr(one(kind, Row(frame(b"abc"))))
         == "<Packet 0x88b5 02:00:00:00:00:02 > 02:00:00:00:00:01 17 bytes>"
     )
-    cut = Row(b"\x45", protocol=0x0800, flags=Flags.TRUNCATED)
-    assert repr(one(kind, cut, BARE)) == "<Packet 0x0800 1 bytes truncated>"
+    cut = one(kind, Row(b"\x45", protocol=0x0800, flags=Flags.TRUNCATED), BARE)
+    assert repr(cut) == str(cut) == f"{cut}" == "<Packet 0x0800 1 bytes truncated>"
 
 
 def test_mac() -> None:
