@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import selectors
@@ -23,7 +25,7 @@ from support.paths import ROOT, TESTS
 from support.super_packets import Super
 
 import linkrx
-from linkrx import _core
+from linkrx import _core, errors, packets
 from linkrx.cli.responder import ECHO_REQUEST, Echo
 from linkrx.kernel.namespace import bring_up
 from linkrx.kernel.uapi import PACKET_VNET_HDR, SOL_PACKET
@@ -96,6 +98,31 @@ def test_every_document_is_found() -> None:
     """Each file of docs/ can be reached from the README."""
     linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", README.read_text()))
     assert linked == {f"docs/{document.name}" for document in DOCUMENTS if document != README}
+
+
+def names_of(kind: type) -> set[str]:
+    """The public attributes of a class."""
+    return {name for name in dir(kind) if name[0] != "_"}
+
+
+COMPLETE = {
+    "packets.md": names_of(packets.Packet) | names_of(packets.Batch),
+    "receiving.md": {field.name for field in dataclasses.fields(linkrx.Stats)}
+    | {f"End.{end.name}" for end in linkrx.End}
+    | {name for name, kind in vars(errors).items() if inspect.isclass(kind)},
+    "sources.md": {*linkrx.OpenOptions.__annotations__, "backend"},
+    "": names_of(linkrx.Dispatcher),
+}
+
+
+@pytest.mark.skipif(_core.types is None, reason="the packet in plain Python has all attributes of bytes")
+@pytest.mark.parametrize("document", COMPLETE)
+def test_tables_are_complete(document: str) -> None:
+    """Every attribute of a packet and a batch, counter, end, error, option and method of a dispatcher is in its document, as code."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS if document in path.name)
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    missing = {name for name in COMPLETE[document] if not re.search(rf"\b{re.escape(name)}\b", code)}
+    assert not missing
 
 
 def test_every_program_is_run() -> None:

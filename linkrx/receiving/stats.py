@@ -26,7 +26,7 @@ class End(Enum):
     """Why reception ended."""
 
     STOPPED = "stop() was called"
-    EOF = "the peer closed"
+    EOF = "the peer closed, or the capture file ended"
     LINK_GONE = "the device was deleted"
 
 

@@ -67,6 +67,8 @@ def test_ways_to_name_it(path: Path) -> None:
         assert rx.capabilities.owned
         assert rx.backend == "capture_file"
         assert str(path) in repr(rx)
+        with pytest.raises(linkrx.Ended, match="the capture file ended"):
+            rx.recv()
     assert read(str(path)) == packets
     with path.open("rb") as file:
         assert read(file) == packets
