@@ -241,14 +241,14 @@ class Source:
         return link.queue_length if link else None
 
     def interface_name(self, index: int) -> str | None:
-        """The name of the interface with this index, in the namespace of a packet socket. For other sources the source's own.
+        """The present name of the interface with this index, in the namespace of a packet socket. For other sources the source's own.
 
-        None if there is none.
+        After its interface was deleted, the name that it had at open. None if there is none.
         """
         found = self.capabilities
-        if index in (0, found.ifindex) or found.kind not in ("packet", "packet_cooked"):
+        if index == 0 or found.kind not in ("packet", "packet_cooked"):
             return found.interface
-        return interface_at(self.fd, index) or None
+        return interface_at(self.fd, index) or (found.interface if index == found.ifindex else None)
 
     @property
     def watched(self) -> bool:
