@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.received import needs_core
 from support.run import thorough
 
 import linkrx
@@ -113,3 +114,40 @@ def test_a_python_without_rwf_nowait(monkeypatch: pytest.MonkeyPatch) -> None:
             b"\1",
             b"\2",
         ]
+
+
+IN_AN_INTERPRETER = """
+import logging, os, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+import linkrx
+reading, writing = os.pipe2(os.O_DIRECT)
+with linkrx.open(reading) as rx:
+    os.write(writing, bytes(60))
+    print(rx.backend, len(rx.recv(10)), flush=True)
+"""
+ISOLATED = """
+import _interpreters, sys
+failed = _interpreters.exec(_interpreters.create("isolated"), sys.argv[1])
+sys.exit(failed and failed.formatted)
+"""
+
+
+@needs_core
+@pytest.mark.since(3, 13)
+def test_in_an_isolated_subinterpreter() -> None:
+    """An isolated subinterpreter, which cannot load the core, receives with os_readv, and the log has the reason.
+
+    In CPython 3.12 it cannot load ctypes, which linkrx imports.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ISOLATED, IN_AN_INTERPRETER],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LINKRX_BACKEND": "", "LINKRX_AVOID": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    logged, received = done.stdout.splitlines()
+    assert "isolated subinterpreters cannot load the C core" in logged
+    assert logged.endswith("use linkrx in the main interpreter")
+    assert received == "os_readv 60"

@@ -46,6 +46,10 @@ def _why_missing(name: str, error: ImportError) -> str:
             f"the C core could not be built when linkrx was installed: {summary}; `linkrx doctor` shows the output of the "
             "compiler. Fix the cause, and install linkrx again"
         )
+    if "subinterpreters" in str(error):  # CPython refuses cffi's modules there
+        return (
+            f"isolated subinterpreters cannot load the C core ({error}): use linkrx in the main interpreter"
+        )
     if any(_HERE.glob(f"{name}.*so")):
         return f"the C core cannot be loaded ({error}): {_again()}"
     if sources_hash() is not None:
