@@ -43,6 +43,7 @@ class Reader:
         self._waiter: Waiter | None = None
         self._asking: asyncio.TimerHandle | None = None  # the next read, if the event loop may not watch
         self._warned = False  # this was logged
+        self._was_full = False  # the last batch: what it left in the queue was held back with it
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
@@ -123,7 +124,9 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             self.unregister()
-        elif self._latency:  # more packets may come until then, and the loop need not call meanwhile
+        elif (
+            self._latency and not self._was_full
+        ):  # more packets may come until then, and the loop need not call meanwhile
             self.unregister()
             self.loop.call_later(self._latency, self._receive)
         else:
@@ -136,11 +139,18 @@ class Reader:
         found: bool | BaseException = True
         try:
             if not self._dispatcher._poll():
+                self._was_full = False
                 self._register(waiter)
                 return
+            self._was_full = self._latency > 0 and self._fills_a_batch()
         except BaseException as error:
             found = error
         waiter.settle_at_once(found)
+
+    def _fills_a_batch(self) -> bool:
+        """Whether the last receive may have ended because the batch was full: lrx_was_full() of _core/types/fill.c."""
+        rx = self._dispatcher
+        return rx._report.rows >= rx._descriptors.rows or rx._report.end > rx._room // 2
 
     def unregister(self) -> None:
         """Remove the reader from the event loop."""

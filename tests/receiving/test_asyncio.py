@@ -481,6 +481,40 @@ def test_latency(run: Run, seqpacket: Pair, way: str) -> None:
     run(work())
 
 
+@pytest.mark.parametrize("way", ["packets", "batches"])
+def test_latency_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, seqpacket: Pair, way: str) -> None:
+    """With latency= the packets that full batches left in the queue come at once."""
+
+    async def work() -> None:
+        receiver, sender = seqpacket
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+        delays: list[float] = []
+
+        def noted(delay: float, *call: Any) -> asyncio.TimerHandle:
+            delays.append(delay)
+            return call_later(delay, *call)
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        with linkrx.open(receiver, latency=0.02, batch_size=4) as rx:
+            for _ in range(10):
+                sender.send(HEADER)
+            left = 10
+            if way == "packets":
+                async for _ in rx:
+                    left -= 1
+                    if not left:
+                        break
+            else:
+                async for batch in rx.batches():
+                    left -= len(batch)
+                    if not left:
+                        break
+        assert delays == [0.02]
+
+    asyncio_run(work())
+
+
 CTRL_C = """
 import asyncio, os, signal, socket, sys, threading, time, linkrx
 

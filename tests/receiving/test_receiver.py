@@ -303,6 +303,27 @@ def test_latency_holds_back(backend: str, ends: Pair) -> None:
         assert rx.stats().waits == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latency_is_waited_for_once(backend: str, ends: Pair) -> None:
+    """After a wait with latency=, all packets of the queue come, also after lone packets, and those after a full batch come at once."""
+    got: list[int] = []
+    with linkrx.open(
+        ends[0], lambda *call: got.append(number_of(call[3])), backend=backend, batch_size=4, latency=0.02
+    ) as rx:
+        for number in range(20):
+            ends[1].send(frame(number))
+            assert rx.drain() == 1
+        for _ in range(20):
+            assert rx.dispatch(0.001)  # in vain, so that the next calls wait before they read
+        before = rx.stats()
+        for number in range(20, 27):
+            ends[1].send(frame(number))
+        assert rx.dispatch(PATIENCE)
+        assert rx.dispatch(PATIENCE)
+        assert got == list(range(27))
+        assert rx.stats().waits - before.waits <= 1
+
+
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_latency_holds_back_on_a_tap(backend: str) -> None:

@@ -149,6 +149,11 @@ int lrx_fill(Receiver *r, bool all)
     return count;
 }
 
+bool lrx_was_full(const Receiver *r)
+{
+    return report_of(r)->rows >= r->rows || report_of(r)->end > r->room / 2;
+}
+
 /* Make a batch of the classified frames. */
 enum outcome lrx_take_in(Receiver *r)
 {

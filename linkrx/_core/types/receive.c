@@ -351,11 +351,10 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
     const uint64_t before = received(r);
-    bool reads = r->pending || read_first(r, timeout), first = true, resumed = false;
+    bool reads = r->pending || read_first(r, timeout), first = true, resumed = false, held_back = false;
     unsigned idle = 0;
 
     r->flush_waits = false;
-
     for (;;) {
         double left = SLICE, looked = 0;
         int happened;
@@ -389,12 +388,12 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         if (reads) {
             const bool known_down = r->link_down && !report_of(r)->error;
 
-            switch (receive(r, all)) {
+            switch (receive(r, all || held_back)) { /* all that came during the latency */
             case FAILED:
                 return FAILED;
             case READY:
                 r->spurious = 0;
-                if (first)
+                if (first || (held_back && lrx_was_full(r))) /* what is left in the queue was held back too */
                     learn_to_wait(r, false);
                 if (look_at_drops(r) < 0)
                     return FAILED;
@@ -439,7 +438,8 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
             happened = wait(r, left);
         else
             happened = sleep_on_event(r, left < PAUSE ? left : PAUSE) < 0 ? -1 : 0;
-        if (happened == 1 && r->latency > 0 && coalesce(r, timeout > 0 ? deadline : INFINITY) < 0)
+        held_back = happened == 1 && r->latency > 0;
+        if (held_back && coalesce(r, timeout > 0 ? deadline : INFINITY) < 0)
             happened = -1;
         if (happened < 0 || (happened == 0 && !looked && idle < IDLE_WAKES && lrx_ask(r, "_look_at_owner") < 0))
             return FAILED;

@@ -327,6 +327,8 @@ static inline struct lrx_report *report_of(const Receiver *r)
 /* fill.c */
 /* Fill once, without waiting. Returns the number of frames, or -1 with an exception. `all`: receive up to a whole batch. */
 int lrx_fill(Receiver *r, bool all);
+/* Whether the last fill may have ended because the batch was full, by rows or by bytes. */
+bool lrx_was_full(const Receiver *r);
 enum outcome lrx_take_in(Receiver *r);
 /* Copy packets and batches out of the mechanism's memory. */
 int lrx_copy_slots(Receiver *r);
