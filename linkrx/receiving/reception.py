@@ -325,15 +325,17 @@ class Reception(Receiver):
         self._check_open()
         if not same_thread:
             raise Busy(
-                "another thread is receiving: a dispatcher belongs to one thread at a time, only stop(), close(), "
-                "send() and stats() are for all"
+                "another thread is receiving, and a dispatcher belongs to one thread at a time: only stop(), close(), send(), "
+                "send_batch(), set_filter() and stats() are for all"
             )
         where = (
             "inside deliver"
             if self._delivering
             else "a signal handler or finalizer while the same thread is receiving"
         )
-        raise Busy(f"receiving from {where}: there, only stop(), close() and send() may be called")
+        raise Busy(
+            f"receiving from {where}: there, only stop(), close(), send(), send_batch(), set_filter() and stats() may be called"
+        )
 
     def _refuse_send(self, code: int, length: int) -> NoReturn:
         self._check_open()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.pairs import BACKENDS, HEADER, Pair, frame, number_of, pair
@@ -16,7 +17,7 @@ from support.pairs import BACKENDS, HEADER, Pair, frame, number_of, pair
 import linkrx
 from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.stops import ignore
-from linkrx.testing.waiting import asleep, patiently, running, until
+from linkrx.testing.waiting import PATIENCE, asleep, patiently, running, until
 
 
 @pytest.fixture
@@ -190,6 +191,32 @@ def test_receiving_from_inside_deliver_is_refused(ends: Pair) -> None:
             rx.dispatch()
         assert rx.drain() == 2
     assert got == [0, 1, 2]
+
+
+def test_calls_inside_deliver(ends: Pair) -> None:
+    """Inside deliver the calls that the message of Busy names work, and every call that receives raises it."""
+    calls: dict[str, Callable[[], object]] = {
+        "send": lambda: rx.send(frame(1)),
+        "send_batch": lambda: rx.send_batch([frame(1)]),
+        "set_filter": lambda: rx.set_filter(None),
+        "stats": lambda: rx.stats(),
+        "stop": lambda: rx.stop(flush=True),
+        "close": lambda: rx.close(),
+    }
+    named: set[str] = set()
+
+    def deliver(*_: object) -> None:
+        for receive in (rx.dispatch, rx.drain, rx.run, rx.recv, rx.__next__, rx.batches().__next__):
+            with pytest.raises(linkrx.Busy) as caught:
+                receive()
+            named.update(re.findall(r"(\w+)\(\)", str(caught.value)))
+        for call in calls.values():
+            call()
+
+    rx = linkrx.open(ends[0], deliver)
+    ends[1].send(frame(0))
+    assert rx.dispatch(PATIENCE) is False
+    assert named == set(calls)
 
 
 def test_ways_to_receive_can_be_mixed(ends: Pair) -> None:
