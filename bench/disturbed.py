@@ -243,10 +243,11 @@ class Disturbed:
             self.account.add_fault(
                 f"kernel_drops is not in {asked - opened}..{answered - before_open} {where}: {stats}"
             )
+        # The kernel counts the frames that were read, so each dispatcher can be accounted for.
         if wire.name in (
             "tap",
             "tun",
-        ):  # the kernel counts the frames that were read, so each dispatcher can be accounted for
+        ):
             handed = wire.counted().handed - handed
             known = stats.packets + stats.runts + stats.empty + stats.unknown_protocol + stats.undelivered
             if handed != known:

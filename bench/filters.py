@@ -136,12 +136,13 @@ def classification(frame: bytes, program: bytes) -> Any:
         for _ in range(REPEATS):
             _core.lib.lrx_classify(described, region, ROWS, region + end)
         took = time.perf_counter_ns() - begin
+        # The arrays are kept alive until here.
         assert (len(code), descriptors.rows, len(counters) > 0, arena.held) == (
             len(program),
             ROWS,
             True,
             False,
-        )  # kept alive
+        )
         return took / REPEATS / ROWS
 
     return measure

@@ -124,9 +124,8 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             self.unregister()
-        elif (
-            self._latency and not self._was_full
-        ):  # more packets may come until then, and the loop need not call meanwhile
+        elif self._latency and not self._was_full:
+            # More packets may come until then. The event loop need not call meanwhile.
             self.unregister()
             self.loop.call_later(self._latency, self._receive)
         else:

@@ -152,11 +152,12 @@ def probe(source: AnySource) -> Capabilities:
     pathlib.Path. For a name, the result describes the packet socket that linkrx would open. Raises UnsupportedSource for a
     source that has no packet boundaries, is closed, or is of another kind.
     """
+    # Imported here, because it imports this module.
     from linkrx.sources.capture_file import (
         CaptureFile,
         capture_of,
         perhaps_a_file,
-    )  # imported here, because it imports this module
+    )
 
     if isinstance(source, (CaptureFile, os.PathLike)):
         return capture_of(source).probe()

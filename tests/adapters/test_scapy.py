@@ -243,9 +243,8 @@ def test_as_scapys_own(listens: type[L2Socket]) -> None:
         assert packet.wirelen == len(packet)
         assert packet.direction == 1
         assert isinstance(packet.time, Decimal)
-        assert (
-            abs(float(packet.time) - float(their.time)) < 2e-6
-        )  # scapy's is a float, exact to a quarter of that
+        # scapy's time is a float, exact to a quarter of that.
+        assert abs(float(packet.time) - float(their.time)) < 2e-6
         assert packet.time.as_tuple().exponent == -9
         assert before <= int(packet.time * 10**9) <= after
     assert any(int(packet.time * 10**9) % 1000 for packet in ours)

@@ -101,9 +101,8 @@ def test_checksums() -> None:
         wrong = frame[:-1] + bytes([frame[-1] ^ 0xFF])
         changed = shown(wrong, verbose=True)
         assert "incorrect" in changed, changed
-        assert "incorrect" not in shown(
-            frame[:-1], len(frame), verbose=True
-        )  # cut: the checksum cannot be verified
+        # The checksum of a cut packet cannot be verified.
+        assert "incorrect" not in shown(frame[:-1], len(frame), verbose=True)
     assert tried > 20
 
 

@@ -772,9 +772,8 @@ def test_no_address_space_for_an_arena() -> None:
     spare = bytearray(1 << 20)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(
-        resource.RLIMIT_AS, (pages * resource.getpagesize() // 2, limits[1])
-    )  # no further mapping
+    # Allow no further mapping.
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() // 2, limits[1]))
     try:
         with pytest.raises(
             MemoryError, match=r"an arena of \d+ bytes for received frames: mmap\(2\) found no memory"

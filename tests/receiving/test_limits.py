@@ -111,9 +111,8 @@ def test_a_duration_looks_at_the_clock_behind_each_packet(ends: Pair) -> None:
     with linkrx.open(ends[0], deliver) as rx:
         for number in range(5):
             ends[1].send(frame(number))
-        for _ in patiently(
-            lambda: got
-        ):  # where this process gets no turn meanwhile, it is over before the first packet
+        # If this process does not run meanwhile, the duration is over before the first packet.
+        for _ in patiently(lambda: got):
             assert rx.run(duration=0.01) is None
         assert got == [0]
         assert [number_of(packet) for batch in rx.batches(0) for packet in batch] == [1, 2, 3, 4]
@@ -142,9 +141,8 @@ def test_asynchronous_durations(ends: Pair) -> None:
     with linkrx.open(ends[0]) as rx:
         assert asyncio.run(work()) == 0
         ends[1].send(frame(1))
-        for _ in patiently(
-            lambda: asyncio.run(work()) > 0
-        ):  # which is over at once where this process gets no turn meanwhile
+        # If this process does not run meanwhile, the duration is over at once.
+        for _ in patiently(lambda: asyncio.run(work()) > 0):
             assert rx.end is None
         assert rx.end is None
 

@@ -130,9 +130,8 @@ def transfer(rx: linkrx.Dispatcher, listener: socket.socket, sender: socket.sock
                 left -= got
 
         with running(read_all) as reading, running(lambda: sender.sendall(STREAM)):
-            while (
-                reading.is_alive()
-            ):  # meanwhile, or a ring, whose timer closes a block each millisecond, has no more room
+            # Read meanwhile: the ring's timer closes a block each millisecond, so a ring that is not read has no more room.
+            while reading.is_alive():
                 for batch in rx.batches(0.01):
                     packets += batch
     rx.stop(flush=True)

@@ -73,9 +73,8 @@ def test_a_wrong_byte_is_seen() -> None:
         right = sink.pattern
         for batch in rx.batches(PATIENCE):
             for packet in batch:
-                if (
-                    len(packet) > 1000 and not sink.received
-                ):  # the kernel sends it again without an early answer
+                # The kernel sends a segment again if the answer is late.
+                if len(packet) > 1000 and not sink.received:
                     frame = bytearray(packet.frame)
                     assert checksums_are_right(bytes(frame), 4)
                     frame[500] ^= 1

@@ -361,9 +361,8 @@ def test_interrupted() -> None:
                 bench.segmenter.segment(bench.staging, bench.arena, 100_000)
         except Interrupted:
             interrupted = True
-            if (
-                not bench.given.report.count
-            ):  # the rows are whole, and the next pass continues at the same place
+            # The rows are whole, and the next pass continues at the same place.
+            if not bench.given.report.count:
                 assert bytes(bench.taken.memory) == before
                 bench.segmenter.segment(bench.staging, bench.arena, 100_000)
         else:

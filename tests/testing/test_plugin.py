@@ -491,9 +491,8 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
         with linkrx.open(linkrx.CaptureFile(path)) as rx:
             seen = list(rx)
             ends = [rx.interface_name(packet.interface) for packet in seen]
-        knows_direction = (
-            _core.reason is None
-        )  # os_readv does not get the direction, and does not receive frames that an end sent
+        # os_readv does not get the direction, and does not receive frames that an end sent.
+        knows_direction = _core.reason is None
         assert sorted(map(bytes, seen)) == sorted(frames * (2 if knows_direction else 1))
         if knows_direction:
             found = {(name, packet.outgoing) for name, packet in zip(ends, seen, strict=True)}
