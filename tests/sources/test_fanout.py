@@ -94,6 +94,7 @@ with injector_on(sys.argv[1]) as injector:
 """
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("mode", ["hash", "lb"])
 def test_joining_under_load(wire: Wire, mode: str) -> None:
     """While members join, no packet is received twice, and packets without room are counted. Later packets are all received.
