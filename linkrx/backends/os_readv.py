@@ -65,13 +65,13 @@ class OsReadv(Backend):
         # recvmsg(2) reports the length before cutting, and on packet sockets all metadata of a packet.
         self._messages = receive.capabilities.socket
         self._packets = receive.capabilities.kind in ("packet", "packet_cooked")
-        self._used: list[
-            Any
-        ] = []  # the buffers of the last fill; the first of these hold the packets that were read
-        self._starts = range(0)  # their places in the memory of the fill
-        self._ready_for: tuple[Owner, int, int, int] | None = (
-            None  # the arguments for which these are the buffers
-        )
+        # A last piece of one byte more than the layout keeps: a packet that reaches it is cut.
+        self._sizes = (*(self._layout.sizes or (self._layout.capacity,)), 1)
+        # The buffers of the last fill, of which the first hold the packets that were read; their places in the memory of the
+        # fill; and the arguments for which these are the buffers.
+        self._used: list[Any] = []
+        self._starts = range(0)
+        self._ready_for: tuple[Owner, int, int, int] | None = None
         # The call, and its arguments after descriptor and buffers. RWF_NOWAIT applies to one read. O_NONBLOCK would apply to all
         # processes that have the file open, and each of them could clear it.
         self._read: Callable[..., int]
@@ -182,8 +182,8 @@ class OsReadv(Backend):
         if key not in made:
             if len(made) >= MADE_MOST:
                 made.clear()
-            memory, sizes = arena.view[arena.cursor :], self._layout.sizes or (self._layout.capacity,)
-            made[key] = [] if self._messages else [_ladder(memory[start:], sizes) for start in starts]
+            memory = arena.view[arena.cursor :]
+            made[key] = [] if self._messages else [_ladder(memory[start:], self._sizes) for start in starts]
         self._starts, self._used = starts, made[key]
 
     def _places(self, arena: Owner) -> Iterator[Any]:
@@ -191,9 +191,8 @@ class OsReadv(Backend):
         taken, stride, places = self._taken, self._stride, self._used
         for number, start in enumerate(self._starts):
             if number == len(places):
-                sizes = (*(self._layout.sizes or (self._layout.capacity,)), 1)
-                memory = arena.view[arena.cursor + start :][: sum(sizes)]
-                places.append(messages.Place(memory, sizes, metadata=self._packets))
+                memory = arena.view[arena.cursor + start :][: sum(self._sizes)]
+                places.append(messages.Place(memory, self._sizes, metadata=self._packets))
             place = places[number]
             place.prepare()
             yield place.pointer
@@ -281,7 +280,7 @@ class OsReadv(Backend):
 
 def _ladder(memory: memoryview, sizes: tuple[int, ...]) -> list[memoryview]:
     pieces = []
-    for size in (*sizes, 1):
+    for size in sizes:
         pieces.append(memory[:size])
         memory = memory[size:]
     return pieces

@@ -175,13 +175,11 @@ def one_line(name: str) -> str:
 def write(text: str) -> None:
     """Write lines and a line feed to standard output, without a buffer.
 
-    Writes to the descriptor, in the encoding of standard output. Raises OSError. With PYTHONUNBUFFERED, sys.stdout may write only a part when a signal comes. If another process has
-    made the terminal or pipe non-blocking, this waits until it has room.
+    Writes to the descriptor, in the encoding of standard output. Raises OSError. With PYTHONUNBUFFERED, sys.stdout may write only
+    a part when a signal comes. If another process made the terminal or pipe non-blocking, this waits until it has room.
     """
-    descriptor, data = (
-        sys.stdout.fileno(),
-        memoryview(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace")),
-    )
+    descriptor = sys.stdout.fileno()
+    data = memoryview(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
     while data:
         try:
             data = data[os.write(descriptor, data) :]

@@ -94,7 +94,7 @@ def check_flush_in_a_wait(rig: Rig, backend: str) -> None:
             until(lambda: asleep(rx))
             rx.stop(flush=True)
         assert rx.end is End.STOPPED
-    # Again and again: the first may come just before the system call that waits, where Python runs no handlers any more.
+    # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
     with rig.open(backend, ignore) as rx, alarmed(lambda _: rx.stop(flush=True), first=SHORT, interval=SHORT):
         assert rx.run() is End.STOPPED
 

@@ -119,7 +119,7 @@ def check_sending_anywhere(rig: Rig, backend: str) -> None:
                 rx.send_batch([frame, frame])
                 rx.stop()
 
-        # Again and again: the first may come just before the system call that waits, where Python runs no handlers any more.
+        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
         with alarmed(send_and_stop, first=0.01, interval=0.01):
             rx.run()
         assert [take() for _ in range(3)] == [frame] * 3

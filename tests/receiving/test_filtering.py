@@ -350,7 +350,7 @@ def test_from_a_signal_handler(backend: str) -> None:
                 sender.send(frame(1))
                 sender.send(frame(2))
 
-        # Again and again: the first may come just before the system call that waits, where Python runs no handlers any more.
+        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
         with alarmed(change, first=0.01, interval=0.01):
             assert number_of(rx.recv(PATIENCE)) == 2
 

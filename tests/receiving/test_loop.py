@@ -154,7 +154,7 @@ receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with linkrx.open(receiver) as rx:
     def press(*_):
-        # Again and again until it waits: a signal may come just before the system call, where Python runs no handlers any more.
+        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
         if rx.stats().waits:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.raise_signal(signal.SIGINT)

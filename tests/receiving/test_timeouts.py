@@ -72,7 +72,7 @@ def test_a_stop_and_a_handler_end_the_wait_of_latency(backend: str) -> None:
         for _ in range(60):  # linkrx then waits before it reads
             rx.dispatch(0.000_01)
         sender.send(frame(0))
-        # Again and again: the first may come just before the system call that waits, where Python runs no handlers any more.
+        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
         with pytest.raises(Interrupt), alarmed(interrupt, first=0.1, interval=0.1):
             for _ in range(2):
                 rx.dispatch()
