@@ -33,6 +33,7 @@
 /* How far ahead memory is asked for: measured, see bench/README.md. */
 #define FRAMES_AHEAD 8
 #define BYTES_AHEAD 2048
+#define HEADERS 192
 
 /* linux/if_ether.h, which conflicts with the C library's headers. */
 #define ETH_P_8021Q 0x8100
@@ -248,11 +249,11 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         if (is_cut(s, header, snaplen) && length < s->capacity && !s->error)
             s->error = EFBIG;
         if (s->in_place) {
-            /* Prefetch headers only, because the frame is not copied. */
-            lrx_prefetch_uncached((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, 0);
+            /* Headers only, because the frame is not copied here. */
+            lrx_prefetch((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, HEADERS);
             out.starts[n] = (uint32_t)(frame - s->vnet - frames);
         } else {
-            lrx_prefetch_uncached((const uint8_t *)header, BYTES_AHEAD, snaplen);
+            lrx_prefetch((const uint8_t *)header, BYTES_AHEAD, HEADERS + length);
             if ((uint64_t)cursor + length > size)
                 break;
             copy(s, memory + cursor, frame, length);

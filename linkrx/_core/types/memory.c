@@ -53,6 +53,7 @@ Owner *lrx_owner_new(State *state, size_t size)
     o->packets = NULL;
     o->batch = NULL;
     o->exporting_view = false;
+    o->copied = false;
     if (size) {
         void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -137,6 +138,7 @@ static PyObject *owner_view(PyObject *self, void *unused)
     o->exporting_view = true;
     view = PyMemoryView_FromObject(self);
     o->exporting_view = false;
+    o->copied = false;
     return view;
 }
 

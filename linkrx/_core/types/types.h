@@ -64,6 +64,7 @@ struct Owner {
     Packet *packets;                /* the packets that read in place */
     Batch *batch;                   /* the batch that reads in place; its deallocation clears this */
     bool exporting_view;            /* while a writable view is made, for mechanisms written in Python */
+    bool copied;                    /* a frame was copied since the last packet was made */
 };
 
 enum column {
