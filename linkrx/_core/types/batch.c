@@ -49,11 +49,10 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     if (!b)
         return NULL;
     t = b->table;
-    memcpy(t->offsets, t->starts, count * sizeof *t->offsets);
     for (uint32_t k = 0; k < count; k++) {
-        const uint32_t place = t->offsets[k], length = t->lengths[k];
+        const uint32_t place = t->offsets[k] = t->columns.starts[k], length = t->columns.lengths[k];
 
-        if (place < framing.vnet || length < (framing.per_packet ? t->link_headers[k] : framing.link_header) || length > size || place > size - length) {
+        if (place < framing.vnet || length < (framing.per_packet ? t->columns.link_headers[k] : framing.link_header) || length > size || place > size - length) {
             PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
                          place, length, size);
             Py_DECREF((PyObject *)b);
@@ -69,8 +68,8 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
      * the end of an earlier one, as a short packet after a long one of recvmmsg does: clear_gaps() goes through the memory once. */
     b->apart = !owner->mapped || !ascending || end / 2 > packed;
     for (uint32_t k = 0, next = 0; b->apart && k < count; k++) {
-        t->starts[k] = next + framing.vnet;
-        end = t->starts[k] + t->lengths[k];
+        t->columns.starts[k] = next + framing.vnet;
+        end = t->columns.starts[k] + t->columns.lengths[k];
         next = aligned(end);
     }
     b->size = count ? end : 0;
@@ -134,7 +133,7 @@ bool lrx_batch_is_readable(const Batch *b)
 /* The offset of frame k in `memory`, with its virtio-net header. */
 static uint32_t begin_of(const Batch *b, Py_ssize_t k)
 {
-    return b->table->starts[k] - b->framing.vnet;
+    return b->table->columns.starts[k] - b->framing.vnet;
 }
 
 /* Zero the gaps between frames, which lie in ascending order. The gaps have data of other batches, or of frames that are no packets. */
@@ -146,8 +145,8 @@ static void clear_gaps(const Batch *b, uint8_t *memory)
     for (Py_ssize_t k = 0; k < t->count; k++) {
         if (begin_of(b, k) > end)
             memset(memory + end, 0, begin_of(b, k) - end);
-        if (t->starts[k] + t->lengths[k] > end)
-            end = t->starts[k] + t->lengths[k];
+        if (t->columns.starts[k] + t->columns.lengths[k] > end)
+            end = t->columns.starts[k] + t->columns.lengths[k];
     }
 }
 
@@ -163,7 +162,7 @@ static PyObject *copy_frames(const Batch *b)
     to = (uint8_t *)PyBytes_AsString(bytes);
     clear_gaps(b, to);
     for (Py_ssize_t k = 0; k < t->count; k++)
-        memcpy(to + begin_of(b, k), b->base + t->offsets[k] - b->framing.vnet, b->framing.vnet + t->lengths[k]);
+        memcpy(to + begin_of(b, k), b->base + t->offsets[k] - b->framing.vnet, b->framing.vnet + t->columns.lengths[k]);
     return bytes;
 }
 
@@ -177,7 +176,7 @@ int lrx_batch_own(Batch *b)
     if (!b->own)
         return -1;
     b->base = (const uint8_t *)PyBytes_AsString(b->own);
-    b->table->offsets = b->table->starts;
+    b->table->offsets = b->table->columns.starts;
     leave_owner(b);
     return 0;
 }
@@ -223,7 +222,7 @@ static PyObject *batch_column(PyObject *self, void *which)
     b->table->column = (enum column)(uintptr_t)which;
     if (b->table->column == COLUMN_LINK_TYPES && !b->framing.per_packet)
         for (Py_ssize_t k = 0; k < b->table->count; k++)
-            b->table->link_types[k] = b->framing.link_type;
+            b->table->columns.link_types[k] = b->framing.link_type;
     view = PyMemoryView_FromObject((PyObject *)b->table);
     if (collects)
         PyGC_Enable();
@@ -286,7 +285,7 @@ static PyObject *batch_frames(PyObject *self, PyObject *unused)
     }
     for (Py_ssize_t k = 0; k < count; k++) {
         PyObject *frame =
-            PyBytes_FromStringAndSize((const char *)b->base + b->table->offsets[k], b->table->lengths[k]);
+            PyBytes_FromStringAndSize((const char *)b->base + b->table->offsets[k], b->table->columns.lengths[k]);
 
         if (!frame) {
             Py_DECREF(list);
@@ -301,7 +300,6 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
 {
     Batch *b = (Batch *)self, *copy;
     const Table *t = b->table;
-    struct lrx_columns from;
     PyObject *own;
 
     (void)unused;
@@ -311,28 +309,12 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
     } else if (!lrx_batch_is_readable(b) || !(own = copy_frames(b))) {
         return NULL;
     }
-    from = (struct lrx_columns){
-        .timestamps = t->timestamps,
-        .starts = t->starts,
-        .lengths = t->lengths,
-        .wire_lengths = t->wire_lengths,
-        .interfaces = t->interfaces,
-        .protocols = t->protocols,
-        .flags = t->flags,
-        .vlan_tcis = t->vlan_tcis,
-        .vlan_tpids = t->vlan_tpids,
-        .file_types = t->file_types,
-        .link_types = t->link_types,
-        .addresses = t->addresses,
-        .address_lengths = t->address_lengths,
-        .link_headers = t->link_headers,
-    };
-    copy = batch_new(b->state, &from, (uint32_t)t->count, b->framing);
+    copy = batch_new(b->state, &t->columns, (uint32_t)t->count, b->framing);
     if (!copy) {
         Py_DECREF(own);
         return NULL;
     }
-    copy->table->offsets = copy->table->starts;
+    copy->table->offsets = copy->table->columns.starts;
     copy->own = own;
     copy->base = (const uint8_t *)PyBytes_AsString(own);
     copy->size = b->size;
@@ -346,7 +328,7 @@ static PyObject *batch_repr(PyObject *self)
     uint64_t bytes = 0;
 
     for (Py_ssize_t k = 0; k < t->count; k++)
-        bytes += t->lengths[k];
+        bytes += t->columns.lengths[k];
     return PyUnicode_FromFormat("<Batch of %zd packets, %llu bytes>", t->count, (unsigned long long)bytes);
 }
 

@@ -188,6 +188,6 @@ void lrx_drop(Receiver *r)
     }
     r->undelivered += (uint64_t)b->table->count - r->next;
     for (Py_ssize_t k = r->next; k < b->table->count; k++)
-        r->undelivered_bytes += b->table->lengths[k];
+        r->undelivered_bytes += b->table->columns.lengths[k];
     lrx_forget_pending(r);
 }

@@ -10,21 +10,23 @@
 
 static void move_row(Table *t, Py_ssize_t to, Py_ssize_t from)
 {
-    t->timestamps[to] = t->timestamps[from];
+    const struct lrx_columns *c = &t->columns;
+
+    c->timestamps[to] = c->timestamps[from];
     t->offsets[to] = t->offsets[from];
-    t->starts[to] = t->starts[from];
-    t->lengths[to] = t->lengths[from];
-    t->wire_lengths[to] = t->wire_lengths[from];
-    t->interfaces[to] = t->interfaces[from];
-    t->protocols[to] = t->protocols[from];
-    t->flags[to] = t->flags[from];
-    t->vlan_tcis[to] = t->vlan_tcis[from];
-    t->vlan_tpids[to] = t->vlan_tpids[from];
-    t->file_types[to] = t->file_types[from];
-    t->link_types[to] = t->link_types[from];
-    t->addresses[to] = t->addresses[from];
-    t->address_lengths[to] = t->address_lengths[from];
-    t->link_headers[to] = t->link_headers[from];
+    c->starts[to] = c->starts[from];
+    c->lengths[to] = c->lengths[from];
+    c->wire_lengths[to] = c->wire_lengths[from];
+    c->interfaces[to] = c->interfaces[from];
+    c->protocols[to] = c->protocols[from];
+    c->flags[to] = c->flags[from];
+    c->vlan_tcis[to] = c->vlan_tcis[from];
+    c->vlan_tpids[to] = c->vlan_tpids[from];
+    c->file_types[to] = c->file_types[from];
+    c->link_types[to] = c->link_types[from];
+    c->addresses[to] = c->addresses[from];
+    c->address_lengths[to] = c->address_lengths[from];
+    c->link_headers[to] = c->link_headers[from];
 }
 
 /* Remove the pending packets that the filter rejects. */
@@ -32,27 +34,28 @@ static void filter_pending(Receiver *r)
 {
     Batch *b = r->pending;
     Table *t = b->table;
+    const struct lrx_columns *c = &t->columns;
     uint64_t *counters = r->counters.buf;
     const Framing framing = b->framing;
     Py_ssize_t n = r->next;
 
     for (Py_ssize_t k = n; k < t->count; k++) {
-        const uint32_t link_header = framing.per_packet ? t->link_headers[k] : framing.link_header;
+        const uint32_t link_header = framing.per_packet ? c->link_headers[k] : framing.link_header;
         const struct lrx_filtered packet = {
             .frame = b->base + t->offsets[k],
-            .length = t->lengths[k],
-            .wire_length = t->wire_lengths[k],
+            .length = c->lengths[k],
+            .wire_length = c->wire_lengths[k],
             .link_header = link_header,
-            .link_type = framing.per_packet ? t->link_types[k] : framing.link_type,
-            .protocol = framing.per_packet ? t->protocols[k] : 0,
-            .file_type = framing.per_packet ? t->file_types[k] : 0,
-            .interface = t->interfaces[k],
-            .outgoing = t->flags[k] & LRX_OUTGOING,
-            .tagged = t->flags[k] & LRX_VLAN,
-            .vlan_tci = t->vlan_tcis[k],
-            .vlan_tpid = t->vlan_tpids[k],
+            .link_type = framing.per_packet ? c->link_types[k] : framing.link_type,
+            .protocol = framing.per_packet ? c->protocols[k] : 0,
+            .file_type = framing.per_packet ? c->file_types[k] : 0,
+            .interface = c->interfaces[k],
+            .outgoing = c->flags[k] & LRX_OUTGOING,
+            .tagged = c->flags[k] & LRX_VLAN,
+            .vlan_tci = c->vlan_tcis[k],
+            .vlan_tpid = c->vlan_tpids[k],
         };
-        const uint32_t before = t->lengths[k], kept = lrx_filter_run(&r->classifier.filter, &packet);
+        const uint32_t before = c->lengths[k], kept = lrx_filter_run(&r->classifier.filter, &packet);
 
         counters[LRX_BYTES] -= before - kept;
         if (kept < link_header || !kept) {
@@ -63,9 +66,9 @@ static void filter_pending(Receiver *r)
         }
         move_row(t, n, k);
         if (kept < before) {
-            counters[LRX_CUT] += !(t->flags[n] & LRX_TRUNCATED);
-            t->lengths[n] = kept;
-            t->flags[n] |= LRX_TRUNCATED;
+            counters[LRX_CUT] += !(c->flags[n] & LRX_TRUNCATED);
+            c->lengths[n] = kept;
+            c->flags[n] |= LRX_TRUNCATED;
         }
         n++;
     }

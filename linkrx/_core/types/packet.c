@@ -90,12 +90,12 @@ void lrx_packet_reset(Packet *p)
 /* Set the columns of sources with `per_packet`. */
 static void set_link_layer(Packet *p, const Table *t, uint32_t index)
 {
-    p->file_type = t->file_types[index];
-    p->link_type = t->link_types[index];
-    p->link_header = t->link_headers[index];
+    p->file_type = t->columns.file_types[index];
+    p->link_type = t->columns.link_types[index];
+    p->link_header = t->columns.link_headers[index];
     if (!p->link_header) {
-        p->address_length = t->address_lengths[index] < LINK_ADDRESS ? t->address_lengths[index] : LINK_ADDRESS;
-        memcpy(p->address, &t->addresses[index], LINK_ADDRESS);
+        p->address_length = t->columns.address_lengths[index] < LINK_ADDRESS ? t->columns.address_lengths[index] : LINK_ADDRESS;
+        memcpy(p->address, &t->columns.addresses[index], LINK_ADDRESS);
     }
 }
 
@@ -107,7 +107,7 @@ static void fetch_next(const Batch *batch, uint32_t index)
 
     batch->owner->copied = false;
     if (++index < t->count)
-        lrx_prefetch(batch->base + t->offsets[index], 0, t->lengths[index]);
+        lrx_prefetch(batch->base + t->offsets[index], 0, t->columns.lengths[index]);
 }
 
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
@@ -116,14 +116,14 @@ int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
 
     Py_CLEAR(p->own);
     p->frame = batch->base + t->offsets[index];
-    p->timestamp = t->timestamps[index];
-    p->length = t->lengths[index];
-    p->wire_length = t->wire_lengths[index];
-    p->interface = t->interfaces[index];
-    p->protocol = t->protocols[index];
-    p->flags = t->flags[index];
-    p->vlan_tci = t->vlan_tcis[index];
-    p->vlan_tpid = t->vlan_tpids[index];
+    p->timestamp = t->columns.timestamps[index];
+    p->length = t->columns.lengths[index];
+    p->wire_length = t->columns.wire_lengths[index];
+    p->interface = t->columns.interfaces[index];
+    p->protocol = t->columns.protocols[index];
+    p->flags = t->columns.flags[index];
+    p->vlan_tci = t->columns.vlan_tcis[index];
+    p->vlan_tpid = t->columns.vlan_tpids[index];
     p->link_type = batch->framing.link_type;
     p->link_header = batch->framing.link_header;
     p->file_type = 0;

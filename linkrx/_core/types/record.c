@@ -75,21 +75,21 @@ static void row_of_batch(const Batch *b, Py_ssize_t k, Row *row)
 
     *row = (Row){
         .frame = b->base + t->offsets[k],
-        .timestamp = t->timestamps[k],
-        .length = t->lengths[k],
-        .wire_length = t->wire_lengths[k],
-        .interface = t->interfaces[k],
-        .file_type = per_packet ? t->file_types[k] : 0,
-        .flags = t->flags[k],
-        .protocol = t->protocols[k],
-        .link_type = per_packet ? t->link_types[k] : b->framing.link_type,
-        .vlan_tci = t->vlan_tcis[k],
-        .vlan_tpid = t->vlan_tpids[k],
-        .link_header = per_packet ? t->link_headers[k] : b->framing.link_header,
+        .timestamp = t->columns.timestamps[k],
+        .length = t->columns.lengths[k],
+        .wire_length = t->columns.wire_lengths[k],
+        .interface = t->columns.interfaces[k],
+        .file_type = per_packet ? t->columns.file_types[k] : 0,
+        .flags = t->columns.flags[k],
+        .protocol = t->columns.protocols[k],
+        .link_type = per_packet ? t->columns.link_types[k] : b->framing.link_type,
+        .vlan_tci = t->columns.vlan_tcis[k],
+        .vlan_tpid = t->columns.vlan_tpids[k],
+        .link_header = per_packet ? t->columns.link_headers[k] : b->framing.link_header,
     };
     if (per_packet && !row->link_header) {
-        row->address = (const uint8_t *)&t->addresses[k];
-        row->address_length = t->address_lengths[k] < LINK_ADDRESS ? t->address_lengths[k] : LINK_ADDRESS;
+        row->address = (const uint8_t *)&t->columns.addresses[k];
+        row->address_length = t->columns.address_lengths[k] < LINK_ADDRESS ? t->columns.address_lengths[k] : LINK_ADDRESS;
     }
 }
 

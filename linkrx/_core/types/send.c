@@ -195,16 +195,16 @@ static int packet_frame(const Packet *p, Frame *f)
 static void batch_frame(const Batch *b, Py_ssize_t row, Frame *f)
 {
     const Table *t = b->table;
-    const uint8_t link_header = b->framing.per_packet ? t->link_headers[row] : b->framing.link_header;
+    const uint8_t link_header = b->framing.per_packet ? t->columns.link_headers[row] : b->framing.link_header;
 
     *f = (Frame){
         .bytes = b->base + t->offsets[row],
-        .length = t->lengths[row],
+        .length = t->columns.lengths[row],
         .big_endian = b->framing.big_endian,
-        .protocol = t->protocols[row],
-        .flags = link_header ? t->flags[row] : (uint16_t)(t->flags[row] & ~LRX_VLAN),
-        .vlan_tci = t->vlan_tcis[row],
-        .vlan_tpid = t->vlan_tpids[row],
+        .protocol = t->columns.protocols[row],
+        .flags = link_header ? t->columns.flags[row] : (uint16_t)(t->columns.flags[row] & ~LRX_VLAN),
+        .vlan_tci = t->columns.vlan_tcis[row],
+        .vlan_tpid = t->columns.vlan_tpids[row],
     };
     if (b->framing.vnet)
         f->vnet = f->bytes - b->framing.vnet;

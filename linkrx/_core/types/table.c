@@ -13,31 +13,31 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     *width = sizeof(uint32_t);
     switch (column) {
     case COLUMN_STARTS:
-        return t->starts;
+        return t->columns.starts;
     case COLUMN_LENGTHS:
-        return t->lengths;
+        return t->columns.lengths;
     case COLUMN_WIRE_LENGTHS:
-        return t->wire_lengths;
+        return t->columns.wire_lengths;
     case COLUMN_INTERFACES:
-        return t->interfaces;
+        return t->columns.interfaces;
     case COLUMN_TIMESTAMPS:
         *format = (char *)formats[2];
         *width = sizeof(int64_t);
-        return t->timestamps;
+        return t->columns.timestamps;
     case COLUMN_PROTOCOLS:
-        at = t->protocols;
+        at = t->columns.protocols;
         break;
     case COLUMN_FLAGS:
-        at = t->flags;
+        at = t->columns.flags;
         break;
     case COLUMN_VLAN_TCIS:
-        at = t->vlan_tcis;
+        at = t->columns.vlan_tcis;
         break;
     case COLUMN_VLAN_TPIDS:
-        at = t->vlan_tpids;
+        at = t->columns.vlan_tpids;
         break;
     case COLUMN_LINK_TYPES:
-        at = t->link_types;
+        at = t->columns.link_types;
         break;
     }
     *format = (char *)formats[0];
@@ -45,31 +45,16 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     return at;
 }
 
-#define ROW (sizeof(int64_t) + sizeof(uint64_t) + 6 * sizeof(uint32_t) + 5 * sizeof(uint16_t) + 2)
-
 void lrx_table_lay_out(Table *t, uint32_t count)
 {
     t->count = count;
-    t->timestamps = (int64_t *)(t + 1);
-    t->addresses = (uint64_t *)(t->timestamps + count);
-    t->offsets = (uint32_t *)(t->addresses + count);
-    t->starts = t->offsets + count;
-    t->lengths = t->starts + count;
-    t->wire_lengths = t->lengths + count;
-    t->interfaces = t->wire_lengths + count;
-    t->file_types = t->interfaces + count;
-    t->protocols = (uint16_t *)(t->file_types + count);
-    t->flags = t->protocols + count;
-    t->vlan_tcis = t->flags + count;
-    t->vlan_tpids = t->vlan_tcis + count;
-    t->link_types = t->vlan_tpids + count;
-    t->address_lengths = (uint8_t *)(t->link_types + count);
-    t->link_headers = t->address_lengths + count;
+    t->columns = lrx_columns_at((uintptr_t)(t + 1), count);
+    t->offsets = (uint32_t *)((uint8_t *)(t + 1) + (size_t)count * LRX_ROW_BYTES);
 }
 
 Table *lrx_table_new(State *state, uint32_t count)
 {
-    Table *t = PyObject_NewVar(Table, state->table_type, (Py_ssize_t)(ROW * count));
+    Table *t = PyObject_NewVar(Table, state->table_type, (Py_ssize_t)((LRX_ROW_BYTES + sizeof *t->offsets) * count));
 
     if (!t)
         return NULL;
@@ -81,22 +66,24 @@ Table *lrx_table_new(State *state, uint32_t count)
 
 void lrx_table_skip(Table *t, uint32_t n)
 {
+    struct lrx_columns *c = &t->columns;
+
     t->count -= n;
-    t->timestamps += n;
+    c->timestamps += n;
     t->offsets += n;
-    t->starts += n;
-    t->lengths += n;
-    t->wire_lengths += n;
-    t->interfaces += n;
-    t->protocols += n;
-    t->flags += n;
-    t->vlan_tcis += n;
-    t->vlan_tpids += n;
-    t->file_types += n;
-    t->link_types += n;
-    t->addresses += n;
-    t->address_lengths += n;
-    t->link_headers += n;
+    c->starts += n;
+    c->lengths += n;
+    c->wire_lengths += n;
+    c->interfaces += n;
+    c->protocols += n;
+    c->flags += n;
+    c->vlan_tcis += n;
+    c->vlan_tpids += n;
+    c->file_types += n;
+    c->link_types += n;
+    c->addresses += n;
+    c->address_lengths += n;
+    c->link_headers += n;
 }
 
 static int table_getbuffer(PyObject *self, Py_buffer *view, int flags)
@@ -136,11 +123,21 @@ PyType_Spec lrx_table_spec = {
     .slots = table_slots,
 };
 
-/* Copy the columns of a table, without offsets. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet)
+/* Whether the columns are those of a table of exactly `rows` rows, so that they lie one behind the other. */
+static bool is_whole(const struct lrx_columns *c, uint32_t rows)
 {
-    const size_t count = (size_t)to->count;
+    return lrx_columns_at((uintptr_t)c->timestamps, rows).link_headers == c->link_headers;
+}
 
+void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet)
+{
+    const struct lrx_columns *to = &t->columns;
+    const size_t count = (size_t)t->count;
+
+    if (is_whole(from, (uint32_t)count)) {
+        memcpy(to->timestamps, from->timestamps, count * LRX_ROW_BYTES);
+        return;
+    }
     memcpy(to->timestamps, from->timestamps, count * sizeof *to->timestamps);
     memcpy(to->starts, from->starts, count * sizeof *to->starts);
     memcpy(to->lengths, from->lengths, count * sizeof *to->lengths);

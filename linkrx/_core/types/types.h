@@ -86,22 +86,8 @@ struct Table {
     Py_ssize_t count; /* rows; the shape of every column */
     uint32_t room;    /* rows that the memory has room for */
     enum column column; /* the column of the next view */
-    int64_t *timestamps;
+    struct lrx_columns columns; /* `starts` count in the `memory` of the batch; those of the link layer only with Framing.per_packet */
     uint32_t *offsets; /* the offset of each frame from the base of the batch; not public */
-    uint32_t *starts; /* the offset of each frame in the `memory` of the batch */
-    uint32_t *lengths;
-    uint32_t *wire_lengths;
-    uint32_t *interfaces;
-    uint16_t *protocols;
-    uint16_t *flags;
-    uint16_t *vlan_tcis;
-    uint16_t *vlan_tpids;
-    /* Only if Framing.per_packet is set. */
-    uint32_t *file_types;
-    uint16_t *link_types;
-    uint64_t *addresses;
-    uint8_t *address_lengths;
-    uint8_t *link_headers;
 };
 
 /* The headers in front of a packet's data, for one source. If `per_packet` is set they differ from packet to packet, and the
@@ -193,8 +179,8 @@ Table *lrx_table_new(State *state, uint32_t count);
 void lrx_table_lay_out(Table *t, uint32_t count);
 /* Remove the first `n` rows. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* All columns but the offsets; the columns of the link layer only if `per_packet`. */
-void lrx_table_copy(Table *to, const struct lrx_columns *from, bool per_packet);
+/* Copy all columns; those of the link layer only if `per_packet`. The offsets stay. */
+void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet);
 
 /* batch_iterator.c */
 extern PyType_Spec lrx_batch_iterator_spec;
