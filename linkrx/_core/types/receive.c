@@ -350,7 +350,7 @@ static int wait_for_source(Receiver *r, double seconds)
 enum outcome lrx_await(Receiver *r, double timeout, bool all)
 {
     const double deadline = timeout > 0 ? lrx_now() + timeout : 0;
-    const uint64_t before = received(r);
+    const uint64_t before = timeout == 0 ? received(r) : 0;
     bool reads = r->pending || read_first(r, timeout), first = true, resumed = false, held_back = false;
     unsigned idle = 0;
 

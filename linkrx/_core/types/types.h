@@ -22,6 +22,11 @@
 #define Py_RETURN_FALSE return Py_NewRef(Py_False)
 #define Py_RETURN_NOTIMPLEMENTED return Py_NewRef(Py_NotImplemented)
 
+/* Errors, and calls of methods in Python, are rare here. So the compiler places these branches apart from the rest of the code. */
+__attribute__((cold)) PyObject *PyErr_Format(PyObject *, const char *, ...);
+__attribute__((cold)) void PyErr_SetString(PyObject *, const char *);
+__attribute__((cold)) PyObject *PyObject_CallMethod(PyObject *, const char *, const char *, ...);
+
 #define ETHER_ADDRESS 6
 #define ETHER_HEADER 14
 #define LRX_VNET_MOST 4096 /* bytes of a virtio-net header: as in linkrx/sources/options.py */
