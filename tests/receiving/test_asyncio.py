@@ -16,7 +16,7 @@ import linkrx
 from linkrx.receiving import plain_async
 from linkrx.receiving.receiver import Waiter
 from linkrx.testing.rigs import LOCAL, REMOTE
-from linkrx.testing.waiting import patiently, running, until
+from linkrx.testing.waiting import PATIENCE, patiently, running, until
 
 uvloop: Any
 try:
@@ -306,6 +306,30 @@ def test_an_iterator_in_another_event_loop(seqpacket: Pair) -> None:
             return (await task).data[0]
 
         assert [asyncio.run(one()) for _ in range(3)] == [7, 7, 7]
+
+
+def test_an_iterator_in_the_loop_of_another_thread(seqpacket: Pair) -> None:
+    """While a packet wakes a task, another thread that waits with the same iterator in a loop of its own gets Busy."""
+    receiver, sender = seqpacket
+    refused = []
+
+    async def elsewhere(packets: Any) -> None:
+        with pytest.raises(linkrx.Busy) as raised:
+            await asyncio.wait_for(anext(packets), PATIENCE)
+        refused.append(raised.value)
+
+    async def main() -> None:
+        with linkrx.open(receiver) as rx:
+            packets = aiter(rx)
+            for number in (7, 8):  # the second wait goes on with the reader of the first
+                asyncio.get_running_loop().call_soon(sender.send, HEADER + bytes([number]))
+                assert (await anext(packets)).data[0] == number
+            # The reader's callback woke this task, and has not returned yet.
+            with running(lambda: asyncio.run(elsewhere(packets))):
+                pass
+
+    asyncio.run(main())
+    assert refused
 
 
 def test_hostile_use_of_an_iterator(seqpacket: Pair) -> None:

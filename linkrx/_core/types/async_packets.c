@@ -71,18 +71,28 @@ static PyObject *packets_self(PyObject *self)
     return self;
 }
 
+/* Whether the waiter's loop is the one that runs in this thread. -1 with an exception if none runs. */
+static int is_here(const AsyncPackets *a)
+{
+    PyObject *loop;
+
+    if (a->waiter->waking == PyThread_get_thread_ident()) /* its reader is waking this task */
+        return 1;
+    loop = PyObject_CallObject(a->running_loop, NULL); /* calls getpid(2) before CPython 3.12 */
+    Py_XDECREF(loop);
+    return loop ? loop == a->waiter->loop : -1;
+}
+
 /* The waiter. The reader settles it when packets are pending, or reception is over. */
 static Waiter *begin_waiting(AsyncPackets *a)
 {
-    PyObject *loop = PyObject_CallObject(a->running_loop, NULL), *began;
     Waiter *w = a->waiter;
-    bool as_before;
+    const int here = w ? is_here(a) : 0;
+    PyObject *began;
 
-    if (!loop)
+    if (here < 0)
         return NULL;
-    as_before = w && w->loop == loop && w->armed && w->done && !lrx_has_something(a->receiver);
-    Py_DECREF(loop);
-    if (!as_before) {
+    if (!here || !w->armed || !w->done || lrx_has_something(a->receiver)) {
         /* Raises Busy if a task waits already. */
         began = PyObject_CallMethod((PyObject *)a->receiver, "_begin_waiting", "O", w ? (PyObject *)w : Py_None);
         if (!began)

@@ -390,6 +390,7 @@ typedef struct {
     PyObject *context; /* and its context */
     PyObject *failure; /* the exception of result(), or NULL */
     PyObject *run;     /* the string "run" */
+    unsigned long waking; /* the thread in which the loop is waking the task now; 0: none */
     char blocking;     /* _asyncio_future_blocking: a task yields this future, and the loop has not seen it yet */
     char armed;        /* the reader is registered, and will settle this waiter */
     bool done;         /* no task waits, or the task was or will be woken */

@@ -145,18 +145,19 @@ static PyObject *waiter_get_loop(PyObject *self, PyObject *unused)
     return loop;
 }
 
-static PyObject *waiter_add_done_callback(PyObject *self, PyObject *args, PyObject *names)
+static PyObject *waiter_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    static char *keywords[] = {"call", "context", NULL};
+    const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
     Waiter *w = (Waiter *)self;
-    PyObject *call, *context = NULL;
 
-    if (!PyArg_ParseTupleAndKeywords(args, names, "O|$O", keywords, &call, &context))
+    if (count != 1 || named > 1 || (named && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "context") != 0)) {
+        PyErr_SetString(PyExc_TypeError, "add_done_callback() takes a function, and context=");
         return NULL;
-    Py_INCREF(call);
-    replace(&w->call, call);
-    Py_XINCREF(context);
-    replace(&w->context, context);
+    }
+    Py_INCREF(args[0]);
+    replace(&w->call, args[0]);
+    Py_XINCREF(named ? args[1] : NULL);
+    replace(&w->context, named ? args[1] : NULL);
     Py_RETURN_NONE;
 }
 
@@ -184,9 +185,11 @@ static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
     w->call = w->context = NULL;
     if (!call || (!w->loop && !(at_once && context)))
         answer = waiter_self(Py_None); /* no task waits */
-    else if (at_once && context)
+    else if (at_once && context) {
+        w->waking = PyThread_get_thread_ident();
         answer = PyObject_CallMethodObjArgs(context, w->run, call, self, NULL);
-    else {
+        w->waking = 0;
+    } else {
         PyObject *call_soon = PyObject_GetAttrString(w->loop, "call_soon");
         PyObject *args = PyTuple_Pack(2, call, self);
         PyObject *names = context ? Py_BuildValue("{sO}", "context", context) : PyDict_New();
@@ -273,8 +276,8 @@ static PyObject *waiter_cancel(PyObject *self, PyObject *args, PyObject *names)
 
 static PyMethodDef waiter_methods[] = {
     {"get_loop", waiter_get_loop, METH_NOARGS, "get_loop($self, /)\n--\n\nThe event loop of the task that waits."},
-    {"add_done_callback", CALLABLE(waiter_add_done_callback), METH_VARARGS | METH_KEYWORDS,
-     "add_done_callback($self, /, call, *, context=None)\n--\n\nSet the callback that wakes the task."},
+    {"add_done_callback", CALLABLE(waiter_add_done_callback), METH_FASTCALL | METH_KEYWORDS,
+     "add_done_callback($self, call, /, *, context=None)\n--\n\nSet the callback that wakes the task."},
     {"done", waiter_done, METH_NOARGS, "done($self, /)\n--\n\nWhether no task waits, or the task was or will be woken."},
     {"result", waiter_result, METH_NOARGS, "result($self, /)\n--\n\nWhether packets came. Raises the exception for the task, if there is one."},
     {"cancel", CALLABLE(waiter_cancel), METH_VARARGS | METH_KEYWORDS,
