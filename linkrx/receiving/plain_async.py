@@ -39,7 +39,9 @@ class Waiter:
         """Its event loop."""
         return self._loop
 
-    def add_done_callback(self, call: Callable[[Waiter], object], /, *, context: Context | None = None) -> None:
+    def add_done_callback(
+        self, call: Callable[[Waiter], object], /, *, context: Context | None = None
+    ) -> None:
         """Set the callback that wakes the task."""
         self._call, self._context = call, context
 
