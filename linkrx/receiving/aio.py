@@ -141,15 +141,10 @@ class Reader:
                 self._was_full = False
                 self._register(waiter)
                 return
-            self._was_full = self._latency > 0 and self._fills_a_batch()
+            self._was_full = self._latency > 0 and self._dispatcher._was_full
         except BaseException as error:
             found = error
         waiter.settle_at_once(found)
-
-    def _fills_a_batch(self) -> bool:
-        """Whether the last receive may have ended because the batch was full: lrx_was_full() of _core/types/fill.c."""
-        rx = self._dispatcher
-        return rx._report.rows >= rx._descriptors.rows or rx._report.end > rx._room // 2
 
     def unregister(self) -> None:
         """Remove the reader from the event loop."""

@@ -90,7 +90,7 @@ class Receiver(Filtering, Sending, Callbacks):
         self._stripped = Framing(
             bool(link_header), vnet, bool(packet_info), not big_endian, link_type, per_packet
         )
-        self._report = described.report
+        self._report, self._room = described.report, room
         self._lengths = described.columns.lengths
         self._arena = Owner(START + room + rows * ROW_BYTES)
         self._classify: Callable[[Any, int], None] = classifier(
@@ -290,15 +290,14 @@ class Receiver(Filtering, Sending, Callbacks):
     @property
     def _has_something(self) -> bool:
         report = self._report
-        return (
-            self._left > 0
-            or self._ended
-            or self._end_follows
-            or self._stopping
-            or self._flushing
-            or self._was_down
-            or any((report.count, report.classified, report.error, report.held))
-        )
+        told = (report.count, report.classified, report.error, report.held)
+        ending = (self._ended, self._end_follows, self._stopping, self._flushing, self._was_down)
+        return self._left > 0 or any(told) or any(ending)
+
+    @property
+    def _was_full(self) -> bool:
+        """Whether the last receive may have ended because the batch was full, by rows or by bytes."""
+        return self._report.rows >= len(self._lengths) or self._report.end > self._room // 2
 
     # Receiving.
 

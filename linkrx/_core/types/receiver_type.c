@@ -209,6 +209,14 @@ static PyObject *receiver_busy(PyObject *self, void *unused)
     return PyBool_FromLong(lrx_has_something((Receiver *)self));
 }
 
+static PyObject *receiver_was_full(PyObject *self, void *unused)
+{
+    const Receiver *r = (Receiver *)self;
+
+    (void)unused;
+    return PyBool_FromLong(r->prepared && lrx_was_full(r));
+}
+
 static PyObject *receiver_flag(PyObject *self, void *offset)
 {
     return PyBool_FromLong(*((const bool *)((const char *)self + (uintptr_t)offset)));
@@ -321,6 +329,7 @@ static PyGetSetDef receiver_attributes[] = {
     {"_left", receiver_left, NULL, "The number of pending packets.", NULL},
     {"_thread", receiver_thread, NULL, "The thread that is inside, or None.", NULL},
     {"_has_something", receiver_busy, NULL, "Whether packets, an error or the end wait here, so that the source need not be readable.", NULL},
+    {"_was_full", receiver_was_full, NULL, "Whether the last receive may have ended because the batch was full, by rows or by bytes.", NULL},
     {"_stopping", receiver_flag, receiver_set_flag, "Whether stop() was called.", (void *)offsetof(Receiver, stopping)},
     {"_flushing", receiver_flag, receiver_set_flag, "Whether stop(flush=True) was called.",
      (void *)offsetof(Receiver, flushing)},
