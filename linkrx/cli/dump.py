@@ -11,7 +11,7 @@ from types import FrameType
 
 import linkrx
 from linkrx.cli.dump_options import UsageError, Wanted
-from linkrx.cli.printing import Printer, one_line
+from linkrx.cli.printing import Printer
 from linkrx.cli.recording import Recorder
 from linkrx.cli.terminal import on_stdout, report
 from linkrx.factory import from_environment
@@ -89,7 +89,7 @@ def _list_interfaces() -> None:
         ("interface", "state", "mtu", "address"),
         [
             (
-                one_line(one.name),
+                one.name,
                 one.state if one.up else "not set up",
                 str(one.mtu or "-"),
                 one.address.hex(":") or "-",

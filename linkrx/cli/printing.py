@@ -15,6 +15,7 @@ import linkrx
 from linkrx.cli.dissection import ALL, CHECKED, LINE, dissect
 from linkrx.cli.dissection.fields import Fields
 from linkrx.cli.lines import Sequences, hexadecimal, line, times
+from linkrx.cli.terminal import ENCODING_ERRORS, escaped
 from linkrx.packets import Packet
 
 # Styles by field. The first field that a packet has gives the style of its line.
@@ -112,7 +113,9 @@ class Printer:
         text = line(fields, wire_length, link=self._link, verbose=self._verbose)
         if self._several:
             direction = ("Out " if packet.outgoing else "In  ") if self._live or packet.outgoing else ""
-            text = f"{self._name(packet.interface)} {direction}{text}"
+            # The name that a capture file gives an interface may have line feeds.
+            name = escaped(self._name(packet.interface)).replace("\n", r"\n")
+            text = f"{name} {direction}{text}"
         if self._paint is not None:
             text = self._paint(text, fields)
         if self._bytes:
@@ -143,7 +146,7 @@ class Printer:
         name = self._names.get(index)
         if name is None:
             found = self._rx.interface_name(index)
-            name = self._names[index] = f"#{index}" if found is None else one_line(found)
+            name = self._names[index] = f"#{index}" if found is None else found
         return name
 
 
@@ -167,11 +170,6 @@ def _mark_unfinished(fields: Fields) -> None:
             fields[name]["checksum_state"] = "unfinished"
 
 
-def one_line(name: str) -> str:
-    """The name of an interface with each unprintable character as "?": names may hold control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
-
-
 def write(text: str) -> None:
     """Write lines and a line feed to standard output, without a buffer.
 
@@ -179,7 +177,7 @@ def write(text: str) -> None:
     a part when a signal comes. If another process made the terminal or pipe non-blocking, this waits until it has room.
     """
     descriptor = sys.stdout.fileno()
-    data = memoryview(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
+    data = memoryview(f"{text}\n".encode(sys.stdout.encoding, ENCODING_ERRORS))
     while data:
         try:
             data = data[os.write(descriptor, data) :]

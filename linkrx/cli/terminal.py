@@ -89,7 +89,7 @@ class RichTerminal(Terminal):
 def on_stdout() -> Terminal:
     """The terminal for stdout. Names of interfaces may be any bytes, and are printed unchanged but for control characters."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=_ENCODING_ERRORS)
+        sys.stdout.reconfigure(errors=ENCODING_ERRORS)
     return RichTerminal() if sys.stdout.isatty() and find_spec("rich") else Terminal()
 
 
@@ -101,8 +101,8 @@ def _bytes_or_escape(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-_ENCODING_ERRORS = "linkrx.bytes_or_escape"
-codecs.register_error(_ENCODING_ERRORS, _bytes_or_escape)
+ENCODING_ERRORS = "linkrx.bytes_or_escape"
+codecs.register_error(ENCODING_ERRORS, _bytes_or_escape)
 
 
 def escaped(text: str) -> str:

@@ -82,7 +82,7 @@ def every_protocol(tmp_path: Path) -> str:
 def two_interfaces(tmp_path: Path) -> str:
     """A pcapng file of two named interfaces, with one packet in and one out."""
     made = captures.section() + b"".join(
-        Interface(name=name, resolution=9).block() for name in ("eth7", "br\x1b0")
+        Interface(name=name, resolution=9).block() for name in ("eth7", "br\x1b\n0")
     )
     for number, title in enumerate(("udp", "tcp syn")):
         options = captures.option("<", 2, struct.pack("<I", 1 + number)) + captures.option("<", 0, b"")
@@ -198,7 +198,7 @@ def test_interfaces_of_a_file(dump: Run, two_interfaces: str) -> None:
     done = dump("-t", "-r", two_interfaces)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("eth7 IP 10.0.0.1.1000 > 10.0.0.2.2000: UDP, length 5")
-    assert lines[1].startswith("br?0 Out IP 10.0.0.1.1000 > 10.0.0.2.80: Flags [S]")
+    assert lines[1].startswith(r"br\x1b\n0 Out IP 10.0.0.1.1000 > 10.0.0.2.80: Flags [S]")
     for direction, count in (("in", 1), ("out", 1), ("inout", 2)):
         done = dump("-t", "-r", two_interfaces, "-Q", direction)
         assert len(done.stdout.splitlines()) == count
@@ -229,7 +229,7 @@ def test_json(dump: Run, two_interfaces: str) -> None:
         "frame": GOOD["udp"].hex(),
     }
     assert second["direction"] == "out"
-    assert second["interface"] == "br?0"
+    assert second["interface"] == "br\x1b\n0"
     assert second["tcp"]["flags"] == "S"
     assert second["tcp"]["options"] == ["mss 1460", "sackOK", "TS val 1 ecr 2", "nop", "wscale 7"]
 

@@ -75,6 +75,27 @@ def backend_of(name: str) -> str:
     return linkrx.choose("lo", timestamps=True, outgoing=True, promiscuous=True).backend
 
 
+@pytest.mark.parametrize("option", ["-t", "--json"])
+def test_an_interface_whose_name_is_not_utf8(option: str) -> None:
+    """Lines have a name that is not valid text as its bytes. JSON escapes it as Python decodes it."""
+    name = b"l\xff\xe9x7"
+    subprocess.run([b"ip", b"link", b"add", b"name", name, b"up", b"type", b"bridge"], check=True)
+    try:
+        with (
+            linkrx.open(os.fsdecode(name)) as outgoing,
+            Capture("-i", "any", option, "udp port 2000", PYTHONIOENCODING="utf-8:strict") as capture,
+        ):
+            outgoing.send(GOOD["udp"])
+            assert capture.process.stdout is not None
+            line = capture.process.stdout.readline()
+    finally:
+        subprocess.run([b"ip", b"link", b"del", name], check=True)
+    if option == "--json":
+        assert json.loads(line)["interface"] == os.fsdecode(name)
+    else:
+        assert line == name + b" Out " + UDP_LINE.encode() + b"\n"
+
+
 def test_sigterm() -> None:
     """SIGTERM ends dump as Ctrl-C does."""
     with pair() as (near, incoming, _), Capture("-i", near, "udp") as capture:
