@@ -66,6 +66,7 @@ class PcapWriter:
         source: Dispatcher | None = None,
     ) -> None:
         self._using = threading.RLock()
+        self._busy = False  # True for a thread that has the lock: it has it twice
         self._closed = True  # until all is open
         self._owned = False
         if format not in ("pcapng", "pcap"):
@@ -126,12 +127,23 @@ class PcapWriter:
         from the link type of a pcap file. Raises Closed after close(). An exception of a signal handler may lose packets of this
         call, but leaves no partial record. Raises RuntimeError if a signal handler, or the file's own `write`, calls it meanwhile.
         """
-        self._check_thread()
+        self._alone(self._record, packets)
+
+    def _alone(self, step: Callable[..., None], *arguments: Packet | Batch) -> None:
+        """Call `step` while no other thread writes. Raises RuntimeError if this thread is already writing."""
         with self._using:
-            self._check()
-            self._record(packets)
+            if self._busy:
+                raise RuntimeError(
+                    "this PcapWriter is writing: a signal handler, or the file's write(), cannot use it"
+                )
+            try:
+                self._busy = True
+                step(*arguments)
+            finally:
+                self._busy = False
 
     def _record(self, packets: Packet | Batch) -> None:
+        self._check()
         self._flush()  # the rest of a call that an exception of a signal handler ended
         count = len(packets) if isinstance(packets, Batch) else 1
         clock, following = time.time_ns(), 0
@@ -239,30 +251,24 @@ class PcapWriter:
         self._failure = failure
         return failure
 
-    def _check_thread(self) -> None:
-        """Raise RuntimeError if this thread is already writing."""
-        if self._using._is_owned():  # type: ignore[attr-defined] # a method of the RLock of CPython
-            raise RuntimeError(
-                "this PcapWriter is writing: a signal handler, or the file's write(), cannot use it"
-            )
-
     def _check(self) -> None:
         if self._closed:
             raise Closed("this PcapWriter is closed: make a new one")
 
     def close(self) -> None:
         """Write the drop statistics, and close the file if it was given as a path. Idempotent. Raises RecordingFailed."""
-        self._check_thread()
-        with self._using:
-            if self._closed:
-                return
-            try:
-                if self._failure is None:
-                    self._flush()
-                    self._put_end()
-                    self._flush()
-            finally:
-                self._release()
+        self._alone(self._finish)
+
+    def _finish(self) -> None:
+        if self._closed:
+            return
+        try:
+            if self._failure is None:
+                self._flush()
+                self._put_end()
+                self._flush()
+        finally:
+            self._release()
 
     def _put_end(self) -> None:
         """Append the interface statistics. In a pcap file without packets, append the file header."""
