@@ -172,17 +172,18 @@ class PcapWriter:
                 "them: see docs/capture-files.md"
             )
         if self._pcapng:
-            self._put(blocks.interface(link_type, self._name_of(index)))
+            self._put(blocks.interface(link_type, self._name_of(index)), key)
         elif not self._keys:
-            self._put(blocks.pcap_header(link_type))
+            self._put(blocks.pcap_header(link_type), key)
             self._flush()
-        elif self._keys[0] >> 32 != link_type:
+        elif self._keys[0] >> 32 == link_type:
+            self._keys.append(key)
+        else:
             self._flush()
             raise ValueError(
                 f"a packet of link type {link_type} cannot go into a pcap file of link type {self._keys[0] >> 32}: use "
                 "format='pcapng', which takes both"
             )
-        self._keys.append(key)
 
     def _name_of(self, index: int) -> str | None:
         if self._source is not None:
@@ -192,12 +193,14 @@ class PcapWriter:
         except OSError:
             return None  # deleted, or in another network namespace
 
-    def _put(self, block: bytes) -> None:
-        """Append a block to the buffer."""
+    def _put(self, block: bytes, key: int | None = None) -> None:
+        """Append a block to the buffer. With `key` it is the description of that interface, or the header of a pcap file."""
+        keys = self._keys if key is None else array("Q", [*self._keys, key])
         if self._end + len(block) > len(self._buffer):
             self._flush()
-        self._buffer[self._end : self._end + len(block)] = block
-        self._end += len(block)
+        end = self._end + len(block)
+        self._buffer[self._end : end] = block
+        self._end, self._keys = end, keys  # no exception of a signal handler comes between
 
     def _flush(self) -> None:
         """Write the buffer. The C call that writes also appends to `_done`, so that no exception of a signal handler comes between."""

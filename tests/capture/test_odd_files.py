@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support import captures
 from support.captures import Recorded
+from support.interruptions import After, Interrupted
 from support.protocols import GOOD
 
 import linkrx
@@ -181,3 +183,28 @@ def test_writing_from_within_a_write() -> None:
         given[0].tobytes(),
         given[2].tobytes(),
     ]
+
+
+@pytest.mark.only(3, 11)  # the interruptions depend on its instructions
+@pytest.mark.parametrize("form", ["pcap", "pcapng"])
+def test_an_exception_of_a_signal_handler_during_a_write(form: str) -> None:
+    """After an exception of a signal handler at any point of `write`, the next `write` works, and records and interfaces are whole."""
+    given = captures.section() + b"".join(captures.Interface(name=name).block() for name in ("eth7", "br0"))
+    given += b"".join(captures.enhanced("<", which, 1, FRAMES[which], len(FRAMES[which])) for which in (0, 1))
+    names = ("eth7", "br0") if form == "pcapng" else (None, None)
+    both = list(zip(FRAMES[:2], names, strict=True))
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(given))) as source:
+        first, second = source
+        points, raised = 0, True
+        while raised:
+            file, after = io.BytesIO(), After(points)
+            out = linkrx.PcapWriter(file, format=form, source=source)  # type: ignore[arg-type]
+            with suppress(Interrupted), after:
+                out.write(first)
+            out.write(second)
+            out.close()
+            with linkrx.open(linkrx.CaptureFile(io.BytesIO(file.getvalue()))) as rx:
+                got = [(packet.tobytes(), rx.interface_name(packet.interface)) for packet in rx]
+            assert got in (both[1:], both)
+            points, raised = points + 1, after.raised
+    assert points > 10
