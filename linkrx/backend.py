@@ -129,7 +129,8 @@ class Backend(Mechanism):
     """One kernel mechanism, in a file of its name under `linkrx/backends/`, or loaded from an entry point.
 
     The backend with the highest `rank` that accepts a source is chosen. `honours` names the options that it can fulfil, of those
-    that not every backend can: `buffer_sizes`, `snaplen`, `outgoing`, `timestamps`, `fanout`.
+    that not every backend can: `buffer_sizes`, `snaplen`, `outgoing`, `timestamps`, `fanout`. `latency_least` is the smallest
+    `latency` that it can promise, in seconds.
 
     `batch_size` is the default of that option. `has_queue`: packets wait in memory of the backend, so the socket buffer need not
     be large. `tells_metadata`: for packet sockets it reports PACKET_AUXDATA, which has the VLAN tag and the true length of packets
@@ -139,6 +140,7 @@ class Backend(Mechanism):
     name: ClassVar[str]
     rank: ClassVar[int]
     honours: ClassVar[frozenset[str]] = frozenset()
+    latency_least: ClassVar[float] = 0.0
     batch_size: ClassVar[int] = 256
     has_queue: ClassVar[bool] = False
     tells_metadata: ClassVar[bool] = False

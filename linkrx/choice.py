@@ -127,4 +127,9 @@ def _refusal(info: BackendInfo, capabilities: Capabilities, options: Options) ->
 
 def _unhonoured(info: BackendInfo, options: Options) -> str | None:
     missing = [f"{name}={getattr(options, name)!r}" for name in options.needed() if name not in info.honours]
-    return f"{info.name} cannot honour {', '.join(missing)}" if missing else None
+    if missing:
+        return f"{info.name} cannot honour {', '.join(missing)}"
+    least = info.backend.latency_least
+    if options.latency is not None and options.latency < least:
+        return f"{info.name} cannot honour latency={options.latency}: its least is {least} s"
+    return None

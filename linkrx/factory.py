@@ -109,7 +109,7 @@ def open(  # noqa: A001
       "hash", "lb", "cpu", "rollover" or "qm".
     * `protocol`: an EtherType. The kernel then receives only its packets from an interface by name.
     * `receive_buffer`: bytes of the socket buffer or ring.
-    * `latency`: seconds that a packet may wait for others to come with it.
+    * `latency`: seconds that a packet may wait for others to come with it, 0 for none.
 
     Raises UnsupportedSource, UnsupportedOption, BackendUnavailable, MissingPrivilege, TypeError or ValueError for invalid
     arguments, and OSError for kernel errors that linkrx cannot handle.

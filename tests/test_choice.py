@@ -251,7 +251,8 @@ def test_choose_is_the_same_as_open(datagram: socket.socket, options: dict[str, 
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
-    "options", [{}, {"segment": True}, {"vnet_header": True}, {"timestamps": True}, {"fanout": 3}]
+    "options",
+    [{}, {"segment": True}, {"vnet_header": True}, {"timestamps": True}, {"fanout": 3}, {"latency": 0}],
 )
 @pytest.mark.parametrize("environment", [{}, {"LINKRX_BACKEND": "recvmmsg"}, {"LINKRX_AVOID": "packet_mmap"}])
 def test_choose_is_the_same_as_open_for_an_interface(

@@ -11,7 +11,7 @@ from typing import Any
 
 from linkrx import _core
 from linkrx.backend import Capabilities, CoreBackend, Descriptors, ReceiveConfig
-from linkrx.errors import BackendUnavailable, UnsupportedOption
+from linkrx.errors import BackendUnavailable
 from linkrx.kernel.rtnetlink import Link, RouteSocket
 from linkrx.kernel.uapi import ARPHRD_LOOPBACK
 from linkrx.packets.headers import OUTGOING, TIMESTAMP
@@ -61,6 +61,7 @@ class PacketMmap(CoreBackend):
     name = "packet_mmap"
     rank = 40
     honours = frozenset({"buffer_sizes", "snaplen", "outgoing", "timestamps", "fanout"})
+    latency_least = LATENCY_LEAST
     tells_metadata = True
     batch_size = 1024  # more than the 862 frames of 64 bytes in a block of the least size
     has_queue = True
@@ -193,13 +194,7 @@ def _largest_through(route: RouteSocket, link: Link | None, above: int = 0) -> i
 def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
     """A ring of the wanted size, or as large as the kernel has memory for; and the number of its blocks."""
     options, found = receive.options, receive.capabilities
-    latency = LATENCY_LEAST if options.latency is None else options.latency
-    if latency < LATENCY_LEAST:
-        raise UnsupportedOption(
-            f"latency={latency} on the {found.title}: packet_mmap can promise {LATENCY_LEAST} at the least, "
-            "for the kernel counts milliseconds; backend='recvmmsg' holds nothing back"
-        )
-    retire = int(min(latency * 1000, RETIRE_MOST))
+    retire = int(min((options.latency or LATENCY_LEAST) * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
     if receive.framing.per_packet:
         wanted |= _core.lib.LRX_WANT_SENDER

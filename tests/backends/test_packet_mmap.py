@@ -216,8 +216,20 @@ def test_the_latency_is_the_retire_time(wire: Wire) -> None:
             if latency < 1:
                 wire[2].send(frame(2))
                 assert number_of(rx.recv(10)) == 2
-    with pytest.raises(linkrx.UnsupportedOption, match=r"latency=0.0005 .* packet_mmap can promise 0.001"):
+    with pytest.raises(
+        linkrx.UnsupportedOption, match=r"packet_mmap cannot honour latency=0.0005: .* 0.001 s"
+    ):
         ring_on(wire[0], latency=0.0005)
+
+
+@pytest.mark.parametrize("latency", [0, 0.0005])
+def test_a_latency_below_the_least_of_a_ring(wire: Wire, latency: float) -> None:
+    """For a latency that no ring can keep, "auto" chooses a backend that holds packets back for that time or not at all."""
+    with linkrx.open(wire[0], latency=latency) as rx:
+        assert rx.backend == "recvmmsg"
+        assert f"packet_mmap cannot honour latency={latency}" in rx.choice.explain()
+        wire[2].send(frame(1))
+        assert number_of(rx.recv(10)) == 1
 
 
 def test_the_buffer_of_the_socket_stays_as_it_is(wire: Wire) -> None:

@@ -54,7 +54,7 @@ def test_the_numeric_options_are_these() -> None:
 def is_one(name: str, value: Any) -> bool:
     """Whether an option accepts a value."""
     if name == "latency":
-        return value is None or (type(value) in (int, float) and 0 < value < math.inf)
+        return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
     return any(value is other for other in NUMERIC[name])
 
 

@@ -948,7 +948,6 @@ def test_unknown_option(datagram: socket.socket) -> None:
         ("batch_size", -1),
         ("batch_size", 1025),
         ("receive_buffer", 0),
-        ("latency", 0),
         ("latency", -1.0),
         ("vnet_header", 9),
     ],
@@ -975,6 +974,7 @@ def test_values_at_the_limits(datagram: socket.socket) -> None:
         {"batch_size": 1024},
         {"vnet_header": 10},
         {"buffer_sizes": (1,) * 64},
+        {"latency": 0},
     ):
         with linkrx.open(datagram, **options) as rx:
             assert rx.end is None
