@@ -113,6 +113,42 @@ def test_checksum_of_the_ipv4_header() -> None:
     assert ", bad cksum)" in shown(frame[:22] + b"\x11" + frame[23:], verbose=True)
 
 
+MACS = "02:00:00:00:00:02 > 02:00:00:00:00:01"
+UNKNOWN = "ethertype Unknown (0x88b5)"
+
+
+@pytest.mark.parametrize(
+    ("frame", "known", "without", "with_header"),
+    [
+        (b"", {}, "length 4: 0102 0304", "length 4: 0102 0304"),
+        (
+            b"",
+            {"protocol": 0x88B5, "sender": b"\2\0\0\0\0\1"},
+            f"{UNKNOWN}, length 4: 0102 0304",
+            f"02:00:00:00:00:01, length 4: {UNKNOWN}: 0102 0304",
+        ),
+        (
+            ethernet(0x88B5, b""),
+            {},
+            f"{MACS}, {UNKNOWN}, length 4: 0102 0304",
+            f"{MACS}, {UNKNOWN}, length 18: 0102 0304",
+        ),
+        (
+            vlan(ethernet(0x88B5, b""), 5),
+            {},
+            f"vlan 5, p 0, {MACS}, {UNKNOWN}, length 4: 0102 0304",
+            f"{MACS}, ethertype 802.1Q (0x8100), length 22: vlan 5, p 0, {UNKNOWN}: 0102 0304",
+        ),
+    ],
+    ids=["no header", "sender", "ethernet", "vlan"],
+)
+def test_an_unknown_protocol(frame: bytes, known: dict[str, Any], without: str, with_header: str) -> None:
+    """The line of an unknown protocol has its addresses, EtherType, length and first bytes once, with and without -e."""
+    fields = dissect(frame + b"\1\2\3\4", len(frame) + 4, ethernet=bool(frame), depth=ALL, **known)
+    assert line(fields, len(frame) + 4) == without
+    assert line(fields, len(frame) + 4, link=True) == with_header
+
+
 def test_no_checksum() -> None:
     """-v reports no wrong checksum for a datagram without checksum."""
     frame = GOOD["ipv4 options"]

@@ -24,7 +24,7 @@ def line(fields: Fields, length: int, *, link: bool = False, verbose: bool = Fal
     if tagged:
         front += _tags(fields["vlan"])
     # A link header names the protocol, unless a tag stands in front of it.
-    text = front + _network(fields, link and not tagged and "ethernet" in fields, verbose)
+    text = front + _network(fields, link, link and not tagged and "ethernet" in fields, verbose)
     if "cut" in fields or "malformed" in fields or "super_packet" in fields:
         text = (text.rstrip() + _marks(fields)).lstrip()
     return text
@@ -49,7 +49,7 @@ def _tags(tags: list[Fields]) -> str:
     return "".join(f"vlan {tag['id']}, p {tag['priority']}, {'DEI, ' if tag['dei'] else ''}" for tag in tags)
 
 
-def _network(fields: Fields, named: bool, verbose: bool) -> str:
+def _network(fields: Fields, link: bool, named: bool, verbose: bool) -> str:
     if "ipv4" in fields:
         header = fields["ipv4"]
         details = _ipv4_details(header) if verbose else ""
@@ -70,12 +70,20 @@ def _network(fields: Fields, named: bool, verbose: bool) -> str:
         )
     header = fields.get("payload")
     if header is not None:
-        ethernet = fields.get("ethernet")
-        addresses = f"{ethernet['source']} > {ethernet['destination']}, " if ethernet and not named else ""
-        number = header["ethertype"]
-        kind = f"ethertype {_ethertype(number)}, " if number else ""
-        return f"{addresses}{kind}length {header['length']}{_bytes(header['bytes'], header['length'])}"
+        return _unknown(fields, header, link, named)
     return "" if named else _KINDS.get(fields.get("cut", ""), "")
+
+
+def _unknown(fields: Fields, header: Fields, link: bool, named: bool) -> str:
+    """A packet of an unknown protocol. What the link header says is not repeated."""
+    words = []
+    if "ethernet" in fields and not link:
+        words.append(f"{fields['ethernet']['source']} > {fields['ethernet']['destination']}")
+    if header["ethertype"] and not named:
+        words.append(f"ethertype {_ethertype(header['ethertype'])}")
+    if not link:
+        words.append(f"length {header['length']}")
+    return (", ".join(words) + _bytes(header["bytes"], header["length"])).removeprefix(": ")
 
 
 def _bytes(digits: str, length: int) -> str:
