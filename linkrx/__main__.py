@@ -2,6 +2,6 @@
 
 import sys
 
-from linkrx.cli.main import main
+from linkrx.cli import run
 
-sys.exit(main())
+sys.exit(run())

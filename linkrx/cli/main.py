@@ -17,8 +17,7 @@ from linkrx.cli.terminal import on_stdout, report, sentence
 from linkrx.sources.options import ETHERTYPE_MOST
 
 OK, FAILED, USAGE, CANNOT_RUN = range(4)
-INTERRUPTED = 128 + 2  # a shell's exit code for a program that SIGINT ended
-BROKEN_PIPE = 128 + 13  # and for one that SIGPIPE ended
+BROKEN_PIPE = 128 + 13  # a shell's exit code for a program that SIGPIPE ended
 
 COUNT_MAX = 1000
 
@@ -35,7 +34,7 @@ exit codes:
   1    failure: the output says why
   2    wrong usage
   3    demo cannot run here: stderr says what is missing and what to type
-  130  interrupted with Ctrl-C (dump: a second time)
+  130  interrupted with Ctrl-C (dump: a second time, or before it listens)
   141  the reader of the output closed the pipe (demo, doctor)
 
 """
@@ -72,7 +71,7 @@ A summary then counts the packets that were captured, that the filter accepted, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Wrong usage, `--help` and `--version` raise SystemExit."""
+    """Run one command and return its exit code. Wrong usage, `--help` and `--version` raise SystemExit, Ctrl-C KeyboardInterrupt."""
     _open_closed_streams()
     arguments = _parse(argv)
     try:
@@ -85,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         return code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return code
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 import pytest
@@ -16,6 +17,7 @@ from support.command_line import ESCAPE, PATIENCE, WITHOUT_CORE, in_terminal, li
 from support.run import that_take
 
 import linkrx
+import linkrx.cli
 from linkrx.testing import rigs
 
 SUPPORTED = that_take("packet")
@@ -195,8 +197,8 @@ def test_demo_where_it_cannot_run() -> None:
 INTERRUPTIBLE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from linkrx.cli.main import main
-sys.exit(main(sys.argv[1:]))
+from linkrx.cli import run
+sys.exit(run())
 """
 
 
@@ -214,6 +216,33 @@ def test_demo_interrupted() -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (130, b"")
+
+
+# Sends itself SIGINT when Python imports the module of the first argument.
+INTERRUPTED_IMPORT = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == sys.argv[1]:
+            del sys.argv[1]
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+runpy.run_module("linkrx", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["linkrx.cli.main", "argparse", "linkrx._core._native", "linkrx.cli.dump"])
+def test_interrupted_while_python_imports(module: str) -> None:
+    """Ctrl-C while Python imports the command ends it with exit code 130 and without output."""
+    done = run("-c", INTERRUPTED_IMPORT, module, "doctor")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_installed_command_is_the_same() -> None:
+    """The script that pip installs runs what `python -m linkrx` runs."""
+    (script,) = entry_points(group="console_scripts", name="linkrx")
+    assert script.load() is linkrx.cli.run
 
 
 @pytest.mark.usefixtures("devices")
