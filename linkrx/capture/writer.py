@@ -91,7 +91,10 @@ class PcapWriter:
                 raise
 
     def _open(self, file: str | os.PathLike[str] | WritableFile) -> None:
+        file = _unwrapped(file)
         self._fd = -1  # -1: written by its `write` method
+        # A pair's two files are not accessible, so its buffer must be flushed.
+        self._empty_buffer = file.flush if isinstance(file, io.BufferedRWPair) else lambda: None
         self._raw: io.FileIO | socket.SocketIO | None = None  # the borrowed file that has the descriptor
         self._write: Callable[[memoryview], int | None]
         if isinstance(file, (str, os.PathLike)):
@@ -214,6 +217,10 @@ class PcapWriter:
                     raise self._failed(self._invalid(size), written)
                 written += size
             if written == self._end:
+                try:
+                    self._empty_buffer()
+                except OSError as error:
+                    raise self._failed(error, 0) from error
                 packets = self._packets + self._pending
                 self._packets, self._pending, self._end, self._done = packets, 0, 0, []
                 break
@@ -305,6 +312,12 @@ class PcapWriter:
         if getattr(self, "_owned", False):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._release()
+
+
+def _unwrapped(file: str | os.PathLike[str] | WritableFile) -> str | os.PathLike[str] | WritableFile:
+    """The file in the object that tempfile.NamedTemporaryFile returns; any other object itself."""
+    inner: object = getattr(file, "file", file)
+    return inner if isinstance(inner, (io.FileIO, io.BufferedWriter, io.BufferedRandom)) else file
 
 
 def _is_writable(file: object) -> bool:

@@ -136,7 +136,9 @@ class Reception(Receiver):
         except OSError as error:
             if report.count or report.classified:  # nothing is called between the packets and the errno
                 raise  # of a signal handler: errors of the kernel come without packets
-            report.error = error.errno or errno.EIO
+            if error.errno is None:
+                raise  # of a file object
+            report.error = error.errno
             count = 0
         report.held = mechanism.held or mechanism.goes_on
         return report.count or count

@@ -62,7 +62,7 @@ class CaptureFile:
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryFile) -> None:
-        if not isinstance(file, (str, os.PathLike, BinaryFile)):
+        if not isinstance(file, (str, os.PathLike)) and not _is_binary(file):
             raise TypeError(f"CaptureFile({file!r}): give a path, or a binary file such as open(path, 'rb')")
         self.file = file
 
@@ -73,7 +73,7 @@ class CaptureFile:
     def name(self) -> str:
         """The path, or the `name` of the file object, or its type."""
         if isinstance(self.file, (str, os.PathLike)):
-            return os.fspath(self.file)
+            return os.fsdecode(self.file)
         name = getattr(self.file, "name", None)
         return name if isinstance(name, str) else type(self.file).__name__
 
@@ -88,6 +88,13 @@ class CaptureFile:
             owned=isinstance(self.file, (str, os.PathLike)),
             file_type=file_type,
         )
+
+
+def _is_binary(file: object) -> bool:
+    """Whether bytes can be read from a file object, as far as it says."""
+    if not isinstance(file, BinaryFile) or isinstance(file, io.TextIOBase):
+        return False
+    return not isinstance(file, io.IOBase) or file.closed or file.readable()
 
 
 def capture_of(source: CaptureFile | os.PathLike[str]) -> CaptureFile:
@@ -112,7 +119,8 @@ def _first_type(path: str | os.PathLike[str]) -> int | None:
     """The link type of the first packet, if the beginning of a regular file shows it, else None. Raises UnsupportedSource for a
     directory, a missing file, or a regular file that is no capture file.
     """
-    shown = repr(os.fspath(path))
+    path = os.fsdecode(path)
+    shown = repr(path)
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 # Path takes "" for "."
         if stat.S_ISDIR(mode):
@@ -270,19 +278,30 @@ def _patient_read(fd: int) -> Read:
 
 
 def _by_method(file: BinaryFile) -> Read:
-    """A read from a file without a descriptor."""
+    """A read from a file without a descriptor. Raises ValueError if the file's method breaks the rules of files."""
     readinto: Callable[[memoryview], int | None] | None = getattr(file, "readinto1", None) or getattr(
         file, "readinto", None
     )
+
+    def is_valid(result: object, room: int) -> bool:
+        if readinto is None:
+            return isinstance(result, (bytes, bytearray)) and len(result) <= room
+        return isinstance(result, int) and 0 <= result <= room
 
     def read(got: Got, memory: memoryview) -> None:
         if readinto is None:
             got.extend(map(file.read, (len(memory),)))
         else:
             got.extend(map(readinto, (memory,)))  # type: ignore[arg-type] # None is handled below
-        if got and got[0] is None:  # a non-blocking file without data
-            got.clear()
+        result: object = got[0] if got else "nothing, but raised StopIteration"
+        if is_valid(result, len(memory)):
+            return
+        got.clear()
+        if result is None:  # a non-blocking file without data
             raise BlockingIOError
+        call = "read" if readinto is None else "readinto"
+        shown = f"{len(result)} bytes" if isinstance(result, (bytes, bytearray)) else repr(result)
+        raise ValueError(f"{file!r}: its {call}() returned {shown}, and was asked for {len(memory)} bytes")
 
     return read
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import captures
@@ -83,6 +88,151 @@ def test_a_file_that_is_not_open_for_writing(tmp_path: Path) -> None:
         ):
             linkrx.PcapWriter(file)
     assert path.read_bytes() == FILE
+
+
+@contextmanager
+def named_temporary(folder: Path) -> Iterator[tuple[Any, Callable[[], bytes]]]:
+    """A file of tempfile.NamedTemporaryFile, and a function that returns what others find in it."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        yield file, Path(file.name).read_bytes
+
+
+@contextmanager
+def socket_both_ways(_folder: Path) -> Iterator[tuple[Any, Callable[[], bytes]]]:
+    """A file for reading and writing of a stream socket, and a function that returns what its peer got."""
+    near, far = socket.socketpair()
+    got = bytearray()
+
+    def received() -> bytes:
+        got.extend(far.recv(1 << 20, socket.MSG_DONTWAIT))
+        return bytes(got)
+
+    with near, far, near.makefile("rwb") as file:
+        yield file, received
+
+
+@pytest.mark.parametrize("form", ["pcap", "pcapng"])
+@pytest.mark.parametrize("kind", [named_temporary, socket_both_ways])
+def test_files_that_have_a_buffer_of_their_own(kind: Any, form: Any, tmp_path: Path) -> None:
+    """When `write` returns, the records are in a temporary file that has a name, and at the peer of a socket."""
+    given = packets()
+    with kind(tmp_path) as (file, written):
+        out = linkrx.PcapWriter(file, format=form)
+        for count, packet in enumerate(given, 1):
+            out.write(packet)
+            found = captures.read(io.BytesIO(written()))
+            assert [one.data for one in found] == [one.tobytes() for one in given[:count]]
+        out.close()
+
+
+def test_a_socket_whose_peer_has_closed() -> None:
+    """The error of a file that has a buffer of its own is raised by `write`, and the packets of that call do not count."""
+    near, far = socket.socketpair()
+    given = packets()
+    with (
+        near,
+        suppress(BrokenPipeError),
+        near.makefile("rwb") as file,
+    ):  # closing the file writes its buffer again
+        out = linkrx.PcapWriter(file)
+        out.write(given[0])
+        far.close()
+        with pytest.raises(linkrx.RecordingFailed, match="1 packets are whole") as caught:
+            out.write(given[1])
+        assert (caught.value.errno, out.packets) == (errno.EPIPE, 1)
+        out.close()
+
+
+class Answers:
+    """A file whose methods do what they are told to from their second call on."""
+
+    def __init__(self, answer: Callable[[int], Any]) -> None:
+        self.answer, self.calls = answer, 0
+
+    def read(self, size: int) -> Any:
+        """Read the beginning of a file, then what was given."""
+        self.calls += 1
+        return FILE[:100] if self.calls == 1 else self.answer(size)
+
+
+class AnswersInto(Answers):
+    """The same for readinto."""
+
+    def readinto(self, memory: memoryview) -> Any:
+        """Read the beginning of a file, then return what was given."""
+        self.calls += 1
+        if self.calls > 1:
+            return self.answer(len(memory))
+        memory[:100] = FILE[:100]
+        return 100
+
+
+def ends_its_iterator(_size: int) -> bytes:
+    """Raise StopIteration, as next() does in a method that reads from an iterator."""
+    return next(iter([]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        *(
+            (Answers, answer)
+            for answer in (lambda size: bytes(size + 1), lambda _: "text", lambda _: 5, ends_its_iterator)
+        ),
+        *(
+            (AnswersInto, answer)
+            for answer in (
+                lambda size: size + 1,
+                lambda _: -1,
+                lambda _: 1 << 70,
+                lambda _: 1.5,
+                ends_its_iterator,
+            )
+        ),
+    ],
+)
+def test_a_read_that_breaks_the_rules(kind: type[Answers], answer: Callable[[int], Any]) -> None:
+    """An impossible result of a file's method raises ValueError that shows it. No bytes are skipped, and stop() works."""
+    with linkrx.open(linkrx.CaptureFile(kind(answer))) as rx:
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"its read(into)?\(\) returned .*, and was asked for \d+ bytes"
+            ):
+                list(rx)
+        rx.stop()
+        assert list(rx) == []
+
+
+def test_an_error_that_is_none_of_the_kernel() -> None:
+    """An OSError without an errno propagates from a file's method, and reading goes on at the next call."""
+
+    def fails_once(_size: int) -> bytes:
+        if file.calls == 2:
+            raise OSError("the server does not answer")
+        return FILE[100:] if file.calls == 3 else b""
+
+    file = Answers(fails_once)
+    with linkrx.open(linkrx.CaptureFile(file)) as rx:
+        with pytest.raises(OSError, match="the server does not answer"):
+            rx.recv()  # the first packet is longer than the beginning
+        assert [bytes(packet) for packet in rx] == FRAMES
+
+
+def test_files_that_are_not_open_for_reading_bytes(tmp_path: Path) -> None:
+    """A text file, and a file that is open for writing only, are refused with what to give."""
+    path = tmp_path / "some.pcap"
+    with path.open("w") as text, path.open("wb") as binary, path.open("wb", buffering=0) as raw:
+        for file in (text, binary, raw, io.StringIO()):
+            with pytest.raises(TypeError, match=r"open\(path, 'rb'\)"):
+                linkrx.CaptureFile(file)  # type: ignore[arg-type]
+
+
+def test_paths_as_bytes(tmp_path: Path) -> None:
+    """An os.PathLike may give its path as bytes, which need not be UTF-8, as the entries of os.scandir(b".") do."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.pcap")).write_bytes(FILE)
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    with linkrx.open(entry) as rx:  # type: ignore[arg-type] # a PathLike[bytes]
+        assert [bytes(packet) for packet in rx] == FRAMES
 
 
 @pytest.mark.parametrize("buffering", [0, -1])
