@@ -174,11 +174,12 @@ class Reception(Receiver):
         gone = QUEUE_GONE if kind in ("tap", "tun") else INTERFACE_GONE
         failure = self._mechanism.explain(code)
         if failure is not None:
-            if isinstance(failure, DamagedCapture):
-                self._end_behind = End.EOF  # records behind the damage are not read
-                self._end_follows = True
-            report.error = 0
-            raise failure
+            try:
+                raise failure
+            finally:  # an exception of a signal handler here has the failure as its context
+                report.error = 0
+                if isinstance(failure, DamagedCapture):
+                    self._finish(End.EOF)  # records behind the damage are not read
         if code in gone:
             self._finish(End.LINK_GONE)
         elif code == errno.ENODATA:

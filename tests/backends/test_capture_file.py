@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -504,9 +504,40 @@ def test_damaged_blocks(bad: bytes, said: str) -> None:
             assert said in str(caught.value)
             if "file ends" not in said:
                 assert caught.value.offset == len(HEAD + good)
-            assert list(rx) == []
             assert rx.end is linkrx.End.EOF
+            assert list(rx) == []
             assert rx.stats().packets == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda rx: rx.run(),
+        lambda rx: [rx.dispatch(0) for _ in range(9)],
+        lambda rx: [rx.drain() for _ in range(9)],
+        lambda rx: [rx.recv(0) for _ in range(9)],
+        lambda rx: list(rx.batches()),
+        lambda rx: asyncio.run(iterate(rx)),
+    ],
+)
+def test_reception_is_over_after_damage(call: Callable[[linkrx.Dispatcher], object]) -> None:
+    """After the error of a damaged file `end` is EOF, fileno() is not readable, and every call reports the end, not the error again."""
+    data = captures.pcap(packets_of(2))[:-1]
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data)), lambda *_: None) as rx:
+        rx.fileno()
+        with pytest.raises(linkrx.DamagedCapture):
+            call(rx)
+        assert rx.end is linkrx.End.EOF
+        assert not select.select([rx], [], [], 0)[0]
+        assert (rx.dispatch(), rx.drain(), rx.run(), list(rx)) == (False, 0, linkrx.End.EOF, [])
+        with pytest.raises(linkrx.Ended):
+            rx.recv()
+
+
+async def iterate(rx: linkrx.Dispatcher) -> None:
+    """Receive all packets."""
+    async for _ in rx:
+        pass
 
 
 @pytest.mark.parametrize("length", [262_145, 2**31, 2**32 - 1])
