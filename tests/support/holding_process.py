@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +19,10 @@ import linkrx
 from linkrx.kernel.namespace import enter_private_network
 from linkrx.testing.rigs import Rig
 from linkrx.testing.waiting import number_of
+from support import holding
 from support.holding import BURST, HOLDERS, NAMED, frame, lap, receive, send, take, wrong
 
-KEPT = 800  # packets, one from each receive
+KEPT = 400  # packets, one from each receive
 STEPS_MOST = 5000  # far more than the allocations of a receive
 
 
@@ -141,8 +143,21 @@ def cost(cell: str) -> None:
         kept.clear()
         gc.collect()
         before = resident()
+        tracemalloc.start()
         receive_and_keep(KEPT)
-        say(f"bytes each: {(resident() - before) // KEPT}")
+        gc.collect()
+        say(f"allocated each: {allocated() // KEPT}")
+        tracemalloc.stop()
+        say(f"resident each: {(resident() - before) // KEPT}")
+
+
+def allocated() -> int:
+    """The memory that linkrx and this program have from Python's allocators, in bytes."""
+    here = [
+        tracemalloc.Filter(True, f"{Path(module.__file__ or '').parent}/*") for module in (linkrx, holding)
+    ]
+    traces = tracemalloc.take_snapshot().filter_traces(here)
+    return sum(one.size for one in traces.statistics("filename"))
 
 
 def resident() -> int:
