@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -162,8 +164,24 @@ def test_memory_is_read_only_bytes(kind: Kind) -> None:
     assert len(memory) == batch.starts[2] + batch.lengths[2]
     with pytest.raises(TypeError, match="read-only"):
         memory[0] = 1
-    if kind is C:
-        assert memoryview(batch) == memory
+
+
+@every_kind
+def test_a_batch_is_no_buffer(kind: Kind) -> None:
+    """A batch itself is refused where bytes are needed, such as by socket.send, so it is not sent as one frame by mistake."""
+    batch = batch_of(kind, some(3))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as alone:
+        takers: list[Callable[[Any], object]] = [
+            memoryview,
+            io.BytesIO().write,
+            struct.Struct("B").unpack,
+            alone.send,
+        ]
+        for take in takers:
+            with pytest.raises(TypeError, match="a bytes-like object is required"):
+                take(batch)
+    assert batch[0] != batch
+    assert memoryview(batch.memory) == batch.memory
 
 
 def other_bytes(batch: Any, prefix: int) -> bytes:

@@ -355,7 +355,7 @@ def test_views_released_in_any_order() -> None:
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
         source = Source(C)
         batch: Any = source.batch(rows_of(1, 2))
-        views = [batch.memory, memoryview(batch), batch.memory[batch.starts[1] :], memoryview(batch.memory)]
+        views = [batch.memory, batch.memory, batch.memory[batch.starts[1] :], memoryview(batch.memory)]
         del batch
         for step, index in enumerate(order):
             source.batch(rows_of(3, 4))

@@ -186,6 +186,10 @@ static int batch_getbuffer(PyObject *self, Py_buffer *view, int flags)
     Batch *b = (Batch *)self;
 
     view->obj = NULL;
+    if (!b->viewing) {
+        PyErr_SetString(PyExc_TypeError, "a bytes-like object is required, not 'linkrx.Batch': its frames are in `memory`");
+        return -1;
+    }
     if (!b->own && (!b->owner || b->apart) && lrx_batch_own(b) < 0)
         return -1;
     if (b->own)
@@ -208,8 +212,13 @@ static void batch_releasebuffer(PyObject *self, Py_buffer *view)
 
 static PyObject *batch_memory(PyObject *self, void *unused)
 {
+    PyObject *view;
+
     (void)unused;
-    return PyMemoryView_FromObject(self);
+    ((Batch *)self)->viewing++;
+    view = PyMemoryView_FromObject(self);
+    ((Batch *)self)->viewing--;
+    return view;
 }
 
 static PyObject *batch_column(PyObject *self, void *which)

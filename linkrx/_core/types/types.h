@@ -118,6 +118,7 @@ struct Batch {
     bool settled;        /* the receiver does not reuse the memory: packets are copied as they are made */
     bool apart;          /* `memory` is to be a copy: the frames lie in a ring, or far from each other */
     bool tidy;           /* the gaps between frames are zeroed */
+    unsigned viewing;    /* calls of `memory` that are making a view: a batch is no buffer otherwise */
 };
 
 struct Packet {
