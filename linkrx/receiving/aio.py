@@ -77,11 +77,12 @@ class Reader:
         """Wait for packets in the dispatcher or the end of reception. False after `timeout` seconds."""
         waiter = Waiter(self._dispatcher, self.loop)
         self.begin(waiter)
-        timer = None if timeout is None else self.loop.call_later(timeout, self._settle, False)
+        timer = None if timeout is None else self.loop.call_later(timeout, _settle, waiter)
         try:
             return await waiter
         finally:
-            self._waiter = None
+            if self._waiter is waiter:  # another task may have begun since this one was cancelled
+                self._waiter = None
             if timer is not None:
                 timer.cancel()
 
@@ -115,9 +116,9 @@ class Reader:
                 errno.errorcode[error.errno or 0],
             )
 
-    def _settle(self, found: bool) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.settle(found)
+    def _settle(self) -> None:
+        if self._waiter is not None:
+            _settle(self._waiter)
 
     def ready(self) -> None:
         """The loop calls this when the dispatcher is readable."""
@@ -165,12 +166,12 @@ class Reader:
             self.loop.call_soon_threadsafe(self._release)
             return
         self._release()
-        self._settle(found=False)
+        self._settle()
 
     def end_seen(self) -> None:
         """Wake the waiting task, which then sees the end: the descriptor is quiet from now on. From any thread."""
         if self._waiter is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._settle, False)
+            self.loop.call_soon_threadsafe(self._settle)
 
     def _release(self) -> None:
         self.unregister()
@@ -185,6 +186,12 @@ class Reader:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.abandon()
+
+
+def _settle(waiter: Waiter) -> None:
+    """End a wait without packets, unless it is over."""
+    if not waiter.done():
+        waiter.settle(False)
 
 
 class AsyncPackets(receiver.AsyncPackets):

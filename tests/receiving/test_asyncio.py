@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -223,6 +223,44 @@ def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair)
             with pytest.raises(linkrx.Busy, match=r"stop\(\)"):
                 rx.close()
             rx.stop()
+
+
+WAYS: dict[str, Callable[[linkrx.Dispatcher], AsyncIterator[object]]] = {
+    "packets": lambda rx: aiter(rx),
+    "batches": lambda rx: aiter(rx.batches()),
+    "timeout": lambda rx: aiter(rx.batches(timeout=30)),
+}
+
+
+@pytest.mark.parametrize("latency", [None, 0.001])
+@pytest.mark.parametrize("after", WAYS)
+@pytest.mark.parametrize("before", WAYS)
+def test_a_task_in_the_place_of_one_that_it_cancels(
+    run: Run, seqpacket: Pair, before: str, after: str, latency: float | None
+) -> None:
+    """A task that cancels the task that waits, and receives at once, gets every packet."""
+
+    async def work() -> None:
+        receiver, sender = seqpacket
+        with linkrx.open(receiver, latency=latency) as rx:
+            waits = asyncio.ensure_future(anext(WAYS[before](rx)))
+            await asyncio.sleep(0)
+
+            async def take_its_place() -> None:
+                assert waits.cancel()
+                for _ in range(3):
+                    task = asyncio.ensure_future(send())
+                    await anext(WAYS[after](rx))
+                    await task
+
+            async def send() -> None:
+                await asyncio.sleep(0)  # the other task waits, and the cancelled one has ended
+                sender.send(HEADER)
+
+            await asyncio.wait_for(take_its_place(), 10)
+            assert waits.cancelled()
+
+    run(work())
 
 
 def test_repeated_timeouts_lose_no_packet(run: Run, seqpacket: Pair) -> None:
