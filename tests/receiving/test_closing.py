@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from support.pairs import frame, pair
 
@@ -45,16 +46,18 @@ def test_threads_that_close_at_once() -> None:
 
 def test_a_dispatcher_that_was_never_opened() -> None:
     """Every member of a dispatcher that was never opened raises a Python exception or returns; none crashes the process."""
-    made = linkrx.Dispatcher.__new__(linkrx.Dispatcher)
-    for name in dir(type(made)):
+    arguments: tuple[tuple[Any, ...], ...] = ((), (0,), (b"",), (0, None), (b"", False, -1.0))
+    for name in dir(linkrx.Dispatcher):
         if name.startswith("__"):
             continue
-        try:
-            member = getattr(made, name)
-            if callable(member):
-                member()
-        except (TypeError, ValueError, AttributeError, linkrx.LinkrxError):
-            continue
+        for given in arguments:
+            made = linkrx.Dispatcher.__new__(linkrx.Dispatcher)
+            try:
+                member = getattr(made, name)
+                if callable(member):
+                    member(*given)
+            except (TypeError, ValueError, AttributeError, linkrx.LinkrxError):
+                continue
 
 
 def test_a_child_that_closes_inside_deliver_leaves_other_files_alone(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
 {
     Batch *b = *spare;
     Table *t;
-    uint32_t end = 0, packed = 0;
+    uint64_t packed = 0; /* frames that overlap could take more than their memory has */
+    uint32_t end = 0;
     bool ascending = true;
 
     if (owner->batch) {
@@ -62,6 +63,12 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
         if (place + length > end)
             end = place + length;
         packed += aligned(framing.vnet + length);
+    }
+    if (packed > UINT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets with %llu bytes, in %u bytes of memory", count,
+                     (unsigned long long)packed, size);
+        Py_DECREF((PyObject *)b);
+        return NULL;
     }
     /* In a ring, `memory` is a copy of the frames, because blocks have other data. In an arena it is a copy if more than half of the
      * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. It is also a copy if a frame lies before

@@ -1,4 +1,4 @@
-/* Filling an arena, and making a batch of its frames. */
+/* Filling an arena, checking what a mechanism in Python reports, and making a batch of the frames. */
 #include "types.h"
 
 /* The arena to fill next. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
@@ -147,6 +147,50 @@ int lrx_fill(Receiver *r, bool all)
     if (!all && count > 0)
         learn(r, asked, (uint32_t)count);
     return count;
+}
+
+static int without_hangup(Receiver *r, int count)
+{
+    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
+    PyObject *answer;
+    long left;
+
+    if (!r->may_hang_up || columns.lengths[count - 1])
+        return count;
+    answer = PyObject_CallMethod((PyObject *)r, "_without_hangup", "i", count);
+    left = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    if ((left < 0 || left > count) && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "_without_hangup() gives %ld of %d packets", left, count);
+    return PyErr_Occurred() ? -1 : (int)left;
+}
+
+/* Check the report of a mechanism in Python before the frames are read. */
+static int check_reported(const Receiver *r, uint32_t count)
+{
+    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
+    const uint32_t end = report_of(r)->end;
+
+    if (end > r->room || end % 8) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, r->room);
+        return -1;
+    }
+    for (uint32_t k = 0; k < count; k++) {
+        const uint32_t start = columns.starts[k], length = columns.lengths[k];
+
+        if (length && !(columns.flags[k] & LRX_MALFORMED) && (length > end || start > end - length)) {
+            PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k, start,
+                         length, end);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int lrx_checked(Receiver *r, int count)
+{
+    count = without_hangup(r, count);
+    return count > 0 && check_reported(r, (uint32_t)count) < 0 ? -1 : count;
 }
 
 bool lrx_was_full(const Receiver *r)

@@ -142,7 +142,7 @@ PyObject *lrx_receiver_set_filter(PyObject *self, PyObject *args)
     double seconds;
     int tags, is_one;
 
-    if (!PyArg_ParseTuple(args, "Opd:_set_filter", &program, &tags, &seconds))
+    if (!lrx_check_prepared(r) || !PyArg_ParseTuple(args, "Opd:_set_filter", &program, &tags, &seconds))
         return NULL;
     is_one = filter_of(program, &filter);
     if (is_one < 0)

@@ -95,41 +95,6 @@ void lrx_let_others_run(Receiver *r)
     Py_END_ALLOW_THREADS
 }
 
-static int without_hangup(Receiver *r, int count)
-{
-    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
-    PyObject *answer;
-
-    if (!r->may_hang_up || columns.lengths[count - 1])
-        return count;
-    answer = PyObject_CallMethod((PyObject *)r, "_without_hangup", "i", count);
-    count = answer ? (int)PyLong_AsLong(answer) : -1;
-    Py_XDECREF(answer);
-    return count;
-}
-
-/* Check the report of a mechanism in Python before the frames are read. */
-static int check_reported(const Receiver *r, uint32_t count)
-{
-    const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
-    const uint32_t end = report_of(r)->end;
-
-    if (end > r->room || end % 8) {
-        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, r->room);
-        return -1;
-    }
-    for (uint32_t k = 0; k < count; k++) {
-        const uint32_t start = columns.starts[k], length = columns.lengths[k];
-
-        if (length && !(columns.flags[k] & LRX_MALFORMED) && (length > end || start > end - length)) {
-            PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k, start,
-                         length, end);
-            return -1;
-        }
-    }
-    return 0;
-}
-
 /* Receive once, without waiting. READY: frames were received, even if none is a packet. */
 static enum outcome receive(Receiver *r, bool all)
 {
@@ -157,8 +122,8 @@ static enum outcome receive(Receiver *r, bool all)
         if (count && !report->classified) {
             uintptr_t region;
 
-            count = without_hangup(r, count);
-            if (count < 0 || (count && check_reported(r, (uint32_t)count) < 0))
+            count = lrx_checked(r, count);
+            if (count < 0)
                 return FAILED;
             if (!count || !r->arenas[r->current]) /* as above */
                 return NOTHING;

@@ -7,6 +7,13 @@
 
 /* The claim: one call at a time is inside. It is a flag that is set and cleared while the GIL is held. */
 
+bool lrx_check_prepared(const Receiver *r)
+{
+    if (!r->prepared)
+        PyErr_SetString(PyExc_ValueError, "this dispatcher was never opened: linkrx.open makes one");
+    return r->prepared;
+}
+
 static bool enter(Receiver *r)
 {
     if (r->prepared && !r->claimed && !r->closed && (!r->state->process || *r->state->process == r->process)) {
@@ -17,9 +24,7 @@ static bool enter(Receiver *r)
         r->claimed = false;
         return false;
     }
-    if (!r->prepared) {
-        PyErr_SetString(PyExc_ValueError, "this dispatcher was never opened: linkrx.open makes one");
-    } else {
+    if (lrx_check_prepared(r)) {
         PyObject *answer = PyObject_CallMethod((PyObject *)r, "_refuse", "O", r->thread == PyThread_get_thread_ident() ? Py_True : Py_False);
 
         Py_XDECREF(answer);

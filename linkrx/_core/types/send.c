@@ -114,10 +114,8 @@ static PyObject *refuse(Receiver *r, int code, size_t length)
 
     if (PyErr_Occurred())
         return NULL;
-    if (!r->prepared) {
-        PyErr_SetString(PyExc_ValueError, "this dispatcher was never opened: linkrx.open makes one");
+    if (!lrx_check_prepared(r))
         return NULL;
-    }
     answer = PyObject_CallMethod((PyObject *)r, "_refuse_send", "in", code, (Py_ssize_t)length);
     Py_XDECREF(answer);
     if (!PyErr_Occurred())

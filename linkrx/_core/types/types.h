@@ -320,6 +320,8 @@ static inline struct lrx_report *report_of(const Receiver *r)
 /* fill.c */
 /* Fill once, without waiting. Returns the number of frames, or -1 with an exception. `all`: receive up to a whole batch. */
 int lrx_fill(Receiver *r, bool all);
+/* How many of `count` received frames are left if the last ones are the end, or -1 with an exception. Also checks where they lie. */
+int lrx_checked(Receiver *r, int count);
 /* Whether the last fill may have ended because the batch was full, by rows or by bytes. */
 bool lrx_was_full(const Receiver *r);
 enum outcome lrx_take_in(Receiver *r);
@@ -350,6 +352,9 @@ void lrx_forget_pending(Receiver *r);
 void lrx_reset_packets(Receiver *r);
 
 /* receiver.c: see the docstrings in receiver_type.c */
+/* False with ValueError for a dispatcher that was never opened. */
+bool lrx_check_prepared(const Receiver *r);
+/* Whether packets, an error or the end wait here. */
 bool lrx_has_something(const Receiver *r);
 PyObject *lrx_leave(Receiver *r, PyObject *result);
 PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names);
