@@ -52,10 +52,14 @@ class Reader:
         except RuntimeError:  # none runs here
             return False
 
-    def check_free(self) -> None:
-        """Raise Busy if a task of its loop waits."""
-        if self._waiter is not None and not self.loop.is_closed():
-            raise Busy("another task is receiving: a dispatcher belongs to one task at a time")
+    def leave(self) -> None:
+        """Leave the loop, for another one. Raises Busy if it runs in another thread, or a task of it waits."""
+        waits = self._waiter is not None and not self._waiter.done()
+        if not self.loop.is_closed() and (waits or self.loop.is_running()):
+            raise Busy(
+                "another task is receiving, or its event loop still runs in another thread: a dispatcher belongs to one task "
+                "at a time"
+            )
         self._release()
 
     def begin(self, waiter: Waiter) -> None:

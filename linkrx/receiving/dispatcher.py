@@ -140,7 +140,7 @@ class Dispatcher(Reception):
         reader = self._reader
         if reader is None or not reader.is_here():
             if reader is not None:
-                reader.check_free()
+                reader.leave()
             reader = self._reader = aio.Reader(self)
         return reader
 

@@ -346,6 +346,33 @@ def test_an_iterator_in_another_event_loop(seqpacket: Pair) -> None:
         assert [asyncio.run(one()) for _ in range(3)] == [7, 7, 7]
 
 
+def test_an_iterator_in_two_open_event_loops(seqpacket: Pair) -> None:
+    """Two event loops of one thread can use an iterator in turn, if no task of the other waits, and Busy says so if one does."""
+    receiver, sender = seqpacket
+    with linkrx.open(receiver) as rx, asyncio.Runner() as one, asyncio.Runner() as two:
+        packets = aiter(rx)
+
+        async def first() -> int:
+            asyncio.get_running_loop().call_soon(sender.send, HEADER + b"\x07")
+            return (await anext(packets)).data[0]
+
+        async def wait() -> asyncio.Future[Any]:
+            waiting = asyncio.ensure_future(anext(packets))
+            await asyncio.sleep(0)
+            return waiting
+
+        async def cancel(waiting: asyncio.Future[Any]) -> None:
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+        assert [loop.run(first()) for loop in (one, two, one, two)] == [7] * 4
+        waiting = one.run(wait())
+        with pytest.raises(linkrx.Busy, match="another task is receiving"):
+            two.run(first())
+        one.run(cancel(waiting))
+
+
 def test_an_iterator_in_the_loop_of_another_thread(seqpacket: Pair) -> None:
     """While a packet wakes a task, another thread that waits with the same iterator in a loop of its own gets Busy."""
     receiver, sender = seqpacket
