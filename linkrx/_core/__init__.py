@@ -91,6 +91,16 @@ def new(declaration: str, **fields: object) -> Any:
     return _native.ffi.new(declaration, fields)
 
 
+def owned(state: Any, free: str) -> Any:
+    """A pointer that a function of `lib` returned. `free`, of `lib` too, frees it with the last reference to the result.
+
+    Raises MemoryError for NULL.
+    """
+    if not state:
+        raise MemoryError(f"no memory for what {free}() frees")
+    return _native.ffi.gc(state, getattr(lib, free))
+
+
 def address(buffer: object) -> int:
     """The address of a writable buffer as uintptr_t. The caller must keep the buffer alive."""
     return int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(buffer, require_writable=True)))

@@ -17,26 +17,12 @@
 struct lrx_capture_interface *lrx_capture_add_interface(struct lrx_capture *c)
 {
     const uint32_t count = c->first + c->count;
-    struct lrx_capture_interface *i;
 
     if (count == LRX_CAPTURE_INTERFACES) {
         damaged(c, LRX_CAPTURE_TOO_MANY, count);
         return NULL;
     }
-    if (count == c->room) {
-        const uint32_t room = c->room ? 2 * c->room : 4;
-
-        i = realloc(c->interfaces, room * sizeof *i);
-        if (!i) {
-            damaged(c, LRX_CAPTURE_MEMORY, count);
-            return NULL;
-        }
-        c->interfaces = i;
-        c->room = room;
-    }
-    i = &c->interfaces[count];
-    memset(i, 0, sizeof *i);
-    return i;
+    return &c->interfaces[count];
 }
 
 static uint32_t begin_pcap(struct lrx_capture *c, const uint8_t *at, uint32_t magic)
@@ -162,14 +148,15 @@ struct lrx_capture *lrx_capture_open(void)
     if (!c)
         return NULL;
     c->rest = malloc(LRX_CAPTURE_WHOLE + LRX_CAPTURE_PIECE);
-    if (!c->rest) {
-        free(c);
-        return NULL;
-    }
-    return c;
+    /* All at once, so that they never move: another thread may read a name. Only the pages that are written take memory. */
+    c->interfaces = calloc(LRX_CAPTURE_INTERFACES, sizeof *c->interfaces);
+    if (c->rest && c->interfaces)
+        return c;
+    lrx_capture_free(c);
+    return NULL;
 }
 
-void lrx_capture_close(struct lrx_capture *c)
+void lrx_capture_free(struct lrx_capture *c)
 {
     free(c->interfaces);
     free(c->rest);

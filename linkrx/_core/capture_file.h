@@ -20,9 +20,8 @@
 #define LRX_CAPTURE_INTERFACE 7    /* a packet of an interface that no block describes */
 #define LRX_CAPTURE_OPTION 8       /* an option of an interface is longer than its block */
 #define LRX_CAPTURE_TOO_MANY 9     /* too many interfaces */
-#define LRX_CAPTURE_MEMORY 10      /* no memory for another interface */
-#define LRX_CAPTURE_CUT 11         /* the file ends within a record, after `value` bytes of it */
-#define LRX_CAPTURE_LINK_TYPE 12   /* a link type of more than 16 bits */
+#define LRX_CAPTURE_CUT 10         /* the file ends within a record, after `value` bytes of it */
+#define LRX_CAPTURE_LINK_TYPE 11   /* a link type of more than 16 bits */
 
 /* An interface of a file. A pcap file has one, without a name. */
 struct lrx_capture_interface {
@@ -47,8 +46,7 @@ struct lrx_capture {
     uint32_t lengths;    /* pcap: 1 if captured and original length are swapped, 2 if they may be */
     uint32_t first;      /* pcapng: the number of interfaces of earlier sections */
     uint32_t count;      /* the number of interfaces of this section, which follow those */
-    uint32_t room;       /* elements of `interfaces` */
-    struct lrx_capture_interface *interfaces;
+    struct lrx_capture_interface *interfaces; /* LRX_CAPTURE_INTERFACES */
     uint32_t needed;     /* bytes of the next record that must be in memory to parse it */
     uint32_t piece;      /* the number of the last parsed piece */
     uint32_t pieces;     /* pieces that were parsed since packets were reported */
@@ -63,7 +61,7 @@ struct lrx_capture {
 
 /* NULL if there is no memory. */
 struct lrx_capture *lrx_capture_open(void);
-void lrx_capture_close(struct lrx_capture *c);
+void lrx_capture_free(struct lrx_capture *c);
 
 /* Parse the rest of the data that was read before. Returns the number of packets. */
 int lrx_capture_again(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region);

@@ -25,7 +25,7 @@ static int set_ring(const struct lrx_ring *s, uint32_t retire_ms)
     return setsockopt(s->fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request);
 }
 
-/* Reading PACKET_STATISTICS resets it. */
+/* Reading PACKET_STATISTICS resets it. Several threads may do that at once. */
 bool lrx_ring_count(struct lrx_ring *s)
 {
     struct tpacket_stats_v3 since;
@@ -33,8 +33,8 @@ bool lrx_ring_count(struct lrx_ring *s)
 
     if (getsockopt(s->fd, SOL_PACKET, PACKET_STATISTICS, &since, &size) < 0 || size != sizeof since)
         return false;
-    s->drops += since.tp_drops;
-    s->freezes += since.tp_freeze_q_cnt;
+    __atomic_fetch_add(&s->drops, since.tp_drops, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&s->freezes, since.tp_freeze_q_cnt, __ATOMIC_RELAXED);
     return true;
 }
 
@@ -50,6 +50,7 @@ static void take_off(struct lrx_ring *s)
 {
     if (s->memory)
         munmap(s->memory, s->mapped); /* first, because a mapped ring cannot be removed (EBUSY) */
+    s->memory = NULL;
     if (is_same_socket(s)) {
         s->blocks = s->block_size = 0;
         set_ring(s, 0);
@@ -65,17 +66,24 @@ static void touch(const struct lrx_ring *s)
         __atomic_fetch_or((uint32_t *)(s->memory + at), 0, __ATOMIC_RELAXED); /* a write that changes nothing */
 }
 
-struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
-                               uint32_t capacity, uint32_t wanted)
+struct lrx_ring *lrx_ring_new(void)
 {
-    struct lrx_ring *s = calloc(1, sizeof *s);
+    return calloc(1, sizeof(struct lrx_ring));
+}
+
+void lrx_ring_free(struct lrx_ring *s)
+{
+    free(s); /* not the guard: packets that could not be copied before a fork still read it */
+}
+
+int lrx_ring_open(struct lrx_ring *s, int fd, uint32_t block_size, uint32_t blocks, uint32_t retire_ms, uint32_t vnet,
+                  uint32_t capacity, uint32_t wanted)
+{
     const int version = TPACKET_V3;
     socklen_t size = sizeof s->version;
     struct stat now;
     int error;
 
-    if (!s)
-        return NULL;
     if (vnet > VNET_MOST) {
         errno = EINVAL;
         goto refused;
@@ -121,31 +129,25 @@ struct lrx_ring *lrx_ring_open(int fd, uint32_t block_size, uint32_t blocks, uin
     touch(s);
     lrx_ring_count(s); /* resets the counters, which have earlier drops of the socket */
     s->drops = s->freezes = 0;
-    return s;
+    return 0;
 
 refused:
     error = errno;
     if (s->guard)
         munmap(s->guard, PAGE_LEAST);
-    free(s);
+    s->guard = NULL;
     errno = error;
-    return NULL;
+    return -1;
 }
 
 void lrx_ring_close(struct lrx_ring *s, int unmap)
 {
-    if (!s)
-        return;
-    if (unmap && is_mapped(s)) { /* else the ring belongs to the parent */
+    if (unmap && s->guard && is_mapped(s)) { /* else the ring belongs to the parent */
         take_off(s);
         munmap(s->guard, PAGE_LEAST);
+        s->guard = NULL;
     }
-    free(s);
-}
-
-void lrx_ring_abandon(struct lrx_ring *s)
-{
-    free(s); /* not the guard: packets that could not be copied before the fork still read it */
+    s->fd = -1; /* another thread may still ask for the counters */
 }
 
 uint32_t lrx_ring_held(const struct lrx_ring *s)

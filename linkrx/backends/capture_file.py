@@ -46,9 +46,7 @@ class CaptureWalk(Backend):
         self._piece = 1
         self._failure: Exception | None = None
         self._refused: Exception | None = None  # the filter does not suit the next packet; it may be replaced
-        self._state: Any = _core.lib.lrx_capture_open()
-        if not self._state:
-            raise MemoryError("no memory for the buffer of a capture file")
+        self._state: Any = _core.owned(_core.lib.lrx_capture_open(), "lrx_capture_free")
 
     def fill(self, arena: Owner, room: int) -> int:
         """Read the packets of one piece. Ignores `report.most`, which is for mechanisms that could wait for more."""
@@ -139,10 +137,8 @@ class CaptureWalk(Backend):
         return _core.text(state.interfaces[index - 1].name) or None
 
     def close(self) -> None:
-        """Free the buffer. The source closes the file."""
-        state, self._state = self._state, None
-        if state is not None:
-            _core.lib.lrx_capture_close(state)
+        """Free the buffer, unless another thread is in `interface_name`. The source closes the file."""
+        self._state = None
 
 
 def _sentence(state: Any) -> str:
@@ -158,7 +154,6 @@ def _sentence(state: Any) -> str:
         lib.LRX_CAPTURE_INTERFACE: f"a packet of interface {value}, but no block describes that interface",
         lib.LRX_CAPTURE_OPTION: f"option {value} of an interface is longer than its block",
         lib.LRX_CAPTURE_TOO_MANY: f"the file has more than {value} interfaces",
-        lib.LRX_CAPTURE_MEMORY: f"no memory for more than {value} interfaces",
         lib.LRX_CAPTURE_LINK_TYPE: f"link type {value} does not fit into 16 bits",
         lib.LRX_CAPTURE_CUT: f"the file ends {value} bytes later, within a record"
         if value

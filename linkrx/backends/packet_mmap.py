@@ -86,8 +86,9 @@ class PacketMmap(CoreBackend):
         self._joins = receive.options.fanout is not None
         tick = time.clock_getres(_CLOCK_MONOTONIC_COARSE)
         self.readable_within = RETIRE_LOOKS * ((receive.options.latency or LATENCY_LEAST) + 2 * tick)
-        self._state, self._blocks = _ring(receive)
+        self._state = _core.owned(_core.lib.lrx_ring_new(), "lrx_ring_free")
         try:
+            self._blocks = _open_ring(self._state, receive)
             if not receive.options.segment:
                 most = min(BLOCKS_IN_PLACE, self._blocks // SHARE_IN_PLACE)
                 self._mechanism.slots = _core.lib.lrx_ring_read_in_place(self._state, most)
@@ -130,7 +131,7 @@ class PacketMmap(CoreBackend):
         return None if frozen < 0 else frozen
 
     def close(self) -> None:
-        """Remove the ring from the socket."""
+        """Remove the ring from the socket. Its state stays while another thread asks for its counters."""
         state, self._state = self._state, None
         if state is None:
             return
@@ -143,9 +144,7 @@ class PacketMmap(CoreBackend):
 
     def abandon(self) -> None:
         """Free the memory of the child. The ring belongs to the parent, and is not mapped here."""
-        state, self._state = self._state, None
-        if state is not None:
-            _core.lib.lrx_ring_abandon(state)
+        self._state = None
 
 
 def shape(size: int, largest: int = 0) -> tuple[int, int]:
@@ -191,8 +190,8 @@ def _largest_through(route: RouteSocket, link: Link | None, above: int = 0) -> i
     return max(own, _largest_through(route, peer if link.peer_namespace is None else None, above + 1))
 
 
-def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
-    """A ring of the wanted size, or as large as the kernel has memory for; and the number of its blocks."""
+def _open_ring(state: Any, receive: ReceiveConfig) -> int:
+    """Make a ring of the wanted size, or as large as the kernel has memory for. Returns the number of its blocks."""
     options, found = receive.options, receive.capabilities
     retire = int(min((options.latency or LATENCY_LEAST) * 1000, RETIRE_MOST))
     wanted = (TIMESTAMP if options.timestamps else 0) | (OUTGOING if options.outgoing else 0)
@@ -201,7 +200,8 @@ def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
     block, asked = shape(options.receive_buffer or RING_BYTES, _largest(receive))
     blocks = asked
     while True:
-        state = _core.lib.lrx_ring_open(
+        refused = _core.lib.lrx_ring_open(
+            state,
             receive.fd,
             block,
             blocks,
@@ -210,7 +210,7 @@ def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
             receive.layout.capacity,
             wanted,
         )
-        if state:
+        if not refused:
             break
         code = _core.last_error()
         if code == errno.EBUSY:
@@ -228,4 +228,4 @@ def _ring(receive: ReceiveConfig) -> tuple[Any, int]:
             asked * block,
             blocks * block,
         )
-    return state, blocks
+    return blocks

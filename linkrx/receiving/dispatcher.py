@@ -6,23 +6,28 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial, wraps
 from types import TracebackType
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from linkrx.backend import Backend
 from linkrx.choice import Choice
+from linkrx.memory import counters as slots
+from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL
 from linkrx.packets import Batch, Deliver, Packet
 from linkrx.receiving import aio
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.receiver import Waiter
 from linkrx.receiving.reception import Reception
-from linkrx.receiving.stats import End
+from linkrx.receiving.stats import End, Stats
 from linkrx.sources.capabilities import Capabilities
 from linkrx.sources.filters import FilterLike
 from linkrx.sources.resolve import Settings
 from linkrx.sources.source import Source
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 _alive: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
@@ -40,6 +45,24 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
+def _while_open(
+    method: Callable[Concatenate[Dispatcher, Given], Result],
+) -> Callable[Concatenate[Dispatcher, Given], Result]:
+    """The method raises Closed after close(), and for whatever fails because close() came meanwhile."""
+
+    @wraps(method)
+    def call(dispatcher: Dispatcher, /, *args: Given.args, **names: Given.kwargs) -> Result:
+        dispatcher._check_open()
+        try:
+            return method(dispatcher, *args, **names)
+        except Exception:
+            if dispatcher._closed:
+                raise dispatcher._why_closed() from None
+            raise
+
+    return call
 
 
 class Dispatcher(Reception):
@@ -90,21 +113,45 @@ class Dispatcher(Reception):
         """Why reception ended, or None."""
         return self._end or (End.STOPPED if self._stopping else None)
 
+    @_while_open
     def interface_name(self, index: int) -> str | None:
         """The name of the interface with this index, as in `packet.interface`; None if it is not known.
 
         For a packet socket it is the present name in the socket's network namespace, for a capture file the name in the file.
         """
-        self._check_open()
         return self._mechanism.interface_name(index) or self.source.interface_name(index)
 
+    @_while_open
+    def stats(self) -> Stats:
+        """The counters since `open`. From any thread."""
+        counters, tally = self._counters, self._tally
+        return Stats(
+            packets=counters[PACKETS] - self._undelivered,
+            bytes=counters[BYTES] - self._undelivered_bytes,
+            batches=self._batches,
+            receives=self._receives,
+            waits=self._waits,
+            runts=counters[RUNTS],
+            empty=counters[EMPTY],
+            unknown_protocol=counters[UNKNOWN_PROTOCOL],
+            malformed=counters[slots.MALFORMED] + tally.indescribable,
+            truncated=counters[CUT],
+            kernel_drops=self._drops(),
+            ring_freezes=self._mechanism.freezes(),
+            link_downs=tally.link_downs if self.source.watched else None,
+            demotions=self._rungs - len(self.choice.ladder),
+            undelivered=self._undelivered + tally.undelivered,
+            sent=self._sent,
+            filtered=counters[FILTERED] if self._source_filter.own or counters[FILTERED] else None,
+        )
+
+    @_while_open
     def fileno(self) -> int:
         """A descriptor for any event loop: when it is readable, call `drain()` and look at `end`.
 
         It is not the source's descriptor. It is readable while packets wait inside linkrx. After the end of reception it stays
         readable until a call returned False, raised Ended or left `end` set.
         """
-        self._check_open()
         self._polled = True
         if self._ended:
             self._disarm()
@@ -162,6 +209,7 @@ class Dispatcher(Reception):
         if self._reader is not None:
             self._reader.unregister()
 
+    @_while_open
     def set_filter(self, filter: FilterLike | None) -> None:
         """Replace the filter by an expression or instructions, as for `open`. None removes it.
 
@@ -172,7 +220,6 @@ class Dispatcher(Reception):
         Raises ValueError for a wrong filter, UnsupportedOption for a filter that the source cannot have or the kernel refuses, and
         Busy while another thread sets a filter. The old filter then stays in force.
         """
-        self._check_open()
         chosen = self._backends[self.choice.backend]
         self._source_filter.change(self._run_filter, filter, chosen, self._mechanism.readable_within)
         self._explain_filter()

@@ -49,7 +49,7 @@ class SourceFilter:
         self._settings = settings
         self._options = settings.options
         self._plan: Plan | None = None
-        self._changing = threading.RLock()  # a signal handler may call change() inside change()
+        self.changing = threading.RLock()  # a signal handler may call change() or close() inside change()
 
     @property
     def explanation(self) -> str | None:
@@ -78,12 +78,12 @@ class SourceFilter:
             plan = self._planned(
                 filters.compiled(given, found, ethernet=self._settings.framing.ethernet), backend
             )
-        if not self._changing.acquire(blocking=False):
+        if not self.changing.acquire(blocking=False):
             raise Busy("another thread is setting the filter: one at a time")
         try:
             self._put(run, plan, readable_within)
         finally:
-            self._changing.release()
+            self.changing.release()
 
     def backend_changed(self, run: Run, backend: type[Backend], readable_within: float) -> None:
         """Let linkrx cut packets instead of the kernel if the new backend does not read their length before cutting.

@@ -19,9 +19,8 @@ from linkrx.backend import Backend, Mechanism, ReceiveConfig
 from linkrx.choice import Choice
 from linkrx.errors import Busy, Closed, DamagedCapture, Ended, LinkrxError
 from linkrx.kernel.errnos import INTERFACE_GONE, QUEUE_GONE, REFUSED, TRANSIENT, UNAVAILABLE
-from linkrx.memory import counters as slots
 from linkrx.memory.columns import Descriptors
-from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, UNKNOWN_PROTOCOL, new_counters
+from linkrx.memory.counters import new_counters
 from linkrx.packets import Deliver, Owner
 from linkrx.packets.headers import MALFORMED
 from linkrx.receiving.drops import DropWatch
@@ -29,7 +28,7 @@ from linkrx.receiving.filtering import SourceFilter
 from linkrx.receiving.ladder import following, warn_cut
 from linkrx.receiving.receiver import Receiver
 from linkrx.receiving.sending import refusal, way_to_send
-from linkrx.receiving.stats import End, Stats, Tally
+from linkrx.receiving.stats import End, Tally
 from linkrx.receiving.wakeup import Wakeup
 from linkrx.sources.file_filter import FilePrograms
 from linkrx.sources.resolve import Settings
@@ -351,12 +350,15 @@ class Reception(Receiver):
 
     def _check_open(self) -> None:
         self._notice_fork()
+        if self._closed:
+            raise self._why_closed()
+
+    def _why_closed(self) -> Closed:
         if self._forked:
-            raise Closed(
+            return Closed(
                 "this dispatcher belongs to the parent process: after fork() a child may only close() it"
             )
-        if self._closed:
-            raise Closed("this dispatcher was closed: linkrx.open makes a new one")
+        return Closed("this dispatcher was closed: linkrx.open makes a new one")
 
     def _disown(self) -> None:
         """Release everything that a forked child shares with its parent."""
@@ -384,7 +386,8 @@ class Reception(Receiver):
             if self._forked:
                 self.source.abandon()
             else:
-                self.source.close()
+                with self._source_filter.changing:
+                    self.source.close()
         self._released = True  # last, so that close() can be called again after an exception
 
     # Polling.
@@ -424,27 +427,3 @@ class Reception(Receiver):
     def _drops(self) -> int | None:
         drops = self.source.kernel_drops()
         return None if drops is None else drops + self._mechanism.drops() + self._tally.ring_drops
-
-    def stats(self) -> Stats:
-        """The counters since `open`. From any thread."""
-        self._check_open()
-        counters, tally = self._counters, self._tally
-        return Stats(
-            packets=counters[PACKETS] - self._undelivered,
-            bytes=counters[BYTES] - self._undelivered_bytes,
-            batches=self._batches,
-            receives=self._receives,
-            waits=self._waits,
-            runts=counters[RUNTS],
-            empty=counters[EMPTY],
-            unknown_protocol=counters[UNKNOWN_PROTOCOL],
-            malformed=counters[slots.MALFORMED] + tally.indescribable,
-            truncated=counters[CUT],
-            kernel_drops=self._drops(),
-            ring_freezes=self._mechanism.freezes(),
-            link_downs=tally.link_downs if self.source.watched else None,
-            demotions=self._rungs - len(self.choice.ladder),
-            undelivered=self._undelivered + tally.undelivered,
-            sent=self._sent,
-            filtered=counters[FILTERED] if self._source_filter.own or counters[FILTERED] else None,
-        )

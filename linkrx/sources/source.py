@@ -169,6 +169,7 @@ class Source:
 
     def close(self) -> None:
         """Restore the options of a borrowed descriptor; close an owned one. Idempotent."""
+        self.fd = -1  # for another thread, which could use a descriptor that belongs to another file by then
         self._undo.run()
         self._held = None
 

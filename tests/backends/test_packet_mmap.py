@@ -99,10 +99,10 @@ def test_a_ring_that_is_refused(
 ) -> None:
     """If the kernel refuses a ring, auto warns and continues with recvmmsg without a loss. A named ring raises an error with the kernel's reason."""
 
-    def refused(receive: object) -> None:
+    def refused(_state: object, _receive: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(packet_mmap, "_ring", refused)
+    monkeypatch.setattr(packet_mmap, "_open_ring", refused)
     said = os.strerror(code)
     with linkrx.open(wire[0]) as rx:
         wire[2].send(frame(1))
@@ -605,14 +605,14 @@ def test_nothing_is_mapped_after_close(wire: Wire) -> None:
 
 def test_an_interface_that_goes_before_bind(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the interface is deleted while the ring is made, open fails with ENODEV and leaves nothing."""
-    make = packet_mmap._ring
+    open_ring = packet_mmap._open_ring
 
-    def make_and_delete(receive: ReceiveConfig) -> object:
-        state = make(receive)
+    def open_and_delete(state: object, receive: ReceiveConfig) -> int:
+        blocks = open_ring(state, receive)
         Device(wire[0]).delete()
-        return state
+        return blocks
 
-    monkeypatch.setattr(packet_mmap, "_ring", make_and_delete)
+    monkeypatch.setattr(packet_mmap, "_open_ring", open_and_delete)
     with pytest.raises(OSError, match=f"binding a packet socket to '{wire[0]}'"):
         ring_on(wire[0])
     assert len(ring.mapped()) == 0

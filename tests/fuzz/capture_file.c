@@ -111,7 +111,7 @@ static void read_file(struct result *r, const uint8_t *file, size_t size, uint32
     r->offset = c->offset;
     MUST(c->first + c->count <= LRX_CAPTURE_INTERFACES && r->offset <= size);
     free(descriptors);
-    lrx_capture_close(c);
+    lrx_capture_free(c);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

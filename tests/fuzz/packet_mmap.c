@@ -626,10 +626,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                     (take(&in, 1) ? LRX_WANT_SENDER : 0);
     broken = take(&in, 15) == 1;
     kernel.steps_left = broken ? (int)take(&in, 5) : -1;
-    s = lrx_ring_open(FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted);
-    if (!s) {
+    s = lrx_ring_new();
+    MUST(s);
+    if (lrx_ring_open(s, FD, kernel.block_size, kernel.blocks, 1, kernel.vnet, kernel.capacity, kernel.wanted) < 0) {
         MUST(errno == (kernel.vnet > 12 ? EINVAL : kernel.failed) && errno);
         MUST(!kernel.memory && !kernel.guard && !kernel.has_ring && kernel.version == VERSION);
+        lrx_ring_free(s);
         return 0;
     }
     MUST(!broken && kernel.vnet <= 12 && kernel.has_ring && kernel.version == TPACKET_V3);
@@ -659,12 +661,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
         *(uint32_t *)kernel.guard = !unmap;
         lrx_ring_close(s, unmap);
+        lrx_ring_free(s);
         MUST(kernel.memory && kernel.guard && kernel.has_ring);
         fake_munmap(kernel.memory, kernel.mapped);
         fake_munmap(kernel.guard, PAGE);
         return 0;
     }
     lrx_ring_close(s, 1);
+    lrx_ring_close(s, 1); /* the second does nothing */
+    lrx_ring_free(s);
     MUST(!kernel.memory && !kernel.guard);
     MUST(kernel.other || (!kernel.has_ring && kernel.version == VERSION));
     return 0;

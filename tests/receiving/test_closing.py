@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from support.captures import pcap
+from support.interruptions import After
 from support.pairs import frame, pair
+from support.received import needs_core
+from support.run import points
 
 import linkrx
 
@@ -84,3 +92,61 @@ def test_a_child_that_closes_inside_deliver_leaves_other_files_alone(tmp_path: P
         _, status = os.wait()
         rx.close()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+class Acting(After):
+    """Calls a function at the point where After raises."""
+
+    def __init__(self, points: int, act: Callable[[], object]) -> None:
+        super().__init__(points)
+        self.act = act
+
+    def count(self) -> None:
+        """Count a point, and call the function at the last one."""
+        if self.left:
+            self.left -= 1
+        elif not self.raised:
+            sys.settrace(None)
+            self.raised = True
+            self.act()
+
+
+def a_ring() -> linkrx.Dispatcher:
+    """A dispatcher whose C state close() frees."""
+    return linkrx.open("lo", backend="packet_mmap", receive_buffer=1 << 18)
+
+
+def a_file() -> linkrx.Dispatcher:
+    """Another one, with names of interfaces."""
+    return linkrx.open(linkrx.CaptureFile(io.BytesIO(pcap([]))))
+
+
+CALLS: dict[str, Callable[[linkrx.Dispatcher], object]] = {
+    "stats": lambda rx: rx.stats(),
+    "fileno": lambda rx: rx.fileno(),
+    "interface_name": lambda rx: rx.interface_name(1),
+    "set_filter": lambda rx: rx.set_filter("ip"),
+    "repr": repr,
+    "stop": lambda rx: rx.stop(flush=True),
+}
+
+
+@needs_core
+@pytest.mark.samples
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("make", [a_ring, a_file])
+def test_close_in_the_middle_of_another_call(make: Callable[[], linkrx.Dispatcher], call: str) -> None:
+    """If close() comes at any point of a call that receives nothing, the call returns or raises Closed."""
+    for point in points(5000):
+        rx = make()
+        acting = Acting(point, rx.close)
+        try:
+            with acting:
+                CALLS[call](rx)
+        except linkrx.Closed:
+            assert acting.raised
+        rx.close()
+        if not acting.raised:
+            break
+    assert not acting.raised

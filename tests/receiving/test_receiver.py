@@ -16,6 +16,7 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 from support.pairs import BACKENDS, Pair, frame, number_of, pair
+from support.received import needs_core
 from support.run import that_take
 
 import linkrx
@@ -167,10 +168,14 @@ def test_close_waits_for_deliver(ends: Pair) -> None:
     assert events == ["delivered", "closed"]
 
 
-def test_stats_beside_close(ends: Pair) -> None:
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("ring", [False, pytest.param(True, marks=needs_core)])
+def test_stats_beside_close(ring: bool, ends: Pair) -> None:
     """stats() in one thread during close() in another returns the counters or raises Closed."""
     for _ in range(200):
-        rx = linkrx.open(ends[0])
+        rx = (
+            linkrx.open("lo", backend="packet_mmap", receive_buffer=1 << 18) if ring else linkrx.open(ends[0])
+        )
 
         def ask(rx: linkrx.Dispatcher = rx) -> None:
             while True:
