@@ -451,12 +451,19 @@ FAILING = (
     EXCHANGE
     + """
 import pytest
+from linkrx.testing.waiting import patiently
+
+def all_came(ends, count):
+    for _ in patiently(lambda: all(len(end.recorded) >= count for end in ends)):
+        for end in ends:
+            end.record_the_rest()
 
 @pytest.mark.parametrize("case", ["a/b", "a b"])
 def test_wrong(linkrx_veth, case):
     near, far = linkrx_veth
     near.inject(FRAME)
     far.inject(FRAME + case.encode())
+    all_came(linkrx_veth, 2 if KNOWS_DIRECTION else 1)
     os.chdir("/")
     far.expect(FRAME + b"!", timeout=0)
 
@@ -464,6 +471,7 @@ def test_wrong(linkrx_veth, case):
 def late(linkrx_veth):
     yield
     linkrx_veth[0].inject(FRAME)
+    all_came(linkrx_veth if KNOWS_DIRECTION else linkrx_veth[1:], 1)
     raise RuntimeError
 
 def test_late(late):
@@ -478,7 +486,10 @@ def test_without():
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
     """Each failing test, in any phase, has a file with the packets of its ends, which the report names. Other tests have none."""
-    done = suite(FAILING, "--linkrx-private", "--linkrx-capture", "captures", *workers, unprivileged=True)
+    # os_readv does not get the direction, and does not receive frames that an end sent.
+    knows_direction = _core.reason is None
+    program = f"KNOWS_DIRECTION = {knows_direction}\n{FAILING}"
+    done = suite(program, "--linkrx-private", "--linkrx-capture", "captures", *workers, unprivileged=True)
     assert outcome(done) == "3 failed, 2 passed, 1 error"
     written = sorted(path for path in (folder / "captures").rglob("*") if path.is_file())
     names = ["test_late.pcapng", "test_wrong[a b].pcapng", "test_wrong[a%2Fb].pcapng"]
@@ -491,8 +502,6 @@ def test_captures(suite: Suite, folder: Path, workers: tuple[str, ...]) -> None:
         with linkrx.open(linkrx.CaptureFile(path)) as rx:
             seen = list(rx)
             ends = [rx.interface_name(packet.interface) for packet in seen]
-        # os_readv does not get the direction, and does not receive frames that an end sent.
-        knows_direction = _core.reason is None
         assert sorted(map(bytes, seen)) == sorted(frames * (2 if knows_direction else 1))
         if knows_direction:
             found = {(name, packet.outgoing) for name, packet in zip(ends, seen, strict=True)}
