@@ -6,13 +6,15 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
-from linkrx.errors import Ended
+from linkrx.errors import Closed, Ended
 from linkrx.factory import open
 from linkrx.kernel import ethtool
 from linkrx.kernel.rtnetlink import Link
@@ -37,7 +39,10 @@ QUIET = 0.1  # seconds to wait for unexpected packets
 # of 100 Hz or more: prb_setup_retire_blk_timer() of net/packet/af_packet.c.
 RING_DELAY = 0.025
 
-RING_BYTES = 4 * 1024 * 1024  # for 2,000 frames of an MTU of 1500 that wait for the test
+# For 8,000 frames of an MTU of 1500 that come at once. Of frames that come one by one, each takes one of its 128 blocks.
+RING_BYTES = 16 * 1024 * 1024
+
+SENT_AT_ONCE = 16  # frames, before packets are taken out of the rings
 
 
 class End:
@@ -52,6 +57,8 @@ class End:
         self._device: Device = network.inside(lambda: Device(name))
         self._came: list[Packet] = []  # packets that were not expected yet
         self.recorded: list[Packet] = []  # all packets in both directions, if the network records
+        self._taking = threading.RLock()
+        self._waits = False  # the thread that has the lock takes packets
         self._injector: socket.socket = network.inside(self._open_injector)
         try:
             backend, options = _receiving(network.records)
@@ -202,6 +209,8 @@ class End:
         deadline = time.monotonic() + timeout
         self.wait_for_carrier(timeout)
         for number, frame in enumerate(frames_of(frames)):
+            if number % SENT_AT_ONCE == 0:
+                self._network.take_in()
             self._injector.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 self._injector.send(frame)
@@ -250,34 +259,32 @@ class End:
         """
         __tracebackhide__ = True
         is_wanted = self._matcher(wanted)
-        for index, packet in enumerate(self._came):
-            if is_wanted(packet):
-                return self._came.pop(index)
-        deadline = time.monotonic() + timeout
-        for packet in self._coming(deadline):
-            if is_wanted(packet):
-                return packet
-            self._came.append(packet)
+        with self._alone():
+            for index, packet in enumerate(self._came):
+                if is_wanted(packet):
+                    return self._came.pop(index)
+            for packet in self._coming(timeout):
+                if is_wanted(packet):
+                    return packet
+                self._came.append(packet)
         lines = failure(wanted, self._came, f"within {timeout:g} s", self._title, self._ethernet)
         raise AssertionError("\n".join([*lines, *self._losses()]))
 
     def collect(self, count: int, timeout: float = PATIENCE) -> list[Packet]:
         """Return the next `count` packets of any kind. Raises AssertionError if they do not come within `timeout` seconds."""
         __tracebackhide__ = True
-        deadline = time.monotonic() + timeout
-        if len(self._came) < count:
-            for packet in self._coming(deadline):
-                self._came.append(packet)
-                if len(self._came) == count:
-                    break
-        if len(self._came) < count:
-            came = self._seen()
-            first = f"{len(came)} of {count} packets came in on {self._title} within {timeout:g} s:"
-            raise AssertionError(
-                "\n".join([first, *differences.listed(came, self._ethernet), *self._losses()])
-            )
-        taken, self._came = self._came[:count], self._came[count:]
-        return taken
+        with self._alone():
+            if len(self._came) < count:
+                for packet in self._coming(timeout):
+                    self._came.append(packet)
+                    if len(self._came) == count:
+                        break
+            if len(self._came) >= count:
+                taken, self._came = self._came[:count], self._came[count:]
+                return taken
+            came = [packet.tagged() for packet in self._came]
+        first = f"{len(came)} of {count} packets came in on {self._title} within {timeout:g} s:"
+        raise AssertionError("\n".join([first, *differences.listed(came, self._ethernet), *self._losses()]))
 
     def expect_nothing(self, seconds: float = QUIET, wanted: Wanted | None = None) -> None:
         """Raise AssertionError if a packet came that no `expect` returned, or if one comes within `seconds`.
@@ -286,13 +293,13 @@ class End:
         """
         __tracebackhide__ = True
         counts = (lambda _: True) if wanted is None else self._matcher(wanted)
-        deadline = time.monotonic() + seconds
-        if not any(counts(packet) for packet in self._came):
-            for packet in self._coming(deadline):
-                self._came.append(packet)
-                if counts(packet):
-                    break
-        unwelcome = [packet.tagged() for packet in self._came if counts(packet)]
+        with self._alone():
+            if not any(counts(packet) for packet in self._came):
+                for packet in self._coming(seconds):
+                    self._came.append(packet)
+                    if counts(packet):
+                        break
+            unwelcome = [packet.tagged() for packet in self._came if counts(packet)]
         if unwelcome:
             what = "nothing" if wanted is None else f"no {title_of(wanted)}"
             first = f"{self._title} should have got {what} within {seconds:g} s, but got:"
@@ -301,9 +308,33 @@ class End:
     def _matcher(self, wanted: Wanted) -> Callable[[Packet], object]:
         return matcher_of(wanted, self._rx.capabilities, self._ethernet)
 
-    def _coming(self, deadline: float) -> Iterator[Packet]:
-        """Incoming packets until the deadline, or until the interface is deleted. Includes all that came before the call."""
-        deadline = max(deadline, time.monotonic() + RING_DELAY)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other call take packets meanwhile. Makes room in all ends first."""
+        self._network.take_in()
+        with self._taking:
+            before, self._waits = self._waits, True
+            try:
+                yield
+            finally:
+                self._waits = before
+
+    def take_in(self) -> None:
+        """Take the packets that wait, so that there is room for more. Does nothing while another call takes packets."""
+        if self._taking.acquire(blocking=False):
+            try:
+                if not self._waits:
+                    with suppress(Closed):  # in a forked child, which may send
+                        self._came += self._coming(None)
+            finally:
+                self._taking.release()
+
+    def _coming(self, seconds: float | None) -> Iterator[Packet]:
+        """Incoming packets within that time, or until the interface is deleted. Includes all that came before the call.
+
+        None: packets that can be read now.
+        """
+        deadline = 0.0 if seconds is None else time.monotonic() + max(seconds, RING_DELAY)
         while True:
             try:
                 packet = self._rx.recv(max(deadline - time.monotonic(), 0))
@@ -316,10 +347,8 @@ class End:
 
     def record_the_rest(self) -> None:
         """Receive and keep the packets that are queued."""
-        self._came += self._coming(0)
-
-    def _seen(self) -> list[bytes]:
-        return [packet.tagged() for packet in self._came]
+        with self._alone():
+            self._came += self._coming(0)
 
     def _losses(self) -> Iterator[str]:
         """The lines of a failure message about lost packets."""
@@ -393,27 +422,6 @@ class Tap(End):
         finally:
             for queue in self._queues:
                 queue.close()
-
-
-class Bridge(End):
-    """A bridge. It forwards at once, without spanning tree and IGMP snooping."""
-
-    def attach(self, end: End) -> None:
-        """Make an end a port of the bridge. If it is up and has a carrier, wait until the port forwards frames."""
-        self._network.configure(lambda route: route.link("set", index=end.index, master=self.index))
-        deadline = time.monotonic() + PATIENCE
-        while end._has_carrier() and not end.link.forwards:
-            assert time.monotonic() < deadline, f"{end.name} never became a forwarding port of {self.name}"
-            os.sched_yield()
-
-    def port(self) -> End:
-        """Add a port: one end of a new veth pair. Returns the other end."""
-        near, far = self._network.veth()
-        self.attach(far)
-        return near
-
-    def _no_carrier(self) -> str:
-        return "none of its ports has one"
 
 
 def _receiving(records: bool) -> tuple[str, OpenOptions]:

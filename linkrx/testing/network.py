@@ -29,7 +29,8 @@ from linkrx.kernel import namespace
 from linkrx.kernel.rtnetlink import RouteSocket
 from linkrx.kernel.uapi import TUNSETPERSIST
 from linkrx.sources.tuntap import TunTap
-from linkrx.testing.ends import Bridge, End, QueueOptions, Tap
+from linkrx.testing.bridges import Bridge
+from linkrx.testing.ends import End, QueueOptions, Tap
 
 __all__ = ["Bridge", "End", "Network", "QueueOptions", "Tap"]
 
@@ -134,6 +135,11 @@ class Network:
             for packet in packets:
                 writer.write(packet)
         return len(packets)
+
+    def take_in(self) -> None:
+        """Take the packets that wait in the ends, so that there is room for more. Ends do that before they send and wait."""
+        for end in tuple(self.ends):
+            end.take_in()
 
     # Devices.
 

@@ -8,18 +8,22 @@ import os
 import socket
 import struct
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.children import child
 
 import linkrx
 from linkrx import _core
+from linkrx.backends.packet_mmap import BLOCK_LEAST
 from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.sources import libpcap
 from linkrx.testing import differences, ends
 from linkrx.testing.network import End, Network, Tap
-from linkrx.testing.waiting import patiently
+from linkrx.testing.waiting import PATIENCE, patiently, running
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -143,7 +147,46 @@ def test_many_frames(linkrx_veth: Pair) -> None:
     """An end queues a thousand frames of an ordinary MTU, also without privileges."""
     near, far = linkrx_veth
     near.inject(frame(number, 1514) for number in range(1000))
-    assert far.collect(1000) == [frame(number, 1514) for number in range(1000)]
+    assert far.collect(1000, timeout=PATIENCE) == [frame(number, 1514) for number in range(1000)]
+
+
+@pytest.mark.parametrize("calls", ["one call", "many calls"])
+def test_frames_that_are_sent_slowly(linkrx_veth: Pair, calls: str) -> None:
+    """An end keeps all frames of a slow sender. In a ring each takes a block of its own."""
+    near, far = linkrx_veth
+    slowest = ends.RING_BYTES // BLOCK_LEAST + 50
+
+    def slowly() -> Iterator[bytes]:
+        for number in range(slowest):
+            time.sleep(0.003)  # longer than the latency of a ring; any time will do
+            yield frame(number)
+
+    for some in [slowly()] if calls == "one call" else slowly():
+        near.inject(some)
+    assert far.collect(slowest, timeout=PATIENCE) == [frame(number) for number in range(slowest)]
+
+
+def test_frames_that_are_sent_while_another_thread_waits(linkrx_veth: Pair) -> None:
+    """A thread that waits on an end gets every frame, however the frames are sent meanwhile."""
+    near, far = linkrx_veth
+    got: list[linkrx.Packet] = []
+
+    def take() -> None:
+        got.extend(far.expect(frame(number), timeout=PATIENCE) for number in range(200))
+
+    with running(take):
+        for number in range(200):
+            near.inject(frame(number))
+    assert got == [frame(number) for number in range(200)]
+
+
+def test_a_forked_child_sends(linkrx_veth: Pair) -> None:
+    """A child that was forked inside the network sends out of its ends."""
+    near, far = linkrx_veth
+    with child() as inside:
+        if inside:
+            near.inject(frame())
+    far.expect(frame(), timeout=PATIENCE)
 
 
 @needs_metadata
