@@ -172,7 +172,7 @@ def test_close_waits_for_deliver(ends: Pair) -> None:
 @pytest.mark.parametrize("ring", [False, pytest.param(True, marks=needs_core)])
 def test_stats_beside_close(ring: bool, ends: Pair) -> None:
     """stats() in one thread during close() in another returns the counters or raises Closed."""
-    for _ in range(200):
+    for _ in range(20 if ring else 200):
         rx = (
             linkrx.open("lo", backend="packet_mmap", receive_buffer=1 << 18) if ring else linkrx.open(ends[0])
         )
