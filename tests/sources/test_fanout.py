@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,12 +43,24 @@ def drops_of(members: list[linkrx.Dispatcher]) -> int:
     return sum(member.stats().kernel_drops or 0 for member in members)
 
 
+def account_of(members: list[linkrx.Dispatcher], shares: list[list[int]], total: int) -> str:
+    """What each member counted and received, and the numbers that nobody received."""
+    missing = sorted(set(range(total)) - {number for share in shares for number in share})
+    lines = [f"{len(missing)} of {total} are missing: {missing[:100]}"]
+    for member, share in zip(members, shares, strict=True):
+        lines.append(f"{len(share)} from {share[:1]} to {share[-1:]}: {member.stats()}")
+    return "\n".join([*lines, Path("/proc/net/softnet_stat").read_text()])
+
+
 def shares_of(members: list[linkrx.Dispatcher], total: int, lost_before: int = 0) -> list[list[int]]:
     """The numbers that each member receives, when `total` frames were received or dropped."""
     shares: list[list[int]] = [[] for _ in members]
-    for _ in patiently(lambda: sum(map(len, shares)) + drops_of(members) - lost_before >= total):
-        for member, share in zip(members, shares, strict=True):
-            share += numbers(member, 0.01)
+    try:
+        for _ in patiently(lambda: sum(map(len, shares)) + drops_of(members) - lost_before >= total):
+            for member, share in zip(members, shares, strict=True):
+                share += numbers(member, 0.01)
+    except AssertionError:
+        raise AssertionError(account_of(members, shares, total)) from None
     for member, share in zip(members, shares, strict=True):
         share += numbers(member, 2 * LATENCY)
     return shares
