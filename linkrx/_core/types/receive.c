@@ -228,7 +228,7 @@ static int wait(Receiver *r, double seconds)
     count = epoll_wait(r->epoll, events, 4, milliseconds);
     error = errno;
     Py_END_ALLOW_THREADS
-    if (PyErr_CheckSignals() < 0)
+    if (count < 0 && PyErr_CheckSignals() < 0) /* else the caller does so next */
         return -1;
     if (count < 0 && is_forbidden(error)) { /* of a seccomp filter that came later */
         struct pollfd fds[] = {{.fd = r->source, .events = POLLIN}, {.fd = r->event, .events = POLLIN}};

@@ -231,6 +231,7 @@ PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names)
         return NULL;
     Py_DECREF(end);
     while (!over && limits.most && !r->closed) {
+        const uint64_t waits = r->waits;
         Py_ssize_t delivered;
 
         if (duration >= 0) {
@@ -243,7 +244,8 @@ PyObject *lrx_receiver_run(PyObject *self, PyObject *args, PyObject *names)
             return NULL;
         if (limits.most != PY_SSIZE_T_MAX)
             limits.most -= delivered;
-        lrx_let_others_run(r);
+        if (r->waits == waits) /* a wait releases the GIL */
+            lrx_let_others_run(r);
     }
     return PyObject_GetAttrString(self, "end");
 }
