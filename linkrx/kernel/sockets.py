@@ -24,6 +24,7 @@ from linkrx.kernel.uapi import (
     SIOCGIFMTU,
     SIOCGIFNAME,
     SOL_PACKET,
+    TUNGETIFF,
     UDP_GRO,
     VNET_HEADER_BYTES,
 )
@@ -98,6 +99,15 @@ def interface_at(request: socket.socket | int, index: int) -> str:
     """The name of the interface with that index in the namespace of the socket `request`; empty if there is none."""
     try:
         answer = fcntl.ioctl(request, SIOCGIFNAME, struct.pack("16si20x", b"", index))
+    except OSError:
+        return ""
+    return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))
+
+
+def device_of(queue: int) -> str:
+    """The name of the device of a TAP or TUN queue; empty if there is none."""
+    try:
+        answer = fcntl.ioctl(queue, TUNGETIFF, bytes(IFREQ_BYTES))
     except OSError:
         return ""
     return os.fsdecode(answer[:IFNAMSIZ].rstrip(b"\0"))

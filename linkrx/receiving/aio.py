@@ -114,7 +114,7 @@ class Reader:
             logger.warning(
                 "the event loop cannot watch the %s, so linkrx reads it every %d ms: %s (%s), as from a seccomp filter for "
                 "epoll_ctl(2). Change the filter to allow it",
-                self._dispatcher.capabilities.title,
+                self._dispatcher.source.present.title,
                 ASK_AGAIN * 1000,
                 error.strerror,
                 errno.errorcode[error.errno or 0],

@@ -117,7 +117,8 @@ class Dispatcher(Reception):
     def interface_name(self, index: int) -> str | None:
         """The name of the interface with this index, as in `packet.interface`; None if it is not known.
 
-        For a packet socket it is the present name in the socket's network namespace, for a capture file the name in the file.
+        For a packet socket it is the present name in the socket's network namespace, for a TAP or TUN queue that of its device,
+        for a capture file the name in the file. Messages have the present name too; `capabilities` has the name at open.
         """
         return self._mechanism.interface_name(index) or self.source.interface_name(index)
 
@@ -164,7 +165,7 @@ class Dispatcher(Reception):
         if not getattr(self, "_opened", False):
             return "<Dispatcher that failed to open>"
         state = "closed" if self._closed else self.end.name if self.end else "open"
-        return f"<Dispatcher {self.backend} on {self.capabilities.title}, {state}>"
+        return f"<Dispatcher {self.backend} on {self.source.present.title}, {state}>"
 
     # Receiving. The receiver has dispatch, run, drain, recv and iteration.
 

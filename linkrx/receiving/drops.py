@@ -16,18 +16,12 @@ INTERVAL = 10.0  # seconds between two looks at the counter, which cost a system
 class DropWatch:
     """One WARNING per INTERVAL in which the kernel dropped packets of a source."""
 
-    def __init__(self, source: Capabilities) -> None:
-        self._title = source.title
-        self._advice = (
-            "receive_buffer= makes the queue longer"
-            if source.socket
-            else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
-        )
+    def __init__(self) -> None:
         self._known = 0
         self.due = time.monotonic() + INTERVAL  # the time of the next look
 
-    def look(self, count: Callable[[], int | None]) -> None:
-        """Compare the count of drops with the last one.
+    def look(self, count: Callable[[], int | None], source: Capabilities) -> None:
+        """Compare the count of drops of a source with the last one.
 
         `count` is not stored: a dispatcher that refers to itself would keep its arenas until it is collected.
         """
@@ -35,10 +29,15 @@ class DropWatch:
         drops = count() or 0
         if drops > self._known:
             lost, self._known = drops - self._known, drops
+            advice = (
+                "receive_buffer= makes the queue longer"
+                if source.socket
+                else f"`ip link set {source.interface or 'DEVICE'} txqueuelen 10000` makes the queue longer"
+            )
             logger.warning(
                 "the kernel dropped %d packets of the %s, %d since open: they come faster than they are taken. %s",
                 lost,
-                self._title,
+                source.title,
                 drops,
-                self._advice,
+                advice,
             )

@@ -75,7 +75,7 @@ class Reception(Receiver):
         self._report = self._descriptors.report
         self._room = max(backends[name].room(layout) for name in choice.ladder)
         self._counters = new_counters()
-        self._drop_watch = DropWatch(found)
+        self._drop_watch = DropWatch()
         self._end: End | None = None
         self._end_behind: End | None = None  # the end that follows what was received
         self._tally = Tally()
@@ -196,7 +196,7 @@ class Reception(Receiver):
         elif code == errno.EOWNERDEAD:
             report.error = 0
             raise RuntimeError(
-                f"receiving from the {self.source.capabilities.title}: the ring belongs to the parent process, and this child "
+                f"receiving from the {self.source.present.title}: the ring belongs to the parent process, and this child "
                 "was forked without os.fork(). Open the source again here"
             )
         elif code not in TRANSIENT:
@@ -205,7 +205,7 @@ class Reception(Receiver):
         report.error = 0
 
     def _failed(self, code: int) -> OSError:
-        which = f"{self.source.capabilities.title} with {self.choice.backend}"
+        which = f"{self.source.present.title} with {self.choice.backend}"
         return OSError(code, f"receiving from the {which}: {os.strerror(code)}")
 
     def _build(self, choice: Choice) -> tuple[Mechanism, Choice]:
@@ -221,7 +221,7 @@ class Reception(Receiver):
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise
-                choice = following(choice, error, self.source.capabilities.title)
+                choice = following(choice, error, self.source.present.title)
 
     def _outgrow(self) -> None:
         """Handle a frame that was cut because it is longer than a block of the ring: take the next backend, or warn once."""
@@ -229,13 +229,13 @@ class Reception(Receiver):
             self._demote(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
         elif not self._tally.cut_warned:
             self._tally.cut_warned = True
-            warn_cut(self.choice, self.source.capabilities.title)
+            warn_cut(self.choice, self.source.present.title)
 
     def _demote(self, error: OSError) -> None:
         """Go on with the next backend. Packets that come while a ring is removed are lost. A refused call loses none."""
         refused = self._mechanism
         self._copy_held()  # may raise MemoryError, which changes nothing
-        mechanism, choice = self._build(following(self.choice, error, self.source.capabilities.title))
+        mechanism, choice = self._build(following(self.choice, error, self.source.present.title))
         native = mechanism.native
         self._descriptors.clear()  # the errno too, and columns that the next backend does not write
         self._tally.ring_drops += refused.drops()
@@ -277,7 +277,7 @@ class Reception(Receiver):
     def _look_at_drops(self) -> float:
         watch = self._drop_watch
         if time.monotonic() >= watch.due:
-            watch.look(self._drops)
+            watch.look(self._drops, self.source.present)
         return max(0.0, watch.due - time.monotonic())
 
     # Ends.
@@ -341,7 +341,7 @@ class Reception(Receiver):
 
     def _refuse_send(self, code: int, length: int) -> NoReturn:
         self._check_open()
-        raise refusal(code, length, self.source.capabilities) from None
+        raise refusal(code, length, self.source.present) from None
 
     def _notice_fork(self) -> None:
         """Notice a fork that os.register_at_fork() missed, because C code called fork()."""

@@ -12,6 +12,7 @@ import stat
 import struct
 import termios
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 
@@ -19,7 +20,7 @@ from linkrx.errors import MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.libc import SocketOptions, bind_to_interface
 from linkrx.kernel.rtnetlink import Link
-from linkrx.kernel.sockets import interface_at
+from linkrx.kernel.sockets import device_of, interface_at
 from linkrx.kernel.uapi import (
     ETH_P_ALL,
     IFF_UP,
@@ -28,7 +29,6 @@ from linkrx.kernel.uapi import (
     SIOCGIFFLAGS,
     SK_MEMINFO_DROPS,
     SO_MEMINFO,
-    TUNGETIFF,
 )
 from linkrx.sources import socket_filter
 from linkrx.sources.capabilities import AnySource, Capabilities, descriptor, route_socket_for
@@ -247,9 +247,20 @@ class Source:
         After its interface was deleted, the name that it had at open. None if there is none.
         """
         found = self.capabilities
-        if index == 0 or found.kind not in ("packet", "packet_cooked"):
-            return found.interface
-        return interface_at(self.fd, index) or (found.interface if index == found.ifindex else None)
+        if found.kind in ("packet", "packet_cooked") and index not in (0, found.ifindex):
+            return interface_at(self.fd, index) or None
+        return self.present.interface
+
+    @property
+    def present(self) -> Capabilities:
+        """The capabilities with the present name of the interface, for messages. After it was deleted, with the name at open."""
+        found = self.capabilities
+        name = ""
+        if self.fd >= 0 and found.kind in ("packet", "packet_cooked") and found.ifindex:
+            name = interface_at(self.fd, found.ifindex)
+        elif self.fd >= 0 and found.kind in ("tap", "tun"):
+            name = device_of(self.fd)
+        return replace(found, interface=name) if name and name != found.interface else found
 
     @property
     def watched(self) -> bool:
@@ -273,11 +284,7 @@ class Source:
 
     def _queue_state(self) -> LinkState:
         """The state of a macvtap queue: DOWN until its device is deleted, because linkrx polls the state of links that are down."""
-        try:
-            fcntl.ioctl(self.fd, TUNGETIFF, bytes(IFREQ_BYTES))
-        except OSError:
-            return LinkState.GONE
-        return LinkState.DOWN
+        return LinkState.DOWN if device_of(self.fd) else LinkState.GONE
 
     def is_closed_by_owner(self) -> bool:
         """Whether the owner of a borrowed descriptor has closed it. Its number may belong to another file now."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from support.run import that_take
 import linkrx
 from linkrx.kernel.uapi import ALTIFNAMSIZ, ETH_P_ALL
 from linkrx.sources import source
+from linkrx.testing import rigs
 from linkrx.testing.devices import Device, injector_on
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
 
@@ -134,3 +135,37 @@ def test_no_such_name() -> None:
             linkrx.open(name)
     with pytest.raises(linkrx.UnsupportedSource, match="cannot be the name of an interface"):
         linkrx.open("n" * 128)
+
+
+@pytest.mark.parametrize(
+    ("rig", "backend"),
+    [
+        pytest.param(rig, backend, id=f"{rig.__name__}-{backend}")
+        for rig, kind in (
+            (rigs.tap, "tap"),
+            (rigs.tun, "tun"),
+            (rigs.packet, "packet"),
+            (rigs.interface, "packet"),
+        )
+        for backend in that_take(kind)
+    ],
+)
+def test_a_renamed_interface_has_its_new_name(
+    rig: Callable[[], AbstractContextManager[rigs.Rig]], backend: str
+) -> None:
+    """After a rename, repr, interface_name and errors have the new name. After the deletion they have the name at open."""
+    with rig() as made, made.open(backend) as rx:
+        device = made.device
+        assert device is not None
+        before, after = device.name, "renamed0"
+        assert f" on {before}, open>" in repr(rx)
+        device.rename(after)
+        assert f" on {after}, open>" in repr(rx)
+        assert [rx.interface_name(index) for index in (0, device.index)] == [after, after]
+        device.set_down()
+        with pytest.raises(OSError, match=rf" on {after}: the link is down; `ip link set {after} up`"):
+            rx.send(made.frame(60))
+        assert rx.capabilities.interface == before
+        device.delete()
+        assert f" on {before}, " in repr(rx)
+        assert rx.interface_name(device.index) == before
