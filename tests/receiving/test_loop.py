@@ -99,15 +99,6 @@ def test_it_sleeps_once_per_wait_and_never_while_packets_flow(ends: Pair) -> Non
         assert rx.stats().waits == 1
 
 
-def test_a_datagram_socket_shut_down_for_reading_burns_no_processor(ends: Pair) -> None:
-    """linkrx polls a socket that is shut down for reading only now and then, although it is always readable without a packet."""
-    ends[0].shutdown(socket.SHUT_RD)
-    with linkrx.open(ends[0], ignore) as rx:
-        assert rx.dispatch(0.2) is True
-        # 8 wake-ups at once, then one every 10 ms.
-        assert rx.stats().waits < 60
-
-
 def test_what_is_no_timeout(ends: Pair) -> None:
     """A negative timeout raises ValueError and a string TypeError. Both messages say what is valid."""
     with linkrx.open(ends[0], ignore) as rx:

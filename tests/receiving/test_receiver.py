@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 from support.pairs import BACKENDS, Pair, frame, number_of, pair
@@ -455,6 +457,42 @@ def test_reentry_from_a_finalizer(ends: Pair) -> None:
             assert rx.dispatch(PATIENCE)
     assert got == [0, 1, 2]
     assert len(refused) == 1
+
+
+def test_reentry_from_a_greenlet(ends: Pair) -> None:
+    """A greenlet to which deliver switches gets Busy from every call that receives, and can stop. No packet is lost."""
+    greenlet: Any = pytest.importorskip("greenlet", reason="needs greenlet, which is not installed")
+    got: list[int] = []
+    refused = 0
+
+    def other() -> None:
+        nonlocal refused
+        while True:
+            for call in (
+                rx.dispatch,
+                rx.drain,
+                rx.run,
+                rx.recv,
+                partial(next, rx),
+                partial(next, rx.batches()),
+            ):
+                with pytest.raises(linkrx.Busy):
+                    call()
+                refused += 1
+            if len(got) == 3:
+                rx.stop(flush=True)
+            main.switch()
+
+    def deliver(_r: object, _l: object, _p: int, packet: linkrx.Packet) -> None:
+        got.append(number_of(packet))
+        suspended.switch()
+
+    main, suspended = greenlet.getcurrent(), greenlet.greenlet(other)
+    with linkrx.open(ends[0], deliver) as rx:
+        for number in range(3):
+            ends[1].send(frame(number))
+        assert rx.run() is linkrx.End.STOPPED
+    assert (got, refused) == ([0, 1, 2], 18)
 
 
 def test_reentry_from_what_deliver_returns(ends: Pair) -> None:

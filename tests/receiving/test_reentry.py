@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -263,19 +262,3 @@ def test_a_wait_sleeps_after_someone_polled(ends: Pair) -> None:
         with pytest.raises(TimeoutError):
             rx.recv(0.05)
         assert rx.stats().waits == waits + 1
-
-
-def test_a_polled_source_that_yields_nothing_is_left_alone(ends: Pair) -> None:
-    """An event loop that polls a datagram socket that is shut down for reading is woken only now and then."""
-    ends[0].shutdown(socket.SHUT_RD)
-    with linkrx.open(ends[0], lambda *_: None) as rx:
-        poll = select.poll()
-        poll.register(rx.fileno(), select.POLLIN)
-        wakes = 0
-        until = time.monotonic() + 0.2
-        while time.monotonic() < until:
-            if poll.poll(50):
-                assert rx.drain() == 0
-                wakes += 1
-        # 9 at once, then one every 10 ms.
-        assert wakes < 60
