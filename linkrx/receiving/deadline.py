@@ -14,9 +14,13 @@ def deadline_after(timeout: float | None, name: str = "timeout") -> float | None
         return None
     if not isinstance(timeout, (int, float)):
         raise TypeError(f"{name}={timeout!r}: give seconds, or None for no limit")
-    if not timeout >= 0:  # nan neither
+    try:
+        seconds = float(timeout)
+    except OverflowError:  # an int of more than 308 digits
+        seconds = -1
+    if not seconds >= 0:  # nan neither
         raise ValueError(f"{name}={timeout!r}: give seconds, or None for no limit")
-    return time.monotonic() + timeout
+    return time.monotonic() + seconds
 
 
 def earlier(one: float | None, other: float | None) -> float | None:
