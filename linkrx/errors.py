@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 
 class LinkrxError(Exception):
-    """The base class of all errors of linkrx."""
+    """The base class of all errors of linkrx. They can be pickled, as pools of processes do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[LinkrxError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LinkrxError:
+    """An error from its pickle. The arguments are those of its class in Python, not of its own __init__."""
+    error = kind.__new__(kind, *args)
+    super(LinkrxError, error).__init__(*args)
+    vars(error).update(attributes)
+    return error
 
 
 class UnsupportedSource(LinkrxError, ValueError):
