@@ -34,7 +34,7 @@ from linkrx.testing.rigs import LOCAL, REMOTE, veth
 from linkrx.testing.waiting import patiently
 
 # Programs with a title have their own test: below, or in testing/test_plugin.py for docs/testing.md.
-TITLES = {"A DHCP watcher", "A host", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
+TITLES = {"A DHCP watcher", "A host", "A recorder", "A tunnel", "Ctrl-C", "Fanout", "Super-packets"}
 TITLES |= {"A first test", "A network", "Conformance", "Rigs"}
 TITLES |= {"Record the ARP packets", "Record and read"}
 
@@ -202,6 +202,34 @@ def test_recording(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     with linkrx.open(tmp_path / "arp.pcap") as rx:
         assert len(list(rx)) == 10
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.skipif(_core.reason is not None, reason=f"capture files take the C core: {_core.reason}")
+def test_the_recorder(tmp_path: Path) -> None:
+    """The recorder records the packets that its filter accepts, and says how many when Ctrl-C ends it."""
+    file = tmp_path / "dns.pcapng"
+    wanted = udp_packet(4321, 53, b"question")
+
+    def send() -> None:
+        injector.send(udp_packet(4321, 54, b"other"))
+        injector.send(wanted)
+
+    with (
+        veth() as (near, far),
+        injector_on(far) as injector,
+        started(example("A recorder", near), cwd=tmp_path) as process,
+    ):
+        for _ in patiently(lambda: file.exists() and file.stat().st_size > 1000):
+            assert process.poll() is None
+            send()
+        assert interrupted(process, send) == 0
+        assert process.stdout is not None
+        said = process.stdout.read()
+    with linkrx.open(file) as rx:
+        got = [bytes(packet) for packet in rx]
+    assert set(got) == {wanted}
+    assert said == f"{len(got)} packets, 0 dropped by the kernel\n"
 
 
 def udp_packet(source: int, destination: int, body: bytes) -> bytes:
