@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
 
 
 class LinkrxError(Exception):
     """The base class of all errors of linkrx. They can be pickled, as pools of processes do."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _restored, (type(self), self.args, vars(self))
 
 
-def _restored(kind: type[LinkrxError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LinkrxError:
+def _restored(
+    kind: type[LinkrxError], args: tuple[object, ...], attributes: dict[str, object]
+) -> LinkrxError:
     """An error from its pickle. The arguments are those of its class in Python, not of its own __init__."""
     error = kind.__new__(kind, *args)
     super(LinkrxError, error).__init__(*args)
