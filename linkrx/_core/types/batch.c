@@ -377,7 +377,7 @@ static PyType_Slot batch_slots[] = {
     {Py_tp_doc,
      "Packets received together. Index and iteration give packets; the columns have one element for each.\n\n"
      "All columns, and `memory`, are read-only memoryviews in native formats. Nothing of a batch ever changes, however\n"
-     "long it is kept. Give a copy() to a call that reads later, such as send() with MSG_ZEROCOPY."},
+     "long it is kept. Give copy().memory to a call that reads later, such as send() with MSG_ZEROCOPY."},
     {Py_tp_dealloc, batch_dealloc},
     {Py_tp_repr, batch_repr},
     {Py_tp_iter, lrx_batch_iterate},
