@@ -143,6 +143,11 @@ class Options:
                 f"fanout={self.fanout!r} on a borrowed socket cannot be undone: a socket leaves its group only when it is "
                 "closed. Give the name of the interface"
             )
+        if self.protocol is not None and capabilities.kind == "capture_file":
+            raise UnsupportedOption(
+                f"protocol=0x{self.protocol:04x} is for packet sockets that linkrx opens, but the source is {capabilities.a_title}: "
+                f"give filter='ether proto 0x{self.protocol:04x}'"
+            )
         if self.protocol is not None and not capabilities.owned:
             raise UnsupportedOption(
                 f"protocol=0x{self.protocol:04x} is for packet sockets that linkrx opens, but the source is "
@@ -179,6 +184,8 @@ class Options:
         advice = "pass vnet_header=True if its peer sends one"
         if found.kind in ("tap", "tun"):
             advice = f"open it with linkrx.TunTap({found.interface!r}, {found.kind!r}, vnet_header=True, offload=True)"
+        elif found.kind == "capture_file":
+            advice = "there, a super-packet is one long packet"
         elif found.kind == "packet_cooked":
             advice = "use a socket of type SOCK_RAW, which can have one"
         raise UnsupportedOption(
@@ -212,6 +219,12 @@ class Options:
         )
 
     def _ethernet(self, found: Capabilities) -> bool:
+        unbound = found.kind == "packet" and found.ifindex is None
+        if self.ethernet is not None and (unbound or found.kind == "capture_file"):
+            raise UnsupportedOption(
+                f"ethernet={self.ethernet} is for sources whose frames all start alike, but each packet of {found.a_title} has its "
+                "own link type. Leave out ethernet"
+            )
         if found.ethernet is None:
             if self.ethernet is None and found.hardware_type is not None:
                 raise UnsupportedOption(

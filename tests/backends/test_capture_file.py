@@ -145,14 +145,21 @@ def test_invalid_capture_files(tmp_path: Path) -> None:
         {"vnet_header": True},
         {"receive_buffer": 9},
         {"buffer_sizes": [9]},
+        {"protocol": 0x0800},
+        {"ethernet": True},
+        {"ethernet": False},
+        {"snaplen": 14},
+        {"timestamps": True},
     ],
 )
 def test_options_that_it_has_not(path: Path, options: Any) -> None:
     """An option that a file cannot honour raises an error that names both."""
-    with pytest.raises(linkrx.UnsupportedOption) as caught:
-        linkrx.open(path, **options)
-    assert next(iter(options)) in str(caught.value)
-    assert f"capture file {path}" in str(caught.value)
+    for file, name in ((path, str(path)), (linkrx.CaptureFile(io.BytesIO(path.read_bytes())), "BytesIO")):
+        with pytest.raises(linkrx.UnsupportedOption) as caught:
+            linkrx.open(file, **options)
+        assert next(iter(options)) in str(caught.value)
+        assert f"capture file {name}" in str(caught.value)
+        assert "vnet_header=True" not in str(caught.value) or "vnet_header" in options
 
 
 def test_other_backends_refuse_it(path: Path) -> None:

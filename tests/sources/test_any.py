@@ -254,6 +254,14 @@ def test_any_is_probed_and_chosen() -> None:
     assert linkrx.choose("any").backend == linkrx.choose("lo").backend
     with pytest.raises(linkrx.UnsupportedOption, match=r"promiscuous=True on .* on every interface"):
         linkrx.open("any", promiscuous=True)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as unbound:
+        for source, name in (("any", "AF_PACKET socket on every interface"), (unbound, "AF_PACKET socket")):
+            for ethernet in (True, False):
+                with pytest.raises(
+                    linkrx.UnsupportedOption,
+                    match=f"ethernet={ethernet} .* each packet of an {name} has its own",
+                ):
+                    linkrx.open(source, ethernet=ethernet)
 
 
 def test_borrowed_sockets_are_left_as_they_were() -> None:
