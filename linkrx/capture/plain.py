@@ -60,10 +60,21 @@ def record(
     return len(rows), at, 0
 
 
+def _file_type(packet: Packet) -> int:
+    """As _core/report.h has it. 0: the packet does not come from a capture file."""
+    file_type: int = packet.__reduce__()[1][-1]
+    return file_type
+
+
+def is_from_file(packet: Packet) -> bool:
+    """Whether a packet comes from a capture file."""
+    return _file_type(packet) != 0
+
+
 def _link_type_of(packet: Packet) -> int:
     if len(packet.link_header):
         return ETHERNET
-    file_type: int = packet.__reduce__()[1][-1]
+    file_type = _file_type(packet)
     of_file = file_type & FILE_LINK_TYPE
     if of_file in (LINUX_SLL, LINUX_SLL2):
         return LINUX_SLL2

@@ -20,6 +20,7 @@ from typing import Literal, Protocol, Self
 
 from linkrx import _core
 from linkrx.capture import blocks
+from linkrx.capture.plain import is_from_file
 from linkrx.errors import Closed, RecordingFailed
 from linkrx.packets import Batch, Packet
 from linkrx.receiving.dispatcher import Dispatcher
@@ -49,7 +50,8 @@ class PcapWriter:
     while it grows. A file without a descriptor has got them by its `write` method.
 
     `source` is the dispatcher that the packets come from. It gives the names of interfaces and the number of packets that the
-    kernel dropped. Without it, names come from this network namespace, and no drops are written.
+    kernel dropped: close it after this. Without it, names come from this network namespace, except for packets of a capture
+    file, and no drops are written.
 
     A pcapng file has one interface description for each pair of interface and link type, the direction of packets that this
     host sent, and the drops at the end. A pcap file has one link type. Both have the original length of cut packets, and the
@@ -157,7 +159,7 @@ class PcapWriter:
             )
             self._pending += following - before
             if missing:
-                self._add_interface(missing)
+                self._add_interface(missing, packets[following] if isinstance(packets, Batch) else packets)
             elif following == count:
                 break
             elif self._end:
@@ -166,7 +168,7 @@ class PcapWriter:
                 self._buffer = bytearray(2 * len(self._buffer))  # the packet is longer than the buffer
         self._flush()
 
-    def _add_interface(self, key: int) -> None:
+    def _add_interface(self, key: int, packet: Packet) -> None:
         link_type, index = key >> 32, key & 0xFFFFFFFF
         if link_type == UNKNOWN:
             self._flush()
@@ -175,7 +177,7 @@ class PcapWriter:
                 "them: see docs/capture-files.md"
             )
         if self._pcapng:
-            self._put(blocks.interface(link_type, self._name_of(index)), key)
+            self._put(blocks.interface(link_type, self._name_of(packet)), key)
         elif not self._keys:
             self._put(blocks.pcap_header(link_type), key)
             self._flush()
@@ -188,9 +190,17 @@ class PcapWriter:
                 "format='pcapng', which takes both"
             )
 
-    def _name_of(self, index: int) -> str | None:
+    def _name_of(self, packet: Packet) -> str | None:
+        """The name of the packet's interface, if it is known."""
+        index = packet.interface
         if self._source is not None:
-            return self._source.interface_name(index)
+            try:
+                return self._source.interface_name(index)
+            except Closed:  # packets are valid after that
+                found = self._source.capabilities
+                return found.interface if found.ifindex == index else None
+        if is_from_file(packet):
+            return None  # the number of an interface in that file
         try:
             return socket.if_indextoname(index) if index else None
         except OSError:

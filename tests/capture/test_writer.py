@@ -90,6 +90,39 @@ def test_round_trip(
     assert names == (["eth7", "br0", None] if form == "pcapng" else [None, None, None])
 
 
+def names_in(path: Path) -> list[str | None]:
+    """The names of the first interfaces of a capture file."""
+    with linkrx.open(path) as rx:
+        list(rx)
+        return [rx.interface_name(number) for number in (1, 2)]
+
+
+@needs_core
+def test_names_of_packets_of_a_file(tmp_path: Path) -> None:
+    """Without `source`, packets of a capture file are not recorded with names of this host, where interface 1 is `lo`."""
+    assert socket.if_indextoname(1) == "lo"
+    path = tmp_path / "out"
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(recorded_file()))) as rx, linkrx.PcapWriter(path) as out:
+        by_batch(rx, out)
+    assert names_in(path) == [None, None]
+
+
+@needs_core
+@pytest.mark.usefixtures("devices")
+def test_recorded_after_the_source_was_closed(tmp_path: Path) -> None:
+    """Packets that are recorded after their source was closed have the name that the interface had at open, if it was opened by name."""
+    for number, (source, expected) in enumerate((("", True), ("any", False))):
+        path = tmp_path / str(number)
+        with rigs.interface() as rig:
+            with linkrx.open(source or str(rig.source), filter="ether proto 0x88b5") as rx:
+                rig.send(frame(60))
+                packet = rx.recv(10)
+            with linkrx.PcapWriter(path, source=rx) as out:
+                out.write(packet)
+            assert names_in(path) == [rig.source if expected else None, None]
+            assert [one.data for one in read(path)] == [frame(60)]
+
+
 @needs_core
 @every_format
 def test_whole_when_write_returns(tmp_path: Path, form: Format) -> None:
