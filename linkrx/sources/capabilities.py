@@ -182,6 +182,7 @@ def probe(source: AnySource) -> Capabilities:
         raise UnsupportedSource(
             f"file descriptor {fd} is a {_name_of(mode)}: linkrx receives packets from TAP and TUN queues, packet "
             "and datagram sockets, and packet pipes"
+            + (". For a capture file, give linkrx.CaptureFile(file)" if stat.S_ISREG(mode) else "")
         )
     return replace(found, nonblocking=bool(flags & os.O_NONBLOCK))
 
@@ -317,7 +318,7 @@ def _probe_pipe(fd: int, flags: int) -> Capabilities:
         if not all(end & os.O_DIRECT for end in ends):
             raise UnsupportedSource(
                 f"file descriptor {fd} is a pipe, a byte stream without packet boundaries: make it with "
-                "os.pipe2(os.O_DIRECT)"
+                "os.pipe2(os.O_DIRECT), or, if it carries a capture file, give linkrx.CaptureFile(file)"
             )
         if not ends:
             raise UnsupportedSource(

@@ -108,7 +108,11 @@ def perhaps_a_file(name: str) -> Iterator[None]:
     try:
         yield
     except UnsupportedSource as error:
-        if "\0" in name or not name or not Path(name).exists() or Path(name).is_dir():
+        try:
+            is_file = bool(name) and not stat.S_ISDIR(os.stat(name).st_mode)  # noqa: PTH116 # Path takes "" for "."
+        except (OSError, ValueError):  # not there; too long, or with a zero byte
+            is_file = False
+        if not is_file:
             raise
         raise UnsupportedSource(
             f"{name!r} is no interface, but a file: linkrx.open(linkrx.CaptureFile({name!r})) reads a capture file"

@@ -133,8 +133,15 @@ def test_no_such_name() -> None:
     for name in ("nowhere0", "n" * 16, "n" * 127):
         with pytest.raises(linkrx.UnsupportedSource, match="No such device"):
             linkrx.open(name)
-    with pytest.raises(linkrx.UnsupportedSource, match="cannot be the name of an interface"):
-        linkrx.open("n" * 128)
+    for name in (
+        "n" * 128,
+        "n" * 300,
+        "n" * 5000,
+        "a\0b",
+        "",
+    ):  # the kernel refuses paths of more than 4,095 bytes, too
+        with pytest.raises(linkrx.UnsupportedSource, match="cannot be the name of an interface"):
+            linkrx.open(name)
 
 
 @pytest.mark.parametrize(

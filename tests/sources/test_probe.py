@@ -596,11 +596,12 @@ def test_socket_of_another_family() -> None:
 
 
 def test_plain_pipe() -> None:
-    """A plain pipe is refused with an error that says how to make one in packet mode."""
+    """A plain pipe is refused with an error that says how to make one in packet mode, and how to read a capture file from it."""
     with pipe() as (reader, _):
         message = refusal(reader)
     assert "pipe, a byte stream without packet boundaries" in message
     assert "os.O_DIRECT" in message
+    assert "linkrx.CaptureFile(file)" in message
 
 
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT])
@@ -611,7 +612,7 @@ def test_writing_end_of_a_pipe(flags: int) -> None:
 
 
 def test_regular_file(tmp_path: Path) -> None:
-    """A regular file is refused as such."""
+    """A regular file is refused as such, with an error that says how to read a capture file."""
     path = tmp_path / "capture"
     path.write_bytes(b"no packets")
     with path.open("rb") as opened:
@@ -619,6 +620,7 @@ def test_regular_file(tmp_path: Path) -> None:
         assert opened.tell() == 0
     assert "is a regular file" in message
     assert "TAP and TUN queues" in message
+    assert "linkrx.CaptureFile(file)" in message
 
 
 def test_directory(tmp_path: Path) -> None:
