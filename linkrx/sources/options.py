@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypedDict
@@ -78,7 +78,7 @@ class Options:
             raise ValueError(f"batch_size={self.batch_size}: give 1 to {BATCH_SIZE_MAX} packets")
         if self.receive_buffer is not None and not 1 <= self.receive_buffer < 2**31:
             raise ValueError(f"receive_buffer={self.receive_buffer}: give a size in bytes, below 2 GiB")
-        if self.latency is not None and not 0 <= self.latency < math.inf:  # also refuses nan
+        if self.latency is not None and not 0 <= self.latency <= sys.float_info.max:  # also refuses nan
             raise ValueError(f"latency={self.latency}: give a time in seconds, 0 for none")
         wanted = self.vnet_header
         if type(wanted) is int and wanted and not VNET_HEADER_BYTES <= wanted <= VNET_HEADER_MOST:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import socket
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -54,7 +55,7 @@ def test_the_numeric_options_are_these() -> None:
 def is_one(name: str, value: Any) -> bool:
     """Whether an option accepts a value."""
     if name == "latency":
-        return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+        return value is None or (type(value) in (int, float) and 0 <= value <= sys.float_info.max)
     return any(value is other for other in NUMERIC[name])
 
 
@@ -83,17 +84,27 @@ WAYS: dict[str, Callable[[linkrx.Dispatcher, Any], object]] = {
     "recv": lambda rx, timeout: rx.recv(timeout),
     "batches": lambda rx, timeout: next(rx.batches(timeout)),
     "async batches": lambda rx, timeout: asyncio.run(_first(rx.batches(timeout))),
+    "run": lambda rx, duration: rx.run(duration=duration),
+    "duration": lambda rx, duration: rx.batches(duration=duration),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("timeout", "kind"),
-    [(math.nan, ValueError), (-1, ValueError), (-math.inf, ValueError), ("1", TypeError), ([], TypeError)],
+    [
+        (math.nan, ValueError),
+        (-1, ValueError),
+        (-math.inf, ValueError),
+        (10**400, ValueError),
+        ("1", TypeError),
+        ([], TypeError),
+    ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_what_is_no_timeout(datagram: socket.socket, way: str, timeout: Any, kind: type[Exception]) -> None:
     """Every call that receives refuses an invalid timeout with an error that names it."""
-    with linkrx.open(datagram, lambda *_: None) as rx, pytest.raises(kind, match=r"^timeout="):
+    with linkrx.open(datagram, lambda *_: None) as rx, pytest.raises(kind, match=r"^(timeout|duration)="):
         WAYS[way](rx, timeout)
 
 
