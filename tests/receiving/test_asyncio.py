@@ -225,10 +225,11 @@ def test_close_from_outside_a_running_loop_is_refused(run: Run, seqpacket: Pair)
             rx.stop()
 
 
-WAYS: dict[str, Callable[[linkrx.Dispatcher], AsyncIterator[object]]] = {
-    "packets": lambda rx: aiter(rx),
-    "batches": lambda rx: aiter(rx.batches()),
-    "timeout": lambda rx: aiter(rx.batches(timeout=30)),
+WAYS: dict[str, Callable[[linkrx.Dispatcher, AsyncIterator[object]], AsyncIterator[object]]] = {
+    "packets": lambda rx, _: aiter(rx),
+    "the same packets": lambda _, packets: packets,
+    "batches": lambda rx, _: aiter(rx.batches()),
+    "timeout": lambda rx, _: aiter(rx.batches(timeout=30)),
 }
 
 
@@ -243,14 +244,15 @@ def test_a_task_in_the_place_of_one_that_it_cancels(
     async def work() -> None:
         receiver, sender = seqpacket
         with linkrx.open(receiver, latency=latency) as rx:
-            waits = asyncio.ensure_future(anext(WAYS[before](rx)))
+            packets = aiter(rx)
+            waits = asyncio.ensure_future(anext(WAYS[before](rx, packets)))
             await asyncio.sleep(0)
 
             async def take_its_place() -> None:
                 assert waits.cancel()
                 for _ in range(3):
                     task = asyncio.ensure_future(send())
-                    await anext(WAYS[after](rx))
+                    await anext(WAYS[after](rx, packets))
                     await task
 
             async def send() -> None:

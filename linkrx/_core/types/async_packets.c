@@ -8,10 +8,23 @@ typedef struct {
     PyObject *running_loop;  /* asyncio.get_running_loop */
 } AsyncPackets;
 
+static AsyncPackets *make(PyTypeObject *type, Receiver *receiver, PyObject *running_loop)
+{
+    AsyncPackets *a = (AsyncPackets *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+
+    if (!a)
+        return NULL;
+    Py_INCREF((PyObject *)receiver);
+    a->receiver = receiver;
+    Py_INCREF(running_loop);
+    a->running_loop = running_loop;
+    return a;
+}
+
 static PyObject *packets_new(PyTypeObject *type, PyObject *args, PyObject *names)
 {
     static char *keywords[] = {"dispatcher", NULL};
-    PyObject *receiver, *asyncio;
+    PyObject *receiver, *asyncio, *running_loop;
     AsyncPackets *a;
 
     if (!PyArg_ParseTupleAndKeywords(args, names, "O", keywords, &receiver))
@@ -21,16 +34,9 @@ static PyObject *packets_new(PyTypeObject *type, PyObject *args, PyObject *names
         return NULL;
     }
     asyncio = PyImport_ImportModule("asyncio");
-    a = asyncio ? (AsyncPackets *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0) : NULL;
-    if (a) {
-        Py_INCREF(receiver);
-        a->receiver = (Receiver *)receiver;
-        a->running_loop = PyObject_GetAttrString(asyncio, "get_running_loop");
-        if (!a->running_loop) {
-            Py_DECREF((PyObject *)a);
-            a = NULL;
-        }
-    }
+    running_loop = asyncio ? PyObject_GetAttrString(asyncio, "get_running_loop") : NULL;
+    a = running_loop ? make(type, (Receiver *)receiver, running_loop) : NULL;
+    Py_XDECREF(running_loop);
     Py_XDECREF(asyncio);
     return (PyObject *)a;
 }
@@ -112,16 +118,34 @@ static Waiter *begin_waiting(AsyncPackets *a)
     return a->waiter;
 }
 
+/* What a task awaits. If the last task was cancelled and has not gone on yet, another task that takes its place needs an object of its
+ * own, because the CancelledError is thrown into this one. */
+static PyObject *packets_await(PyObject *self)
+{
+    AsyncPackets *a = (AsyncPackets *)self;
+
+    return a->waiter && a->waiter->scheduled ? (PyObject *)make(Py_TYPE(self), a->receiver, a->running_loop) : packets_self(self);
+}
+
+/* The task goes on. */
+static void go_on(AsyncPackets *a)
+{
+    if (a->waiter)
+        a->waiter->scheduled = false;
+}
+
 /* A pending packet, StopAsyncIteration, or the waiter. */
 static PySendResult packets_send(PyObject *self, PyObject *unused, PyObject **result)
 {
     AsyncPackets *a = (AsyncPackets *)self;
     Receiver *r = a->receiver;
-    PyObject *packet = lrx_receiver_take((PyObject *)r, NULL);
+    PyObject *packet;
     Waiter *w;
 
     (void)unused;
     *result = NULL;
+    go_on(a);
+    packet = lrx_receiver_take((PyObject *)r, NULL);
     if (!packet)
         return PYGEN_ERROR;
     if (packet != Py_None) {
@@ -167,6 +191,7 @@ static PyObject *packets_close(PyObject *self, PyObject *unused)
     AsyncPackets *a = (AsyncPackets *)self;
 
     (void)unused;
+    go_on(a);
     if (a->waiter)
         a->waiter->done = true;
     Py_RETURN_NONE;
@@ -204,7 +229,7 @@ static PyType_Slot packets_slots[] = {
     {Py_tp_methods, packets_methods},
     {Py_am_aiter, packets_self},
     {Py_am_anext, packets_self},
-    {Py_am_await, packets_self},
+    {Py_am_await, packets_await},
     {Py_am_send, packets_send},
     {Py_tp_iter, packets_self},
     {Py_tp_iternext, packets_next},

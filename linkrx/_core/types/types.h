@@ -400,6 +400,7 @@ typedef struct {
     char blocking;     /* _asyncio_future_blocking: a task yields this future, and the loop has not seen it yet */
     char armed;        /* the reader is registered, and will settle this waiter */
     bool done;         /* no task waits, or the task was or will be woken */
+    bool scheduled;    /* the loop will wake the task in its next turn */
     bool found;        /* the value of result(): whether packets came */
 } Waiter;
 

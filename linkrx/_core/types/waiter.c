@@ -194,6 +194,7 @@ static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
         PyObject *args = PyTuple_Pack(2, call, self);
         PyObject *names = context ? Py_BuildValue("{sO}", "context", context) : PyDict_New();
 
+        w->scheduled = true;
         if (call_soon && args && names)
             answer = PyObject_Call(call_soon, args, names);
         Py_XDECREF(call_soon);
