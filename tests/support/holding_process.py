@@ -22,7 +22,7 @@ from linkrx.testing.waiting import number_of
 from support import holding
 from support.holding import BURST, HOLDERS, NAMED, frame, lap, receive, send, take, wrong
 
-KEPT = 400  # packets, one from each receive
+KEPT = 200  # packets, one from each receive
 STEPS_MOST = 5000  # far more than the allocations of a receive
 
 
