@@ -15,7 +15,7 @@ from linkrx.errors import LinkrxError, MissingPrivilege, UnsupportedOption
 from linkrx.kernel import remedies
 from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.kernel.rtnetlink import Link, RouteSocket
-from linkrx.kernel.sockets import interface_name
+from linkrx.kernel.sockets import device_of, interface_name
 from linkrx.kernel.uapi import (
     IFF_MULTI_QUEUE,
     IFF_NO_PI,
@@ -87,7 +87,7 @@ class TunTap:
         self.offload = Offload(0)
         self._fd = _open_device()
         try:
-            self.name = _attach(self._fd, wanted, flags)
+            self._name = _attach(self._fd, wanted, flags)
             device = _device(self.name)
             _check_headers(self._fd, self.name, vnet_header, device)
             # Offloads and filters belong to the device. If other queues are open, they are in use.
@@ -99,6 +99,11 @@ class TunTap:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def name(self) -> str:
+        """The present name of the device. After it was deleted, or the queue closed, the name at open."""
+        return (self._fd >= 0 and device_of(self._fd)) or self._name
 
     def fileno(self) -> int:
         """The file descriptor of the queue; -1 after close."""

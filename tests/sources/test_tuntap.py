@@ -21,7 +21,7 @@ from linkrx.kernel import uapi
 from linkrx.kernel.ethtool import takes_super_packets
 from linkrx.kernel.uapi import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR
 from linkrx.sources import tuntap
-from linkrx.testing.devices import injector_on
+from linkrx.testing.devices import Device, injector_on
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -428,3 +428,17 @@ def test_a_second_queue_leaves_the_first_its_offloads() -> None:
     ):
         assert first.offload & tuntap.Offload.TSO4
         assert takes_super_packets("lrxmq")
+
+
+def test_the_name_of_a_renamed_device() -> None:
+    """A queue has the present name of its device. After the device is deleted, and after close, it has the name at open."""
+    for delete in (True, False):
+        with linkrx.TunTap("lrxr0") as queue:
+            device = Device("lrxr0")
+            device.rename("lrxr1")
+            assert queue.name == "lrxr1"
+            assert "lrxr1" in repr(queue)
+            if delete:
+                device.delete()
+                assert queue.name == "lrxr0"
+        assert queue.name == "lrxr0"
