@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from linkrx.packets import Batch, Packet
 
 ETHERNET, RAW, LINUX_SLL, LINUX_SLL2, UNKNOWN = 1, 101, 113, 276, 0xFFFFFFFF  # LINKTYPE_*
+NO_TIME = 0xFFFFFFFE  # the file cannot have the time of the packet
 _UNREAD = {801: 105, 802: 119, 803: 127, 804: 230}  # IEEE 802.11 and 802.15.4, by ARPHRD_* number
 _PACKET_OUTGOING = 4  # linux/if_packet.h
 
@@ -37,21 +38,23 @@ def record(
     rows = [packets] if isinstance(packets, Packet) else packets
     for index in range(first, len(rows)):
         packet = rows[index]
+        when = clock if packet.timestamp_ns is None else packet.timestamp_ns
+        if when < 0 or (not pcapng and when // _SECOND >= 1 << 32):
+            return index, at, NO_TIME << 32
         kind = _link_type_of(packet)
         key = kind << 32 | (packet.link_type if kind == UNKNOWN else packet.interface)
         if key not in keys:
             return index, at, key
         frame = _sll2(packet) if kind == LINUX_SLL2 else packet.tagged()
         original_length = packet.wire_length + len(frame) - len(packet)
-        when = clock if packet.timestamp_ns is None else packet.timestamp_ns
         if pcapng:
-            number, high, low = keys.index(key), when >> 32 & 0xFFFFFFFF, when & 0xFFFFFFFF
+            number, high, low = keys.index(key), when >> 32, when & 0xFFFFFFFF
             body = pack("=IIIII", number, high, low, len(frame), original_length)
             body += padded(frame) + (_OUTBOUND if packet.outgoing else b"")
             length = BLOCK_HEAD.size + len(body) + 4
             made = BLOCK_HEAD.pack(ENHANCED, length) + body + pack("=I", length)
         else:
-            head = RECORD_HEAD.pack(when // _SECOND & 0xFFFFFFFF, when % _SECOND, len(frame), original_length)
+            head = RECORD_HEAD.pack(when // _SECOND, when % _SECOND, len(frame), original_length)
             made = head + frame
         if at + len(made) > len(out):
             return index, at, 0

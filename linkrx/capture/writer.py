@@ -20,7 +20,7 @@ from typing import Literal, Protocol, Self
 
 from linkrx import _core
 from linkrx.capture import blocks
-from linkrx.capture.plain import is_from_file
+from linkrx.capture.plain import NO_TIME, is_from_file
 from linkrx.errors import Closed, RecordingFailed
 from linkrx.packets import Batch, Packet
 from linkrx.receiving.dispatcher import Dispatcher
@@ -129,7 +129,7 @@ class PcapWriter:
 
         Raises RecordingFailed, an OSError, if the file cannot take them, such as on a full disk or a closed pipe. A regular file
         is then truncated to its last whole record. Raises ValueError for a packet that has no link type, or one that differs
-        from the link type of a pcap file. Raises Closed after close(). An exception of a signal handler may lose packets of this
+        from the link type of a pcap file, and for a time that the format cannot have. Raises Closed after close(). An exception of a signal handler may lose packets of this
         call, but leaves no partial record. Raises RuntimeError if a signal handler, or the file's own `write`, calls it meanwhile.
         """
         self._alone(self._record, packets)
@@ -170,6 +170,12 @@ class PcapWriter:
 
     def _add_interface(self, key: int, packet: Packet) -> None:
         link_type, index = key >> 32, key & 0xFFFFFFFF
+        if link_type == NO_TIME:
+            self._flush()
+            raise ValueError(
+                f"the time of a packet, {packet.timestamp_ns} ns since 1970, does not fit into the file: pcapng takes times from 1970 "
+                "on, pcap those until 2106"
+            )
         if link_type == UNKNOWN:
             self._flush()
             raise ValueError(

@@ -98,6 +98,32 @@ def names_in(path: Path) -> list[str | None]:
 
 
 @needs_core
+@every_format
+@pytest.mark.parametrize("offset", [-1, 2**32 - 1, 2**32, 9_223_372_035])
+def test_times_that_do_not_fit(tmp_path: Path, form: Format, offset: int) -> None:
+    """A time before 1970, and in pcap one after 2106, raises ValueError that shows it. Others are recorded, and so are the packets before."""
+    data = (
+        captures.section() + Interface(resolution=9).block() + Interface(resolution=9, offset=offset).block()
+    )
+    data += captures.enhanced("<", 0, 7, frame(60), 60) + captures.enhanced("<", 1, 7, frame(61), 61)
+    path, fits = tmp_path / "out", offset >= 0 and (form == "pcapng" or offset < 2**32)
+    with linkrx.open(linkrx.CaptureFile(io.BytesIO(data))) as rx, linkrx.PcapWriter(path, format=form) as out:
+        batches = [batch.copy() for batch in rx.batches()]
+        for batch in batches:
+            if fits or batch is batches[0]:
+                out.write(batch)
+                continue
+            for packets in (batch, batch[0]):
+                with pytest.raises(ValueError, match=f"{offset * 10**9 + 7} ns since 1970, does not fit"):
+                    out.write(packets)
+        kept = array("Q", [1 << 32 | 1, 1 << 32 | 2])
+        taken = (0, 0, plain.NO_TIME << 32)
+        assert fits or plain.record(batches[1], 0, kept, bytearray(999), 0, form == "pcapng", 5) == taken
+    times = [7, offset * 10**9 + 7]
+    assert [one.timestamp_ns for one in read(path)] == (times if fits else times[:1])
+
+
+@needs_core
 def test_names_of_packets_of_a_file(tmp_path: Path) -> None:
     """Without `source`, packets of a capture file are not recorded with names of this host, where interface 1 is `lo`."""
     assert socket.if_indextoname(1) == "lo"

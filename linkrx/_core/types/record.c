@@ -21,6 +21,7 @@
 #define LINUX_SLL 113
 #define LINUX_SLL2 276
 #define UNKNOWN UINT32_MAX
+#define NO_TIME (UINT32_MAX - 1)
 
 #define TAG_OFFSET 12 /* after both addresses */
 #define TAG 4
@@ -130,6 +131,12 @@ static uint64_t key_of(const Row *row)
     const uint32_t link_type = link_type_of(row);
 
     return (uint64_t)link_type << 32 | (link_type == UNKNOWN ? row->link_type : row->interface);
+}
+
+/* Whether the file can have this time: pcap has 32 bits of seconds since 1970. In pcapng, times before 1970 are very late ones. */
+static bool is_time(int64_t time, bool pcapng)
+{
+    return time >= 0 && (pcapng || time / SECOND <= UINT32_MAX);
 }
 
 static uint8_t *word(uint8_t *to, uint32_t value)
@@ -276,6 +283,11 @@ PyObject *lrx_record(PyObject *module, PyObject *args)
             row_of_batch(b, first, &row);
         else
             row_of_packet(p, &row);
+        time = (uint64_t)(row.flags & LRX_TIMESTAMP ? row.timestamp : clock);
+        if (!is_time((int64_t)time, pcapng)) {
+            missing = (uint64_t)NO_TIME << 32;
+            break;
+        }
         key = key_of(&row);
         if (known >= interfaces || list[known] != key) /* most packets have the interface of the last one */
             for (known = 0; known < interfaces && list[known] != key; known++)
@@ -286,7 +298,6 @@ PyObject *lrx_record(PyObject *module, PyObject *args)
         }
         if (size_of(&row, pcapng) > (uint64_t)(out.len - at))
             break;
-        time = (uint64_t)(row.flags & LRX_TIMESTAMP ? row.timestamp : clock);
         at = (pcapng ? put_block(to, &row, (uint32_t)known, time) : put_record(to, &row, time)) - (uint8_t *)out.buf;
     }
     result = Py_BuildValue("nnK", first, at, missing);

@@ -374,8 +374,8 @@ PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given);
 /* record(packets, first, keys, out, at, pcapng, clock): write the packets of a batch, beginning with number `first`, or one packet,
  * as records of a capture file into the buffer `out` at offset `at`. `keys` has the key of each interface of the file, 64 bits each:
  * see key_of(). `clock` is the time in nanoseconds for packets without a timestamp. Returns the number of the next packet, the
- * offset after the last record, and 0 or a key. A key: the next packet needs a new interface with this key. 0 before the last
- * packet: there is no room for the next. */
+ * offset after the last record, and 0 or a key. A key: the next packet needs a new interface with this key, or the file cannot have
+ * its link type or time. 0 before the last packet: there is no room for the next. */
 PyObject *lrx_record(PyObject *module, PyObject *args);
 /* filter.c */
 int lrx_exchange_filter(Receiver *r);
