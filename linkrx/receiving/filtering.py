@@ -49,7 +49,8 @@ class SourceFilter:
         self._settings = settings
         self._options = settings.options
         self._plan: Plan | None = None
-        self.changing = threading.RLock()  # a signal handler may call change() or close() inside change()
+        self._done: tuple[Plan | None] = (None,)  # the plan of the last change(): a new tuple for each
+        self._changing = threading.RLock()  # a signal handler may call change() inside change()
 
     @property
     def explanation(self) -> str | None:
@@ -78,12 +79,17 @@ class SourceFilter:
             plan = self._planned(
                 filters.compiled(given, found, ethernet=self._settings.framing.ethernet), backend
             )
-        if not self.changing.acquire(blocking=False):
+        if not self._changing.acquire(blocking=False):
             raise Busy("another thread is setting the filter: one at a time")
         try:
+            done = self._done
             self._put(run, plan, readable_within)
+            while self._done is not done:  # by a signal handler meanwhile, so its filter is the later one
+                done = self._done
+                self._put(run, *done, readable_within)
+            self._done = (self._plan,)
         finally:
-            self.changing.release()
+            self._changing.release()
 
     def backend_changed(self, run: Run, backend: type[Backend], readable_within: float) -> None:
         """Let linkrx cut packets instead of the kernel if the new backend does not read their length before cutting.

@@ -386,8 +386,7 @@ class Reception(Receiver):
             if self._forked:
                 self.source.abandon()
             else:
-                with self._source_filter.changing:
-                    self.source.close()
+                self.source.close()
         self._released = True  # last, so that close() can be called again after an exception
 
     # Polling.

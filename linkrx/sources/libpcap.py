@@ -51,7 +51,7 @@ _SHOWN = 200  # characters of an expression in that message
 _WORDS = re.compile(r"[\w.:/\\-]+|[<>=!]=|<<|>>|&&|\|\||\S")
 
 # Before libpcap 1.8 pcap_compile() had global state.
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may set a filter, too
 
 
 class RejectsAll(ValueError):

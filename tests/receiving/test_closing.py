@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.captures import pcap
-from support.interruptions import After
+from support.interruptions import Acting
 from support.pairs import frame, pair
 from support.received import needs_core
 from support.run import points
@@ -92,23 +91,6 @@ def test_a_child_that_closes_inside_deliver_leaves_other_files_alone(tmp_path: P
         _, status = os.wait()
         rx.close()
     assert os.waitstatus_to_exitcode(status) == 0
-
-
-class Acting(After):
-    """Calls a function at the point where After raises."""
-
-    def __init__(self, points: int, act: Callable[[], object]) -> None:
-        super().__init__(points)
-        self.act = act
-
-    def count(self) -> None:
-        """Count a point, and call the function at the last one."""
-        if self.left:
-            self.left -= 1
-        elif not self.raised:
-            sys.settrace(None)
-            self.raised = True
-            self.act()
 
 
 def a_ring() -> linkrx.Dispatcher:

@@ -13,13 +13,15 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 from support.frames import tagged, udp
+from support.interruptions import Acting
 from support.pairs import BACKENDS, frame, number_of, pair
 from support.paths import TESTS
 from support.programs import packed
-from support.run import that_take
+from support.run import points, that_take
 
 import linkrx
 from linkrx import _core
@@ -384,3 +386,26 @@ def test_tags_with_a_protocol(wire: Wire) -> None:
     """The kernel discards tags on a socket that is bound to an EtherType, so linkrx refuses an expression with `vlan` there."""
     with pytest.raises(linkrx.UnsupportedOption, match="with protocol= the kernel drops them"):
         linkrx.open(wire[0], protocol=0x0800, filter="vlan 5")
+
+
+@pytest.mark.samples
+@pytest.mark.parametrize("backend", ON_PACKET)
+def test_a_signal_handler_that_sets_a_filter_inside_set_filter(wire: Wire, backend: str) -> None:
+    """If a signal handler calls set_filter at any point of another set_filter, one of the two filters is in force, and stays so."""
+    near, injector = wire
+    for point in points(5000):
+        with linkrx.open(near, backend=backend, receive_buffer=1 << 18) as rx:
+            acting = Acting(point, partial(rx.set_filter, "ether[17] & 1 = 1"))
+            with acting:
+                rx.set_filter("ether[17] & 1 = 0")
+            got: list[int] = []
+            for first in (0, 6):  # linkrx's own filter for what was queued has ended when the second six come
+                for number in range(first, first + 6):
+                    injector.send(frame(number))
+                got += numbers(rx, 3)
+                nothing_more(rx)
+            assert got in ([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]), f"point {point}"
+        if not acting.raised:
+            break
+    assert not acting.raised
+    assert point > 7

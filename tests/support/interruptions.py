@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import gc
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from support import paths
@@ -53,6 +54,23 @@ class After:
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
         gc.enable()
+
+
+class Acting(After):
+    """Calls a function at the point where After raises."""
+
+    def __init__(self, points: int, act: Callable[[], object]) -> None:
+        super().__init__(points)
+        self.act = act
+
+    def count(self) -> None:
+        """Count a point, and call the function at the last one."""
+        if self.left:
+            self.left -= 1
+        elif not self.raised:
+            sys.settrace(None)
+            self.raised = True
+            self.act()
 
 
 class Steps:
