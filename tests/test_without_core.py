@@ -57,6 +57,7 @@ PART = f"not deleted_while and not ({' or '.join(VARIANTS)})"
         ["backends/test_conformance.py"],
         [
             "receiving/test_loop.py",
+            "receiving/test_always_ready.py",
             "receiving/test_ends.py",
             "receiving/test_asyncio.py",
             "sources/test_metadata.py",

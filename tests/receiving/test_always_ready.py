@@ -18,6 +18,8 @@ from support.pairs import BACKENDS, frame, number_of, pair
 
 import linkrx
 
+pytestmark = pytest.mark.usefixtures("devices")  # for UDP in a private network namespace
+
 IP_RECVERR = 11  # linux/in.h
 SECONDS = 0.2
 MOST = 60  # 9 wake-ups at once, then one every 10 ms, which a busy machine only makes rarer

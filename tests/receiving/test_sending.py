@@ -211,7 +211,7 @@ def test_sources_that_send_nothing() -> None:
     with veth() as (near, _):
 
         def refused(source: Any) -> str:
-            with linkrx.open(source, ethernet=False) as rx:
+            with linkrx.open(source) as rx:
                 with pytest.raises(linkrx.UnsupportedSource) as one:
                     rx.send(bytes(60))
                 with pytest.raises(linkrx.UnsupportedSource) as many:
