@@ -30,6 +30,8 @@ DEVICES_REQUIRED = os.environ.get("LINKRX_REQUIRE_DEVICES") == "1"
 # A shell without job control starts background processes with SIGINT ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Whether this is the machine's root. Root of a user namespace may not load eBPF programs, make device files or force socket buffers.
 SUPERUSER = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]

@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,6 @@ def one(tmp_path: Path) -> Path:
     path = tmp_path / "one.pcap"
     path.write_bytes(captures.pcap([Recorded(FRAME, len(FRAME), START)]))
     return path
-
-
-@pytest.fixture
-def hears_hang_ups() -> Iterator[None]:
-    """SIGHUP is not ignored, also where nohup(1) has started the tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 def pcapng(interfaces: list[Interface], frames: list[bytes]) -> bytes:
@@ -259,7 +250,6 @@ def test_a_narrow_terminal(tmp_path: Path) -> None:
     assert all(len(part) < 20 for part in shown)
 
 
-@pytest.mark.usefixtures("hears_hang_ups")
 def test_signals_that_come_twice() -> None:
     """SIGTERM and SIGHUP may come twice, as timeout(1) and shells send them. A later SIGINT ends at once. nohup(1) is respected."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -282,7 +272,7 @@ def test_signals_that_come_twice() -> None:
 
 
 @needs_core
-@pytest.mark.usefixtures("devices", "hears_hang_ups")
+@pytest.mark.usefixtures("devices")
 def test_a_terminal_that_closes(tmp_path: Path) -> None:
     """SIGHUP ends a recording as Ctrl-C does: all packets that came before are in the file."""
     out = tmp_path / "out.pcapng"
