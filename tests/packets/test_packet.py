@@ -315,6 +315,24 @@ def test_equal_to_a_buffer_that_is_released(kind: Kind) -> None:
     assert (packet == released) is False
 
 
+@every_kind
+@pytest.mark.since(3, 12)  # PEP 688: buffers that are written in Python
+@pytest.mark.parametrize("error", [BufferError, ValueError, TypeError, KeyboardInterrupt, MemoryError])
+def test_compared_with_a_buffer_that_raises(kind: Kind, error: type[BaseException]) -> None:
+    """A packet is unequal to an object that gives no buffer. Another exception, such as of Ctrl-C, propagates."""
+
+    class Raises:
+        def __buffer__(self, _flags: int) -> memoryview:
+            raise error
+
+    packet = one(kind, Row(FRAME))
+    if error in (KeyboardInterrupt, MemoryError):
+        with pytest.raises(error):
+            _ = packet == Raises()
+    else:
+        assert packet != Raises()
+
+
 # The fields.
 
 

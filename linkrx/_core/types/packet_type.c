@@ -214,6 +214,9 @@ static PyObject *packet_compare(PyObject *self, PyObject *other, int how)
         equal = p->length == q->length && memcmp(p->frame, q->frame, p->length) == 0;
     } else if (PyObject_CheckBuffer(other)) {
         if (PyObject_GetBuffer(other, &view, PyBUF_SIMPLE) < 0) {
+            if (!PyErr_ExceptionMatches(PyExc_BufferError) && !PyErr_ExceptionMatches(PyExc_ValueError) &&
+                !PyErr_ExceptionMatches(PyExc_TypeError))
+                return NULL; /* of a buffer that is written in Python, such as Ctrl-C */
             PyErr_Clear(); /* not in one piece, or released: not equal, as for bytes */
             Py_RETURN_NOTIMPLEMENTED;
         }
