@@ -50,7 +50,8 @@ class SourceFilter:
         self._options = settings.options
         self._plan: Plan | None = None
         self._done: tuple[Plan | None] = (None,)  # the plan of the last change(): a new tuple for each
-        self._changing = threading.RLock()  # a signal handler may call change() inside change()
+        # "thread": the identifier of the thread that is in change(). A signal handler may call it inside.
+        self._claims: dict[str, list[int]] = {}
 
     @property
     def explanation(self) -> str | None:
@@ -79,9 +80,10 @@ class SourceFilter:
             plan = self._planned(
                 filters.compiled(given, found, ethernet=self._settings.framing.ethernet), backend
             )
-        if not self._changing.acquire(blocking=False):
-            raise Busy("another thread is setting the filter: one at a time")
+        claim = [threading.get_ident()]
         try:
+            if self._claims.setdefault("thread", claim) != claim:
+                raise Busy("another thread is setting the filter: one at a time")
             done = self._done
             self._put(run, plan, readable_within)
             while self._done is not done:  # by a signal handler meanwhile, so its filter is the later one
@@ -89,7 +91,9 @@ class SourceFilter:
                 self._put(run, *done, readable_within)
             self._done = (self._plan,)
         finally:
-            self._changing.release()
+            # Nothing is called before the claim is compared, because a signal handler could raise in a call.
+            if "thread" in self._claims and self._claims["thread"] is claim:
+                del self._claims["thread"]
 
     def backend_changed(self, run: Run, backend: type[Backend], readable_within: float) -> None:
         """Let linkrx cut packets instead of the kernel if the new backend does not read their length before cutting.

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
 from support.frames import tagged, udp
-from support.interruptions import Acting
+from support.interruptions import Acting, After, Interrupted
 from support.pairs import BACKENDS, frame, number_of, pair
 from support.paths import TESTS
 from support.programs import packed
@@ -409,3 +410,20 @@ def test_a_signal_handler_that_sets_a_filter_inside_set_filter(wire: Wire, backe
             break
     assert not acting.raised
     assert point > 7
+
+
+def test_another_thread_sets_a_filter_after_an_interrupted_set_filter() -> None:
+    """If a signal handler raises at any point of set_filter, other threads can set a filter afterwards."""
+    for point in range(5000):
+        with pair() as (receiver, sender), linkrx.open(receiver) as rx:
+            interruption = After(point)
+            with suppress(Interrupted), interruption:
+                rx.set_filter(ODD)
+            with ThreadPoolExecutor(1) as other:
+                other.submit(rx.set_filter, EVEN).result()
+            for number in range(4):
+                sender.send(frame(number))
+            assert numbers(rx, 2) == [0, 2]
+        if not interruption.raised:
+            break
+    assert not interruption.raised
