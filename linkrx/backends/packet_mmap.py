@@ -122,12 +122,14 @@ class PacketMmap(CoreBackend):
 
     def drops(self) -> int:
         """tp_drops: packets for which the ring had no room. SO_MEMINFO does not include them."""
-        dropped: int = _core.lib.lrx_ring_drops(self._state)
+        state = self._state  # another thread may close this, which adds the drops to the Tally first
+        dropped: int = _core.lib.lrx_ring_drops(state) if state is not None else 0
         return dropped
 
     def freezes(self) -> int | None:
         """tp_freeze_q_cnt; None if a seccomp filter forbids getsockopt(2)."""
-        frozen: int = _core.lib.lrx_ring_freezes(self._state)
+        state = self._state
+        frozen: int = _core.lib.lrx_ring_freezes(state) if state is not None else -1
         return None if frozen < 0 else frozen
 
     def close(self) -> None:

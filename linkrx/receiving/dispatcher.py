@@ -50,17 +50,19 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 def _while_open(
     method: Callable[Concatenate[Dispatcher, Given], Result],
 ) -> Callable[Concatenate[Dispatcher, Given], Result]:
-    """The method raises Closed after close(), and for whatever fails because close() came meanwhile."""
+    """The method raises Closed after close(), also if close() came meanwhile."""
 
     @wraps(method)
     def call(dispatcher: Dispatcher, /, *args: Given.args, **names: Given.kwargs) -> Result:
         dispatcher._check_open()
         try:
-            return method(dispatcher, *args, **names)
+            result = method(dispatcher, *args, **names)
         except Exception:
             if dispatcher._closed:
                 raise dispatcher._why_closed() from None
             raise
+        dispatcher._check_open()
+        return result
 
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -129,6 +130,22 @@ def test_close_in_the_middle_of_another_call(make: Callable[[], linkrx.Dispatche
         except linkrx.Closed:
             assert acting.raised
         rx.close()
+        if not acting.raised:
+            break
+    assert not acting.raised
+
+
+@needs_core
+@pytest.mark.samples
+@pytest.mark.usefixtures("devices")
+def test_a_ring_is_replaced_in_the_middle_of_stats() -> None:
+    """If another thread replaces a ring by the next backend at any point of stats(), it returns the counters."""
+    for point in points(5000):
+        with linkrx.open("lo", receive_buffer=1 << 18) as rx:
+            assert rx.backend == "packet_mmap"
+            acting = Acting(point, lambda rx=rx: rx._demote(OSError(errno.ENOSYS, "refused")))  # type: ignore[misc]
+            with acting:
+                assert rx.stats().kernel_drops == 0
         if not acting.raised:
             break
     assert not acting.raised
