@@ -36,6 +36,7 @@ from linkrx.packets import restore_packet
 from linkrx.packets.headers import CHECKSUM_UNFINISHED, VLAN
 from linkrx.testing.devices import Device
 from linkrx.testing.rigs import LOCAL, REMOTE, veth
+from linkrx.testing.stops import alarmed
 from linkrx.testing.waiting import PATIENCE, running, until
 
 TESTS = Path(__file__).parent.parent
@@ -349,6 +350,32 @@ def test_close_in_another_thread(ends: Pair) -> None:
     with linkrx.open(ends[0]) as rx, running(work):
         assert sent.wait(PATIENCE)
         rx.close()
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("packet"))
+def test_a_signal_handler_that_raises_during_a_long_batch(backend: str) -> None:
+    """An exception of a signal handler propagates out of send_batch() before all frames of a long batch are sent, and those are counted."""
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(_: object) -> None:
+        raise Interrupt
+
+    many = [ETHERNET + bytes(46)] * 300_000  # on a veth pair the queue is never full
+    with veth() as (near, far), linkrx.open(near, backend=backend) as rx:
+        Device(near, far).wait_for_carrier()
+        for _ in range(100):  # the signal may come before the first frame
+            before = rx.stats().sent
+            with pytest.raises(Interrupt), alarmed(interrupt, first=0.005, interval=0):
+                while True:
+                    rx.send_batch(many)
+            if (rx.stats().sent - before) % len(many) > 0:
+                break
+        else:
+            pytest.fail("no signal came while frames were sent")
+        rx.send(many[0])
 
 
 def test_threads_that_send_at_once(ends: Pair) -> None:

@@ -393,7 +393,8 @@ static PyMethodDef receiver_methods[] = {
      "send_batch($self, frames, /)\n--\n\n"
      "Send the frames of a batch or an iterable, in order, as `send` does. Returns how many the kernel accepted.\n\n"
      "That is fewer if the queue becomes full, 0 if it is full at once, and fewer if a frame is refused. If the first frame is\n"
-     "refused, this raises as `send` does; otherwise the next call, which begins with that frame, raises."},
+     "refused, this raises as `send` does; otherwise the next call, which begins with that frame, raises.\n\n"
+     "An exception of a signal handler propagates; `stats().sent` counts the frames that were sent before it."},
     {"_prepare_sending", receiver_prepare_sending, METH_O, "Set the system call that sends: one of enum lrx_sends."},
     {"_next_batch", lrx_receiver_next_batch, METH_VARARGS,
      "_next_batch($self, timeout, until, /)\n--\n\n"

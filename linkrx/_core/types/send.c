@@ -2,7 +2,7 @@
  *
  * Sending never waits, so it holds the GIL. Then close() cannot run between the check and the system call, frames that are read
  * in place stay valid, and the thread does not have to get the GIL back from a busy one, which takes 5 ms. A batch is sent AT_ONCE
- * frames at a time. Between these, other threads may run.
+ * frames at a time. Between these, other threads and signal handlers may run.
  *
  * Errors are raised in Python, in linkrx/receiving/reception.py: _refuse_send(code, length). `code` is an errno, 0 for a closed
  * dispatcher or a source that cannot send, or one of `enum unsendable`. */
@@ -304,6 +304,7 @@ PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given)
     Py_ssize_t count, sent = 0;
     size_t length = 0;
     int error = 0;
+    bool interrupted = false;
 
     if (!may_send(r))
         return refuse(r, 0, 0);
@@ -318,7 +319,7 @@ PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given)
             return NULL;
         count = PyTuple_Size(frames.tuple);
     }
-    while (sent < count) {
+    while (sent < count && !interrupted) {
         const unsigned some = count - sent < AT_ONCE ? (unsigned)(count - sent) : AT_ONCE;
         const unsigned done = send_some(r, &frames, sent, some, &error, &length);
 
@@ -326,8 +327,11 @@ PyObject *lrx_receiver_send_batch(PyObject *self, PyObject *given)
         if (done < some)
             break;
         lrx_let_others_run(r);
+        interrupted = sent < count && PyErr_CheckSignals() < 0;
     }
     Py_XDECREF(frames.tuple);
+    if (interrupted) /* an exception of a signal handler; `sent` is counted */
+        return NULL;
     if (sent)
         leave_to_next_call();
     if (sent || !count || (error && (error == EAGAIN || error == ENOBUFS)))
