@@ -58,6 +58,7 @@ PART = f"not deleted_while and not ({' or '.join(VARIANTS)})"
         [
             "receiving/test_loop.py",
             "receiving/test_always_ready.py",
+            "receiving/test_sending.py",
             "receiving/test_ends.py",
             "receiving/test_asyncio.py",
             "sources/test_metadata.py",
@@ -67,7 +68,7 @@ PART = f"not deleted_while and not ({' or '.join(VARIANTS)})"
     ids=["cells", "rest"],
 )
 def test_the_contract_holds(names: list[str]) -> None:
-    """The conformance cells, the loop, its ends, asyncio and choosing pass without the core."""
+    """The conformance cells, the loop, its ends, sending, asyncio and choosing pass without the core."""
     result = run(
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))",
         "-q",

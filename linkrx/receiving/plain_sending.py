@@ -67,7 +67,7 @@ class Sending:
         for frame in tuple(frames):
             try:
                 code = self._send(frame)
-            except Exception:
+            except (BufferError, TypeError, ValueError):  # of a frame; others are of signal handlers
                 if not taken:
                     raise
                 break  # the next call raises it
