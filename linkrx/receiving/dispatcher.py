@@ -113,7 +113,8 @@ class Dispatcher(Reception):
     @property
     def end(self) -> End | None:
         """Why reception ended, or None."""
-        return self._end or (End.STOPPED if self._stopping else None)
+        stopped = self._stopping or (self._flushing and self._closed)
+        return self._end or (End.STOPPED if stopped else None)
 
     @_while_open
     def interface_name(self, index: int) -> str | None:

@@ -346,6 +346,14 @@ def test_a_flush_behind_the_end_and_after_close() -> None:
     rx.stop(flush=True)
 
 
+def test_close_ends_a_flush(ends: Pair) -> None:
+    """After stop(flush=True) and close() without a call in between, the end is STOPPED."""
+    with linkrx.open(ends[0], lambda *_: None) as rx:
+        rx.stop(flush=True)
+        assert rx.end is None
+    assert rx.end is linkrx.End.STOPPED
+
+
 def test_a_flush_in_a_forked_child(ends: Pair) -> None:
     """A child's stop(flush=True) does not disturb the parent."""
     with linkrx.open(ends[0]) as rx:
