@@ -40,6 +40,7 @@ struct reported {
     uint32_t block;         /* which one it lies in */
     uint32_t snaplen, wire_length, flags, vlan_tci, vlan_tpid;
     uint32_t interface, protocol, link_type, address_length;
+    int cut;                /* to the length of a block */
     uint64_t address;
     int64_t timestamp;
 };
@@ -67,7 +68,7 @@ static struct {
     struct block block[BLOCKS_MOST];
     uint32_t filled, read;  /* which block each side is at */
     int open;               /* the kernel's has packets already */
-    int damaged;            /* an EIO is due */
+    int damaged;            /* EIO or EFBIG is due */
     int in_place;
     const struct lrx_slots *slots_in_place;
     uint32_t most, turn;    /* blocks of a fill in place, and which slot that takes */
@@ -262,6 +263,7 @@ static void walk(struct block *block)
         reported->frame = block->copy + at + mac;
         reported->block = (uint32_t)(block - kernel.block);
         reported->wire_length = kernel.vnet + header->tp_len;
+        reported->cut = reported->snaplen < header->tp_len && mac + reported->snaplen + 48 >= kernel.block_size;
         reported->flags = 0;
         if (header->tp_status & TP_STATUS_CSUMNOTREADY)
             reported->flags |= LRX_CHECKSUM_UNFINISHED;
@@ -446,6 +448,8 @@ static struct expected expect(uint32_t rows, uint32_t room)
             to_next(block);
             break;
         }
+        if (reported->cut && kept(reported) < kernel.capacity)
+            kernel.damaged = 1;
         if (!kernel.in_place && used + kept(reported) > room)
             break;
         used = (used + kept(reported) + 7) & ~UINT64_C(7);
@@ -509,14 +513,14 @@ static void check_blocks(void)
     }
 }
 
-/* An error must be reported after all packets that came before it, and no later than that. */
-static void check_error(uint32_t error, const struct expected *due, int was_due, int asked_wrong)
+/* An error must be reported after all packets that came before it, and no later than that. EBADF, from asking for it, may wait inside. */
+static void check_error(uint32_t error, const struct expected *due, int was_due)
 {
     const struct block *block = &kernel.block[kernel.read];
     /* What is read already may be begun anew by the kernel only once it is released. */
     int comes = header_of(kernel.read)->num_pkts > 0 || block->owner == READ;
 
-    if (error == (uint32_t)asked_wrong && error)
+    if (error == EBADF)
         return;
     MUST(!error || (!comes && was_due));
     MUST(error || due->count || comes || !was_due);
@@ -582,9 +586,9 @@ static void run(struct lrx_ring *s)
                        kernel.in_place ? (const uint8_t *)kernel.slots_in_place->frames[kernel.slots_in_place->turn ^ 1] : region, report->end);
             MUST(!kernel.in_place || kernel.slots_in_place->turn == kernel.turn);
         }
-        check_error(error, &due, was_due, kernel.error_asked);
-        MUST(!error || error == EIO || error == ENETDOWN || error == EBADF);
-        if (error && error != (uint32_t)kernel.error_asked)
+        check_error(error, &due, was_due);
+        MUST(!error || error == EIO || error == EFBIG || error == ENETDOWN || error == EBADF);
+        if (error)
             known = kernel.damaged = 0;
         else
             known = was_due && !kernel.error; /* taken off the socket, it waits inside */
