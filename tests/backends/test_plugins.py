@@ -49,8 +49,11 @@ receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 with linkrx.open(receiver) as rx:
     print(rx.backend, rx.choice.explain().splitlines()[0].split()[:2])
 print([(info.name, info.supported) for info in linkrx.backends()][0])
+"""
+
+CONFORM = """
 outcomes = [cell.run() for cell in testing.cells("toy", rigs.PLAIN_RIGS)]
-print(len(outcomes), {{outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}})
+print(len(outcomes), {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))})
 """
 
 
@@ -58,7 +61,7 @@ def test_a_file_dropped_into_backends(tmp_path: Path) -> None:
     """The recipe of CONTRIBUTING.md, saved as backends/toy.py, is listed, chosen, and passes the conformance checks."""
     shutil.copytree(PACKAGE, tmp_path / "linkrx", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "linkrx" / "backends" / "toy.py").write_text(recipe())
-    lines = run(USE.format(path=str(tmp_path)), tmp_path).splitlines()
+    lines = run(USE.format(path=str(tmp_path)) + CONFORM, tmp_path).splitlines()
     assert lines[:2] == ["toy ['toy', 'chosen']", "('toy', True)"]
     count, _, outcomes = lines[2].partition(" ")
     outcomes_of = ast.literal_eval(outcomes)
@@ -98,7 +101,7 @@ def test_an_entry_point(tmp_path: Path) -> None:
     )
     program = USE.format(path=str(PACKAGE.parent))
     lines = run(program, tmp_path).splitlines()
-    assert lines[0] == "toy ['toy', 'chosen']"
+    assert lines == ["toy ['toy', 'chosen']", "('toy', True)"]
 
 
 def test_a_broken_entry_point_is_reported(tmp_path: Path) -> None:
