@@ -30,7 +30,7 @@ static void link_packet(Packet *p, Owner *owner)
 
 bool lrx_packet_is_readable(const Packet *p)
 {
-    if (!p->owner || !p->owner->guard || *p->owner->guard)
+    if (p->own || !p->owner || !p->owner->guard || *p->owner->guard)
         return true;
     PyErr_SetString(PyExc_RuntimeError,
                     "this packet lies in a ring of the parent process, and this child was forked without os.fork(): "
@@ -56,18 +56,25 @@ void lrx_packet_dealloc(PyObject *self)
     lrx_free(self);
 }
 
+int lrx_packet_copy_frame(Packet *p)
+{
+    if (p->own)
+        return 0;
+    if (!lrx_packet_is_readable(p))
+        return -1;
+    p->own = PyBytes_FromStringAndSize((const char *)p->frame, p->length);
+    if (!p->own)
+        return -1;
+    if (p->owner)
+        p->owner->copied = true;
+    p->frame = (const uint8_t *)PyBytes_AsString(p->own);
+    return 0;
+}
+
 int lrx_packet_own(Packet *p)
 {
-    if (!p->own) {
-        if (!lrx_packet_is_readable(p))
-            return -1;
-        p->own = PyBytes_FromStringAndSize((const char *)p->frame, p->length);
-        if (!p->own)
-            return -1;
-        if (p->owner)
-            p->owner->copied = true;
-    }
-    p->frame = (const uint8_t *)PyBytes_AsString(p->own);
+    if (lrx_packet_copy_frame(p) < 0)
+        return -1;
     unlink_packet(p);
     return 0;
 }

@@ -152,7 +152,7 @@ static PyObject *packet_tobytes(PyObject *self, PyObject *unused)
     Packet *p = (Packet *)self;
 
     (void)unused;
-    if (lrx_packet_own(p) < 0)
+    if (lrx_packet_copy_frame(p) < 0)
         return NULL;
     Py_INCREF(p->own);
     return p->own;
@@ -168,7 +168,7 @@ static int packet_getbuffer(PyObject *self, Py_buffer *view, int flags)
     uint32_t first = 0, last = p->length;
 
     view->obj = NULL;
-    if (lrx_packet_own(p) < 0)
+    if (lrx_packet_copy_frame(p) < 0)
         return -1;
     if (p->viewing == LINK_HEADER)
         last = p->link_header;

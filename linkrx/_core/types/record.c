@@ -41,14 +41,6 @@ typedef struct {
     uint8_t link_header, address_length;
 } Row;
 
-static bool readable(const Owner *owner)
-{
-    if (!owner || !owner->guard || *owner->guard)
-        return true;
-    PyErr_SetString(PyExc_RuntimeError, "these packets lie in a ring of the parent process, and this child was forked without os.fork()");
-    return false;
-}
-
 static void row_of_packet(const Packet *p, Row *row)
 {
     *row = (Row){
@@ -270,7 +262,7 @@ PyObject *lrx_record(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "the first packet or the offset is negative, or the offset is beyond the buffer");
         goto done;
     }
-    if (!readable(b ? b->owner : p->owner))
+    if (b ? !lrx_batch_is_readable(b) : !lrx_packet_is_readable(p))
         goto done;
     for (; first < count; first++) {
         const Py_ssize_t interfaces = keys.len / (Py_ssize_t)sizeof(uint64_t);

@@ -66,7 +66,7 @@ struct Owner {
     uint8_t *memory;
     size_t mapped;                  /* bytes of an arena; 0 for the memory of a ring */
     const volatile uint32_t *guard; /* for a ring: 0 in a child that was forked without Python's hooks */
-    Packet *packets;                /* the packets that read in place */
+    Packet *packets;                /* the packets that read in place, or did so until their frame was copied */
     Batch *batch;                   /* the batch that reads in place; its deallocation clears this */
     bool exporting_view;            /* while a writable view is made, for mechanisms written in Python */
     bool copied;                    /* a frame was copied since the last packet was made */
@@ -123,7 +123,7 @@ struct Batch {
 
 struct Packet {
     PyObject_HEAD
-    Owner *owner;        /* the owner of the memory at `frame`; NULL if the frame is in `own` */
+    Owner *owner;        /* the owner of the memory that the packet was read from; NULL after it left the owner's list */
     Packet *next;        /* in the owner's list */
     Packet **link;       /* the pointer to this packet in that list */
     const uint8_t *frame;
@@ -168,7 +168,9 @@ Packet *lrx_packet_new(State *state);
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index);
 /* False with RuntimeError in a child that was forked without Python's hooks, where the ring is not mapped. */
 bool lrx_packet_is_readable(const Packet *p);
-/* Copy the frame into the packet. */
+/* Copy the frame into the packet, unless that was done. The packet stays in its owner's list, because it will likely be used again. */
+int lrx_packet_copy_frame(Packet *p);
+/* The same, for a packet that is kept: it leaves the list. */
 int lrx_packet_own(Packet *p);
 /* The sender's link address of a packet without link header, or None. */
 PyObject *lrx_packet_link_address(const Packet *p);
