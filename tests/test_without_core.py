@@ -42,7 +42,9 @@ VARIANTS = (
     "dgram_vnet",
     "pipe_nonblocking",
     "tap_blocking",
+    "tap_vnet",
     "tap_segment",
+    "packet_cooked",
     "packet_segment",
 )
 PART = f"not deleted_while and not ({' or '.join(VARIANTS)})"
