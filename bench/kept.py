@@ -6,6 +6,7 @@ the process in bytes per kept packet. That counts anonymous memory, which does n
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from queues import SOURCES
 import linkrx
 
 WARM = 3  # fills of which no packet is kept
+BALLAST = 2 * 1024 * 1024  # bytes
 
 
 def anonymous() -> int:
@@ -29,16 +31,28 @@ def anonymous() -> int:
     raise LookupError("no RssAnon in /proc/self/status")
 
 
+def ballast(packet: Any) -> list[Any]:
+    """Copies of a packet, until they need new memory. What was freed since the start of the process would hide the kept ones."""
+    made, enough = [], anonymous() + BALLAST
+    while anonymous() < enough:
+        for _ in range(1000):
+            made += [copy.copy(packet), bytes(bytearray(packet))]  # copies share their bytes
+    return made
+
+
 def main() -> None:
     """Run the command."""
     who, name = sys.argv[1:3]
     size, packets, every = map(int, sys.argv[3:])
     kept: list[Any] = []
     seen, keeping = 0, False
+    some: list[Any] = []
 
     def take(remote: bytes | None, local: bytes | None, protocol: int, packet: Any) -> None:
         nonlocal seen
         seen += 1
+        if not some:
+            some.append(packet)
         if keeping and seen % every == 0:
             kept.append(packet)
 
@@ -58,10 +72,13 @@ def main() -> None:
             nonlocal keeping
             for _ in range(WARM):
                 fill_and_drain(drain)
+            taken = ballast(some[0])
             before, keeping = anonymous(), True
             while len(kept) < packets // every:
                 fill_and_drain(drain)
-            return anonymous() - before
+            grown = anonymous() - before
+            assert taken
+            return grown
 
         if who == "linkrx":
             with linkrx.open(source, take) as rx:
