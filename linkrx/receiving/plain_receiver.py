@@ -290,9 +290,9 @@ class Receiver(Filtering, Sending, Callbacks):
     @property
     def _has_something(self) -> bool:
         report = self._report
-        told = (report.count, report.classified, report.error, report.held)
+        reported = (report.count, report.classified, report.error, report.held)
         ending = (self._ended, self._end_follows, self._stopping, self._flushing, self._was_down)
-        return self._left > 0 or any(told) or any(ending)
+        return self._left > 0 or any(reported) or any(ending)
 
     @property
     def _was_full(self) -> bool:
