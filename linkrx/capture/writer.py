@@ -68,7 +68,7 @@ class PcapWriter:
         source: Dispatcher | None = None,
     ) -> None:
         self._using = threading.RLock()
-        self._busy = False  # True for a thread that has the lock: it has it twice
+        self._busy = False  # a call is writing; only the thread that has the lock reads this
         self._closed = True  # until all is open
         self._owned = False
         if format not in ("pcapng", "pcap"):
@@ -129,8 +129,9 @@ class PcapWriter:
 
         Raises RecordingFailed, an OSError, if the file cannot take them, such as on a full disk or a closed pipe. A regular file
         is then truncated to its last whole record. Raises ValueError for a packet that has no link type, or one that differs
-        from the link type of a pcap file, and for a time that the format cannot have. Raises Closed after close(). An exception of a signal handler may lose packets of this
-        call, but leaves no partial record. Raises RuntimeError if a signal handler, or the file's own `write`, calls it meanwhile.
+        from the link type of a pcap file, and for a time that the format cannot have. Raises Closed after close(). An exception of
+        a signal handler may lose packets of this call, but leaves no partial record. Raises RuntimeError if a signal handler, or
+        the file's own `write`, calls it meanwhile.
         """
         self._alone(self._record, packets)
 

@@ -138,7 +138,6 @@ static PyObject *owner_view(PyObject *self, void *unused)
     o->exporting_view = true;
     view = PyMemoryView_FromObject(self);
     o->exporting_view = false;
-    o->copied = false;
     return view;
 }
 

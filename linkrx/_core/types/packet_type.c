@@ -193,7 +193,7 @@ static PyObject *packet_view(PyObject *self, void *part)
 
 static Py_hash_t packet_hash(PyObject *self)
 {
-    if (lrx_packet_own((Packet *)self) < 0)
+    if (lrx_packet_copy_frame((Packet *)self) < 0)
         return -1;
     return PyObject_Hash(((Packet *)self)->own);
 }
@@ -235,7 +235,7 @@ static PyObject *packet_compare(PyObject *self, PyObject *other, int how)
 
 static int packet_contains(PyObject *self, PyObject *thing)
 {
-    if (lrx_packet_own((Packet *)self) < 0)
+    if (lrx_packet_copy_frame((Packet *)self) < 0)
         return -1;
     return PySequence_Contains(((Packet *)self)->own, thing);
 }
