@@ -10,6 +10,7 @@ import multiprocessing
 import pickle
 import socket
 import struct
+import sys
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -137,6 +138,24 @@ def test_bytes(kind: Kind) -> None:
         assert made == FRAME
     assert bytearray(packet) == bytearray(FRAME)
     assert b"-".join([packet, packet]) == FRAME + b"-" + FRAME
+
+
+@every_kind
+def test_the_method_that_bytes_calls(kind: Kind) -> None:
+    """`__bytes__` can be kept, called again, held beside others, and outlive the packet's name; it takes no arguments."""
+    first, second = one(kind, Row(FRAME)), one(kind, Row(FRAME[::-1]))
+    before = sys.getrefcount(first)
+    methods = [packet.__bytes__ for packet in (first, second, first)]
+    assert [method() for method in methods * 2] == [FRAME, FRAME[::-1], FRAME] * 2
+    assert bytes(second) == FRAME[::-1]  # while others are held
+    for arguments, names in (((1,), {}), ((), {"of": 1}), ((1,), {"of": 1})):
+        with pytest.raises(TypeError):
+            methods[0](*arguments, **names)
+    assert sys.getrefcount(first) == before + 2
+    del methods[:]
+    assert sys.getrefcount(first) == before
+    del second
+    assert one(kind, Row(FRAME)).__bytes__() == FRAME
 
 
 @every_kind

@@ -32,6 +32,8 @@ static void module_free(void *module)
 {
     State *state = PyModule_GetState(module);
 
+    if (state)
+        PyObject_Free(state->spare_method);
     if (state && state->process)
         munmap((void *)state->process, PROCESS_PAGE);
 }
@@ -48,11 +50,12 @@ static int execute(PyObject *module)
     state->batch_type = add_type(module, &lrx_batch_spec);
     state->batch_iterator_type = add_type(module, &lrx_batch_iterator_spec);
     state->receiver_type = add_type(module, &lrx_receiver_spec);
+    state->bytes_method_type = add_type(module, &lrx_bytes_method_spec);
     state->waiter_type = add_type(module, &lrx_waiter_spec);
     state->async_packets_type = add_type(module, &lrx_async_packets_spec);
     if (!state->owner_type || !state->table_type || !state->packet_type || !state->batch_type ||
         !state->batch_iterator_type || !state->receiver_type || !state->waiter_type ||
-        !state->async_packets_type)
+        !state->async_packets_type || !state->bytes_method_type)
         return -1;
     return PyModule_AddStringConstant(module, "SOURCES", LRX_SOURCES);
 }
@@ -69,6 +72,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT((PyObject *)state->receiver_type);
     Py_VISIT((PyObject *)state->waiter_type);
     Py_VISIT((PyObject *)state->async_packets_type);
+    Py_VISIT((PyObject *)state->bytes_method_type);
     Py_VISIT(state->headers);
     return 0;
 }
@@ -85,6 +89,7 @@ static int clear(PyObject *module)
     Py_CLEAR(state->receiver_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->async_packets_type);
+    Py_CLEAR(state->bytes_method_type);
     Py_CLEAR(state->headers);
     return 0;
 }

@@ -147,7 +147,7 @@ static PyObject *packet_local(PyObject *self, void *unused)
 
 /* Access that copies the frame first. */
 
-static PyObject *packet_tobytes(PyObject *self, PyObject *unused)
+PyObject *lrx_packet_tobytes(PyObject *self, PyObject *unused)
 {
     Packet *p = (Packet *)self;
 
@@ -290,7 +290,7 @@ static PyObject *by_headers(PyObject *self, const char *function)
 static PyObject *packet_tagged(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    return ((Packet *)self)->flags & LRX_VLAN ? by_headers(self, "tagged") : packet_tobytes(self, NULL);
+    return ((Packet *)self)->flags & LRX_VLAN ? by_headers(self, "tagged") : lrx_packet_tobytes(self, NULL);
 }
 
 static PyObject *packet_repr(PyObject *self)
@@ -369,6 +369,7 @@ static PyObject *packet_vnet(PyObject *self, void *unused)
 }
 
 static PyGetSetDef packet_attributes[] = {
+    {"__bytes__", lrx_bytes_method, NULL, "The frame as bytes.", NULL},
     {"frame", packet_view, NULL, "The bytes as received, link header included: a read-only memoryview.", (void *)WHOLE},
     {"link_header", packet_view, NULL,
      "The Ethernet header, 14 bytes, or empty if there is none: a read-only memoryview.", (void *)LINK_HEADER},
@@ -400,8 +401,7 @@ static PyGetSetDef packet_attributes[] = {
 };
 
 static PyMethodDef packet_methods[] = {
-    {"tobytes", packet_tobytes, METH_NOARGS, "tobytes($self, /)\n--\n\nThe frame as bytes."},
-    {"__bytes__", packet_tobytes, METH_NOARGS, "__bytes__($self, /)\n--\n\nThe frame as bytes."},
+    {"tobytes", lrx_packet_tobytes, METH_NOARGS, "tobytes($self, /)\n--\n\nThe frame as bytes."},
     {"u16", packet_u16, METH_O,
      "u16($self, offset, /)\n--\n\nThe two bytes at an offset into the frame, as a big-endian number.\n\n"
      "A negative offset counts from the end. Raises IndexError if there are no two."},

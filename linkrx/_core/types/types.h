@@ -52,6 +52,8 @@ struct State {
     PyTypeObject *receiver_type;
     PyTypeObject *waiter_type;
     PyTypeObject *async_packets_type;
+    PyTypeObject *bytes_method_type;
+    PyObject *spare_method; /* the memory of the last BytesMethod, for the next; or NULL */
     /* The module linkrx.packets.headers, once it is imported: methods that are rarely called are in Python. */
     PyObject *headers;
     /* A page that is wiped in a forked child (MADV_WIPEONFORK): 0 there until something is opened. NULL before Linux 4.14. */
@@ -159,6 +161,12 @@ enum taken lrx_owner_take_back(Owner *o);
 
 /* packet_type.c */
 extern PyType_Spec lrx_packet_spec;
+PyObject *lrx_packet_tobytes(PyObject *self, PyObject *unused);
+
+/* bytes_method.c */
+extern PyType_Spec lrx_bytes_method_spec;
+/* The method `__bytes__` of a packet. */
+PyObject *lrx_bytes_method(PyObject *packet, void *unused);
 
 /* packet.c */
 void lrx_packet_dealloc(PyObject *self);
