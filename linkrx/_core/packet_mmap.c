@@ -31,7 +31,7 @@
 #include "packet_mmap.h"
 
 /* How far ahead memory is asked for: measured, see bench/README.md. */
-#define FRAMES_AHEAD 8
+#define FRAMES_AHEAD 16
 #define BYTES_AHEAD 2048
 #define HEADERS 192
 
@@ -154,6 +154,17 @@ static bool is_cut(const struct lrx_ring *s, const struct tpacket3_hdr *header, 
     return snaplen < header->tp_len && (uint64_t)header->tp_mac + snaplen + BLOCK_HEADER >= s->block_size;
 }
 
+/* Where the header FRAMES_AHEAD frames after the current one is if all frames have its `size`: in this block or in the next. */
+static uintptr_t header_ahead(const struct lrx_ring *s, uint32_t size)
+{
+    const bool here = s->left > FRAMES_AHEAD;
+    const uint32_t next = s->block + 1 < s->blocks ? s->block + 1 : 0;
+    const size_t block = (size_t)(here ? s->block : next) * s->block_size;
+
+    return (uintptr_t)s->memory + block +
+           (here ? s->offset + (size_t)FRAMES_AHEAD * size : BLOCK_HEADER + (size_t)(FRAMES_AHEAD - s->left) * size);
+}
+
 static void copy(const struct lrx_ring *s, uint8_t *to, const uint8_t *frame, uint32_t length)
 {
     if (s->vnet) {
@@ -206,7 +217,7 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
     const uint8_t *frames = s->in_place ? s->memory + (size_t)s->block * s->block_size : memory;
     const uint32_t most = s->in_place ? s->most : s->blocks;
     const uint32_t limit = lrx_most(descriptors, rows);
-    uint32_t cursor = 0, n = 0, begun = 0;
+    uint32_t cursor = 0, n = 0, begun = 0, stride = 0;
     int error = 0;
 
     if (!is_mapped(s)) {
@@ -250,10 +261,11 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
             s->error = EFBIG;
         if (s->in_place) {
             /* Headers only, because the frame is not copied here. */
-            lrx_prefetch((const uint8_t *)header, FRAMES_AHEAD * (uint64_t)next, HEADERS);
+            stride = next ? next : stride; /* 0: the last frame of a block */
+            lrx_prefetch(header_ahead(s, stride), HEADERS);
             out.starts[n] = (uint32_t)(frame - s->vnet - frames);
         } else {
-            lrx_prefetch((const uint8_t *)header, BYTES_AHEAD, HEADERS + length);
+            lrx_prefetch((uintptr_t)header + BYTES_AHEAD, HEADERS + length);
             if ((uint64_t)cursor + length > size)
                 break;
             copy(s, memory + cursor, frame, length);

@@ -114,7 +114,7 @@ static void fetch_next(const Batch *batch, uint32_t index)
 
     batch->owner->copied = false;
     if (++index < t->count)
-        lrx_prefetch(batch->base + t->offsets[index], 0, t->columns.lengths[index]);
+        lrx_prefetch((uintptr_t)batch->base + t->offsets[index], t->columns.lengths[index]);
 }
 
 int lrx_packet_set(Packet *p, const Batch *batch, uint32_t index)
