@@ -106,7 +106,7 @@ SOURCES: dict[str, tuple[Callable[[Frames], AbstractContextManager[Opened]], tup
 
 def columns(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
     """`for batch in rx.batches()`: nothing per packet."""
-    source = rx.batches()
+    source = iter(rx.batches())  # as `for` does
 
     def drain() -> int:
         packets = 0
@@ -128,7 +128,7 @@ def columns(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
 
 def columns_byte(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
     """`columns`, and a byte of each frame through `memory`."""
-    source = rx.batches()
+    source = iter(rx.batches())  # as `for` does
 
     def drain() -> int:
         packets = seen = 0
@@ -146,7 +146,7 @@ def columns_byte(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Dra
 
 def batch(rx: linkrx.Dispatcher, wanted: int, check: Check | None) -> Drain:
     """`for packet in batch`."""
-    source = rx.batches()
+    source = iter(rx.batches())  # as `for` does
 
     def drain() -> int:
         packets = 0

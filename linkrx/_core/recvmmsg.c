@@ -11,6 +11,7 @@
 #include "columns.inc"
 #include "classify.h"
 #include "metadata.inc"
+#include "uncached.inc"
 #include "recvmmsg.h"
 
 #ifndef LRX_NEAR_MOST /* bytes of a near place; the fuzzer has smaller ones */
@@ -18,6 +19,10 @@
 #endif
 
 #define CACHE_LINE 64u
+
+/* How far ahead control messages are asked for, and how much of each: measured, see bench/README.md. */
+#define MESSAGES_AHEAD 6
+#define CONTROL_BYTES 72
 
 struct lrx_recvmmsg {
     int fd;
@@ -148,6 +153,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         got = receive(s, memory + (size_t)n * s->near_stride, memory + far + (size_t)n * s->far_stride, wanted);
         receives += got > 0;
         for (uint32_t k = 0; got > 0 && k < (uint32_t)got; k++, n++) {
+            lrx_prefetch((uintptr_t)s->controls + (size_t)(k + MESSAGES_AHEAD) * CONTROL, CONTROL_BYTES);
             uint32_t wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
 
             out.starts[n] = n * s->near_stride;
