@@ -5,6 +5,7 @@ Tests run in several processes of pytest-xdist, unless `-n` gives another number
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -98,6 +99,12 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Read --all, before tests are collected."""
     run.everything = config.getoption("--all")
+
+
+def pytest_collection_finish() -> None:
+    """Except the modules and the list of tests from garbage collection: many tests collect, and it would take 0.1 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
