@@ -18,6 +18,7 @@ import pytest
 from support import captures
 from support.captures import Interface, Pieces, Recorded
 from support.frames import any_expression, any_frame, tagged, udp
+from support.run import thorough
 
 import linkrx
 from linkrx import _core
@@ -182,9 +183,10 @@ def by_linkrx(file: Any, expression: str | None) -> set[int] | None:
 
 
 @needs_tcpdump
+@pytest.mark.samples
 @pytest.mark.parametrize("name", KINDS)
 def test_tcpdump_agrees(name: str, tmp_path: Path) -> None:
-    """For each of fifty expressions, linkrx and tcpdump accept the same packets of a file, or both refuse the expression."""
+    """For each of 35 expressions, with --all 57, linkrx and tcpdump accept the same packets of a file, or both refuse the expression."""
     chosen = random.Random(name)
     records, path = records_of(name, 7), tmp_path / "some.pcap"
     path.write_bytes(pcap_of(name, records))
@@ -192,7 +194,8 @@ def test_tcpdump_agrees(name: str, tmp_path: Path) -> None:
     assert delivered is not None
     assert len(delivered) > FRAMES / 3
     taken = refused = 0
-    for expression in (*SPECIAL, *(any_expression(chosen, link=chosen.random() < 0.5) for _ in range(25))):
+    made = range(30 if thorough() else 8)
+    for expression in (*SPECIAL, *(any_expression(chosen, link=chosen.random() < 0.5) for _ in made)):
         expected = by_tcpdump(path, expression)
         found = by_linkrx(path, expression)
         if expected is None and found is not None:
