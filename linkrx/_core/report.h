@@ -16,6 +16,8 @@ struct lrx_report {
     uint32_t rows;       /* rows of the table that classification wrote */
     uint32_t held;       /* packets that the backend has received and keeps for the next fill */
     uint32_t most;       /* how many packets the next fill may receive; 0: as many as there are rows */
+    uint32_t held_back;  /* frames of earlier fills that are to be in the same batch; they take that many of its rows */
+    uint32_t unused;
     const struct lrx_classifier *classifier; /* lrx_received() classifies with it; or NULL */
     void (*release_gil)(void *);             /* lrx_release_gil() calls it; or NULL */
     void *release_gil_argument;

@@ -396,7 +396,8 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
         .columns = lrx_descriptors_at(s->given, s->given_rows),
         .memory = (uint8_t *)region,
         .size = size,
-        .rows = s->given_rows,
+        /* Frames that are held back take rows of the same batch. */
+        .rows = s->given_rows - (given->held_back < s->given_rows ? given->held_back : 0),
     };
 
     do {

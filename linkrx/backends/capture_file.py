@@ -23,6 +23,7 @@ class CaptureWalk(Backend):
     name = "capture_file"
     rank = 5  # no other backend takes a capture file
     batch_size = 4096  # a piece of 256 KiB has 3276 frames of 64 bytes
+    coalesces = True  # the writer of a pipe does: it writes many packets at once
 
     @classmethod
     def missing(cls) -> str | None:

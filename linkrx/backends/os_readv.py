@@ -71,7 +71,7 @@ class OsReadv(Backend):
         # fill; and the arguments for which these are the buffers.
         self._used: list[Any] = []
         self._starts = range(0)
-        self._ready_for: tuple[Owner, int, int, int] | None = None
+        self._ready_for: tuple[Owner, int, int, int, int] | None = None
         # The call, and its arguments after descriptor and buffers. RWF_NOWAIT applies to one read. O_NONBLOCK would apply to all
         # processes that have the file open, and each of them could clear it.
         self._read: Callable[..., int]
@@ -166,15 +166,21 @@ class OsReadv(Backend):
         packet that reaches it is cut. Making buffers takes longer than the read, so they are cached. The next receive is at the
         same place in the arena if no packet of this one is kept.
         """
-        wanted = (arena, room, self._descriptors.report.most, self._stride)
+        wanted = (arena, arena.cursor, room, self._descriptors.report.most, self._stride)
         if wanted != self._ready_for:
-            self._find_buffers(*wanted)
+            self._find_buffers(arena, room)
             self._ready_for = wanted
-        return self._places(arena) if self._messages else self._ladders()
+        return self._places(arena) if self._messages else self._ladders(arena)
 
-    def _find_buffers(self, arena: Owner, room: int, most: int, stride: int) -> None:
+    def _find_buffers(self, arena: Owner, room: int) -> None:
         """Take the buffers that an earlier fill made for this arena, stride and number of packets, or make them."""
-        starts = range(0, room - self._layout.capacity, stride)[: most or self._descriptors.rows]
+        report, stride = self._descriptors.report, self._stride
+        starts = range(0, room - self._layout.capacity, stride)[: report.most or self._descriptors.rows]
+        if (
+            report.held_back
+        ):  # each such fill is at another place, so its buffers are made when they are needed, and not cached
+            self._starts, self._used = starts, []
+            return
         if arena not in self._made and len(self._made) == ARENAS:
             self._made.clear()
         made = self._made.setdefault(arena, {})
@@ -199,14 +205,17 @@ class OsReadv(Backend):
             if not 0 <= taken[-1] <= stride:
                 return
 
-    def _ladders(self) -> Iterator[Any]:
+    def _ladders(self, arena: Owner) -> Iterator[Any]:
         taken, stride, ready = self._taken, self._stride, self._ready
-        for buffer in self._used:
+        for buffer in self._used or self._new_ladders(arena):
             if ready is not None and not ready.poll(0):
                 return
             yield buffer
             if taken[-1] > stride:
                 return
+
+    def _new_ladders(self, arena: Owner) -> Iterator[Any]:
+        return (_ladder(arena.view[arena.cursor + start :], self._sizes) for start in self._starts)
 
     def _report_one(self, length: int) -> None:
         """Report one packet that is not cut."""

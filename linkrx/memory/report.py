@@ -11,8 +11,9 @@ class Report(ctypes.Structure):
     `receives` system calls received `count` packets, which use `end` bytes of the arena. `error` is an errno that followed these
     packets, or came without any. It stays until it is handled. `held` packets wait in the backend for the next fill. `most` is how
     many packets that fill may receive; 0 means as many as there are rows. The classifier sets `classified` to 1 plus the number
-    of packets, and `rows` to the rows of the table that it wrote. C uses the pointers: the classifier that a fill calls, and the
-    function that releases the GIL after a fill has received several packets.
+    of packets, and `rows` to the rows of the table that it wrote. `held_back` frames of earlier fills wait in the receiver for
+    the same batch. C uses the pointers: the classifier that a fill calls, and the function that releases the GIL after a fill has
+    received several packets.
     """
 
     count: int
@@ -23,6 +24,7 @@ class Report(ctypes.Structure):
     rows: int
     held: int
     most: int
+    held_back: int
 
     _fields_ = (
         ("count", ctypes.c_uint32),
@@ -33,6 +35,8 @@ class Report(ctypes.Structure):
         ("rows", ctypes.c_uint32),
         ("held", ctypes.c_uint32),
         ("most", ctypes.c_uint32),
+        ("held_back", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
         ("classifier", ctypes.c_void_p),
         ("release_gil", ctypes.c_void_p),
         ("release_gil_argument", ctypes.c_void_p),

@@ -21,6 +21,8 @@ logger = logging.getLogger("linkrx")
 
 # Seconds between two reads if the event loop may not watch the descriptor.
 ASK_AGAIN = 0.01
+# Seconds between two reads while packets are held back, as in _core/types/hold.c.
+HOLD = 0.001
 
 
 class Reader:
@@ -44,6 +46,8 @@ class Reader:
         self._asking: asyncio.TimerHandle | None = None  # the next read, if the event loop may not watch
         self._warned = False  # this was logged
         self._was_full = False  # the last batch: what it left in the queue was held back with it
+        self._until = 0.0  # the time of the loop until which packets are held back; 0: none are
+        self._holding: asyncio.TimerHandle | None = None  # the next read of those
 
     def is_here(self) -> bool:
         """Whether its loop is the one that runs in this thread."""
@@ -70,9 +74,11 @@ class Reader:
         if before is not None:
             before.armed = False
         self._waiter = waiter
+        self._until = 0.0
+        self._end_hold()
         # Go back to the event loop before every batch, also under a flood, so that other tasks run.
-        if self._dispatcher._has_something:
-            self.loop.call_soon(self.ready)
+        if self._dispatcher._has_something or self._was_full:
+            self.loop.call_soon(self._receive)
         else:
             self._register(waiter)
             waiter.armed = self._registered is waiter
@@ -129,15 +135,49 @@ class Reader:
         waiter = self._waiter
         if waiter is None or waiter.done():
             self.unregister()
-        elif self._latency and not self._was_full:
-            # More packets may come until then. The event loop need not call meanwhile.
+        elif self._latency:
+            # More packets may come. The event loop need not call meanwhile.
             self.unregister()
-            self.loop.call_later(self._latency, self._receive)
+            self._until = self._until or self.loop.time() + self._latency
+            self._hold()
         else:
             self._receive()
 
+    def _hold(self) -> None:
+        """Read again after HOLD. If the latency is over by then, that is the last time."""
+        left = self._until - self.loop.time()
+        self._end_hold()
+        self._holding = self.loop.call_later(
+            min(left, HOLD), self._hold_more if left > HOLD else self._receive
+        )
+
+    def _hold_more(self) -> None:
+        waiter, dispatcher = self._waiter, self._dispatcher
+        if waiter is None or waiter.done():
+            return
+        before = dispatcher._report.held_back
+        try:
+            is_over = dispatcher._hold_back()
+        except BaseException as error:
+            waiter.settle_at_once(error)
+            return
+        if is_over:
+            self._receive()
+        elif dispatcher._report.held_back > before:
+            self._hold()
+        else:  # the next packet goes on with it, or the end of the latency
+            self._register(waiter)
+            self._holding = self.loop.call_at(self._until, self._receive)
+
+    def _end_hold(self) -> None:
+        if self._holding is not None:
+            self._holding.cancel()
+            self._holding = None
+
     def _receive(self) -> None:
         waiter = self._waiter
+        self._until = 0.0
+        self._end_hold()
         if waiter is None or waiter.done():
             return
         found: bool | BaseException = True

@@ -12,7 +12,7 @@ class Callbacks:
     """`_core/types/receive.c` says what each of them does."""
 
     _wakeup: Wakeup
-    _fill: Callable[[Any], int]
+    _fill: Callable[[Any, int], int]
     _without_hangup: Callable[[int], int]
     _handle_error: Callable[[], None]
     _over: Callable[[], bool]

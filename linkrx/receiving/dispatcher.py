@@ -355,7 +355,8 @@ class Batches:
         dispatcher._check_open()
         deadline = earlier(deadline_after(self._timeout), self._until)
         while not (dispatcher.end is not None and dispatcher._over()) and seconds_left(self._until) != 0:
-            if not await dispatcher._reader_here().wait(seconds_left(deadline)):
+            came = await dispatcher._reader_here().wait(seconds_left(deadline))
+            if not came and not dispatcher._report.held_back:
                 break
             batch = dispatcher._next_batch(0, self._until)
             if batch is not None:

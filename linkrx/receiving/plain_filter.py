@@ -12,7 +12,7 @@ from linkrx.kernel import bpf
 from linkrx.memory.counters import BYTES, CUT, FILTERED, PACKETS, RUNTS
 from linkrx.memory.report import Report
 from linkrx.packets.headers import TRUNCATED
-from linkrx.packets.plain import Owner, Packet, restore
+from linkrx.packets.plain import Packet, restore
 from linkrx.receiving.callbacks import Callbacks
 from linkrx.sources.file_filter import FilePrograms
 from linkrx.stages.classify import Filter
@@ -98,7 +98,7 @@ class Filtering(Callbacks):
     _report: Report
     _inside: Callable[[Callable[[], None]], None]
     _take_in: Callable[[], None]
-    _arena: Owner
+    _fill_behind: Callable[[], int]
 
     @property
     def _left(self) -> int:
@@ -111,8 +111,8 @@ class Filtering(Callbacks):
     def _fill_filtered(self) -> int:
         """Fill. A filter for packets that were queued before ends once the queue was empty."""
         due, report = self._filter.is_due(), self._report
-        count = self._fill(self._arena)
-        if due and not any((count, report.classified, report.error, report.held)):
+        count = self._fill_behind()
+        if due and not any((count, report.classified, report.error, report.held, report.held_back)):
             self._filter.end()
         return count
 

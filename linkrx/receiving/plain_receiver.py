@@ -15,15 +15,16 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from linkrx.memory.columns import ROW_BYTES, Descriptors, Table
 from linkrx.memory.counters import received
 from linkrx.memory.framing import Framing
-from linkrx.packets.plain import START, VNET_BYTES, Batch, Owner, Packet, restore
-from linkrx.receiving.callbacks import Callbacks
+from linkrx.packets.plain import START, VNET_BYTES, Batch, Packet, restore
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
 from linkrx.receiving.plain_filter import Filtering, OwnFilter
+from linkrx.receiving.plain_hold import SLICE, Holding
 from linkrx.receiving.plain_sending import Sending
 from linkrx.receiving.stats import End
 from linkrx.stages.classify import classifier
@@ -35,12 +36,11 @@ if TYPE_CHECKING:
 ERRORS_IN_A_ROW = 8
 IDLE_WAKES = 8
 PAUSE = 0.01
-SLICE = 1.0
 
 Result = TypeVar("Result")
 
 
-class Receiver(Filtering, Sending, Callbacks):
+class Receiver(Filtering, Holding, Sending):
     """The part of a dispatcher that runs once per packet or once per wake-up."""
 
     _claims: dict[str, list[int]]  # "thread": the identifier of the thread that has the claim
@@ -84,22 +84,22 @@ class Receiver(Filtering, Sending, Callbacks):
         event: int,
         epoll: int,
         latency: float,
+        hold_most: int,
         /,
     ) -> None:
         described = Descriptors(rows, descriptors)
         self._stripped = Framing(
             bool(link_header), vnet, bool(packet_info), not big_endian, link_type, per_packet
         )
-        self._report, self._room = described.report, room
+        self._report = described.report
         self._lengths = described.columns.lengths
-        self._arena = Owner(START + room + rows * ROW_BYTES)
-        self._classify: Callable[[Any, int], None] = classifier(
-            described, self._stripped, counters, interface=interface, filter=self._filter.rule
-        )
+        self._prepare_holding(described, room, hold_most, latency)
+        make = partial(classifier, framing=self._stripped, counters=counters, interface=interface)
+        self._classify: Callable[[Any, int], None] = make(described, filter=self._filter.rule)
+        self._classify_held: Callable[[Any, int], None] = make(self._collected, filter=self._filter.rule)
         self._counters = counters
         self._deliver = deliver
         self._may_hang_up = may_hang_up
-        self._latency = latency
 
     # Receiving.
 
@@ -107,18 +107,17 @@ class Receiver(Filtering, Sending, Callbacks):
         """Receive once, without waiting. True: frames were received, even if none is a packet."""
         report = self._report
         for _ in range(ERRORS_IN_A_ROW):
-            count = report.count
-            if not count and not report.classified and (not report.error or report.held):
-                count = self._fill_filtered()
-            if count and not report.classified:
-                if self._may_hang_up and not self._lengths[count - 1]:
-                    count = self._without_hangup(count)
-                if not count:
-                    return False
+            count = self._obtain()
+            if report.held_back and not report.classified:
+                self._collect(count)
+                self._classify_collected(self._classify_held)
+            elif count and not report.classified:
                 self._classify(self._arena, count)
             if report.classified:
                 self._take_in()
                 return True
+            if self._end_follows:  # nothing came before the end
+                return False
             if self._was_down and not report.error:
                 self._was_down = False
                 report.error = errno.ENETDOWN
@@ -128,6 +127,17 @@ class Receiver(Filtering, Sending, Callbacks):
             if self._ended:
                 return False
         return False
+
+    def _obtain(self) -> int:
+        """Fill, unless received frames wait here already. Returns how many are neither classified nor held back."""
+        report = self._report
+        count = report.count
+        enough = report.held_back and (self._holds_full or self._end_follows)
+        if not count and not report.classified and not enough and (not report.error or report.held):
+            count = self._fill_filtered()
+        if count and not report.classified and self._may_hang_up and not self._lengths[count - 1]:
+            count = self._without_hangup(count)
+        return count
 
     def _take_in(self) -> None:
         report, memory, framing = self._report, self._arena.view[START:], self._stripped
@@ -234,16 +244,8 @@ class Receiver(Filtering, Sending, Callbacks):
         if not readable:
             self._look_at_owner()
         if readable and self._latency:
-            self._coalesce(deadline)
+            self._hold(deadline)
         return readable
-
-    def _coalesce(self, deadline: float | None) -> None:
-        """Sleep for the latency, so that several packets come together. The deadline and a stop end it."""
-        until = time.monotonic() + self._latency
-        if deadline is not None:
-            until = min(until, deadline)
-        while not self._stopping and (left := until - time.monotonic()) > 0:
-            self._wakeup.sleep(min(left, SLICE))
 
     # The claim.
 
@@ -290,7 +292,7 @@ class Receiver(Filtering, Sending, Callbacks):
     @property
     def _has_something(self) -> bool:
         report = self._report
-        reported = (report.count, report.classified, report.error, report.held)
+        reported = (report.count, report.held_back, report.classified, report.error, report.held)
         ending = (self._ended, self._end_follows, self._stopping, self._flushing, self._was_down)
         return self._left > 0 or any(reported) or any(ending)
 

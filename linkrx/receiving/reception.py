@@ -42,6 +42,9 @@ _PAUSE = 0.01
 # Seconds between two checks whether the receiving thread has taken the filter.
 _LOOK_AGAIN = 0.001
 
+# Bytes that a fill may need for the largest packet beside its own: recvmmsg has two places for each packet.
+_PLACE = 4096
+
 # The packets of a queue whose length the kernel does not report. And the frames that one queued packet may stand for: a
 # super-packet of 64 KiB with 512 bytes of payload in each frame. A queue whose length is in bytes holds fewer super-packets:
 # with 64 bytes of payload in each frame, eight times as many frames as shortest packets.
@@ -88,7 +91,7 @@ class Reception(Receiver):
             undo.callback(self._wakeup.close)
             self._mechanism, self.choice = self._build(choice)
             undo.callback(self._mechanism.close)
-            # Seconds that a wait goes on after the first packet, so that more come. A ring does that itself.
+            # Seconds for which packets are held back. A ring does that itself.
             self._coalescing = 0.0 if self._mechanism.coalesces else options.coalescing
             assert self._wakeup.event is not None
             self._prepare(
@@ -110,6 +113,7 @@ class Reception(Receiver):
                 self._wakeup.event.fd,
                 self._wakeup.fileno(),
                 self._coalescing,
+                max(0, min(self._room // 2, self._room - layout.capacity - _PLACE)),
             )
             self._prepare_sending(way_to_send(source.fd, found))
             self._use(self._mechanism.native)
@@ -126,12 +130,12 @@ class Reception(Receiver):
 
     # Mechanisms in Python.
 
-    def _fill(self, arena: Owner) -> int:
+    def _fill(self, arena: Owner, room: int) -> int:
         """Let the mechanism fill. Its errno goes into the report, and is handled after the packets before it."""
         report, mechanism = self._report, self._mechanism
         report.held = 1  # until it is known, because an exception may come at any point
         try:
-            count = mechanism.fill(arena, self._room)
+            count = mechanism.fill(arena, room)
         except OSError as error:
             if report.count or report.classified:  # nothing is called between the packets and the errno
                 raise  # of a signal handler: errors of the kernel come without packets
@@ -293,7 +297,8 @@ class Reception(Receiver):
 
     def _is_cut_short(self) -> bool:
         """Whether an exception came between receiving packets and making a batch of them."""
-        return self._report.count > 0 or self._report.classified > 0
+        report = self._report
+        return report.count > 0 or report.held_back > 0 or report.classified > 0
 
     def _flush_limits(self) -> tuple[int, float]:
         """The limits of a flush: the packets that the queue may hold, and the seconds until the last of them can be read."""
@@ -305,7 +310,7 @@ class Reception(Receiver):
 
     def _finish(self, end: End) -> None:
         # Frames that the backend received and that were not classified count as undelivered.
-        undelivered = self._mechanism.held + self._report.count
+        undelivered = self._mechanism.held + self._report.count + self._report.held_back
         event = self._wakeup.event
         if event is not None:
             event.set()  # wakes pollers

@@ -125,9 +125,9 @@ class Wakeup:
                 raise
             return self.poll(bounded, self.source)
 
-    def sleep(self, timeout: float) -> None:
-        """Sleep on the event only, for a source that is readable but has nothing to read."""
-        self.poll(timeout)
+    def sleep(self, timeout: float) -> bool:
+        """Sleep on the event only, for a source that is readable already. True if the event is set."""
+        return self.event is not None and self.poll(timeout, self.event.fd)
 
     def poll(self, timeout: float, *sources: int) -> bool:
         """Sleep on the event and on `sources`. True if one of `sources` is ready."""

@@ -176,6 +176,6 @@ def classifier(
         counters[FILTERED] += filtered
         report.rows = count
         report.classified = row + 1
-        report.count = 0
+        report.count = report.held_back = 0
 
     return classify

@@ -124,7 +124,7 @@ class PythonSegmenter:
         columns = self._given.columns
         received = staging.view[staging.cursor :]
         region = arena.view[arena.cursor : arena.cursor + room]
-        count = taken.count
+        count, most = taken.count, self._given.rows - given.held_back
         row, done, rows, cursor = self._at
         full = False
         while row < count and not full:
@@ -132,7 +132,7 @@ class PythonSegmenter:
             while done < outcome.frames:
                 data = outcome.frame(done)
                 end = align(cursor + len(data))
-                full = rows == self._given.rows or end > room
+                full = rows == most or end > room
                 if full:
                     break
                 region[cursor : cursor + len(data)] = data

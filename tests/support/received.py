@@ -92,7 +92,7 @@ class SteppedReceiver:
         class Receiver(kind.module.Receiver if kind.module is _core.types else plain_receiver.Receiver):  # type: ignore[misc]
             """The methods of reception that a receiver without a source calls."""
 
-            def _fill(self, arena: Any) -> int:
+            def _fill(self, arena: Any, _room: int) -> int:
                 stepped.filling = arena
                 return 0
 
@@ -129,6 +129,7 @@ class SteppedReceiver:
             -1,
             -1,
             0.0,
+            0,
         )
 
     @property

@@ -1,5 +1,5 @@
 /* Filling an arena, checking what a mechanism in Python reports, and making a batch of the frames. */
-#include "types.h"
+#include "hold.h"
 
 /* The arena to fill next. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
  * a loop variable, two arenas take turns. */
@@ -76,6 +76,12 @@ static void release_gil(void *thread)
         *saved = PyEval_SaveThread();
 }
 
+/* The offset of the next frame from the first one: those that are held back come before it. */
+static uint32_t offset_of(const Receiver *r)
+{
+    return r->collected ? r->collected->end : 0;
+}
+
 static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
 {
     struct lrx_mechanism *m = r->mechanism;
@@ -87,7 +93,7 @@ static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
     report->most = asked;
     report->release_gil = release_gil;
     report->release_gil_argument = &saved;
-    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START, r->room);
+    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START + offset_of(r), r->room - offset_of(r));
     report->release_gil = NULL;
     report->release_gil_argument = NULL;
     if (saved)
@@ -118,7 +124,8 @@ static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked)
     long count;
 
     report_of(r)->most = asked;
-    answer = PyObject_CallMethod((PyObject *)r, "_fill", "O", arena);
+    arena->cursor = ARENA_START + offset_of(r);
+    answer = PyObject_CallMethod((PyObject *)r, "_fill", "OI", arena, r->room - offset_of(r));
     count = answer ? PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);
     if (!PyErr_Occurred() && (count < 0 || count > (long)r->rows)) {
@@ -128,16 +135,20 @@ static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked)
     return (int)count;
 }
 
-int lrx_fill(Receiver *r, bool all)
+/* Fill once, without waiting. Returns the number of frames, or -1 with an exception. */
+static int fill(Receiver *r, bool all, bool holds_back)
 {
+    struct lrx_report *report = report_of(r);
     Owner *arena = arena_of(r);
     uint32_t asked;
     int count;
 
     /* Packets that the mechanism holds cost no system call. And the empty records at the end of a stream are recognised only when
      * all of them are there. */
-    all = all || report_of(r)->held;
-    asked = all ? r->rows : r->most;
+    all = all || report->held || lrx_held_back(r);
+    asked = all ? r->rows - lrx_held_back(r) : r->most;
+    /* C code that fills classifies as well, while the frames are in the cache. */
+    report->classifier = holds_back || lrx_held_back(r) || r->may_hang_up ? NULL : &r->classifier;
 
     if (!arena)
         return -1;
@@ -169,10 +180,10 @@ static int without_hangup(Receiver *r, int count)
 static int check_reported(const Receiver *r, uint32_t count)
 {
     const struct lrx_columns columns = lrx_descriptors_at((uintptr_t)r->descriptors.buf, r->rows);
-    const uint32_t end = report_of(r)->end;
+    const uint32_t end = report_of(r)->end, room = r->room - offset_of(r);
 
-    if (end > r->room || end % 8) {
-        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, r->room);
+    if (end > room || end % 8) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and was given %u", count, end, room);
         return -1;
     }
     for (uint32_t k = 0; k < count; k++) {
@@ -187,10 +198,29 @@ static int check_reported(const Receiver *r, uint32_t count)
     return 0;
 }
 
-int lrx_checked(Receiver *r, int count)
+int lrx_obtain(Receiver *r, bool all, bool holds_back)
 {
+    const struct lrx_report *report = report_of(r);
+    const bool enough = lrx_held_back(r) && (lrx_holds_full(r) || r->end_follows);
+    int count;
+
+    if (report->count > r->rows) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", report->count, r->rows);
+        return -1;
+    }
+    count = (int)report->count;
+    if (!count && !report->classified && !enough && (!report->error || report->held)) {
+        const bool ends = r->filter_until && lrx_now() >= r->filter_until;
+
+        count = fill(r, all, holds_back);
+        if (ends && !count && !report->classified && !report->error && !report->held && !lrx_held_back(r))
+            lrx_end_filter(r);
+    }
+    /* Without arena: a handler has forked, and this is the child, which has closed it. */
+    if (count <= 0 || report->classified || !r->arenas[r->current])
+        return count;
     count = without_hangup(r, count);
-    return count > 0 && check_reported(r, (uint32_t)count) < 0 ? -1 : count;
+    return count > 0 && r->arenas[r->current] && check_reported(r, (uint32_t)count) < 0 ? -1 : count;
 }
 
 bool lrx_was_full(const Receiver *r)

@@ -49,6 +49,7 @@ Owner *lrx_owner_new(State *state, size_t size)
         return NULL;
     o->memory = NULL;
     o->mapped = 0;
+    o->cursor = ARENA_START;
     o->guard = NULL;
     o->packets = NULL;
     o->batch = NULL;
@@ -176,8 +177,8 @@ static PyObject *owner_limit(PyObject *self, void *unused)
 
 static PyObject *owner_cursor(PyObject *self, void *unused)
 {
-    (void)self, (void)unused;
-    return PyLong_FromLong(ARENA_START);
+    (void)unused;
+    return PyLong_FromUnsignedLong(((Owner *)self)->cursor);
 }
 
 static PyObject *owner_held(PyObject *self, void *unused)
@@ -224,7 +225,7 @@ static PyObject *owner_new(PyTypeObject *type, PyObject *args, PyObject *keyword
 
 static PyGetSetDef owner_attributes[] = {
     {"address", owner_address, owner_set_address, "The address of the memory. It can be set for the memory of a ring.", NULL},
-    {"cursor", owner_cursor, NULL, "The offset of the first frame in an arena, in bytes.", NULL},
+    {"cursor", owner_cursor, NULL, "The offset in an arena at which the next frame is to be, in bytes.", NULL},
     {"held", owner_held, NULL, "Whether a batch or a packet still reads here.", NULL},
     {"limit", owner_limit, NULL, "Bytes of an arena.", NULL},
     {"view", owner_view, NULL, "A writable memoryview of an arena, for mechanisms written in Python.", NULL},

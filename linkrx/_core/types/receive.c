@@ -2,10 +2,11 @@
  *
  * The report, in front of the descriptors, says how far a receive has come, whatever interrupts it: `count` frames are not
  * classified yet, or `classified` is set and they are not in a batch yet, or `error` has an errno. Each step goes on where the
- * last one ended. Nothing is received before all of this is handled.
+ * last one ended. Nothing is received before all of this is handled. With `latency`, `held_back` frames wait for more to come:
+ * see hold.c.
  *
  * Rare work is in Python. The receiver calls these methods of its subclass, linkrx/receiving/reception.py:
- *   _fill(arena)         fill with a mechanism that is written in Python; returns the number of packets
+ *   _fill(arena, room)   fill with a mechanism that is written in Python; returns the number of packets
  *   _without_hangup(n)   the last of n packets is empty, which may be the end; returns how many are packets
  *   _handle_error()      an errno waits in the header
  *   _over()              whether a stop, or an end that follows what was received, is due now
@@ -36,7 +37,7 @@
  * A read never blocks. A fill holds the GIL for the first few packets, because a thread that releases it beside a busy thread
  * gets it back after 5 ms. A fill of many packets releases the GIL for the rest. */
 #define _GNU_SOURCE
-#include "types.h"
+#include "hold.h"
 #include "../forbidden.inc"
 
 #include <errno.h>
@@ -101,37 +102,24 @@ static enum outcome receive(Receiver *r, bool all)
     struct lrx_report *report = report_of(r);
 
     for (int errors = 0; errors < ERRORS_IN_A_ROW; errors++) {
-        int count;
+        const int count = lrx_obtain(r, all, false);
 
-        if (report->count > r->rows) {
-            PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", report->count, r->rows);
-            return FAILED;
-        }
-        count = (int)report->count;
-        if (!count && !report->classified && (!report->error || report->held)) {
-            const bool ends = r->filter_until && lrx_now() >= r->filter_until;
-
-            count = lrx_fill(r, all);
-            if (ends && !count && !report->classified && !report->error && !report->held)
-                lrx_end_filter(r);
-        }
         if (count < 0)
             return FAILED;
         if (!r->arenas[r->current]) /* a handler has forked, and this is the child, which has closed it */
             return NOTHING;
-        if (count && !report->classified) {
-            uintptr_t region;
+        if (!report->classified && lrx_held_back(r)) {
+            lrx_collect(r, (uint32_t)count);
+            lrx_classify_collected(r);
+        } else if (!report->classified && count) {
+            const uintptr_t region = (uintptr_t)r->arenas[r->current]->memory + ARENA_START;
 
-            count = lrx_checked(r, count);
-            if (count < 0)
-                return FAILED;
-            if (!count || !r->arenas[r->current]) /* as above */
-                return NOTHING;
-            region = (uintptr_t)r->arenas[r->current]->memory + ARENA_START;
             lrx_classify(&r->classifier, region, (uint32_t)count, region + report->end);
         }
         if (report->classified)
             return lrx_take_in(r) == FAILED ? FAILED : READY;
+        if (r->end_follows) /* nothing came before the end */
+            return NOTHING;
         if (r->was_down && !report->error) {
             r->was_down = false;
             report->error = ENETDOWN;
@@ -193,31 +181,14 @@ static int sleep_on(struct pollfd *fds, nfds_t count, double seconds)
     return ready < 0 ? 0 : ready;
 }
 
-/* Sleep for `seconds` at most, on the event alone. 1: it is set, for a stop. */
-static int sleep_on_event(const Receiver *r, double seconds)
+int lrx_sleep_on_event(const Receiver *r, double seconds)
 {
     struct pollfd event = {.fd = r->event, .events = POLLIN};
 
     return sleep_on(&event, 1, seconds);
 }
 
-/* Sleep for `latency`, so that several packets come together. The deadline and a stop end it. */
-static int coalesce(const Receiver *r, double deadline)
-{
-    const double later = lrx_now() + r->latency, until = later < deadline ? later : deadline;
-
-    while (!r->stopping) {
-        const double left = until - lrx_now();
-        const int ready = left > 0 ? sleep_on_event(r, left < SLICE ? left : SLICE) : 1;
-
-        if (ready)
-            return ready < 0 ? -1 : 0;
-    }
-    return 0;
-}
-
-/* Wait for `seconds` at most. 0: nothing has happened; 1: the source is readable; 2: another descriptor is. */
-static int wait(Receiver *r, double seconds)
+int lrx_wait(Receiver *r, double seconds)
 {
     struct epoll_event events[4];
     int count, error, readable = 0;
@@ -251,8 +222,8 @@ static bool read_first(Receiver *r, double timeout)
 {
     const struct lrx_report *report = report_of(r);
 
-    if (timeout == 0 || r->reads_memory || report->count || report->classified ||
-        report->error || report->held || r->link_down)
+    if (timeout == 0 || r->reads_memory || report->count || report->classified || report->error || report->held ||
+        report->held_back || r->link_down)
         return true;
     if (!r->eager_wait)
         return true;
@@ -400,11 +371,11 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all)
         if (looked)
             happened = wait_for_source(r, left < r->flush_until - looked ? left : r->flush_until - looked) < 0 ? -1 : 0;
         else if (idle < IDLE_WAKES)
-            happened = wait(r, left);
+            happened = lrx_wait(r, left);
         else
-            happened = sleep_on_event(r, left < PAUSE ? left : PAUSE) < 0 ? -1 : 0;
+            happened = lrx_sleep_on_event(r, left < PAUSE ? left : PAUSE) < 0 ? -1 : 0;
         held_back = happened == 1 && r->latency > 0;
-        if (held_back && coalesce(r, timeout > 0 ? deadline : INFINITY) < 0)
+        if (held_back && lrx_hold_back(r, timeout > 0 ? deadline : INFINITY) < 0)
             happened = -1;
         if (happened < 0 || (happened == 0 && !looked && idle < IDLE_WAKES && lrx_ask(r, "_look_at_owner") < 0))
             return FAILED;

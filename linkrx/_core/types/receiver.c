@@ -1,5 +1,5 @@
 /* The methods of the receiver: the claim, and the calls that receive. */
-#include "types.h"
+#include "hold.h"
 
 #include <math.h>
 #include <string.h>
@@ -42,7 +42,7 @@ bool lrx_has_something(const Receiver *r)
     if (!r->prepared)
         return false;
     return r->pending || r->ended || r->end_follows || r->stopping || (r->flushing && !r->flush_waits) || r->was_down || report->count ||
-           report->classified || report->error || report->held;
+           report->classified || report->error || report->held || report->held_back;
 }
 
 /* In C, because an exception of a signal handler here would lose the packet that is being returned. stop() sets the event too. */
@@ -380,6 +380,19 @@ PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
         return NULL;
     outcome = lrx_await(r, 0, r->latency > 0); /* the event loop calls again while there are more packets; `latency` applies to those too */
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
+}
+
+/* For event loops: receive once more, and hold it back. True: hand over what is held back now. */
+PyObject *lrx_receiver_hold_back(PyObject *self, PyObject *unused)
+{
+    Receiver *r = (Receiver *)self;
+    enum outcome outcome;
+
+    (void)unused;
+    if (!enter(r))
+        return NULL;
+    outcome = PyErr_CheckSignals() < 0 ? FAILED : lrx_hold_more(r);
+    return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome == OVER));
 }
 
 /* A pending packet, or None. Receives nothing. */

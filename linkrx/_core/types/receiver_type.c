@@ -1,5 +1,5 @@
 /* The type of the receiver: making and releasing one, and the methods and attributes for its subclass in Python. */
-#include "types.h"
+#include "hold.h"
 
 #include <string.h>
 #include <unistd.h>
@@ -8,7 +8,7 @@
 
 /* _prepare(deliver, descriptors, rows, counters, room, prefix, packet_info, link_header, link_type, per_packet, vnet,
  *          big_endian, interface,
- *          may_hang_up, source, event, epoll, latency) */
+ *          may_hang_up, source, event, epoll, latency, hold_most) */
 static PyObject *receiver_prepare(PyObject *self, PyObject *args)
 {
     Receiver *r = (Receiver *)self;
@@ -20,9 +20,9 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "_prepare() was called before");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OOIOIIIIIIIpIpiiid:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
+    if (!PyArg_ParseTuple(args, "OOIOIIIIIIIpIpiiidI:_prepare", &deliver, &descriptors, &rows, &counters, &room, &prefix,
                           &packet_info, &link_header, &link_type, &per_packet, &vnet, &big_endian, &interface, &may_hang_up, &r->source, &r->event,
-                          &r->epoll, &r->latency))
+                          &r->epoll, &r->latency, &r->hold_most))
         return NULL;
     if (rows == 0 || rows > 1u << 20 || room > 1u << 30 || (link_header != 0 && link_header != ETHER_HEADER) ||
         (vnet != 0 && vnet < VNET_HEADER) || (packet_info != 0 && packet_info != 4) || link_type > UINT16_MAX || per_packet > LRX_PER_PACKET_LINK_TYPE || prefix != vnet + packet_info) {
@@ -40,6 +40,8 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     r->rows = r->most = rows;
     r->room = room;
     r->arena_size = ARENA_START + (size_t)room + (size_t)rows * LRX_ROW_BYTES;
+    if (r->latency > 0 && lrx_prepare_holding(r) < 0)
+        return NULL;
     r->may_hang_up = may_hang_up;
     r->framing = (Framing){
         .link_header = (uint8_t)link_header,
@@ -59,8 +61,6 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };
-    if (!may_hang_up) /* C code that fills classifies as well, while the frames are in the cache */
-        report_of(r)->classifier = &r->classifier;
     if (deliver != Py_None) {
         Py_INCREF(deliver);
         r->deliver = deliver;
@@ -117,6 +117,7 @@ static PyObject *receiver_use(PyObject *self, PyObject *address)
             r->slots[slot]->guard = (const volatile uint32_t *)m->slots->guard;
         }
         r->reads_memory = true;
+        r->latency = 0; /* a ring holds packets back itself */
     }
     r->mechanism = m;
     Py_RETURN_NONE;
@@ -321,6 +322,7 @@ static void receiver_dealloc(PyObject *self)
         PyBuffer_Release(&r->descriptors);
     if (r->counters.obj)
         PyBuffer_Release(&r->counters);
+    PyMem_Free(r->collected);
     free(self);
     Py_DECREF((PyObject *)type);
 }
@@ -401,6 +403,8 @@ static PyMethodDef receiver_methods[] = {
      "The next batch. None at the end, after `timeout` seconds without a batch, and after the time `until`."},
     {"_poll", lrx_receiver_poll, METH_NOARGS,
      "_poll($self, /)\n--\n\nReceive without waiting. Whether packets are pending, or reception is over."},
+    {"_hold_back", lrx_receiver_hold_back, METH_NOARGS,
+     "_hold_back($self, /)\n--\n\nReceive once more, without waiting, and hold it back. True: hand over what is held back now."},
     {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA pending packet, or None."},
     {"_prepare", receiver_prepare, METH_VARARGS, "Set up the receiver for a source."},
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},

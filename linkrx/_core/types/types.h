@@ -67,6 +67,7 @@ struct Owner {
     PyObject_HEAD
     uint8_t *memory;
     size_t mapped;                  /* bytes of an arena; 0 for the memory of a ring */
+    uint32_t cursor;                /* the offset at which a mechanism written in Python fills */
     const volatile uint32_t *guard; /* for a ring: 0 in a child that was forked without Python's hooks */
     Packet *packets;                /* the packets that read in place, or did so until their frame was copied */
     Batch *batch;                   /* the batch that reads in place; its deallocation clears this */
@@ -275,7 +276,9 @@ typedef struct {
 
     /* Waiting: receive.c. */
     int source, event, epoll;
-    double latency;
+    double latency;                  /* seconds that packets are held back; 0: they are not */
+    struct lrx_report *collected;    /* the frames that are held back: hold.c. NULL if latency is 0 */
+    uint32_t hold_most;              /* bytes of an arena that they may use, and another fill still has room */
     bool link_down, source_paused, polled, looped, readable;
     unsigned spurious;               /* successive drains of an event loop that found nothing */
     int64_t others_ran;              /* the time at which lrx_let_others_run() last released the GIL, in nanoseconds */
@@ -328,10 +331,9 @@ static inline struct lrx_report *report_of(const Receiver *r)
 #define MOST_HOLD 31
 
 /* fill.c */
-/* Fill once, without waiting. Returns the number of frames, or -1 with an exception. `all`: receive up to a whole batch. */
-int lrx_fill(Receiver *r, bool all);
-/* How many of `count` received frames are left if the last ones are the end, or -1 with an exception. Also checks where they lie. */
-int lrx_checked(Receiver *r, int count);
+/* Fill once, without waiting, unless received frames wait here already. Returns how many frames are neither classified nor held
+ * back, or -1 with an exception. `all`: receive up to a whole batch. `holds_back`: leave them unclassified. */
+int lrx_obtain(Receiver *r, bool all, bool holds_back);
 /* Whether the last fill may have ended because the batch was full, by rows or by bytes. */
 bool lrx_was_full(const Receiver *r);
 enum outcome lrx_take_in(Receiver *r);
@@ -345,6 +347,10 @@ enum outcome lrx_await(Receiver *r, double timeout, bool all);
 /* Make fileno() readable while packets, an error or the end wait here. */
 void lrx_set_readable(Receiver *r);
 double lrx_now(void);
+/* Wait for `seconds` at most. 0: nothing has happened; 1: the source is readable; 2: another descriptor is; -1: an exception. */
+int lrx_wait(Receiver *r, double seconds);
+/* Sleep for `seconds` at most, on the event alone. 1: it is set, for a stop or another filter; -1: an exception. */
+int lrx_sleep_on_event(const Receiver *r, double seconds);
 /* CLOCK_MONOTONIC_COARSE: cheap, and up to a timer tick late. */
 int64_t lrx_coarse_now(void);
 /* Call a method without arguments. Returns whether its result is true, or -1 with an exception. */

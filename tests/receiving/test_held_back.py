@@ -1,0 +1,518 @@
+"""`latency`: packets are held back until a batch is full, or the time is over."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pytest
+from support.pairs import BACKENDS, frame, number_of, pair
+from support.received import needs_core
+from support.run import that_take
+
+import linkrx
+from linkrx.backend import Owner
+from linkrx.testing import rigs
+from linkrx.testing.packets import sample
+from linkrx.testing.stops import alarmed, ignore
+from linkrx.testing.waiting import PATIENCE, asleep, patiently, running, until
+from linkrx.testing.waiting import number_of as marked
+
+FOR_EVER = 1e9  # seconds
+ROWS = 6
+
+# A ring holds packets back by itself.
+KINDS = {
+    rigs.unix_dgram: "unix_dgram",
+    rigs.unix_dgram_vnet: "unix_dgram",
+    rigs.unix_seqpacket: "unix_seqpacket",
+    rigs.udp: "udp",
+    rigs.pipe_nonblocking: "pipe",
+    rigs.tap: "tap",
+    rigs.tap_segment: "tap",
+    rigs.tun: "tun",
+    rigs.packet: "packet",
+    rigs.packet_segment: "packet",
+    rigs.packet_cooked: "packet_cooked",
+    rigs.interface: "packet",
+}
+CELLS = [
+    (kind, backend) for kind, name in KINDS.items() for backend in that_take(name) if backend != "packet_mmap"
+]
+of_each = pytest.mark.parametrize(
+    ("kind", "backend"), CELLS, ids=[f"{kind.__name__}-{backend}" for kind, backend in CELLS]
+)
+
+
+def held_back(rx: linkrx.Dispatcher) -> int:
+    """The number of frames that are held back now."""
+    return rx._report.held_back
+
+
+@contextmanager
+def watched(rx: linkrx.Dispatcher) -> Iterator[linkrx.Dispatcher]:
+    """A stop() ends a receiving call that does not return. The test then misses its packets."""
+    stop = threading.Timer(PATIENCE, rx.stop)
+    stop.start()
+    try:
+        yield rx
+    finally:
+        stop.cancel()
+        stop.join()
+
+
+def one_by_one(
+    rx: linkrx.Dispatcher, send: Callable[[Any], object], frames: list[Any], waits: int = 0
+) -> None:
+    """Send frames when the receiving thread has waited once more, each after the last one was received."""
+    until(lambda: rx.stats().waits > waits)
+    for number, data in enumerate(frames, 1):
+        send(data)
+        if number < len(frames):
+            until(lambda number=number: held_back(rx) == number)  # type: ignore[misc]
+
+
+@contextmanager
+def holding(backend: str, count: int, **options: Any) -> Iterator[tuple[linkrx.Dispatcher, socket.socket]]:
+    """A dispatcher in a thread that runs, and holds back `count` frames; and the sender."""
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, ignore, backend=backend, latency=FOR_EVER, **options) as rx,
+        running(rx.run),
+    ):
+        try:
+            until(lambda: asleep(rx))
+            for number in range(count):
+                sender.send(frame(number))
+            until(lambda: held_back(rx) == count)
+            yield rx, sender
+        finally:
+            rx.stop()
+
+
+@pytest.mark.usefixtures("devices")
+@of_each
+def test_a_full_batch_is_handed_over(kind: rigs.MakeRig, backend: str) -> None:
+    """Packets that come one by one are held back until they are a full batch. That is handed over before the time is over."""
+    with kind() as rig, rig.open(backend, latency=FOR_EVER, batch_size=ROWS) as rx, watched(rx):
+        sent = sample(rig, 2 * ROWS)
+        for half in (sent[:ROWS], sent[ROWS:]):
+            with running(partial(one_by_one, rx, rig.send, half, rx.stats().waits)):
+                batch = next(rx.batches())
+            assert [bytes(packet) for packet in batch] == half
+            assert [packet.wire_length for packet in batch] == [len(data) for data in half]
+            assert batch.frames() == half
+            assert [marked(rig, packet) for packet in batch] == list(range(sent.index(half[0]), len(sent)))[
+                :ROWS
+            ]
+        stats = rx.stats()
+        assert (stats.packets, stats.batches, stats.undelivered) == (2 * ROWS, 2, 0)
+        assert stats.receives >= 2 * ROWS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["dispatch", "recv", "next", "batches"])
+def test_in_every_way_to_receive(backend: str, way: str) -> None:
+    """Every call that waits holds packets back until a batch is full."""
+    got: list[linkrx.Packet] = []
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(
+            receiver, lambda *call: got.append(call[3]), backend=backend, latency=FOR_EVER, batch_size=ROWS
+        ) as rx,
+        watched(rx),
+    ):
+        ways: dict[str, Callable[[], object]] = {
+            "dispatch": rx.dispatch,
+            "recv": lambda: got.extend(rx.recv() for _ in range(ROWS)),
+            "next": lambda: got.extend(islice(rx, ROWS)),
+            "batches": lambda: got.extend(next(rx.batches())),
+        }
+        with running(partial(one_by_one, rx, sender.send, [frame(number) for number in range(ROWS)])):
+            ways[way]()
+        assert [number_of(packet) for packet in got] == list(range(ROWS))
+        assert (rx.stats().batches, rx.stats().waits) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_one(backend: str) -> None:
+    """With batch_size=1 each packet is a full batch, and so none is held back."""
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, backend=backend, latency=FOR_EVER, batch_size=1) as rx,
+        watched(rx),
+    ):
+        for number in range(3):
+            with running(partial(one_by_one, rx, sender.send, [frame(number)], number)):
+                assert number_of(rx.recv()) == number
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_memory_for_a_batch_is_full(backend: str) -> None:
+    """Long packets are handed over when they fill half of the memory for a batch, although they are fewer than a batch has rows."""
+    long = rigs.LOCAL + rigs.REMOTE + b"\x08\x00" + bytes(60_000)
+    with rigs.unix_dgram() as rig, rig.open(backend, latency=FOR_EVER, batch_size=1000) as rx, watched(rx):
+        sent: list[bytes] = []
+        over = threading.Event()
+
+        def send() -> None:
+            until(lambda: asleep(rx))
+            while not over.is_set() and len(sent) < 900:
+                before = held_back(rx)
+                sent.append(long + len(sent).to_bytes(4, "big"))
+                rig.send(sent[-1])
+                until(lambda before=before: held_back(rx) != before or over.is_set())  # type: ignore[misc]
+
+        with running(send):
+            try:
+                got = next(rx.batches()).frames()
+            finally:
+                over.set()
+        assert 1 < len(got) < 900
+        assert got == sent[: len(got)]
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("tap"))
+def test_a_queue_does_not_overflow(backend: str) -> None:
+    """While packets are held back, many more than the queue of a TAP device has room for, none is lost."""
+    total, queue = 400, 50
+    with rigs.tap() as rig:
+        assert rig.device is not None
+        rig.device.set(txqlen=queue)
+        with rig.open(backend, latency=FOR_EVER, batch_size=total) as rx, watched(rx):
+
+            def send() -> None:
+                until(lambda: asleep(rx))
+                for number in range(total):
+                    until(lambda number=number: number - held_back(rx) < queue)  # type: ignore[misc]
+                    rig.send(rig.frame(60, number))
+
+            with running(send):
+                batch = next(rx.batches())
+            assert [marked(rig, packet) for packet in batch] == list(range(total))
+            assert rx.stats().kernel_drops == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_time_is_over(backend: str) -> None:
+    """Packets that are fewer than a batch are handed over together when the time is over."""
+    got: list[int] = []
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, backend=backend, latency=0.05) as rx,
+        watched(rx),
+    ):
+
+        def send() -> None:
+            until(lambda: asleep(rx))
+            for number in range(ROWS):
+                sender.send(frame(number))
+
+        with running(send):
+            while len(got) < ROWS:
+                got += map(number_of, next(rx.batches()))
+        assert got == list(range(ROWS))
+        assert held_back(rx) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stop_counts_what_is_held_back(backend: str) -> None:
+    """stop() ends the wait. What was held back is counted as undelivered."""
+    with holding(backend, 3) as (rx, _):
+        rx.stop()
+        until(lambda: rx.end is linkrx.End.STOPPED and rx._ended)
+    stats_of = rx._tally.undelivered + rx._undelivered
+    assert (stats_of, rx._counters[0]) == (3, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_flush_delivers_what_is_held_back(backend: str) -> None:
+    """stop(flush=True) ends the wait, and delivers what was held back."""
+    with holding(backend, 3) as (rx, _):
+        rx.stop(flush=True)
+        until(lambda: rx.end is linkrx.End.STOPPED and rx._ended)
+        stats = rx.stats()
+    assert (stats.packets, stats.undelivered) == (3, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_filter_applies_to_what_is_held_back(backend: str) -> None:
+    """A filter that is set in another thread applies to packets that were held back before. These are then handed over."""
+    with holding(backend, 3) as (rx, _):
+        rx.set_filter([(0x30, 0, 0, 17), (0x15, 0, 1, 1), (6, 0, 0, 100), (6, 0, 0, 0)])  # the number is 1
+        until(lambda: rx.stats().batches == 1)
+        stats = rx.stats()
+    assert (stats.packets, stats.filtered) == (1, 2)
+
+
+class Interrupt(Exception):
+    """The exception of the signal handler."""
+
+
+@pytest.mark.parametrize("call", ["drain", "dispatch", "recv", "batches"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_an_exception_of_a_handler(backend: str, call: str) -> None:
+    """After an exception of a signal handler, the next call delivers at once what was held back, and what came after it."""
+    got: list[linkrx.Packet] = []
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, lambda *call: got.append(call[3]), backend=backend, latency=FOR_EVER) as rx,
+        watched(rx),
+    ):
+        calls: dict[str, Callable[[], object]] = {
+            "drain": rx.drain,
+            "dispatch": rx.dispatch,
+            "recv": lambda: got.extend(rx.recv() for _ in range(4)),
+            "batches": lambda: got.extend(next(rx.batches())),
+        }
+
+        def interrupt(_: object) -> None:
+            if held_back(rx) == 3:
+                raise Interrupt
+
+        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
+        with (
+            running(partial(one_by_one, rx, sender.send, [frame(number) for number in range(3)])),
+            alarmed(interrupt, first=0.01, interval=0.01),
+            pytest.raises(Interrupt),
+        ):
+            rx.dispatch()
+        assert (held_back(rx), rx._has_something) == (3, True)
+        sender.send(frame(3))
+        calls[call]()
+        assert [number_of(packet) for packet in got] == [0, 1, 2, 3]
+        assert held_back(rx) == 0
+
+
+@pytest.mark.parametrize("backend", that_take("unix_seqpacket"))
+def test_a_peer_that_hangs_up(backend: str) -> None:
+    """When a peer closes, what was held back is handed over at once, and then reception ends."""
+    with (
+        pair(socket.SOCK_SEQPACKET) as (receiver, sender),
+        linkrx.open(receiver, ignore, backend=backend, latency=FOR_EVER) as rx,
+        watched(rx),
+    ):
+
+        def send() -> None:
+            one_by_one(rx, sender.send, [frame(number) for number in range(3)])
+            until(lambda: held_back(rx) == 3)
+            sender.close()
+
+        with running(send):
+            assert [number_of(packet) for packet in next(rx.batches())] == [0, 1, 2]
+        assert rx.run() is linkrx.End.EOF
+        assert (rx.stats().empty, rx.stats().undelivered) == (0, 0)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", [name for name in that_take("packet") if name != "packet_mmap"])
+def test_a_link_that_goes_down(backend: str) -> None:
+    """When a link goes down, what was held back is handed over at once, and reception continues."""
+    with rigs.interface() as rig, rig.open(backend, latency=FOR_EVER) as rx, watched(rx):
+        device = rig.device
+        assert device is not None
+
+        def send() -> None:
+            one_by_one(rx, rig.send, [rig.frame(60, number) for number in range(3)])
+            until(lambda: held_back(rx) == 3)
+            device.set_down()
+
+        with running(send):
+            assert [marked(rig, packet) for packet in next(rx.batches())] == [0, 1, 2]
+        with pytest.raises(TimeoutError):
+            rx.recv(0)
+        assert (rx.stats().link_downs, rx.end) == (1, None)
+        device.set_up()
+        rig.send(rig.frame(60, 3))
+        assert marked(rig, rx.recv(0)) == 3
+
+
+def refuse(*_: object) -> int:
+    """The fill of a mechanism that the kernel refuses."""
+    raise OSError(errno.ENOSYS, "refused")
+
+
+@needs_core
+def test_a_refused_mechanism() -> None:
+    """When the kernel refuses a mechanism while packets are held back, they are handed over, and the next one goes on."""
+    with pair() as (receiver, sender), linkrx.open(receiver, ignore, latency=FOR_EVER) as rx:
+        refused = rx._mechanism
+        rx._use(0)  # use the mechanism through Python, because its own fill is C
+        sender.send(frame(0))
+        assert not rx._hold_back()
+        refused.fill = refuse  # type: ignore[method-assign,assignment]
+        sender.send(frame(1))
+        assert rx._hold_back()
+        assert held_back(rx) == 1
+        assert [rx.drain(), rx.drain()] == [1, 1]
+        assert (rx.backend, rx.stats().demotions) == ("readv", 1)
+
+
+def test_a_mechanism_that_ignores_most() -> None:
+    """A mechanism may report as many packets as it has rows, although others are held back. The batch is larger then."""
+    with pair() as (receiver, sender), linkrx.open(receiver, latency=FOR_EVER, batch_size=4) as rx:
+        given, columns = rx._descriptors.report, rx._descriptors.columns
+        sizes = iter([3, 4])
+
+        def fill(arena: Owner, room: int) -> int:
+            count = next(sizes)
+            for row in range(count):
+                columns.starts[row], columns.lengths[row] = 24 * row, 18
+                at = arena.cursor + 24 * row
+                arena.view[at : at + 18] = frame(10 * count + row)
+            given.receives, given.end, given.count = 1, 24 * count, count
+            return count
+
+        rx._use(0)
+        rx._mechanism.fill = fill  # type: ignore[method-assign]
+        sender.close()
+        assert not rx._hold_back()
+        assert rx._hold_back()
+        batch = next(rx.batches(0))
+        assert [number_of(packet) for packet in batch] == [30, 31, 32, 40, 41, 42, 43]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_rows_of_a_mechanism_stay_its_own(backend: str) -> None:
+    """A mechanism may rely on its rows: what a packet that was held back had there is not reported for a later one."""
+    with rigs.unix_dgram() as rig, rig.open(backend, snaplen=20, batch_size=4, latency=FOR_EVER) as rx:
+        for sizes in ([20, 20, 60, 60], [60, 60, 20, 20], [20, 20, 20, 20]):
+            for size in sizes[:-1]:
+                rig.send(rig.frame(size))
+                assert not rx._hold_back()
+            rig.send(rig.frame(sizes[-1]))
+            assert rx._hold_back()
+            batch = next(rx.batches(0))
+            assert [packet.truncated for packet in batch] == [size > 20 for size in sizes]
+            assert list(batch.wire_lengths) == sizes
+
+
+def given(rx: linkrx.Dispatcher, way: str, count: int) -> Callable[[], Awaitable[list[int]]]:
+    """A function that receives `count` packets by `async for`, in that way."""
+
+    async def receive() -> list[int]:
+        got: list[int] = []
+        if way == "packets":
+            packets = aiter(rx)
+            while len(got) < count:
+                got.append(number_of(await anext(packets)))
+        else:
+            got += map(number_of, await anext(rx.batches()))
+        return got
+
+    return receive
+
+
+async def turns(condition: Callable[[], object]) -> None:
+    """Let other tasks and the receiving loop run until the condition holds."""
+    for _ in patiently(condition):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("way", ["packets", "batches"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_holds_back(backend: str, way: str) -> None:
+    """Under asyncio packets that come one by one are held back until they are a full batch, also twice."""
+
+    async def work() -> None:
+        with (
+            pair() as (receiver, sender),
+            linkrx.open(receiver, backend=backend, latency=1e6, batch_size=ROWS) as rx,
+        ):
+            for _ in range(2):
+                task = asyncio.ensure_future(given(rx, way, ROWS)())
+                await turns(lambda: rx._reader is not None and rx._reader._registered is not None)
+                for number in range(ROWS):
+                    sender.send(frame(number))
+                    if number < ROWS - 1:
+                        await turns(lambda number=number: held_back(rx) == number + 1)  # type: ignore[misc]
+                assert await asyncio.wait_for(task, PATIENCE) == list(range(ROWS))
+            assert rx.stats().batches == 2
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_delivers_after_a_cancellation(backend: str) -> None:
+    """If a task is cancelled while packets are held back, or its timeout is over, the next one gets them at once."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+            task = asyncio.ensure_future(given(rx, "packets", 4)())
+            await asyncio.sleep(0)
+            for number in range(3):
+                sender.send(frame(number))
+            await turns(lambda: held_back(rx) == 3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            sender.send(frame(3))
+            assert await asyncio.wait_for(given(rx, "packets", 4)(), PATIENCE) == [0, 1, 2, 3]
+            assert rx.stats().batches == 1
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_delivers_at_the_timeout(backend: str) -> None:
+    """Under asyncio a batch that is held back is delivered when the timeout is over."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+            sender.send(frame(0))
+            assert [number_of(packet) async for batch in rx.batches(1.0) for packet in batch] == [0]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_stops(backend: str, flush: bool) -> None:
+    """Under asyncio a stop() ends the wait. With flush=True what was held back is delivered, else it is counted as undelivered."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+
+            async def receive() -> list[int]:
+                return [number_of(packet) async for packet in rx]
+
+            task = asyncio.ensure_future(receive())
+            await asyncio.sleep(0)
+            for number in range(3):
+                sender.send(frame(number))
+            await turns(lambda: held_back(rx) == 3)
+            rx.stop(flush=flush)
+            got = await asyncio.wait_for(task, PATIENCE)
+            assert got == ([0, 1, 2] if flush else [])
+            assert rx.stats().undelivered == 3 - len(got)
+
+    asyncio.run(work())
+
+
+def test_asyncio_sleeps_beside_a_quiet_source() -> None:
+    """While packets are held back and no more come, the event loop is not woken up."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (receiver, sender), linkrx.open(receiver, latency=1e6) as rx:
+            task = asyncio.ensure_future(given(rx, "packets", 1)())
+            await asyncio.sleep(0)
+            sender.send(frame(0))
+            reader = rx._reader
+            assert reader is not None
+            await turns(lambda: held_back(rx) == 1 and reader._registered is not None)
+            assert reader._holding is not None
+            assert reader._holding.when() > loop.time() + 1e5
+            rx.stop()
+            with pytest.raises(StopAsyncIteration):
+                await task
+
+    asyncio.run(work())
