@@ -82,7 +82,7 @@ static uint32_t offset_of(const Receiver *r)
     return r->collected ? r->collected->end : 0;
 }
 
-static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
+static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked, uint32_t offset)
 {
     struct lrx_mechanism *m = r->mechanism;
     const uintptr_t descriptors = (uintptr_t)r->descriptors.buf;
@@ -93,7 +93,7 @@ static int call_fill_function(Receiver *r, const Owner *arena, uint32_t asked)
     report->most = asked;
     report->release_gil = release_gil;
     report->release_gil_argument = &saved;
-    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START + offset_of(r), r->room - offset_of(r));
+    count = m->fill(m->state, descriptors, r->rows, (uintptr_t)arena->memory + ARENA_START + offset, r->room - offset);
     report->release_gil = NULL;
     report->release_gil_argument = NULL;
     if (saved)
@@ -112,20 +112,20 @@ static int fill_in_place(Receiver *r, const Owner *arena)
 
     if (take_back(r, slots->turn) < 0 || (lrx_owner_is_free(r->slots[last]) && take_back(r, last) < 0))
         return -1;
-    count = call_fill_function(r, arena, r->rows); /* makes no system call */
+    count = call_fill_function(r, arena, r->rows, 0); /* makes no system call */
     if (!count && slots->unreleased[last] && take_back(r, last) < 0)
         return -1;
     return count;
 }
 
-static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked)
+static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked, uint32_t offset)
 {
     PyObject *answer;
     long count;
 
     report_of(r)->most = asked;
-    arena->cursor = ARENA_START + offset_of(r);
-    answer = PyObject_CallMethod((PyObject *)r, "_fill", "OI", arena, r->room - offset_of(r));
+    arena->cursor = ARENA_START + offset;
+    answer = PyObject_CallMethod((PyObject *)r, "_fill", "OI", arena, r->room - offset);
     count = answer ? PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);
     if (!PyErr_Occurred() && (count < 0 || count > (long)r->rows)) {
@@ -138,23 +138,27 @@ static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked)
 /* Fill once, without waiting. Returns the number of frames, or -1 with an exception. */
 static int fill(Receiver *r, bool all, bool holds_back)
 {
+    const uint32_t held_back = lrx_held_back(r), offset = offset_of(r);
+    const bool apart = holds_back || held_back; /* these frames are classified later */
     struct lrx_report *report = report_of(r);
+    const struct lrx_classifier *classifier = report->classifier;
     Owner *arena = arena_of(r);
     uint32_t asked;
     int count;
 
     /* Packets that the mechanism holds cost no system call. And the empty records at the end of a stream are recognised only when
      * all of them are there. */
-    all = all || report->held || lrx_held_back(r);
-    asked = all ? r->rows - lrx_held_back(r) : r->most;
-    /* C code that fills classifies as well, while the frames are in the cache. */
-    report->classifier = holds_back || lrx_held_back(r) || r->may_hang_up ? NULL : &r->classifier;
-
+    all = all || report->held || held_back;
+    asked = all ? r->rows - held_back : r->most;
     if (!arena)
         return -1;
     if (r->mechanism && r->mechanism->slots)
         return fill_in_place(r, arena);
-    count = r->mechanism ? call_fill_function(r, arena, asked) : call_fill_method(r, arena, asked);
+    if (apart)
+        report->classifier = NULL;
+    count = r->mechanism ? call_fill_function(r, arena, asked, offset) : call_fill_method(r, arena, asked, offset);
+    if (apart)
+        report->classifier = classifier;
     if (!all && count > 0)
         learn(r, asked, (uint32_t)count);
     return count;

@@ -61,6 +61,8 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };
+    if (!may_hang_up) /* C code that fills classifies as well, while the frames are in the cache */
+        report_of(r)->classifier = &r->classifier;
     if (deliver != Py_None) {
         Py_INCREF(deliver);
         r->deliver = deliver;
