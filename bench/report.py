@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
     "kept": kept_table,
     "machine": lambda results: [f"{machine}." for machine in results.machines],
     "interface": lambda results: race_table(results, "interface"),
+    "packet": lambda results: race_table(results, "packet"),
     "tap": lambda results: race_table(results, "tap"),
     "unix": lambda results: race_table(results, "unix"),
     "floors": floors_table,

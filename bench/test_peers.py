@@ -5,6 +5,7 @@ pytest-benchmark shows the time of linkrx's `deliver`. The others' times are bel
 
 from __future__ import annotations
 
+import socket
 from contextlib import ExitStack
 from typing import Any
 
@@ -100,6 +101,31 @@ def test_unix(benchmark: Any, size: int) -> None:
 
 
 @SIZED
+def test_packet(benchmark: Any, size: int) -> None:
+    """Each reader drains its own packet socket, on its own interface. No ring empties the caches in between."""
+    with ExitStack() as stack:
+        field = Field()
+
+        def own() -> Any:
+            return stack.enter_context(packet_socket(Frames(size)))
+
+        queue, source, field.readers["C floor"] = own()
+        for way in ("columns", "deliver"):
+            queue, source, _ = own()
+            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, source, WAYS[way])
+        queue, source, _ = own()
+        field.readers["socket.recv_into"] = peers.socket_recv_into(queue, source)
+        for mode in ("recvmmsg", "readv"):
+
+            def gvisor(mode: str = mode) -> Reader:
+                queue, source, _ = own()
+                return peers.gvisor_reader(queue, source.fileno(), mode)
+
+            field.add(f"gVisor, {mode}", gvisor)
+        compare(benchmark, field, "packet", "linkrx recvmmsg, deliver", size)
+
+
+@SIZED
 def test_interface(benchmark: Any, size: int) -> None:
     """All rings are on one interface, with more frames than fit in a cache. Each socket is on its own interface."""
     with ExitStack() as stack:
@@ -114,15 +140,6 @@ def test_interface(benchmark: Any, size: int) -> None:
         for call, name in PCAPY.items():
             field.add(name, lambda call=call: peers.pcapy_reader(queue, near, call))  # type: ignore[misc]
 
-        def own() -> Any:
-            return stack.enter_context(packet_socket(Frames(size)))
-
-        _, _, field.readers["C recvmmsg"] = own()
-        for way in ("columns", "deliver"):
-            alone, source, _ = own()
-            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(alone, source, WAYS[way])
-        alone, source, _ = own()
-        field.readers["socket.recv_into"] = peers.socket_recv_into(alone, source)
         for dissect, name in ((False, "scapy, raw"), (True, "scapy, dissected")):
 
             def scapy(dissect: bool = dissect) -> Reader:
@@ -131,15 +148,14 @@ def test_interface(benchmark: Any, size: int) -> None:
                 return peers.scapy_reader(Queue(Frames(size), injector, SLOW_PACKETS), near, dissect=dissect)
 
             field.add(name, scapy)
-        for mode in ("recvmmsg", "readv", "mmap"):
 
-            def gvisor(mode: str = mode) -> Reader:
-                alone, source, _ = own()
-                if mode == "mmap":
-                    alone.packets = peers.GVISOR_FRAMES
-                return peers.gvisor_reader(alone, source.fileno(), mode)
+        def gvisor() -> Reader:
+            alone, source, _ = stack.enter_context(packet_socket(Frames(size)))
+            assert isinstance(source, socket.socket)
+            alone.packets = peers.GVISOR_FRAMES
+            return peers.gvisor_reader(alone, source.fileno(), "mmap")
 
-            field.add(f"gVisor, {mode}", gvisor)
+        field.add("gVisor, mmap", gvisor)
         compare(benchmark, field, "interface", "linkrx packet_mmap, deliver", size)
 
 

@@ -138,7 +138,7 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
         /* Only a socket reports the true length of a cut packet. */
         uint32_t wire_length = r->method == LRX_RECV || r->method == LRX_RECVMSG ? (uint32_t)got : length;
         if (r->method == LRX_RECVMSG)
-            lrx_read_metadata(&metadata.message, &out, n, &wire_length);
+            lrx_read_metadata(&metadata.message, &out, n, &wire_length, true);
         else
             out.flags[n] = 0;
         out.wire_lengths[n] = wire_length;

@@ -27,6 +27,7 @@
 struct lrx_recvmmsg {
     int fd;
     int metadata;
+    int sender;
     uint32_t messages;
     uint32_t capacity;
     uint32_t near;        /* bytes of a packet that its near place holds */
@@ -51,7 +52,7 @@ static uint64_t far_stride(uint32_t capacity)
     return capacity > LRX_NEAR_MOST ? ((uint64_t)capacity + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE : 0;
 }
 
-struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata)
+struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata, int sender)
 {
     struct lrx_recvmmsg *s;
 
@@ -64,6 +65,7 @@ struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capac
         return NULL;
     s->fd = fd;
     s->metadata = metadata;
+    s->sender = sender;
     s->messages = messages;
     s->capacity = capacity;
     s->near = capacity < LRX_NEAR_MOST ? capacity : LRX_NEAR_MOST;
@@ -167,7 +169,7 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
             if (end < lrx_align(out.starts[n] + out.lengths[n]))
                 end = lrx_align(out.starts[n] + out.lengths[n]);
             if (s->metadata)
-                lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length);
+                lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length, s->sender);
             out.wire_lengths[n] = wire_length;
         }
         /* Fewer packets than wanted: the queue is empty. */

@@ -10,8 +10,9 @@ struct lrx_recvmmsg;
 #define LRX_MESSAGES_MAX 1024
 
 /* Make the state for `messages` packets of up to `capacity` bytes per system call. `metadata`: receive struct sockaddr_ll and control
- * messages of AF_PACKET. NULL with errno if there is no memory. */
-struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata);
+ * messages of AF_PACKET. `sender`: report the protocol, link type and link address that it has. NULL with errno if there is no
+ * memory. */
+struct lrx_recvmmsg *lrx_recvmmsg_open(int fd, uint32_t messages, uint32_t capacity, int metadata, int sender);
 void lrx_recvmmsg_close(struct lrx_recvmmsg *s);
 
 /* Bytes of the arena for each packet: both places. */

@@ -45,6 +45,7 @@ class Recvmmsg(CoreBackend):
             messages,
             layout.capacity,
             receive.capabilities.kind in ("packet", "packet_cooked"),
+            bool(receive.framing.per_packet),
         )
         if not self._state:
             code = _core.last_error()

@@ -31,7 +31,7 @@ struct reported {
 static struct {
     struct input *in;
     uint32_t capacity;
-    int metadata;
+    int metadata, sender;
     uint32_t rows, messages;
     uint32_t receives;         /* calls of this fill that had packets */
     int empty;                 /* the last call of this fill had fewer than were asked for */
@@ -258,10 +258,10 @@ static void check_rows(const uint8_t *table, uint32_t rows, uint32_t count, cons
         MUST(get(table, rows, k, VLAN_TCI) == reported->vlan_tci);
         MUST(get(table, rows, k, VLAN_TPID) == reported->vlan_tpid);
         MUST(get(table, rows, k, INTERFACE) == reported->interface);
-        MUST(get(table, rows, k, PROTOCOL) == reported->protocol);
-        MUST(get(table, rows, k, LINK_TYPE) == reported->link_type);
-        MUST(get(table, rows, k, ADDRESS) == reported->address);
-        MUST(get(table, rows, k, ADDRESS_LENGTH) == reported->address_length);
+        MUST(get(table, rows, k, PROTOCOL) == (kernel.sender ? reported->protocol : 0));
+        MUST(get(table, rows, k, LINK_TYPE) == (kernel.sender ? reported->link_type : 0));
+        MUST(get(table, rows, k, ADDRESS) == (kernel.sender ? reported->address : 0));
+        MUST(get(table, rows, k, ADDRESS_LENGTH) == (kernel.sender ? reported->address_length : 0));
         for (uint32_t i = 0; i < length; i++)
             MUST(region[start + i] == content(kernel.taken, i));
     }
@@ -278,12 +278,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&kernel, 0, sizeof kernel);
     kernel.in = &in;
     kernel.capacity = capacity;
-    kernel.metadata = (int)take(&in, 1);
+    const uint32_t wanted = take(&in, 2);
+    kernel.metadata = wanted > 0;
+    kernel.sender = wanted > 1;
     kernel.rows = rows;
     kernel.messages = messages;
     kernel.allocations_left = take(&in, 7) ? 5 : (int)take(&in, 4);
     int enough = messages && capacity && kernel.allocations_left == 5;
-    struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, capacity, kernel.metadata);
+    struct lrx_recvmmsg *s = lrx_recvmmsg_open(FD, messages, capacity, kernel.metadata, kernel.sender);
     MUST(!s == !enough);
     MUST(s || errno == (messages && capacity ? ENOMEM : EINVAL));
     if (!s)
