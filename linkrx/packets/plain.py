@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self, SupportsIndex
+from typing import Any, ClassVar, NoReturn, Self, SupportsIndex
 
 from linkrx.kernel.uapi import ETH_ADDRESS_BYTES
 from linkrx.packets.headers import (
@@ -63,6 +63,10 @@ class Packet(bytes):
     def __new__(cls) -> Self:
         """Packets are received, or restored from pickles."""
         raise TypeError("cannot create 'linkrx.Packet' instances")
+
+    def __init_subclass__(cls) -> None:
+        """The types in C have no subclasses either."""
+        raise TypeError("type 'linkrx.Packet' is not an acceptable base type")
 
     @property
     def frame(self) -> memoryview:
@@ -268,6 +272,14 @@ class Batch:
     def __new__(cls) -> Self:
         """Batches are received."""
         raise TypeError("cannot create 'linkrx.Batch' instances")
+
+    def __init_subclass__(cls) -> None:
+        """The types in C have no subclasses either."""
+        raise TypeError("type 'linkrx.Batch' is not an acceptable base type")
+
+    def __reduce__(self) -> NoReturn:
+        """A list of packets can be pickled, a batch cannot."""
+        raise TypeError("cannot pickle 'linkrx.Batch' object")
 
     _packets: list[Packet]
     _columns: dict[str, memoryview]

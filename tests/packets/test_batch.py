@@ -347,8 +347,6 @@ def test_nothing_of_a_batch_can_be_set(kind: Kind) -> None:
     for use in (
         batch_type,
         lambda: object.__new__(batch_type) if kind is C else batch_type(),
-        lambda: pickle.dumps(batch),
-        lambda: copy.copy(batch),
         lambda: copy.copy(iter(batch)) if kind is C else batch_type(),
     ):
         with pytest.raises(TypeError):
@@ -370,6 +368,20 @@ def test_released_columns(kind: Kind) -> None:
 
 
 # Copies.
+
+
+@every_kind
+def test_batches_are_not_made_by_users(kind: Kind) -> None:
+    """Making a batch by the constructor, by a subclass, by pickle or by copy raises TypeError. `copy()` and packets do it."""
+    batch = Source(kind).batch(some(2))
+    with pytest.raises(TypeError, match="cannot create"):
+        kind.module.Batch()
+    with pytest.raises(TypeError, match="not an acceptable base"):
+        type("Mine", (kind.module.Batch,), {})
+    for use in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot pickle"):
+            use(batch)
+    assert pickle.loads(pickle.dumps(list(batch))) == list(batch)
 
 
 @every_kind
