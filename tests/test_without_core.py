@@ -62,6 +62,7 @@ PART = f"not deleted_while and not ({' or '.join(VARIANTS)})"
             "receiving/test_always_ready.py",
             "receiving/test_sending.py",
             "receiving/test_ends.py",
+            "receiving/test_reported_ends.py",
             "receiving/test_asyncio.py",
             "sources/test_metadata.py",
             "test_choice.py",

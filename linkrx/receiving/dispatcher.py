@@ -354,10 +354,11 @@ class Batches:
         dispatcher = self._dispatcher
         dispatcher._check_open()
         deadline = earlier(deadline_after(self._timeout), self._until)
-        while not (dispatcher.end is not None and dispatcher._over()) and seconds_left(self._until) != 0:
-            came = await dispatcher._reader_here().wait(seconds_left(deadline))
-            if not came and not dispatcher._report.held_back:
-                break
+        while not dispatcher._ended and seconds_left(self._until) != 0:
+            if dispatcher.end is None:  # no stop() is pending
+                came = await dispatcher._reader_here().wait(seconds_left(deadline))
+                if not came and not dispatcher._report.held_back:
+                    break
             batch = dispatcher._next_batch(0, self._until)
             if batch is not None:
                 return batch

@@ -91,6 +91,6 @@ class AsyncPackets:
             packet = dispatcher._take()
             if packet is not None:
                 return packet
-            if dispatcher.end is not None and dispatcher._over():
+            if dispatcher._ended:
                 raise StopAsyncIteration
             await dispatcher._reader_here().wait(None)

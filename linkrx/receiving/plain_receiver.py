@@ -193,8 +193,8 @@ class Receiver(Filtering, Holding, Sending):
             self._exchange()
             if self._left:
                 return "ready"
-            looked = time.monotonic()
             most, flushed = self._flush_until or (self._begin_flush() if self._flushing else (0, math.inf))
+            looked = time.monotonic()  # after the flush began, so that one read that finds nothing ends it
             if self._flushing and received(self._counters) >= most:
                 self._stopping = True
                 continue
@@ -418,7 +418,7 @@ class Receiver(Filtering, Holding, Sending):
         return self._inside(lambda: self._await(0)) != "nothing"
 
     def _take(self) -> Packet | None:
-        return self._inside(lambda: self._take_next() if self._left and not self._stopping else None)
+        return self._inside(lambda: self._take_next() if not self._is_over() and self._left else None)
 
     # For the subclass.
 

@@ -153,13 +153,9 @@ static PySendResult packets_send(PyObject *self, PyObject *unused, PyObject **re
         return PYGEN_RETURN;
     }
     Py_DECREF(packet);
-    if (r->ended || r->stopping || r->end_follows) {
-        const int over = lrx_ask(r, "_over");
-
-        if (over > 0)
-            PyErr_SetNone(PyExc_StopAsyncIteration);
-        if (over)
-            return PYGEN_ERROR;
+    if (r->ended) {
+        PyErr_SetNone(PyExc_StopAsyncIteration);
+        return PYGEN_ERROR;
     }
     w = begin_waiting(a);
     if (!w)

@@ -395,18 +395,18 @@ PyObject *lrx_receiver_hold_back(PyObject *self, PyObject *unused)
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome == OVER));
 }
 
-/* A pending packet, or None. Receives nothing. */
+/* A pending packet, or None. Receives nothing, and notices the end of reception. */
 PyObject *lrx_receiver_take(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;
-    PyObject *result;
+    PyObject *result = NULL;
 
     (void)unused;
     if (!enter(r))
         return NULL;
     if (r->pending && !r->stopping) {
         result = (PyObject *)lrx_next_packet(r);
-    } else {
+    } else if (!(r->stopping || r->end_follows) || lrx_ask(r, "_over") >= 0) {
         Py_INCREF(Py_None);
         result = Py_None;
     }
