@@ -63,6 +63,7 @@ CHECKS: tuple[Check, ...] = (
     limits.check_flush,
     limits.check_flush_in_a_wait,
     limits.check_flush_under_load,
+    limits.check_latency,
     sending.check_sending,
     sending.check_sending_packets,
     sending.check_sending_anywhere,

@@ -8,12 +8,14 @@ from linkrx.packets import Packet
 from linkrx.receiving.dispatcher import Dispatcher
 from linkrx.receiving.stats import End
 from linkrx.sources.capabilities import probe
+from linkrx.testing.cells import named
 from linkrx.testing.packets import sample
 from linkrx.testing.rigs import Rig
 from linkrx.testing.stops import alarmed, ignore
-from linkrx.testing.waiting import asleep, flooded, running, until
+from linkrx.testing.waiting import PATIENCE, asleep, flooded, running, until
 
 SHORT = 0.01  # seconds
+FOR_EVER = 1e9
 SMALL = 1 << 18  # bytes of a queue
 
 
@@ -116,3 +118,33 @@ def check_flush_under_load(rig: Rig, backend: str) -> None:
         stats = rx.stats()
         assert rx.end is End.STOPPED
         assert stats.packets + (stats.kernel_drops or 0) >= before
+
+
+def check_latency(rig: Rig, backend: str) -> None:
+    """Packets are held back until they are a full batch, however long `latency` is. A call that does not wait holds none back.
+
+    A backend that holds packets back by itself delivers them after a short latency.
+    """
+    by_itself = named(backend).backend.coalesces
+    sent = sample(rig, 6)
+    latency = SHORT if by_itself else FOR_EVER
+    with rig.open(backend, ignore, batch_size=len(sent), latency=latency) as rx:
+        watch = threading.Timer(PATIENCE, rx.stop)  # a call that does not return would miss the packets
+        watch.start()
+
+        def send() -> None:
+            until(lambda: asleep(rx))
+            for frame in sent:
+                rig.send(frame)
+
+        try:
+            with running(send):
+                got = next(rx.batches()).frames()
+                while by_itself and len(got) < len(sent):
+                    got += next(rx.batches()).frames()
+            assert got == sent
+            rig.send(sent[0])
+            assert by_itself or rx.drain() == 1
+        finally:
+            watch.cancel()
+            watch.join()

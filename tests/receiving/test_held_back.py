@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import pytest
+from support.latency import FOR_EVER, SEGMENT, held_back, holding, one_by_one, super_packet, watched
 from support.pairs import BACKENDS, frame, number_of, pair
 from support.received import needs_core
 from support.run import that_take
 
 import linkrx
 from linkrx.backend import Owner
+from linkrx.stages import segmentation, segmenting
 from linkrx.testing import rigs
 from linkrx.testing.packets import sample
-from linkrx.testing.stops import alarmed, ignore
-from linkrx.testing.waiting import PATIENCE, asleep, patiently, running, until
+from linkrx.testing.stops import ignore
+from linkrx.testing.waiting import asleep, running, until
 from linkrx.testing.waiting import number_of as marked
 
-FOR_EVER = 1e9  # seconds
 ROWS = 6
 
 # A ring holds packets back by itself.
@@ -49,52 +47,6 @@ CELLS = [
 of_each = pytest.mark.parametrize(
     ("kind", "backend"), CELLS, ids=[f"{kind.__name__}-{backend}" for kind, backend in CELLS]
 )
-
-
-def held_back(rx: linkrx.Dispatcher) -> int:
-    """The number of frames that are held back now."""
-    return rx._report.held_back
-
-
-@contextmanager
-def watched(rx: linkrx.Dispatcher) -> Iterator[linkrx.Dispatcher]:
-    """A stop() ends a receiving call that does not return. The test then misses its packets."""
-    stop = threading.Timer(PATIENCE, rx.stop)
-    stop.start()
-    try:
-        yield rx
-    finally:
-        stop.cancel()
-        stop.join()
-
-
-def one_by_one(
-    rx: linkrx.Dispatcher, send: Callable[[Any], object], frames: list[Any], waits: int = 0
-) -> None:
-    """Send frames when the receiving thread has waited once more, each after the last one was received."""
-    until(lambda: rx.stats().waits > waits)
-    for number, data in enumerate(frames, 1):
-        send(data)
-        if number < len(frames):
-            until(lambda number=number: held_back(rx) == number)  # type: ignore[misc]
-
-
-@contextmanager
-def holding(backend: str, count: int, **options: Any) -> Iterator[tuple[linkrx.Dispatcher, socket.socket]]:
-    """A dispatcher in a thread that runs, and holds back `count` frames; and the sender."""
-    with (
-        pair() as (receiver, sender),
-        linkrx.open(receiver, ignore, backend=backend, latency=FOR_EVER, **options) as rx,
-        running(rx.run),
-    ):
-        try:
-            until(lambda: asleep(rx))
-            for number in range(count):
-                sender.send(frame(number))
-            until(lambda: held_back(rx) == count)
-            yield rx, sender
-        finally:
-            rx.stop()
 
 
 @pytest.mark.usefixtures("devices")
@@ -253,45 +205,6 @@ def test_a_filter_applies_to_what_is_held_back(backend: str) -> None:
     assert (stats.packets, stats.filtered) == (1, 2)
 
 
-class Interrupt(Exception):
-    """The exception of the signal handler."""
-
-
-@pytest.mark.parametrize("call", ["drain", "dispatch", "recv", "batches"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_after_an_exception_of_a_handler(backend: str, call: str) -> None:
-    """After an exception of a signal handler, the next call delivers at once what was held back, and what came after it."""
-    got: list[linkrx.Packet] = []
-    with (
-        pair() as (receiver, sender),
-        linkrx.open(receiver, lambda *call: got.append(call[3]), backend=backend, latency=FOR_EVER) as rx,
-        watched(rx),
-    ):
-        calls: dict[str, Callable[[], object]] = {
-            "drain": rx.drain,
-            "dispatch": rx.dispatch,
-            "recv": lambda: got.extend(rx.recv() for _ in range(4)),
-            "batches": lambda: got.extend(next(rx.batches())),
-        }
-
-        def interrupt(_: object) -> None:
-            if held_back(rx) == 3:
-                raise Interrupt
-
-        # Repeated, because Python handles a signal that comes just before the waiting system call only when that returns.
-        with (
-            running(partial(one_by_one, rx, sender.send, [frame(number) for number in range(3)])),
-            alarmed(interrupt, first=0.01, interval=0.01),
-            pytest.raises(Interrupt),
-        ):
-            rx.dispatch()
-        assert (held_back(rx), rx._has_something) == (3, True)
-        sender.send(frame(3))
-        calls[call]()
-        assert [number_of(packet) for packet in got] == [0, 1, 2, 3]
-        assert held_back(rx) == 0
-
-
 @pytest.mark.parametrize("backend", that_take("unix_seqpacket"))
 def test_a_peer_that_hangs_up(backend: str) -> None:
     """When a peer closes, what was held back is handed over at once, and then reception ends."""
@@ -395,124 +308,26 @@ def test_the_rows_of_a_mechanism_stay_its_own(backend: str) -> None:
             assert list(batch.wire_lengths) == sizes
 
 
-def given(rx: linkrx.Dispatcher, way: str, count: int) -> Callable[[], Awaitable[list[int]]]:
-    """A function that receives `count` packets by `async for`, in that way."""
-
-    async def receive() -> list[int]:
-        got: list[int] = []
-        if way == "packets":
-            packets = aiter(rx)
-            while len(got) < count:
-                got.append(number_of(await anext(packets)))
-        else:
-            got += map(number_of, await anext(rx.batches()))
-        return got
-
-    return receive
-
-
-async def turns(condition: Callable[[], object]) -> None:
-    """Let other tasks and the receiving loop run until the condition holds."""
-    for _ in patiently(condition):
-        await asyncio.sleep(0)
-
-
-@pytest.mark.parametrize("way", ["packets", "batches"])
+@pytest.mark.parametrize("python", [False, True], ids=["core", "python"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_asyncio_holds_back(backend: str, way: str) -> None:
-    """Under asyncio packets that come one by one are held back until they are a full batch, also twice."""
+def test_frames_of_super_packets(backend: str, python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With segment=True the frames of several super-packets are held back until they are a full batch. The rest comes at once."""
+    if python:
+        monkeypatch.setattr(segmenting, "segmenter", segmentation.PythonSegmenter)
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, backend=backend, latency=FOR_EVER, batch_size=8, **SEGMENT) as rx,
+        watched(rx),
+    ):
 
-    async def work() -> None:
-        with (
-            pair() as (receiver, sender),
-            linkrx.open(receiver, backend=backend, latency=1e6, batch_size=ROWS) as rx,
-        ):
-            for _ in range(2):
-                task = asyncio.ensure_future(given(rx, way, ROWS)())
-                await turns(lambda: rx._reader is not None and rx._reader._registered is not None)
-                for number in range(ROWS):
-                    sender.send(frame(number))
-                    if number < ROWS - 1:
-                        await turns(lambda number=number: held_back(rx) == number + 1)  # type: ignore[misc]
-                assert await asyncio.wait_for(task, PATIENCE) == list(range(ROWS))
-            assert rx.stats().batches == 2
+        def send() -> None:
+            until(lambda: asleep(rx))
+            for first in (0, 3, 6):
+                sender.send(super_packet(range(first, first + 3)))
+                until(lambda first=first: held_back(rx) != first)  # type: ignore[misc]
 
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_asyncio_delivers_after_a_cancellation(backend: str) -> None:
-    """If a task is cancelled while packets are held back, or its timeout is over, the next one gets them at once."""
-
-    async def work() -> None:
-        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
-            task = asyncio.ensure_future(given(rx, "packets", 4)())
-            await asyncio.sleep(0)
-            for number in range(3):
-                sender.send(frame(number))
-            await turns(lambda: held_back(rx) == 3)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            sender.send(frame(3))
-            assert await asyncio.wait_for(given(rx, "packets", 4)(), PATIENCE) == [0, 1, 2, 3]
-            assert rx.stats().batches == 1
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_asyncio_delivers_at_the_timeout(backend: str) -> None:
-    """Under asyncio a batch that is held back is delivered when the timeout is over."""
-
-    async def work() -> None:
-        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
-            sender.send(frame(0))
-            assert [number_of(packet) async for batch in rx.batches(1.0) for packet in batch] == [0]
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_asyncio_stops(backend: str, flush: bool) -> None:
-    """Under asyncio a stop() ends the wait. With flush=True what was held back is delivered, else it is counted as undelivered."""
-
-    async def work() -> None:
-        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
-
-            async def receive() -> list[int]:
-                return [number_of(packet) async for packet in rx]
-
-            task = asyncio.ensure_future(receive())
-            await asyncio.sleep(0)
-            for number in range(3):
-                sender.send(frame(number))
-            await turns(lambda: held_back(rx) == 3)
-            rx.stop(flush=flush)
-            got = await asyncio.wait_for(task, PATIENCE)
-            assert got == ([0, 1, 2] if flush else [])
-            assert rx.stats().undelivered == 3 - len(got)
-
-    asyncio.run(work())
-
-
-def test_asyncio_sleeps_beside_a_quiet_source() -> None:
-    """While packets are held back and no more come, the event loop is not woken up."""
-
-    async def work() -> None:
-        loop = asyncio.get_running_loop()
-        with pair() as (receiver, sender), linkrx.open(receiver, latency=1e6) as rx:
-            task = asyncio.ensure_future(given(rx, "packets", 1)())
-            await asyncio.sleep(0)
-            sender.send(frame(0))
-            reader = rx._reader
-            assert reader is not None
-            await turns(lambda: held_back(rx) == 1 and reader._registered is not None)
-            assert reader._holding is not None
-            assert reader._holding.when() > loop.time() + 1e5
-            rx.stop()
-            with pytest.raises(StopAsyncIteration):
-                await task
-
-    asyncio.run(work())
+        with running(send):
+            first = next(rx.batches())
+        rest = next(rx.batches())
+        assert [[packet.data[28] for packet in batch] for batch in (first, rest)] == [list(range(8)), [8]]
+        assert (rx.stats().batches, rx.stats().waits) == (2, 1)
