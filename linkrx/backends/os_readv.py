@@ -176,9 +176,7 @@ class OsReadv(Backend):
         """Take the buffers that an earlier fill made for this arena, stride and number of packets, or make them."""
         report, stride = self._descriptors.report, self._stride
         starts = range(0, room - self._layout.capacity, stride)[: report.most or self._descriptors.rows]
-        if (
-            report.held_back
-        ):  # each such fill is at another place, so its buffers are made when they are needed, and not cached
+        if report.held_back:  # each such fill is at another place, so its buffers are not cached
             self._starts, self._used = starts, []
             return
         if arena not in self._made and len(self._made) == ARENAS:

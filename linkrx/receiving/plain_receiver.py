@@ -132,7 +132,7 @@ class Receiver(Filtering, Holding, Sending):
         """Fill, unless received frames wait here already. Returns how many are neither classified nor held back."""
         report = self._report
         count = report.count
-        enough = report.held_back and (self._holds_full or self._end_follows)
+        enough = report.held_back and self._holds_full
         if not count and not report.classified and not enough and (not report.error or report.held):
             count = self._fill_filtered()
         if count and not report.classified and self._may_hang_up and not self._lengths[count - 1]:

@@ -17,6 +17,7 @@ from support.run import that_take
 
 import linkrx
 from linkrx.backend import Owner
+from linkrx.packets.headers import TIMESTAMP, VLAN
 from linkrx.stages import segmentation, segmenting
 from linkrx.testing import rigs
 from linkrx.testing.packets import sample
@@ -61,9 +62,9 @@ def test_a_full_batch_is_handed_over(kind: rigs.MakeRig, backend: str) -> None:
             assert [bytes(packet) for packet in batch] == half
             assert [packet.wire_length for packet in batch] == [len(data) for data in half]
             assert batch.frames() == half
-            assert [marked(rig, packet) for packet in batch] == list(range(sent.index(half[0]), len(sent)))[
-                :ROWS
-            ]
+            reported = rigs.REMOTE if rig.reported_protocol is not None else None
+            assert {packet.remote for packet in batch} == {rigs.REMOTE if rig.ethernet else reported}
+            assert {packet.protocol for packet in batch} == {rigs.PROTOCOL if rig.ethernet else 0x0800}
         stats = rx.stats()
         assert (stats.packets, stats.batches, stats.undelivered) == (2 * ROWS, 2, 0)
         assert stats.receives >= 2 * ROWS
@@ -195,11 +196,22 @@ def test_a_flush_delivers_what_is_held_back(backend: str) -> None:
     assert (stats.packets, stats.undelivered) == (3, 0)
 
 
+def number_is(number: int, protocol: int = 0x0800) -> list[tuple[int, int, int, int]]:
+    """A filter for the frame of one number."""
+    load_protocol, load_number, keep, reject = (
+        (0x28, 0, 0, 12),
+        (0x20, 0, 0, 14),
+        (6, 0, 0, 100),
+        (6, 0, 0, 0),
+    )
+    return [load_protocol, (0x15, 0, 3, protocol), load_number, (0x15, 0, 1, number), keep, reject]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_filter_applies_to_what_is_held_back(backend: str) -> None:
     """A filter that is set in another thread applies to packets that were held back before. These are then handed over."""
     with holding(backend, 3) as (rx, _):
-        rx.set_filter([(0x30, 0, 0, 17), (0x15, 0, 1, 1), (6, 0, 0, 100), (6, 0, 0, 0)])  # the number is 1
+        rx.set_filter(number_is(1))
         until(lambda: rx.stats().batches == 1)
         stats = rx.stats()
     assert (stats.packets, stats.filtered) == (1, 2)
@@ -253,6 +265,20 @@ def refuse(*_: object) -> int:
     raise OSError(errno.ENOSYS, "refused")
 
 
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", [name for name in that_take("packet") if name != "packet_mmap"])
+def test_a_filter_of_the_kernel(backend: str) -> None:
+    """A filter that the kernel runs is set while packets are held back. It applies to them, although the queue was empty since."""
+    with rigs.interface() as rig, rig.open(backend, latency=FOR_EVER) as rx:
+        for number in range(3):
+            rig.send(rig.frame(60, number))
+            assert not rx._hold_back()
+        rx.set_filter(number_is(1, rigs.PROTOCOL))
+        assert not rx._hold_back()
+        assert [marked(rig, packet) for packet in next(rx.batches(0))] == [1]
+        assert rx.stats().filtered == 2
+
+
 @needs_core
 def test_a_refused_mechanism() -> None:
     """When the kernel refuses a mechanism while packets are held back, they are handed over, and the next one goes on."""
@@ -270,7 +296,10 @@ def test_a_refused_mechanism() -> None:
 
 
 def test_a_mechanism_that_ignores_most() -> None:
-    """A mechanism may report as many packets as it has rows, although others are held back. The batch is larger then."""
+    """A mechanism may report as many packets as it has rows, although others are held back. The batch is larger then.
+
+    Each packet has what the mechanism reported for it.
+    """
     with pair() as (receiver, sender), linkrx.open(receiver, latency=FOR_EVER, batch_size=4) as rx:
         given, columns = rx._descriptors.report, rx._descriptors.columns
         sizes = iter([3, 4])
@@ -279,8 +308,12 @@ def test_a_mechanism_that_ignores_most() -> None:
             count = next(sizes)
             for row in range(count):
                 columns.starts[row], columns.lengths[row] = 24 * row, 18
-                at = arena.cursor + 24 * row
-                arena.view[at : at + 18] = frame(10 * count + row)
+                at, number = arena.cursor + 24 * row, 10 * count + row
+                arena.view[at : at + 18] = frame(number)
+                columns.flags[row] = VLAN | TIMESTAMP
+                columns.vlan_tcis[row], columns.vlan_tpids[row] = number, number + 1
+                columns.timestamps[row], columns.interfaces[row] = number + 2, number + 3
+                columns.wire_lengths[row] = number + 4
             given.receives, given.end, given.count = 1, 24 * count, count
             return count
 
@@ -291,6 +324,10 @@ def test_a_mechanism_that_ignores_most() -> None:
         assert rx._hold_back()
         batch = next(rx.batches(0))
         assert [number_of(packet) for packet in batch] == [30, 31, 32, 40, 41, 42, 43]
+        for number, packet in zip([30, 31, 32, 40, 41, 42, 43], batch, strict=True):
+            assert packet.vlan == (number + 1, number)
+            assert (packet.timestamp_ns, packet.interface) == (number + 2, number + 3)
+            assert packet.wire_length == number + 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -205,7 +205,7 @@ static int check_reported(const Receiver *r, uint32_t count)
 int lrx_obtain(Receiver *r, bool all, bool holds_back)
 {
     const struct lrx_report *report = report_of(r);
-    const bool enough = lrx_held_back(r) && (lrx_holds_full(r) || r->end_follows);
+    const bool enough = lrx_held_back(r) && lrx_holds_full(r);
     int count;
 
     if (report->count > r->rows) {
