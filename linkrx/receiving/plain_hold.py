@@ -11,7 +11,6 @@ from linkrx.memory.columns import COLUMNS, ROW_BYTES, Descriptors
 from linkrx.memory.report import Report
 from linkrx.packets.plain import START, Owner
 from linkrx.receiving.callbacks import Callbacks
-from linkrx.receiving.plain_filter import OwnFilter
 
 # As in hold.c and receive.c.
 HOLD = 0.001
@@ -22,7 +21,6 @@ class Holding(Callbacks):
     """The part of a receiver that holds packets back, and hands over those of several fills together."""
 
     _report: Report
-    _filter: OwnFilter
     _stopping: bool
     _flushing: bool
     _closed: bool
@@ -83,12 +81,11 @@ class Holding(Callbacks):
         classify(self._arena, report.held_back)
 
     @property
-    def _has_other_work(self) -> bool:
-        """Whether the receiver is to end, or to take another filter."""
+    def _is_to_end(self) -> bool:
+        """Whether the receiver is to end."""
         due: Iterable[bool] = (
             self._stopping,
             self._flushing,
-            self._filter.exchanging,
             self._ended,
             self._closed,
             self._end_follows,
@@ -98,12 +95,12 @@ class Holding(Callbacks):
     def _hold_more(self) -> bool:
         """Receive once more, and hold it back. True: hand over what is held back now."""
         report = self._report
-        if self._has_other_work or not self._latency or self._left or report.classified:
+        if self._is_to_end or not self._latency or self._left or report.classified:
             return True
         self._collect(self._obtain())
         if not report.held_back or report.error or report.held:
             return True
-        return self._holds_full or self._has_other_work
+        return self._holds_full or self._is_to_end
 
     def _hold_back(self) -> bool:
         return self._inside(self._hold_more)
@@ -113,7 +110,7 @@ class Holding(Callbacks):
         until = time.monotonic() + self._latency
         if deadline is not None:
             until = min(until, deadline)
-        while not self._has_other_work and (left := until - time.monotonic()) > 0:
+        while not self._is_to_end and (left := until - time.monotonic()) > 0:
             if self._wakeup.sleep(min(left, HOLD)):
                 return
             if left <= HOLD:

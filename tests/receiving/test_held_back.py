@@ -26,6 +26,7 @@ from linkrx.testing.waiting import asleep, running, until
 from linkrx.testing.waiting import number_of as marked
 
 ROWS = 6
+WHOLE = 0xFFFFFFFF  # bytes
 
 # A ring holds packets back by itself.
 KINDS = {
@@ -197,11 +198,11 @@ def test_a_flush_delivers_what_is_held_back(backend: str) -> None:
 
 
 def number_is(number: int, protocol: int = 0x0800) -> list[tuple[int, int, int, int]]:
-    """A filter for the frame of one number."""
+    """A filter for the frame of one number. It does not cut."""
     load_protocol, load_number, keep, reject = (
         (0x28, 0, 0, 12),
         (0x20, 0, 0, 14),
-        (6, 0, 0, 100),
+        (6, 0, 0, WHOLE),
         (6, 0, 0, 0),
     )
     return [load_protocol, (0x15, 0, 3, protocol), load_number, (0x15, 0, 1, number), keep, reject]

@@ -90,10 +90,10 @@ void lrx_classify_collected(Receiver *r)
     memset(collected, 0, sizeof *collected);
 }
 
-/* Whether the caller has something else to do: end, or take another filter. */
-static bool is_over(const Receiver *r)
+/* Whether the caller is to end. */
+static bool is_to_end(const Receiver *r)
 {
-    return r->stopping || r->flushing || r->exchanging || r->ended || r->closed || r->end_follows;
+    return r->stopping || r->flushing || r->ended || r->closed || r->end_follows;
 }
 
 enum outcome lrx_hold_more(Receiver *r)
@@ -101,15 +101,13 @@ enum outcome lrx_hold_more(Receiver *r)
     const struct lrx_report *report = report_of(r);
     int count;
 
-    if (is_over(r) || r->latency == 0 || r->pending || report->classified)
+    if (is_to_end(r) || r->latency == 0 || r->pending || report->classified)
         return OVER;
     count = lrx_obtain(r, true, true);
     if (count < 0)
         return FAILED;
-    if (!r->arenas[r->current]) /* a handler has forked, and this is the child, which has closed it */
-        return OVER;
     lrx_collect(r, (uint32_t)count);
-    if (!lrx_held_back(r) || lrx_holds_full(r) || report->error || report->held || is_over(r))
+    if (!lrx_held_back(r) || lrx_holds_full(r) || report->error || report->held || is_to_end(r))
         return OVER;
     return count ? READY : NOTHING;
 }
@@ -119,7 +117,7 @@ int lrx_hold_back(Receiver *r, double deadline)
     const double later = lrx_now() + r->latency, until = later < deadline ? later : deadline;
     enum outcome outcome;
 
-    while (!is_over(r)) {
+    while (!is_to_end(r)) {
         double left = until - lrx_now();
         int happened = left > 0 ? lrx_sleep_on_event(r, left < HOLD ? left : HOLD) : 1;
 
