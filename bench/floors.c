@@ -263,6 +263,21 @@ void send_singly(int fd, uint8_t *frame, long size, long packets, const uint64_t
     }
 }
 
+/* poll() and read() one packet after the other. Gives up after ten seconds without a packet. */
+void receive_polled(int fd, uint8_t *memory, long packets, struct account *result)
+{
+    struct pollfd wait = {.fd = fd, .events = POLLIN};
+    struct account account = *result;
+
+    while ((long)account.packets < packets && poll(&wait, 1, 10000) == 1) {
+        ssize_t got = read(fd, memory, ROOM);
+        if (got < 0)
+            break;
+        take(&account, memory, (size_t)got);
+    }
+    *result = account;
+}
+
 /* poll() and read() packets. Stores when each was received. Gives up after ten seconds without a packet. */
 void receive_singly(int fd, uint8_t *memory, long packets, uint64_t *arrived)
 {

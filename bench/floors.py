@@ -159,6 +159,14 @@ def receive_singly(fd: int, packets: int) -> list[int]:
     return list(arrived)
 
 
+def receive_polled(fd: int, packets: int, check: Check | None) -> int:
+    """Receive packets with poll() and read(), one by one. Returns how many came."""
+    _kept, address = _memory(65_600)
+    account = _account(check)
+    library("floors").receive_polled(fd, address, ctypes.c_long(packets), ctypes.byref(account))
+    return _tell(check, account)
+
+
 def loop_floor(queue: Queue, fd: int, function: str) -> Reader:
     """A loop in floors.c that drains a descriptor: `drain_read`, `drain_recvmmsg` or `drain_recvmmsg_metadata`."""
 

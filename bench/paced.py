@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from compiled import end
-from floors import Frames
+from floors import Frames, receive_polled
 from lone import Handle, callback_for, new_loop, reading
 from peers import Missing
 from queues import Source
@@ -184,6 +184,21 @@ def polled(stream: Stream, fd: int) -> Reader:
                 one()
 
         counted.over = over
+        yield Timed(stream, counted, receive)
+
+    return Reader(stream, opened)
+
+
+def polled_in_c(stream: Stream, fd: int) -> Reader:
+    """`poll` and `read` in C, and nothing else: no call, and no other thread of Python that could run."""
+
+    @contextmanager
+    def opened(check: Check | None) -> Iterator[Drain]:
+        counted = Counted(check, stream.packets)
+
+        def receive() -> None:
+            counted.count = receive_polled(fd, stream.packets, check)
+
         yield Timed(stream, counted, receive)
 
     return Reader(stream, opened)

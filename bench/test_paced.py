@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from floors import Frames
-from paced import Stream, in_loop, polled, run, sending
+from paced import Stream, in_loop, polled, polled_in_c, run, sending
 from peers import Field
 from queues import tap
 from race import Reader, race
+from world import IN_C
 
 import linkrx
 
@@ -40,6 +41,7 @@ def test_paced(benchmark: Any, processors: list[int], rate: int) -> None:
             field.add(name, lambda: make(stream, source))
 
         add("poll, os.read", lambda stream, source: polled(stream, source.fileno()))
+        add(IN_C, lambda stream, source: polled_in_c(stream, source.fileno()))
         add("run, readv", partial(run, backend="readv"))
         add("run, os_readv", partial(run, backend="os_readv"))
         if rate == LATENCY_RATE:

@@ -9,7 +9,9 @@ from works import WORKS
 
 RATES = (5_000, 50_000, 200_000)
 WORK_SIZES = (64, 1514)
+IN_C = "C: poll, read"
 PACED_BY_HAND = {
+    IN_C: "poll, os.read",
     "run, readv": "poll, os.read",
     "run, os_readv": "poll, os.read",
     "run, latency=0.0005": "poll, os.read",
@@ -192,7 +194,12 @@ def panels(results: Results) -> list[Panel]:
         shown = [name for name in compared if ns_of(facts, name) is not None]
         hands = dict.fromkeys(compared[name] for name in shown)
         bars = [
-            bar(name, facts, compared.get(name, name), "linkrx" if name in compared else "floor")
+            bar(
+                name,
+                facts,
+                compared.get(name, name),
+                "linkrx" if name in compared and name != IN_C else "floor",
+            )
             for name in (*hands, *shown)
         ]
         if bars:
