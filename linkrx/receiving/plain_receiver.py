@@ -11,7 +11,6 @@ import errno
 import math
 import select
 import sys
-import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from linkrx.memory.counters import received
 from linkrx.memory.framing import Framing
 from linkrx.packets.plain import START, VNET_BYTES, Batch, Packet, restore
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
+from linkrx.receiving.plain_claim import Claiming
 from linkrx.receiving.plain_filter import Filtering, OwnFilter
 from linkrx.receiving.plain_hold import SLICE, Holding
 from linkrx.receiving.plain_sending import Sending
@@ -40,18 +40,15 @@ PAUSE = 0.01
 Result = TypeVar("Result")
 
 
-class Receiver(Filtering, Holding, Sending):
+class Receiver(Claiming, Filtering, Holding, Sending):
     """The part of a dispatcher that runs once per packet or once per wake-up."""
 
-    _claims: dict[str, list[int]]  # "thread": the identifier of the thread that has the claim
     _pending: list[Packet]  # the first `_next` of them were handed over
     _incoming: list[Packet]  # the batch that is being made
     _next = 0
     _deliver: Callable[..., object] | None
-    _stopping = _flushing = _delivering = _closed = _leaving = False
-    _end_follows = _ended = _link_down = _source_paused = _quiet = False
-    _polled = _looped = _readable = False
-    _batches = _receives = _waits = _undelivered = _undelivered_bytes = _spurious = 0
+    _stopping = _flushing = _delivering = _end_follows = _link_down = _source_paused = _looped = False
+    _batches = _receives = _waits = _spurious = 0
     _drops_due = 0.0
     _flush_until: tuple[int, float] | None = None  # the limits of a flush: a number of packets, and a time
 
@@ -247,48 +244,6 @@ class Receiver(Filtering, Holding, Sending):
             self._hold(deadline)
         return readable
 
-    # The claim.
-
-    def _inside(self, step: Callable[[], Result]) -> Result:
-        """Run a step with the dispatcher claimed. The claim is one atomic operation, with and without the GIL."""
-        claim = [threading.get_ident()]
-        try:
-            if self._closed or self._claims.setdefault("thread", claim) is not claim:
-                self._refuse(self._thread == claim[0])
-            self._exchange()
-            return step()
-        finally:
-            # Nothing is called before the claim is compared, because a signal handler could raise in a call.
-            if "thread" in self._claims and self._claims["thread"] is claim:
-                try:
-                    if self._polled and self._ended:
-                        if not self._quiet:
-                            self._disarm()
-                    elif self._polled and self._has_something != self._readable:
-                        self._set_readable()
-                finally:
-                    self._claims.clear()
-                    if self._leaving or self._closed:
-                        self._last_left()
-
-    @property
-    def _thread(self) -> int | None:
-        claim = self._claims.get("thread")
-        return None if claim is None else claim[0]
-
-    def _close_alone(self) -> bool:
-        """Release everything unless a call is inside. False: one is."""
-        claim = [threading.get_ident()]
-        try:
-            if self._claims.setdefault("thread", claim) is not claim:
-                return False
-            self._closed = True
-            self._release_all()
-            return True
-        finally:
-            if "thread" in self._claims and self._claims["thread"] is claim:
-                del self._claims["thread"]
-
     @property
     def _has_something(self) -> bool:
         report = self._report
@@ -406,9 +361,9 @@ class Receiver(Filtering, Holding, Sending):
             while True:
                 outcome = self._await(seconds_left(deadline))
                 if outcome == "ready":
-                    rest = self._pending[self._next :]
+                    batch = Batch._of(self._pending[self._next :])
                     self._pending, self._next = [], 0
-                    return Batch._of(rest)
+                    return batch
                 if outcome == "over" or seconds_left(deadline) == 0:
                     return None
 
@@ -437,9 +392,7 @@ class Receiver(Filtering, Holding, Sending):
     def _drop(self) -> None:
         if self._report.classified and not self._left:
             self._take_in()
-        rest = self._pending[self._next :]
-        self._undelivered += len(rest)
-        self._undelivered_bytes += sum(map(len, rest))
+        self._count_undelivered(self._pending[self._next :])
         self._pending, self._next = [], 0
 
     def _release(self) -> bool:
