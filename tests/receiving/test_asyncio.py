@@ -533,6 +533,27 @@ def test_a_task_ends_after_another_call_reported_the_end(run: Run, seqpacket: Pa
     run(work())
 
 
+@pytest.mark.parametrize(
+    "wait",
+    [asyncio.ensure_future, asyncio.gather, asyncio.shield, lambda one: asyncio.wait_for(one, PATIENCE)],
+    ids=["ensure_future", "gather", "shield", "wait_for"],
+)
+def test_one_packet(run: Run, seqpacket: Pair, wait: Callable[[Any], Awaitable[Any]]) -> None:
+    """What anext() returns can be given to the functions of asyncio that take awaitables, before the packet comes and after."""
+
+    async def work() -> None:
+        with linkrx.open(seqpacket[0]) as rx:
+            for early in (True, False):
+                if early:
+                    seqpacket[1].send(HEADER + b"x")
+                else:
+                    asyncio.get_running_loop().call_later(0.01, seqpacket[1].send, HEADER + b"x")
+                found = await wait(anext(aiter(rx)))
+                assert found in (HEADER + b"x", [HEADER + b"x"])
+
+    run(work())
+
+
 @pytest.mark.parametrize("way", ["packets", "batches"])
 def test_latency(run: Run, seqpacket: Pair, way: str) -> None:
     """With latency=, `async for` returns a held-back packet and later ones in one batch, also after a packet that came alone."""
