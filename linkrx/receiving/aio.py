@@ -83,8 +83,13 @@ class Reader:
             self._register(waiter)
             waiter.armed = self._registered is waiter
 
+    @property
+    def holds(self) -> bool:
+        """Whether packets are held back, or will be when they are read."""
+        return self._until > 0
+
     async def wait(self, timeout: float | None) -> bool:
-        """Wait for packets in the dispatcher or the end of reception. False after `timeout` seconds."""
+        """Wait for packets in the dispatcher or the end of reception. False after `timeout` seconds, or after close()."""
         waiter = Waiter(self._dispatcher, self.loop)
         self.begin(waiter)
         timer = None if timeout is None else self.loop.call_later(timeout, _settle, waiter)
@@ -93,6 +98,7 @@ class Reader:
         finally:
             if self._waiter is waiter:  # another task may have begun since this one was cancelled
                 self._waiter = None
+                self._end_hold()
             if timer is not None:
                 timer.cancel()
 
@@ -169,6 +175,12 @@ class Reader:
             self._register(waiter)
             self._holding = self.loop.call_at(self._until, self._receive)
 
+    def stop_waiting(self) -> None:
+        """Leave the event loop alone: no task waits."""
+        self.unregister()
+        self._until = 0.0
+        self._end_hold()
+
     def _end_hold(self) -> None:
         if self._holding is not None:
             self._holding.cancel()
@@ -218,7 +230,7 @@ class Reader:
             self.loop.call_soon_threadsafe(self._settle)
 
     def _release(self) -> None:
-        self.unregister()
+        self.stop_waiting()
         self.abandon()
 
     def abandon(self) -> None:

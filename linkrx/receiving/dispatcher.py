@@ -211,7 +211,7 @@ class Dispatcher(Reception):
     def _stop_waiting(self) -> None:
         """The waiting task was cancelled."""
         if self._reader is not None:
-            self._reader.unregister()
+            self._reader.stop_waiting()
 
     @_while_open
     def set_filter(self, filter: FilterLike | None) -> None:
@@ -355,11 +355,15 @@ class Batches:
         dispatcher._check_open()
         deadline = earlier(deadline_after(self._timeout), self._until)
         while not dispatcher._ended and seconds_left(self._until) != 0:
+            came = True
             if dispatcher.end is None:  # no stop() is pending
-                came = await dispatcher._reader_here().wait(seconds_left(deadline))
-                if not came and not dispatcher._report.held_back:
+                reader = dispatcher._reader_here()
+                came = await reader.wait(seconds_left(deadline))
+                if not came and not reader.holds:
                     break
             batch = dispatcher._next_batch(0, self._until)
             if batch is not None:
                 return batch
+            if not came:
+                break
         raise StopAsyncIteration

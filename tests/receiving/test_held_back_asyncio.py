@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -93,6 +96,81 @@ def test_asyncio_delivers_at_the_timeout(backend: str) -> None:
             assert rx._reader is not None
             rx._reader._settle()  # as the timer of the timeout
             assert [number_of(packet) for packet in await task] == [0]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_delivers_at_a_timeout_before_the_first_read(backend: str) -> None:
+    """Under asyncio the end of a timeout delivers a packet that has come, also if it was not read yet."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+            task = asyncio.ensure_future(anext(rx.batches(PATIENCE)))
+            await asyncio.sleep(0)
+            assert rx._reader is not None
+            sender.send(frame(0))
+            await turns(lambda: rx._reader is not None and rx._reader.holds)
+            rx._reader._settle()  # as the timer of the timeout
+            assert [number_of(packet) for packet in await task] == [0]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_timeouts_shorter_than_the_time_to_the_first_read(backend: str) -> None:
+    """Under asyncio repeated iterations with a timeout of microseconds receive what comes."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+            got: list[int] = []
+            sender.send(frame(0))
+            for _ in patiently(got.__len__):
+                got += [number_of(packet) async for batch in rx.batches(1e-5) for packet in batch]
+            assert got == [0]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_closes(backend: str, held: int) -> None:
+    """Under asyncio close() ends an iteration over batches, whether packets are held back or not. The loop then forgets the dispatcher."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender):
+            closed = await close(receiver, sender)
+            gc.collect()
+            assert closed() is None
+
+    async def close(receiver: socket.socket, sender: socket.socket) -> weakref.ref[linkrx.Dispatcher]:
+        rx = linkrx.open(receiver, backend=backend, latency=1e6)
+        task = asyncio.ensure_future(anext(rx.batches(), None))
+        await asyncio.sleep(0)
+        for number in range(held):
+            sender.send(frame(number))
+        await turns(lambda: held_back(rx) == held)
+        rx.close()
+        assert await asyncio.wait_for(task, PATIENCE) is None
+        return weakref.ref(rx)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asyncio_forgets_a_cancelled_task(backend: str) -> None:
+    """If a task is cancelled while packets are held back, the loop has no timer for it any more."""
+
+    async def work() -> None:
+        with pair() as (receiver, sender), linkrx.open(receiver, backend=backend, latency=1e6) as rx:
+            task = asyncio.ensure_future(given(rx, "packets", 2)())
+            await asyncio.sleep(0)
+            sender.send(frame(0))
+            await turns(lambda: held_back(rx) == 1)
+            task.cancel()
+            await asyncio.wait([task])
+            assert rx._reader is not None
+            assert (rx._reader._holding, rx._reader._registered) == (None, None)
 
     asyncio.run(work())
 
