@@ -21,9 +21,10 @@ from linkrx.testing.rigs import LOCAL, REMOTE, veth
 pytestmark = pytest.mark.usefixtures("devices")
 needs_core = pytest.mark.skipif(_core.lib is None, reason="the C core was not built")
 
-# asm-generic/socket.h
-SO_RXQ_OVFL = 40
-SO_RCVMARK = 75
+# asm-generic/socket.h. Each of these options, when switched on, adds control messages; timestamps of all kinds.
+SO_TIMESTAMPING, SO_RXQ_OVFL, SO_WIFI_STATUS, SO_RCVMARK, SO_RCVPRIORITY = 37, 40, 41, 75, 82
+# linux/net_tstamp.h: RX_HARDWARE, RX_SOFTWARE, SOFTWARE, RAW_HARDWARE, OPT_PKTINFO
+STAMPS = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 13
 
 HEADER = LOCAL + REMOTE + b"\x08\x00"
 Wire = tuple[str, str, socket.socket]
@@ -51,20 +52,24 @@ def test_the_stripped_vlan_tag(wire: Wire) -> None:
     assert got[0].copy().vlan == got[0].vlan
 
 
-@needs_core
-def test_the_vlan_tag_with_other_control_messages(wire: Wire) -> None:
-    """The VLAN tag is read on a borrowed socket that has other control messages switched on."""
+@pytest.mark.parametrize("backend", that_take("packet"))
+def test_the_vlan_tag_with_other_control_messages(wire: Wire, backend: str) -> None:
+    """The VLAN tag is read on a borrowed socket that has all other control messages switched on."""
     near, _, injector = wire
+    options = {SO_TIMESTAMPING: STAMPS, SO_RXQ_OVFL: 1, SO_WIFI_STATUS: 1, SO_RCVMARK: 1, SO_RCVPRIORITY: 1}
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as borrowed:
-        for option in (SO_RXQ_OVFL, SO_RCVMARK):
-            with suppress(OSError):  # SO_RCVMARK came with Linux 6.0
-                borrowed.setsockopt(socket.SOL_SOCKET, option, 1)
-        borrowed.bind((near, 3))
-        with linkrx.open(borrowed, timestamps=True) as rx:
-            injector.send(LOCAL + REMOTE + struct.pack("!HHH", 0x8100, 5, 0x0800) + bytes(60))
-            packet = rx.recv(10)
-            assert packet.vlan == linkrx.Vlan(0x8100, 5)
-            assert packet.timestamp_ns is not None
+        for option, value in options.items():
+            with suppress(OSError):  # SO_RCVMARK came with Linux 6.0, SO_RCVPRIORITY with 6.14
+                borrowed.setsockopt(socket.SOL_SOCKET, option, value)
+        borrowed.bind((near, ETH_P_ALL))
+        stamped = backend == "recvmmsg"
+        with linkrx.open(borrowed, backend=backend, timestamps=stamped) as rx:
+            for tag in (5, 6):
+                injector.send(LOCAL + REMOTE + struct.pack("!HHH", 0x8100, tag, 0x0800) + bytes(60))
+            for tag in (5, 6):
+                packet = rx.recv(10)
+                assert packet.vlan == linkrx.Vlan(0x8100, tag)
+                assert (packet.timestamp_ns is not None) == stamped
 
 
 @needs_core
