@@ -137,11 +137,8 @@ def test_the_memory_for_a_batch_is_full(backend: str) -> None:
 @pytest.mark.parametrize("backend", that_take("tap"))
 def test_a_queue_does_not_overflow(backend: str) -> None:
     """While packets are held back, many more than the queue of a TAP device has room for, none is lost."""
-    total, queue, ahead = (
-        400,
-        100,
-        50,
-    )  # the kernel frees the places of such a queue 16 at a time (linux/ptr_ring.h)
+    # The kernel frees the places of such a queue 16 at a time (linux/ptr_ring.h).
+    total, queue, ahead = 400, 100, 50
     with rigs.tap() as rig:
         assert rig.device is not None
         rig.device.set(txqlen=queue)
