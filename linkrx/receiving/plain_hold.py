@@ -93,14 +93,18 @@ class Holding(Callbacks):
         return any(due)
 
     def _hold_more(self) -> bool:
-        """Receive once more, and hold it back. True: hand over what is held back now."""
-        report = self._report
-        if self._is_to_end or not self._latency or self._left or report.classified:
-            return True
-        self._collect(self._obtain())
-        if not report.held_back or report.error or report.held:
-            return True
-        return self._holds_full or self._is_to_end
+        """Receive what is in the queue, and hold it back. True: hand over what is held back now."""
+        report, count = self._report, -1
+        while count:
+            if self._is_to_end or not self._latency or self._left or report.classified:
+                return True
+            count = self._obtain()
+            self._collect(count)
+            if not report.held_back or report.error or report.held:
+                return True
+            if self._holds_full or self._is_to_end:
+                return True
+        return False
 
     def _hold_back(self) -> bool:
         return self._inside(self._hold_more)

@@ -156,6 +156,19 @@ def test_a_queue_does_not_overflow(backend: str) -> None:
             assert rx.stats().kernel_drops == 0
 
 
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", that_take("udp"))
+def test_a_queue_is_read_until_it_is_empty(backend: str) -> None:
+    """A read while packets are held back takes the whole queue, of any sizes, and not what one fill has memory for."""
+    with rigs.udp() as rig, rig.open(backend, latency=FOR_EVER, batch_size=1000) as rx:
+        sent = [rig.frame(1400 if number % 20 == 0 else 60, number) for number in range(100)]
+        for data in sent:
+            rig.send(data)
+        assert not rx._hold_back()
+        assert held_back(rx) == len(sent)
+        assert next(rx.batches(0)).frames() == sent
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_time_is_over(backend: str) -> None:
     """Packets that are fewer than a batch are handed over together when the time is over."""
@@ -304,7 +317,7 @@ def test_a_mechanism_that_ignores_most() -> None:
     """
     with pair() as (receiver, sender), linkrx.open(receiver, latency=FOR_EVER, batch_size=4) as rx:
         given, columns = rx._descriptors.report, rx._descriptors.columns
-        sizes = iter([3, 4])
+        sizes = iter([3, 0, 4])
 
         def fill(arena: Owner, room: int) -> int:
             count = next(sizes)

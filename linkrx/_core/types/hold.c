@@ -1,7 +1,8 @@
 /* Holding packets back for `latency`, so that several are delivered together.
  *
  * They are not left in the queue, which could overflow. Once the source is readable, the receiver sleeps for HOLD, reads what has
- * come, and so on, until the latency is over or the batch is full. A sleep is on the event alone, so a busy source causes one
+ * come, and so on, until the latency is over or the batch is full. It reads until it finds nothing, because one fill may leave
+ * packets in the queue: recvmmsg needs memory for 64 of the largest. A sleep is on the event alone, so a busy source causes one
  * wake-up per HOLD. If a read finds nothing, the receiver waits on the source too, so a quiet source causes none. The last HOLD of
  * the latency is one sleep, and the caller reads afterwards. So a latency of HOLD or less costs one sleep and one read.
  *
@@ -99,17 +100,20 @@ static bool is_to_end(const Receiver *r)
 enum outcome lrx_hold_more(Receiver *r)
 {
     const struct lrx_report *report = report_of(r);
+    const uint32_t before = lrx_held_back(r);
     int count;
 
-    if (is_to_end(r) || r->latency == 0 || r->pending || report->classified)
-        return OVER;
-    count = lrx_obtain(r, true, true);
-    if (count < 0)
-        return FAILED;
-    lrx_collect(r, (uint32_t)count);
-    if (!lrx_held_back(r) || lrx_holds_full(r) || report->error || report->held || is_to_end(r))
-        return OVER;
-    return count ? READY : NOTHING;
+    do {
+        if (is_to_end(r) || r->latency == 0 || r->pending || report->classified)
+            return OVER;
+        count = lrx_obtain(r, true, true);
+        if (count < 0)
+            return FAILED;
+        lrx_collect(r, (uint32_t)count);
+        if (!lrx_held_back(r) || lrx_holds_full(r) || report->error || report->held || is_to_end(r))
+            return OVER;
+    } while (count);
+    return lrx_held_back(r) > before ? READY : NOTHING;
 }
 
 int lrx_hold_back(Receiver *r, double deadline)

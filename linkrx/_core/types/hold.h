@@ -15,7 +15,7 @@ bool lrx_holds_full(const Receiver *r);
 void lrx_collect(Receiver *r, uint32_t count);
 /* Classify the frames that are held back. */
 void lrx_classify_collected(Receiver *r);
-/* Receive once more, and hold it back. READY: something came. NOTHING: nothing did. OVER: hand over what is held back now. */
+/* Receive what is in the queue, and hold it back. READY: something came. NOTHING: nothing did. OVER: hand over what is held back now. */
 enum outcome lrx_hold_more(Receiver *r);
 /* Hold back what comes until `latency` is over, a batch is full, or something else is to be done. -1: with an exception. */
 int lrx_hold_back(Receiver *r, double deadline);

@@ -382,7 +382,7 @@ PyObject *lrx_receiver_poll(PyObject *self, PyObject *unused)
     return lrx_leave(r, outcome == FAILED ? NULL : PyBool_FromLong(outcome != NOTHING));
 }
 
-/* For event loops: receive once more, and hold it back. True: hand over what is held back now. */
+/* For event loops: receive what is in the queue, and hold it back. True: hand over what is held back now. */
 PyObject *lrx_receiver_hold_back(PyObject *self, PyObject *unused)
 {
     Receiver *r = (Receiver *)self;

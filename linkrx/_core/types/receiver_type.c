@@ -406,7 +406,7 @@ static PyMethodDef receiver_methods[] = {
     {"_poll", lrx_receiver_poll, METH_NOARGS,
      "_poll($self, /)\n--\n\nReceive without waiting. Whether packets are pending, or reception is over."},
     {"_hold_back", lrx_receiver_hold_back, METH_NOARGS,
-     "_hold_back($self, /)\n--\n\nReceive once more, without waiting, and hold it back. True: hand over what is held back now."},
+     "_hold_back($self, /)\n--\n\nReceive what is in the queue, and hold it back. True: hand over what is held back now."},
     {"_take", lrx_receiver_take, METH_NOARGS, "_take($self, /)\n--\n\nA pending packet, or None."},
     {"_prepare", receiver_prepare, METH_VARARGS, "Set up the receiver for a source."},
     {"_use", receiver_use, METH_O, "_use($self, mechanism, /)\n--\n\nFill with this struct lrx_mechanism, or, with 0, by _fill()."},
