@@ -254,7 +254,7 @@ class Receiver(Claiming, Filtering, Holding, Sending):
     @property
     def _was_full(self) -> bool:
         """Whether the last receive may have ended because the batch was full, by rows or by bytes."""
-        return self._report.rows >= len(self._lengths) or self._report.end > self._room // 2
+        return self._report.rows >= len(self._lengths) or self._report.end > self._hold_most
 
     # Receiving.
 

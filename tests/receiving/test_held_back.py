@@ -170,6 +170,24 @@ def test_a_queue_is_read_until_it_is_empty(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_that_is_full_of_bytes(backend: str) -> None:
+    """What a batch that is full of bytes left in the queue is not held back, also where one packet may be larger than that memory."""
+    with (
+        rigs.unix_dgram() as rig,
+        rig.open(backend, latency=FOR_EVER, batch_size=1000, buffer_sizes=[1 << 23]) as rx,
+    ):
+        number = 0
+        while True:
+            rig.send(rig.frame(100_000, number))
+            number += 1
+            if rx._hold_back():
+                break
+        assert number < 1000
+        assert len(next(rx.batches(0))) == number
+        assert rx._was_full
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_time_is_over(backend: str) -> None:
     """Packets that are fewer than a batch are handed over together when the time is over."""
     got: list[int] = []

@@ -229,7 +229,7 @@ int lrx_obtain(Receiver *r, bool all, bool holds_back)
 
 bool lrx_was_full(const Receiver *r)
 {
-    return report_of(r)->rows >= r->rows || report_of(r)->end > r->room / 2;
+    return report_of(r)->rows >= r->rows || report_of(r)->end > r->hold_most;
 }
 
 /* Make a batch of the classified frames. */
