@@ -42,8 +42,15 @@ Packet *lrx_packet_new(State *state)
 {
     Packet *p = PyObject_New(Packet, state->packet_type);
 
-    if (p)
-        memset((char *)p + offsetof(Packet, owner), 0, sizeof *p - offsetof(Packet, owner));
+    if (!p)
+        return NULL;
+    /* Only what lrx_packet_set() may leave: GCC clears a whole packet with `rep stos`, which takes 15 ns. */
+    p->owner = NULL;
+    p->own = NULL;
+    p->frame = NULL;
+    p->length = 0;
+    p->address_length = p->has_vnet = p->viewing = 0;
+    memset(p->address, 0, sizeof p->address);
     return p;
 }
 
