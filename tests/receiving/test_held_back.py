@@ -17,9 +17,11 @@ from support.run import that_take
 
 import linkrx
 from linkrx.backend import Owner
+from linkrx.kernel.uapi import ETH_P_ALL
 from linkrx.packets.headers import TIMESTAMP, VLAN
 from linkrx.stages import segmentation, segmenting
 from linkrx.testing import rigs
+from linkrx.testing.devices import injector_on
 from linkrx.testing.packets import sample
 from linkrx.testing.stops import ignore
 from linkrx.testing.waiting import asleep, running, until
@@ -361,6 +363,28 @@ def test_a_mechanism_that_ignores_most() -> None:
             assert packet.vlan == (number + 1, number)
             assert (packet.timestamp_ns, packet.interface) == (number + 2, number + 3)
             assert packet.wire_length == number + 4
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("backend", [name for name in that_take("packet_cooked") if name != "packet_mmap"])
+def test_protocols_that_the_kernel_reports(backend: str) -> None:
+    """Packets without a link header that are held back keep their protocol and their sender."""
+    protocols = [0x88B5, 0x0806, 0x0800, 0x88B6]
+    senders = [rigs.REMOTE[:5] + bytes([number]) for number in range(4)]
+    with (
+        rigs.veth() as (near, far),
+        injector_on(far) as injector,
+        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as cooked,
+    ):
+        cooked.bind((near, ETH_P_ALL))
+        with linkrx.open(cooked, backend=backend, latency=FOR_EVER, batch_size=4) as rx:
+            for sender, protocol in zip(senders, protocols, strict=True):
+                before = held_back(rx)
+                injector.send(rigs.LOCAL + sender + protocol.to_bytes(2, "big") + bytes(46))
+                until(lambda before=before: rx._hold_back() or held_back(rx) > before)  # type: ignore[misc]
+            batch = next(rx.batches(0))
+            assert [packet.protocol for packet in batch] == protocols
+            assert [packet.remote for packet in batch] == senders
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
