@@ -123,5 +123,5 @@ class Holding(Callbacks):
             if self._hold_more():
                 return
             left = until - time.monotonic() - HOLD
-            if self._report.held_back == before and left > 0:
-                self._wakeup.wait(min(left, SLICE))
+            if self._report.held_back == before and left > 0 and not self._wakeup.wait(min(left, SLICE)):
+                self._look_at_owner()

@@ -99,7 +99,7 @@ def test_in_every_way_to_receive(backend: str, way: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_one(backend: str) -> None:
-    """With batch_size=1 each packet is a full batch, and so none is held back."""
+    """With batch_size=1 each packet is a full batch, and so none is held back for the whole latency."""
     with (
         pair() as (receiver, sender),
         linkrx.open(receiver, backend=backend, latency=FOR_EVER, batch_size=1) as rx,
@@ -270,6 +270,26 @@ def test_a_peer_that_hangs_up(backend: str) -> None:
             assert [number_of(packet) for packet in next(rx.batches())] == [0, 1, 2]
         assert rx.run() is linkrx.End.EOF
         assert (rx.stats().empty, rx.stats().undelivered) == (0, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_owner_closes_the_source(backend: str) -> None:
+    """If the owner closes the descriptor while packets are held back, the call raises, and the next call delivers them."""
+    with (
+        pair() as (receiver, sender),
+        linkrx.open(receiver, ignore, backend=backend, latency=FOR_EVER) as rx,
+        watched(rx),
+    ):
+
+        def send() -> None:
+            one_by_one(rx, sender.send, [frame(number) for number in range(3)])
+            until(lambda: held_back(rx) == 3)
+            receiver.close()
+
+        with running(send), pytest.raises(OSError, match="Bad file descriptor") as caught:
+            rx.recv()
+        assert caught.value.errno == errno.EBADF
+        assert [number_of(packet) for packet in next(rx.batches())] == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("devices")

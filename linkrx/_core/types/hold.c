@@ -135,8 +135,10 @@ int lrx_hold_back(Receiver *r, double deadline)
         left = until - lrx_now() - HOLD;
         if (outcome == NOTHING && left > 0) {
             happened = lrx_wait(r, left);
-            if (happened < 0 || happened == 2)
-                return happened < 0 ? -1 : 0;
+            if (happened < 0 || (happened == 0 && lrx_ask(r, "_look_at_owner") < 0))
+                return -1;
+            if (happened == 2)
+                return 0;
         }
     }
     return 0;
