@@ -8,7 +8,7 @@ static uint32_t aligned(uint32_t offset)
     return (offset + 7u) & ~7u;
 }
 
-static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_t count, Framing framing)
+static Batch *batch_new(State *state, uint32_t count, Framing framing)
 {
     Batch *b = PyObject_New(Batch, state->batch_type);
 
@@ -22,11 +22,10 @@ static Batch *batch_new(State *state, const struct lrx_columns *columns, uint32_
         Py_DECREF((PyObject *)b);
         return NULL;
     }
-    lrx_table_copy(b->table, columns, framing.per_packet);
     return b;
 }
 
-Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
+Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, uintptr_t table, uint32_t rows,
                      uint32_t count, Framing framing, Batch **spare)
 {
     Batch *b = *spare;
@@ -43,13 +42,13 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
         *spare = NULL;
         b->settled = b->tidy = false;
         lrx_table_lay_out(b->table, count);
-        lrx_table_copy(b->table, columns, framing.per_packet);
     } else {
-        b = batch_new(state, columns, count, framing);
+        b = batch_new(state, count, framing);
     }
     if (!b)
         return NULL;
     t = b->table;
+    lrx_table_read(t, table, rows, framing.per_packet);
     for (uint32_t k = 0; k < count; k++) {
         const uint32_t place = t->offsets[k] = t->columns.starts[k], length = t->columns.lengths[k];
 
@@ -325,11 +324,12 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
     } else if (!lrx_batch_is_readable(b) || !(own = copy_frames(b))) {
         return NULL;
     }
-    copy = batch_new(b->state, &t->columns, (uint32_t)t->count, b->framing);
+    copy = batch_new(b->state, (uint32_t)t->count, b->framing);
     if (!copy) {
         Py_DECREF(own);
         return NULL;
     }
+    lrx_table_copy(copy->table, &t->columns, b->framing.per_packet);
     copy->table->offsets = copy->table->columns.starts;
     copy->own = own;
     copy->base = (const uint8_t *)PyBytes_AsString(own);

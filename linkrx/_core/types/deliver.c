@@ -75,19 +75,14 @@ static const Neighbour *neighbour_of(Receiver *r, const Packet *p)
     return n->protocol ? n : NULL;
 }
 
+/* The neighbour keeps its arguments meanwhile: it changes with the claim held only, and a nested call does not get that. */
 static PyObject *call(const Receiver *r, const Neighbour *n, Packet *p)
 {
     PyObject *arguments[] = {n->remote, n->local, n->protocol, (PyObject *)p};
-    PyObject *result;
 
-    for (int k = 0; k < 3; k++)
-        Py_INCREF(arguments[k]);
-    result = r->state->vectorcall ? r->state->vectorcall(r->deliver, arguments, 4, NULL)
-                                  : PyObject_CallFunctionObjArgs(r->deliver, arguments[0], arguments[1], arguments[2],
-                                                                 arguments[3], NULL);
-    for (int k = 0; k < 3; k++)
-        Py_DECREF(arguments[k]);
-    return result;
+    return r->state->vectorcall ? r->state->vectorcall(r->deliver, arguments, 4, NULL)
+                                : PyObject_CallFunctionObjArgs(r->deliver, arguments[0], arguments[1], arguments[2],
+                                                               arguments[3], NULL);
 }
 
 /* The position moves on before each call, so an exception of `deliver` neither loses nor repeats a packet. */

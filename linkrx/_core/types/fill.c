@@ -248,7 +248,7 @@ enum outcome lrx_take_in(Receiver *r)
         return FAILED;
     }
     if (count) {
-        const struct lrx_columns columns = lrx_columns_at((uintptr_t)base + end, rows);
+        const uintptr_t table = (uintptr_t)base + end;
 
         if (r->mechanism && r->mechanism->slots) {
             const uint32_t slot = r->mechanism->slots->turn ^ 1;
@@ -257,7 +257,7 @@ enum outcome lrx_take_in(Receiver *r)
             base = (const uint8_t *)r->mechanism->slots->frames[slot];
             size = UINT32_MAX;
         }
-        b = lrx_batch_new(r->state, owner, base, size, &columns, count, r->framing, &r->spare);
+        b = lrx_batch_new(r->state, owner, base, size, table, rows, count, r->framing, &r->spare);
         if (!b)
             return FAILED;
     }

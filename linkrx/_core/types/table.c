@@ -48,6 +48,9 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
 void lrx_table_lay_out(Table *t, uint32_t count)
 {
     t->count = count;
+    if (t->laid_out == count && count)
+        return;
+    t->laid_out = count;
     t->columns = lrx_columns_at((uintptr_t)(t + 1), count);
     t->offsets = (uint32_t *)((uint8_t *)(t + 1) + (size_t)count * LRX_ROW_BYTES);
 }
@@ -59,6 +62,7 @@ Table *lrx_table_new(State *state, uint32_t count)
     if (!t)
         return NULL;
     t->room = count;
+    t->laid_out = 0;
     t->column = COLUMN_STARTS;
     lrx_table_lay_out(t, count);
     return t;
@@ -69,6 +73,7 @@ void lrx_table_skip(Table *t, uint32_t n)
     struct lrx_columns *c = &t->columns;
 
     t->count -= n;
+    t->laid_out = 0;
     c->timestamps += n;
     t->offsets += n;
     c->starts += n;
@@ -123,21 +128,11 @@ PyType_Spec lrx_table_spec = {
     .slots = table_slots,
 };
 
-/* Whether the columns are those of a table of exactly `rows` rows, so that they lie one behind the other. */
-static bool is_whole(const struct lrx_columns *c, uint32_t rows)
-{
-    return lrx_columns_at((uintptr_t)c->timestamps, rows).link_headers == c->link_headers;
-}
-
 void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet)
 {
     const struct lrx_columns *to = &t->columns;
     const size_t count = (size_t)t->count;
 
-    if (is_whole(from, (uint32_t)count)) {
-        memcpy(to->timestamps, from->timestamps, count * LRX_ROW_BYTES);
-        return;
-    }
     memcpy(to->timestamps, from->timestamps, count * sizeof *to->timestamps);
     memcpy(to->starts, from->starts, count * sizeof *to->starts);
     memcpy(to->lengths, from->lengths, count * sizeof *to->lengths);
@@ -154,4 +149,15 @@ void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet)
     memcpy(to->addresses, from->addresses, count * sizeof *to->addresses);
     memcpy(to->address_lengths, from->address_lengths, count);
     memcpy(to->link_headers, from->link_headers, count);
+}
+
+void lrx_table_read(Table *t, uintptr_t table, uint32_t rows, bool per_packet)
+{
+    if ((uint32_t)t->count == rows) {
+        memcpy(t->columns.timestamps, (const void *)table, rows * (size_t)LRX_ROW_BYTES);
+    } else {
+        const struct lrx_columns from = lrx_columns_at(table, rows);
+
+        lrx_table_copy(t, &from, per_packet);
+    }
 }

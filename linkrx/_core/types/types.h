@@ -93,6 +93,7 @@ struct Table {
     PyObject_VAR_HEAD
     Py_ssize_t count; /* rows; the shape of every column */
     uint32_t room;    /* rows that the memory has room for */
+    uint32_t laid_out; /* rows for which columns and offsets are laid out there; 0: none */
     enum column column; /* the column of the next view */
     struct lrx_columns columns; /* `starts` count in the `memory` of the batch; those of the link layer only with Framing.per_packet */
     uint32_t *offsets; /* the offset of each frame from the base of the batch; not public */
@@ -198,6 +199,8 @@ void lrx_table_lay_out(Table *t, uint32_t count);
 void lrx_table_skip(Table *t, uint32_t n);
 /* Copy all columns; those of the link layer only if `per_packet`. The offsets stay. */
 void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet);
+/* The same from the first rows of a table of `rows` rows at that address. */
+void lrx_table_read(Table *t, uintptr_t table, uint32_t rows, bool per_packet);
 
 /* batch_iterator.c */
 extern PyType_Spec lrx_batch_iterator_spec;
@@ -205,9 +208,9 @@ PyObject *lrx_batch_iterate(PyObject *batch);
 
 /* batch.c */
 extern PyType_Spec lrx_batch_spec;
-/* A batch of the first `count` rows of `columns`. The frames lie in `size` bytes at `base`, in memory of `owner`, without other
- * batches; frames outside raise ValueError. `spare` may have a batch to use again. */
-Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, const struct lrx_columns *columns,
+/* A batch of the first `count` rows of the table of `rows` rows at the address `table`. The frames lie in `size` bytes at `base`, in
+ * memory of `owner`, without other batches; frames outside raise ValueError. `spare` may have a batch to use again. */
+Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, uintptr_t table, uint32_t rows,
                      uint32_t count, Framing framing, Batch **spare);
 /* Give up a batch. If nothing else refers to it or its columns, it goes into `spare` for the next one. */
 void lrx_batch_give_up(Batch *b, Batch **spare);
