@@ -6,6 +6,7 @@ pytest-benchmark shows the time of linkrx's `deliver`. The others' times are bel
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from floors import Frames
 from peers import Field
 from queues import (
+    SOURCES,
     WAYS,
     columns_byte,
     linkrx_reader,
@@ -21,7 +23,6 @@ from queues import (
     packets_of,
     ring,
     tap,
-    unix,
 )
 from race import Queue, Reader, race
 
@@ -78,51 +79,37 @@ def test_tap(benchmark: Any, size: int) -> None:
 @SIZED
 def test_unix(benchmark: Any, size: int) -> None:
     """Each reader drains its own AF_UNIX datagram pair."""
-    with ExitStack() as stack:
-        field = Field()
-
-        def own() -> Any:
-            return stack.enter_context(unix(Frames(size)))
-
-        queue, source, field.readers["C floor"] = own()
-        for way in WAYS:
-            queue, source, _ = own()
-            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, source, WAYS[way])
-        queue, source, _ = own()
-        field.readers["socket.recv_into"] = peers.socket_recv_into(queue, source)
-        for mode in ("recvmmsg", "readv"):
-
-            def gvisor(mode: str = mode) -> Reader:
-                queue, source, _ = own()
-                return peers.gvisor_reader(queue, source.fileno(), mode)
-
-            field.add(f"gVisor, {mode}", gvisor)
-        compare(benchmark, field, "unix", "linkrx recvmmsg, deliver", size)
+    compare_sockets(benchmark, "unix", size, WAYS)
 
 
 @SIZED
 def test_packet(benchmark: Any, size: int) -> None:
     """Each reader drains its own packet socket, on its own interface. No ring empties the caches in between."""
+    compare_sockets(benchmark, "packet", size, ("columns", "deliver"))
+
+
+def compare_sockets(benchmark: Any, source: str, size: int, ways: Iterable[str]) -> None:
+    """Measure readers that each have a socket of their own."""
     with ExitStack() as stack:
         field = Field()
 
         def own() -> Any:
-            return stack.enter_context(packet_socket(Frames(size)))
+            return stack.enter_context(SOURCES[source][0](Frames(size)))
 
-        queue, source, field.readers["C floor"] = own()
-        for way in ("columns", "deliver"):
-            queue, source, _ = own()
-            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, source, WAYS[way])
-        queue, source, _ = own()
-        field.readers["socket.recv_into"] = peers.socket_recv_into(queue, source)
+        queue, opened, field.readers["C floor"] = own()
+        for way in ways:
+            queue, opened, _ = own()
+            field.readers[f"linkrx recvmmsg, {way}"] = linkrx_reader(queue, opened, WAYS[way])
+        queue, opened, _ = own()
+        field.readers["socket.recv_into"] = peers.socket_recv_into(queue, opened)
         for mode in ("recvmmsg", "readv"):
 
             def gvisor(mode: str = mode) -> Reader:
-                queue, source, _ = own()
-                return peers.gvisor_reader(queue, source.fileno(), mode)
+                queue, opened, _ = own()
+                return peers.gvisor_reader(queue, opened.fileno(), mode)
 
             field.add(f"gVisor, {mode}", gvisor)
-        compare(benchmark, field, "packet", "linkrx recvmmsg, deliver", size)
+        compare(benchmark, field, source, "linkrx recvmmsg, deliver", size)
 
 
 @SIZED
