@@ -278,9 +278,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&kernel, 0, sizeof kernel);
     kernel.in = &in;
     kernel.capacity = capacity;
-    const uint32_t wanted = take(&in, 2);
-    kernel.metadata = wanted > 0;
-    kernel.sender = wanted > 1;
+    const uint32_t wanted = take(&in, 3);
+    kernel.metadata = wanted & 1;
+    kernel.sender = !(wanted & 2);
     kernel.rows = rows;
     kernel.messages = messages;
     kernel.allocations_left = take(&in, 7) ? 5 : (int)take(&in, 4);
