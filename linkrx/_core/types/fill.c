@@ -136,29 +136,22 @@ static int call_fill_method(Receiver *r, Owner *arena, uint32_t asked, uint32_t 
 }
 
 /* Fill once, without waiting. Returns the number of frames, or -1 with an exception. */
-static int fill(Receiver *r, bool all, bool holds_back)
+static int fill(Receiver *r, bool all)
 {
     const uint32_t held_back = lrx_held_back(r), offset = offset_of(r);
-    const bool apart = holds_back || held_back; /* these frames are classified later */
-    struct lrx_report *report = report_of(r);
-    const struct lrx_classifier *classifier = report->classifier;
     Owner *arena = arena_of(r);
     uint32_t asked;
     int count;
 
     /* Packets that the mechanism holds cost no system call. And the empty records at the end of a stream are recognised only when
      * all of them are there. */
-    all = all || report->held || held_back;
+    all = all || report_of(r)->held || held_back;
     asked = all ? r->rows - held_back : r->most;
     if (!arena)
         return -1;
     if (r->mechanism && r->mechanism->slots)
         return fill_in_place(r, arena);
-    if (apart)
-        report->classifier = NULL;
     count = r->mechanism ? call_fill_function(r, arena, asked, offset) : call_fill_method(r, arena, asked, offset);
-    if (apart)
-        report->classifier = classifier;
     if (!all && count > 0)
         learn(r, asked, (uint32_t)count);
     return count;
@@ -202,7 +195,7 @@ static int check_reported(const Receiver *r, uint32_t count)
     return 0;
 }
 
-int lrx_obtain(Receiver *r, bool all, bool holds_back)
+int lrx_obtain(Receiver *r, bool all)
 {
     const struct lrx_report *report = report_of(r);
     const bool enough = lrx_held_back(r) && lrx_holds_full(r);
@@ -216,7 +209,7 @@ int lrx_obtain(Receiver *r, bool all, bool holds_back)
     if (!count && !report->classified && !enough && (!report->error || report->held)) {
         const bool ends = r->filter_until && lrx_now() >= r->filter_until;
 
-        count = fill(r, all, holds_back);
+        count = fill(r, all);
         if (ends && !count && !report->classified && !report->error && !report->held && !lrx_held_back(r))
             lrx_end_filter(r);
     }

@@ -9,7 +9,8 @@
  * A mechanism does not know about this. It fills the memory behind the frames that are held back, and describes its frames in the
  * same table as always, whose rows it may rely on. The rows are collected in `collected`, a table with a report of its own:
  * `count` frames, which use `end` bytes of the region and took `receives` system calls. The report of the mechanism says how many
- * frames these are, in `held_back`. They are classified when they are handed over, so a filter that is set meanwhile applies.
+ * frames these are, in `held_back`. They are classified when they are handed over, so a filter that is set meanwhile applies: with
+ * `latency`, no fill classifies.
  *
  * An exception of a signal handler leaves them there, and the next call delivers them at once. If it interrupts a fill in Python,
  * the mechanism may hold packets that it has read: the next fill is at the same place, and comes before they are handed over. */
@@ -106,7 +107,7 @@ enum outcome lrx_hold_more(Receiver *r)
     do {
         if (is_to_end(r) || r->latency == 0 || r->pending || report->classified)
             return OVER;
-        count = lrx_obtain(r, true, true);
+        count = lrx_obtain(r, true);
         if (count < 0)
             return FAILED;
         lrx_collect(r, (uint32_t)count);

@@ -102,7 +102,7 @@ static enum outcome receive(Receiver *r, bool all)
     struct lrx_report *report = report_of(r);
 
     for (int errors = 0; errors < ERRORS_IN_A_ROW; errors++) {
-        const int count = lrx_obtain(r, all, false);
+        const int count = lrx_obtain(r, all);
 
         if (count < 0)
             return FAILED;

@@ -61,7 +61,7 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
         .interface = interface,
         .counters = (uintptr_t)r->counters.buf,
     };
-    if (!may_hang_up) /* C code that fills classifies as well, while the frames are in the cache */
+    if (!may_hang_up && !r->collected) /* C code that fills classifies as well, while the frames are in the cache */
         report_of(r)->classifier = &r->classifier;
     if (deliver != Py_None) {
         Py_INCREF(deliver);
@@ -119,7 +119,8 @@ static PyObject *receiver_use(PyObject *self, PyObject *address)
             r->slots[slot]->guard = (const volatile uint32_t *)m->slots->guard;
         }
         r->reads_memory = true;
-        r->latency = 0; /* a ring holds packets back itself */
+        r->latency = 0; /* a ring holds packets back itself, and only its fill knows where the frames lie */
+        report_of(r)->classifier = &r->classifier;
     }
     r->mechanism = m;
     Py_RETURN_NONE;

@@ -335,8 +335,8 @@ static inline struct lrx_report *report_of(const Receiver *r)
 
 /* fill.c */
 /* Fill once, without waiting, unless received frames wait here already. Returns how many frames are neither classified nor held
- * back, or -1 with an exception. `all`: receive up to a whole batch. `holds_back`: leave them unclassified. */
-int lrx_obtain(Receiver *r, bool all, bool holds_back);
+ * back, or -1 with an exception. `all`: receive up to a whole batch. */
+int lrx_obtain(Receiver *r, bool all);
 /* Whether the last fill may have ended because the batch was full, by rows or by bytes. */
 bool lrx_was_full(const Receiver *r);
 enum outcome lrx_take_in(Receiver *r);
