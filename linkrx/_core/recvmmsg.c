@@ -155,7 +155,6 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         got = receive(s, memory + (size_t)n * s->near_stride, memory + far + (size_t)n * s->far_stride, wanted);
         receives += got > 0;
         for (uint32_t k = 0; got > 0 && k < (uint32_t)got; k++, n++) {
-            lrx_prefetch((uintptr_t)s->controls + (size_t)(k + MESSAGES_AHEAD) * CONTROL, CONTROL_BYTES);
             uint32_t wire_length = s->headers[k].msg_len; /* MSG_TRUNC: may exceed what was kept */
 
             out.starts[n] = n * s->near_stride;
@@ -168,8 +167,10 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
             }
             if (end < lrx_align(out.starts[n] + out.lengths[n]))
                 end = lrx_align(out.starts[n] + out.lengths[n]);
-            if (s->metadata)
+            if (s->metadata) {
+                lrx_prefetch((uintptr_t)s->controls + (size_t)(k + MESSAGES_AHEAD) * CONTROL, CONTROL_BYTES);
                 lrx_read_metadata(&s->headers[k].msg_hdr, &out, n, &wire_length, s->sender);
+            }
             out.wire_lengths[n] = wire_length;
         }
         /* Fewer packets than wanted: the queue is empty. */
