@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from linkrx.errors import Busy
 from linkrx.kernel.errnos import REFUSED
 from linkrx.receiving import receiver
+from linkrx.receiving.deadline import HOLD
 from linkrx.receiving.receiver import Waiter
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ logger = logging.getLogger("linkrx")
 
 # Seconds between two reads if the event loop may not watch the descriptor.
 ASK_AGAIN = 0.01
-# Seconds between two reads while packets are held back, as in _core/types/hold.c.
-HOLD = 0.001
 
 
 class Reader:

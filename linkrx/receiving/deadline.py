@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+# Seconds between two reads while packets are held back, as in _core/types/hold.c.
+HOLD = 0.001
+
 
 def deadline_after(timeout: float | None, name: str = "timeout") -> float | None:
     """The moment on the monotonic clock at which a timeout ends; None for never. `name` is that of the argument.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from linkrx.memory.columns import COLUMNS, ROW_BYTES, Descriptors
 from linkrx.memory.report import Report
 from linkrx.packets.plain import START, Owner
 from linkrx.receiving.callbacks import Callbacks
+from linkrx.receiving.deadline import HOLD
 
-# As in hold.c and receive.c.
-HOLD = 0.001
-SLICE = 1.0
+SLICE = 1.0  # as in receive.c
 
 
 class Holding(Callbacks):
@@ -83,14 +82,7 @@ class Holding(Callbacks):
     @property
     def _is_to_end(self) -> bool:
         """Whether the receiver is to end."""
-        due: Iterable[bool] = (
-            self._stopping,
-            self._flushing,
-            self._ended,
-            self._closed,
-            self._end_follows,
-        )
-        return any(due)
+        return any((self._stopping, self._flushing, self._ended, self._closed, self._end_follows))
 
     def _hold_more(self) -> bool:
         """Receive what is in the queue, and hold it back. True: hand over what is held back now."""

@@ -12,7 +12,7 @@ from linkrx.testing.cells import named
 from linkrx.testing.packets import sample
 from linkrx.testing.rigs import Rig
 from linkrx.testing.stops import alarmed, ignore
-from linkrx.testing.waiting import PATIENCE, asleep, flooded, running, until
+from linkrx.testing.waiting import asleep, flooded, running, until, watched
 
 SHORT = 0.01  # seconds
 FOR_EVER = 1e9
@@ -128,23 +128,17 @@ def check_latency(rig: Rig, backend: str) -> None:
     by_itself = named(backend).backend.coalesces
     sent = sample(rig, 6)
     latency = SHORT if by_itself else FOR_EVER
-    with rig.open(backend, ignore, batch_size=len(sent), latency=latency) as rx:
-        watch = threading.Timer(PATIENCE, rx.stop)  # a call that does not return would miss the packets
-        watch.start()
+    with rig.open(backend, ignore, batch_size=len(sent), latency=latency) as rx, watched(rx):
 
         def send() -> None:
             until(lambda: asleep(rx))
             for frame in sent:
                 rig.send(frame)
 
-        try:
-            with running(send):
-                got = next(rx.batches()).frames()
-                while by_itself and len(got) < len(sent):
-                    got += next(rx.batches()).frames()
-            assert got == sent
-            rig.send(sent[0])
-            assert by_itself or rx.drain() == 1
-        finally:
-            watch.cancel()
-            watch.join()
+        with running(send):
+            got = next(rx.batches()).frames()
+            while by_itself and len(got) < len(sent):
+                got += next(rx.batches()).frames()
+        assert got == sent
+        rig.send(sent[0])
+        assert by_itself or rx.drain() == 1

@@ -21,6 +21,18 @@ FLOOD_MOST = 5_000_000  # frames of one flood
 _REFUSED = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENETDOWN, errno.ENXIO, errno.ENODEV, errno.EPIPE})
 
 
+@contextmanager
+def watched(rx: Dispatcher) -> Iterator[Dispatcher]:
+    """A stop() ends a receiving call that does not return. The check then misses its packets."""
+    stop = threading.Timer(PATIENCE, rx.stop)
+    stop.start()
+    try:
+        yield rx
+    finally:
+        stop.cancel()
+        stop.join()
+
+
 def collect(dispatcher: Dispatcher, packets: int) -> list[Packet]:
     """Receive this number of packets, or fewer if no more come in PATIENCE seconds."""
     found: list[Packet] = []

@@ -13,7 +13,8 @@ import pytest
 from support.pairs import Pair
 
 import linkrx
-from linkrx.receiving import aio, plain_async
+from linkrx.receiving import plain_async
+from linkrx.receiving.deadline import HOLD
 from linkrx.receiving.receiver import Waiter
 from linkrx.testing.rigs import LOCAL, REMOTE
 from linkrx.testing.waiting import PATIENCE, patiently, running, until
@@ -622,7 +623,7 @@ def test_latency_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, seqpacket: 
                     left -= len(batch)
                     if not left:
                         break
-        assert delays == [aio.HOLD]  # the first batch was full then
+        assert delays == [HOLD]  # the first batch was full then
 
     asyncio_run(work())
 

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 
 import pytest
-from support.latency import FOR_EVER, SEGMENT, held_back, holding, one_by_one, super_packet, watched
+from support.latency import FOR_EVER, SEGMENT, held_back, holding, one_by_one, super_packet
 from support.pairs import BACKENDS, frame, number_of, pair
 from support.received import needs_core
 from support.run import that_take
@@ -24,7 +24,7 @@ from linkrx.testing import rigs
 from linkrx.testing.devices import injector_on
 from linkrx.testing.packets import sample
 from linkrx.testing.stops import ignore
-from linkrx.testing.waiting import asleep, running, until
+from linkrx.testing.waiting import asleep, running, until, watched
 from linkrx.testing.waiting import number_of as marked
 
 ROWS = 6

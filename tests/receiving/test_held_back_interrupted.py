@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from support.interruptions import After, Interrupted
-from support.latency import FOR_EVER, SEGMENT, held_back, one_by_one, super_packet, watched
+from support.latency import FOR_EVER, SEGMENT, held_back, one_by_one, super_packet
 from support.pairs import BACKENDS, frame, number_of, pair
 
 import linkrx
 from linkrx.testing.stops import alarmed
-from linkrx.testing.waiting import running, until
+from linkrx.testing.waiting import running, until, watched
 
 
 class Interrupt(Exception):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import linkrx
 from linkrx.testing.stops import ignore
-from linkrx.testing.waiting import PATIENCE, asleep, running, until
+from linkrx.testing.waiting import asleep, running, until
 from support.pairs import frame, pair
 from support.super_packets import UDP, Super
 
@@ -21,18 +20,6 @@ SEGMENT: dict[str, Any] = {"vnet_header": True, "segment": True}
 def held_back(rx: linkrx.Dispatcher) -> int:
     """The number of frames that are held back now."""
     return rx._report.held_back
-
-
-@contextmanager
-def watched(rx: linkrx.Dispatcher) -> Iterator[linkrx.Dispatcher]:
-    """A stop() ends a receiving call that does not return. The test then misses its packets."""
-    stop = threading.Timer(PATIENCE, rx.stop)
-    stop.start()
-    try:
-        yield rx
-    finally:
-        stop.cancel()
-        stop.join()
 
 
 def one_by_one(
