@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 REQUIRED = os.environ.get("LINKRX_REQUIRE_CORE") == "1"
-FLAGS = ["-O2", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra"]
+FLAGS = ["-O2", "-fno-plt", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra"]
 CORE = Path("linkrx/_core")
 SOURCES_HASH = runpy.run_path(str(CORE / "sources.py"))["sources_hash"]()
 

@@ -90,6 +90,7 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
 {
     Batch *b = r->pending;
     Py_ssize_t delivered = 0;
+    bool failed = false;
 
     Py_INCREF((PyObject *)b);
     r->delivering = true;
@@ -98,7 +99,8 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
         const Neighbour *n;
         PyObject *result;
 
-        if (!p || lrx_packet_set(p, b, r->next) < 0 || !(n = neighbour_of(r, p)))
+        failed = !p || lrx_packet_set(p, b, r->next) < 0 || !(n = neighbour_of(r, p));
+        if (failed)
             break;
         step(r);
         Py_INCREF((PyObject *)p);
@@ -109,7 +111,8 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
         if (result && Py_REFCNT((PyObject *)p) > 2 && lrx_packet_own(p) < 0)
             PyErr_Clear();
         Py_DECREF((PyObject *)p);
-        if (!result)
+        failed = !result;
+        if (failed)
             break;
         Py_DECREF(result);
         if (deadline && lrx_coarse_now() >= deadline)
@@ -120,7 +123,7 @@ Py_ssize_t lrx_deliver(Receiver *r, Py_ssize_t most, int64_t deadline)
         lrx_batch_give_up(b, &r->spare);
     else
         Py_DECREF((PyObject *)b);
-    return PyErr_Occurred() ? -1 : delivered;
+    return failed ? -1 : delivered;
 }
 
 Packet *lrx_next_packet(Receiver *r)

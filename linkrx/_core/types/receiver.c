@@ -58,8 +58,9 @@ void lrx_set_readable(Receiver *r)
     (void)done; /* never waits; reading a clear event fails, which is harmless */
 }
 
-/* Call a method. A pending exception stays; then an exception of the method goes to sys.unraisablehook. */
-static void call(Receiver *r, const char *method)
+/* Call a method. A pending exception stays; then an exception of the method goes to sys.unraisablehook. Else that one replaces
+ * `result`. */
+static void call(Receiver *r, const char *method, PyObject **result)
 {
     PyObject *type, *value, *trace, *answer;
 
@@ -68,6 +69,8 @@ static void call(Receiver *r, const char *method)
     Py_XDECREF(answer);
     if (PyErr_Occurred() && type)
         PyErr_WriteUnraisable((PyObject *)r);
+    else if (PyErr_Occurred())
+        Py_CLEAR(*result);
     if (type)
         PyErr_Restore(type, value, trace);
 }
@@ -77,15 +80,13 @@ PyObject *lrx_leave(Receiver *r, PyObject *result)
 {
     if (r->polled && r->ended) {
         if (!r->quiet)
-            call(r, "_disarm");
+            call(r, "_disarm", &result);
     } else if (r->polled && lrx_has_something(r) != r->readable) {
         lrx_set_readable(r);
     }
     r->claimed = false;
     if (r->leaving || r->closed)
-        call(r, "_last_left");
-    if (result && PyErr_Occurred())
-        Py_CLEAR(result);
+        call(r, "_last_left", &result);
     return result;
 }
 
@@ -170,11 +171,7 @@ static Py_ssize_t deliver_what_comes(PyObject *self, const Limits *limits, bool 
         *over = ended > 0;
     }
     /* lrx_leave() may raise. */
-    if (delivered >= 0) {
-        result = Py_None;
-        Py_INCREF(result);
-    }
-    result = lrx_leave(r, result);
+    result = lrx_leave(r, delivered < 0 ? NULL : Py_NewRef(Py_None));
     Py_XDECREF(result);
     return result ? delivered : -1;
 }
@@ -186,7 +183,7 @@ PyObject *lrx_receiver_dispatch(PyObject *self, PyObject *const *args, Py_ssize_
 
     if (isnan(limits.timeout) || deliver_what_comes(self, &limits, &over) < 0)
         return NULL;
-    return PyBool_FromLong(!over && !((Receiver *)self)->closed);
+    return Py_NewRef(over || ((Receiver *)self)->closed ? Py_False : Py_True);
 }
 
 /* A number of packets; PY_SSIZE_T_MAX for None. -1 with an exception for an invalid value. */
