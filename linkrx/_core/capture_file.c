@@ -172,7 +172,7 @@ static int walked_over(struct lrx_capture *c, const struct rows *r, uintptr_t de
     if (!r->n)
         return 0;
     c->pieces = 0;
-    return lrx_received(descriptors, region, r->n, pieces, region, lrx_align(walked));
+    return lrx_received(descriptors, region, r->n, pieces, lrx_align(walked));
 }
 
 int lrx_capture_again(struct lrx_capture *c, uintptr_t descriptors, uint32_t rows, uintptr_t region)

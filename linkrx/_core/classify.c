@@ -185,8 +185,7 @@ void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t cou
         classify(c, region, count, table, false);
 }
 
-int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
-                 uint32_t end)
+int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uint32_t end)
 {
     struct lrx_report *report = lrx_report_at(descriptors);
     const struct lrx_classifier *c = report->classifier;
@@ -196,6 +195,6 @@ int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32
     report->receives = receives;
     report->end = end;
     if (c && count)
-        lrx_classify(c, frames, count, region + end);
+        lrx_classify(c, frames, count, report->table);
     return (int)count;
 }

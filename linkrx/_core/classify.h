@@ -21,8 +21,6 @@ struct lrx_classifier {
  * other frames, and marks the descriptors as classified. */
 void lrx_classify(const struct lrx_classifier *c, uintptr_t region, uint32_t count, uintptr_t table);
 
-/* End a fill: report `count` packets, which took `receives` system calls and use the first `end` bytes of `region`. Their starts
- * count from `frames`. If the report has a classifier, classify them now, while the frames are in the cache; the table goes
- * after `end`. Returns `count`. */
-int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uintptr_t region,
-                 uint32_t end);
+/* End a fill: report `count` packets, which took `receives` system calls and use the first `end` bytes of the fill's region. Their
+ * starts count from `frames`. If the report has a classifier, classify them now, while the frames are in the cache. Returns `count`. */
+int lrx_received(uintptr_t descriptors, uintptr_t frames, uint32_t count, uint32_t receives, uint32_t end);

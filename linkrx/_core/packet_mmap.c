@@ -295,5 +295,5 @@ int lrx_packet_mmap_fill(void *state, uintptr_t descriptors, uint32_t rows, uint
         return -error;
     if (s->in_place)
         s->slots.turn ^= 1;
-    return lrx_received(descriptors, (uintptr_t)frames, n, begun, region, cursor);
+    return lrx_received(descriptors, (uintptr_t)frames, n, begun, cursor);
 }

@@ -150,5 +150,5 @@ int lrx_readv_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr_t 
     lrx_report_at(descriptors)->error = (uint32_t)error;
     if (error && n == 0)
         return -error;
-    return lrx_received(descriptors, region, n, n, region, cursor);
+    return lrx_received(descriptors, region, n, n, cursor);
 }

@@ -180,5 +180,5 @@ int lrx_recvmmsg_fill(void *state, uintptr_t descriptors, uint32_t rows, uintptr
         if (n == 0)
             return got;
     }
-    return lrx_received(descriptors, region, n, receives, region, end);
+    return lrx_received(descriptors, region, n, receives, end);
 }

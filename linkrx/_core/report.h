@@ -6,7 +6,7 @@
 
 struct lrx_classifier;
 
-/* The report of a fill. The table of its packets follows. */
+/* The report of a fill. The table of its frames follows. */
 struct lrx_report {
     uint32_t count;      /* packets that were received and not classified yet */
     uint32_t receives;   /* system calls that received */
@@ -19,6 +19,7 @@ struct lrx_report {
     uint32_t held_back;  /* frames of earlier fills that are to be in the same batch; they take that many of its rows */
     uint32_t unused;
     const struct lrx_classifier *classifier; /* lrx_received() classifies with it; or NULL */
+    uintptr_t table;     /* the address of the memory for the table that classification writes */
     void (*release_gil)(void *);             /* lrx_release_gil() calls it; or NULL */
     void *release_gil_argument;
 };

@@ -416,5 +416,5 @@ int lrx_segment(struct lrx_segmenter *s, uintptr_t staging, uintptr_t region, ui
             given->error = taken->error;
         taken->error = 0;
     } while (!given->error && receive(s, staging, &o));
-    return lrx_received(s->given, region, o.n, receives, region, o.cursor);
+    return lrx_received(s->given, region, o.n, receives, o.cursor);
 }

@@ -12,8 +12,8 @@ class Report(ctypes.Structure):
     packets, or came without any. It stays until it is handled. `held` packets wait in the backend for the next fill. `most` is how
     many packets that fill may receive; 0 means as many as there are rows. The classifier sets `classified` to 1 plus the number
     of packets, and `rows` to the rows of the table that it wrote. `held_back` frames of earlier fills wait in the receiver for
-    the same batch. C uses the pointers: the classifier that a fill calls, and the function that releases the GIL after a fill has
-    received several packets.
+    the same batch. Only C uses the rest: the classifier that a fill calls, the address of the table that it writes, and the function
+    that releases the GIL after a fill has received several packets.
     """
 
     count: int
@@ -25,6 +25,7 @@ class Report(ctypes.Structure):
     held: int
     most: int
     held_back: int
+    table: int
 
     _fields_ = (
         ("count", ctypes.c_uint32),
@@ -38,6 +39,7 @@ class Report(ctypes.Structure):
         ("held_back", ctypes.c_uint32),
         ("unused", ctypes.c_uint32),
         ("classifier", ctypes.c_void_p),
+        ("table", ctypes.c_size_t),
         ("release_gil", ctypes.c_void_p),
         ("release_gil_argument", ctypes.c_void_p),
     )

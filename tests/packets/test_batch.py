@@ -497,14 +497,13 @@ def test_any_batch(kind: Kind, table: tuple[list[Row], Framing], spare: int, fir
 
 
 def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
-    """A source whose arena has one frame, and its row."""
+    """A source whose arena has one frame, and the table with its row."""
     source = Source(C)
     arena = source.receiver.arena()
-    view = arena.view
-    view[64 : 64 + size] = numbered(1, size)
-    table = view[64 + size : 64 + size + 3 * ROW_BYTES]
+    arena.view[64 : 64 + size] = numbered(1, size)
+    table = source.table(memoryview(b""), 3)
     source.describe([Row(numbered(1, size))], [0], table, 3, size)
-    return source, arena, view
+    return source, arena, table
 
 
 @needs_core
@@ -523,9 +522,9 @@ def filled(size: int = 64) -> tuple[Source, Any, memoryview]:
 )
 def test_a_frame_that_is_not_in_the_arena(column: str, value: int) -> None:
     """A row whose frame is outside the arena, or shorter than its link header, raises ValueError, which says so."""
-    source, arena, view = filled()
+    source, arena, table = filled()
     offset = {"starts": 16, "lengths": 20}[column]
-    struct.pack_into("=I", view, 128 + 3 * offset, value)
+    struct.pack_into("=I", table, 3 * offset, value)
     with pytest.raises(ValueError, match="the backend reports packet 0 at"):
         source.receiver.make_batch(arena)
     assert source.receiver.left == 0
@@ -538,7 +537,7 @@ def test_a_frame_without_room_for_its_header(start: int) -> None:
     """With virtio-net headers in front of frames, a frame without room for its header raises ValueError."""
     source = Source(C, Framing(True, 10))
     arena = source.receiver.arena()
-    source.describe([Row(numbered(1))], [start], arena.view[256 : 256 + ROW_BYTES], 1, 192)
+    source.describe([Row(numbered(1))], [start], source.table(memoryview(b""), 1), 1, 192)
     with pytest.raises(ValueError, match=f"packet 0 at {start}"):
         source.receiver.make_batch(arena)
 

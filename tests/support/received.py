@@ -182,7 +182,7 @@ class SteppedReceiver:
 class Source:
     """A receiver, and the part of reception that fills and classifies."""
 
-    def __init__(self, kind: Kind, framing: Framing = ETHERNET, rows: int = 64) -> None:
+    def __init__(self, kind: Kind, framing: Framing = ETHERNET, rows: int = 256) -> None:
         self.kind = kind
         self.framing = framing
         self.descriptors = Descriptors(rows)
@@ -199,8 +199,15 @@ class Source:
             starts.append(at - arena.cursor + len(gap) + len(row.prefix))
             at = align(at + len(data))
         count = len(rows) + spare
-        self.describe(rows, starts, view[at : at + ROW_BYTES * count], count, at - arena.cursor)
+        self.describe(rows, starts, self.table(view[at:], count), count, at - arena.cursor)
         return bool(self.receiver.make_batch(arena))
+
+    def table(self, behind: memoryview, count: int) -> memoryview:
+        """The memory for the table of `count` rows: where C has it, or behind the frames."""
+        assert count <= self.descriptors.rows
+        if not (address := self.descriptors.report.table):
+            return behind[: ROW_BYTES * count]
+        return memoryview((ctypes.c_uint8 * (ROW_BYTES * count)).from_address(address)).cast("B")
 
     def describe(
         self, rows: Sequence[Row], starts: Sequence[int], memory: memoryview, count: int, end: int
@@ -295,7 +302,7 @@ class Ring(Source):
     def _release(self, _state: int | None, slot: int) -> None:
         self.slots.unreleased[slot] = 0
 
-    def _fill(self, _state: int | None, _descriptors: int, _rows: int, region: int, _room: int) -> int:
+    def _fill(self, _state: int | None, _descriptors: int, _rows: int, _region: int, _room: int) -> int:
         """Fill the two halves of the ring's memory in turn."""
         if self.rows is None:
             return 0
@@ -311,8 +318,7 @@ class Ring(Source):
             starts.append(at + len(gap) + len(row.prefix))
             at += len(data) + 48  # space for a header
         count = len(rows) + spare
-        table = (ctypes.c_uint8 * (ROW_BYTES * count)).from_address(region)
-        self.describe(rows, starts, memoryview(table).cast("B"), count, 0)
+        self.describe(rows, starts, self.table(memory, count), count, 0)
         self.slots.frames[turn] = ctypes.addressof(self.memory) + first
         self.slots.unreleased[turn] = 1
         self.slots.turn = turn ^ 1

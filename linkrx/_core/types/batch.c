@@ -8,7 +8,7 @@ static uint32_t aligned(uint32_t offset)
     return (offset + 7u) & ~7u;
 }
 
-static Batch *batch_new(State *state, uint32_t count, Framing framing)
+Batch *lrx_batch_new(State *state, uint32_t count, Framing framing)
 {
     Batch *b = PyObject_New(Batch, state->batch_type);
 
@@ -17,6 +17,7 @@ static Batch *batch_new(State *state, uint32_t count, Framing framing)
     memset((char *)b + offsetof(Batch, state), 0, sizeof *b - offsetof(Batch, state));
     b->state = state;
     b->framing = framing;
+    b->settled = true;
     b->table = lrx_table_new(state, count);
     if (!b->table) {
         Py_DECREF((PyObject *)b);
@@ -25,38 +26,27 @@ static Batch *batch_new(State *state, uint32_t count, Framing framing)
     return b;
 }
 
-Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, uintptr_t table, uint32_t rows,
-                     uint32_t count, Framing framing, Batch **spare)
+int lrx_batch_begin(Batch *b, Owner *owner, const uint8_t *base, uint32_t size, uint32_t rows, uint32_t count)
 {
-    Batch *b = *spare;
-    Table *t;
+    const Framing framing = b->framing;
+    Table *t = b->table;
     uint64_t packed = 0; /* frames that overlap could take more than their memory has */
     uint32_t end = 0;
     bool ascending = true;
 
     if (owner->batch) {
         PyErr_SetString(PyExc_BufferError, "another batch still uses this memory: call take_back() first");
-        return NULL;
+        return -1;
     }
-    if (b && b->table->room >= count) {
-        *spare = NULL;
-        b->settled = b->tidy = false;
-        lrx_table_lay_out(b->table, count);
-    } else {
-        b = batch_new(state, count, framing);
-    }
-    if (!b)
-        return NULL;
-    t = b->table;
-    lrx_table_read(t, table, rows, framing.per_packet);
+    lrx_table_lay_out(t, rows);
+    t->count = count;
     for (uint32_t k = 0; k < count; k++) {
         const uint32_t place = t->offsets[k] = t->columns.starts[k], length = t->columns.lengths[k];
 
         if (place < framing.vnet || length < (framing.per_packet ? t->columns.link_headers[k] : framing.link_header) || length > size || place > size - length) {
             PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
                          place, length, size);
-            Py_DECREF((PyObject *)b);
-            return NULL;
+            return -1;
         }
         ascending &= place - framing.vnet >= end;
         if (place + length > end)
@@ -66,8 +56,7 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
     if (packed > UINT32_MAX) {
         PyErr_Format(PyExc_ValueError, "the backend reports %u packets with %llu bytes, in %u bytes of memory", count,
                      (unsigned long long)packed, size);
-        Py_DECREF((PyObject *)b);
-        return NULL;
+        return -1;
     }
     /* In a ring, `memory` is a copy of the frames, because blocks have other data. In an arena it is a copy if more than half of the
      * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. It is also a copy if a frame lies before
@@ -78,12 +67,36 @@ Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t s
         end = t->columns.starts[k] + t->columns.lengths[k];
         next = aligned(end);
     }
+    b->settled = b->tidy = false;
     b->size = count ? end : 0;
     b->base = base;
     Py_INCREF((PyObject *)owner);
     b->owner = owner;
     owner->batch = b;
-    return b;
+    return 0;
+}
+
+Batch *lrx_batch_of_its_size(Batch *b, Batch **spare)
+{
+    const uint32_t count = (uint32_t)b->table->count;
+    Batch *fit;
+
+    if (count >= b->table->room / 2)
+        return b;
+    fit = lrx_batch_new(b->state, count, b->framing);
+    if (!fit)
+        return NULL;
+    lrx_table_copy(fit->table, &b->table->columns, b->framing.per_packet);
+    memcpy(fit->table->offsets, b->table->offsets, count * sizeof *fit->table->offsets);
+    fit->settled = false;
+    fit->apart = b->apart;
+    fit->size = b->size;
+    fit->base = b->base;
+    fit->owner = b->owner;
+    fit->owner->batch = fit;
+    b->owner = NULL;
+    lrx_batch_give_up(b, spare);
+    return fit;
 }
 
 void lrx_batch_skip(Batch *b, uint32_t n)
@@ -324,7 +337,7 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
     } else if (!lrx_batch_is_readable(b) || !(own = copy_frames(b))) {
         return NULL;
     }
-    copy = batch_new(b->state, (uint32_t)t->count, b->framing);
+    copy = lrx_batch_new(b->state, (uint32_t)t->count, b->framing);
     if (!copy) {
         Py_DECREF(own);
         return NULL;
@@ -334,7 +347,6 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
     copy->own = own;
     copy->base = (const uint8_t *)PyBytes_AsString(own);
     copy->size = b->size;
-    copy->settled = true;
     return (PyObject *)copy;
 }
 

@@ -147,8 +147,11 @@ Batch *lrx_take_batch(Receiver *r)
         lrx_reset_packets(r);
         if (b->owner && b->owner->mapped && lrx_owner_copy_packets(b->owner) < 0)
             return NULL;
-        lrx_batch_skip(b, r->next);
     }
+    b = lrx_batch_of_its_size(b, &r->spare);
+    if (!b)
+        return NULL;
+    lrx_batch_skip(b, r->next);
     r->pending = NULL;
     r->next = 0;
     return b;
@@ -158,12 +161,11 @@ Batch *lrx_take_batch(Receiver *r)
 static void drop_classified(Receiver *r)
 {
     struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
-    const uint32_t count = report->classified - 1, end = report->end, rows = report->rows;
-    const Owner *arena = r->arenas[r->current];
+    const uint32_t count = report->classified - 1, rows = report->rows;
 
     r->undelivered += count;
-    if (arena && count <= rows && ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES <= arena->mapped) {
-        const struct lrx_columns columns = lrx_columns_at((uintptr_t)arena->memory + ARENA_START + end, rows);
+    if (r->spare && count <= rows && rows <= r->table_rows) {
+        const struct lrx_columns columns = lrx_columns_at(lrx_table_memory(r->spare->table), rows);
 
         for (uint32_t k = 0; k < count; k++)
             r->undelivered_bytes += columns.lengths[k];

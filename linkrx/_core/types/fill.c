@@ -1,7 +1,7 @@
 /* Filling an arena, checking what a mechanism in Python reports, and making a batch of the frames. */
 #include "hold.h"
 
-/* The arena to fill next. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
+/* The arena to fill next, with a table for its packets. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
  * a loop variable, two arenas take turns. */
 static Owner *arena_of(Receiver *r)
 {
@@ -9,6 +9,9 @@ static Owner *arena_of(Receiver *r)
 
     if (r->filling)
         return o;
+    if (!r->spare && !(r->spare = lrx_batch_new(r->state, r->table_rows, r->framing)))
+        return NULL;
+    report_of(r)->table = lrx_table_memory(r->spare->table);
     lrx_reset_packets(r);
     if (!o || !lrx_owner_is_free(o)) {
         const unsigned other = o ? !r->current : r->current;
@@ -229,19 +232,17 @@ bool lrx_was_full(const Receiver *r)
 enum outcome lrx_take_in(Receiver *r)
 {
     struct lrx_report *report = report_of(r);
-    Owner *arena = r->arenas[r->current], *owner = arena;
-    const uint8_t *base = arena->memory + ARENA_START;
+    Owner *owner = r->arenas[r->current];
     const uint32_t count = report->classified - 1, end = report->end, rows = report->rows;
-    uint32_t size = end;
-    Batch *b = NULL;
 
-    if (count > rows || ARENA_START + (uint64_t)end + (uint64_t)rows * LRX_ROW_BYTES > arena->mapped) {
-        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u of an arena of %zu", rows, end,
-                     arena->mapped);
+    if (!owner || !r->spare || count > rows || rows > r->table_rows || ARENA_START + (uint64_t)end > r->arena_size) {
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets that end at byte %u, and has room for %u in %u bytes", rows, end,
+                     r->table_rows, r->room);
         return FAILED;
     }
     if (count) {
-        const uintptr_t table = (uintptr_t)base + end;
+        const uint8_t *base = owner->memory + ARENA_START;
+        uint32_t size = end;
 
         if (r->mechanism && r->mechanism->slots) {
             const uint32_t slot = r->mechanism->slots->turn ^ 1;
@@ -250,15 +251,15 @@ enum outcome lrx_take_in(Receiver *r)
             base = (const uint8_t *)r->mechanism->slots->frames[slot];
             size = UINT32_MAX;
         }
-        b = lrx_batch_new(r->state, owner, base, size, table, rows, count, r->framing, &r->spare);
-        if (!b)
+        if (lrx_batch_begin(r->spare, owner, base, size, rows, count) < 0)
             return FAILED;
+        r->pending = r->spare;
+        r->spare = NULL;
     }
-    r->pending = b;
     r->next = 0;
     r->batches++;
     r->receives += report->receives;
     r->filling = false;
     report->classified = 0;
-    return b ? READY : NOTHING;
+    return count ? READY : NOTHING;
 }

@@ -30,7 +30,7 @@ static uint32_t rows_of(const Receiver *r)
 
 int lrx_prepare_holding(Receiver *r)
 {
-    r->arena_size += (size_t)(rows_of(r) - r->rows) * LRX_ROW_BYTES;
+    r->table_rows = rows_of(r);
     r->collected = PyMem_Calloc(1, sizeof(struct lrx_report) + (size_t)rows_of(r) * LRX_ROW_BYTES);
     if (!r->collected)
         PyErr_NoMemory();
@@ -83,7 +83,7 @@ void lrx_classify_collected(Receiver *r)
 
     classifier.descriptors = (uintptr_t)collected;
     classifier.rows = rows_of(r);
-    lrx_classify(&classifier, region, collected->count, region + collected->end);
+    lrx_classify(&classifier, region, collected->count, report->table);
     report->classified = collected->classified;
     report->rows = collected->rows;
     report->end = collected->end;

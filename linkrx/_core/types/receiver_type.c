@@ -39,7 +39,8 @@ static PyObject *receiver_prepare(PyObject *self, PyObject *args)
     }
     r->rows = r->most = rows;
     r->room = room;
-    r->arena_size = ARENA_START + (size_t)room + (size_t)rows * LRX_ROW_BYTES;
+    r->table_rows = rows;
+    r->arena_size = ARENA_START + (size_t)lrx_align(room);
     if (r->latency > 0 && lrx_prepare_holding(r) < 0)
         return NULL;
     r->may_hang_up = may_hang_up;

@@ -51,7 +51,7 @@ void lrx_table_lay_out(Table *t, uint32_t count)
     if (t->laid_out == count && count)
         return;
     t->laid_out = count;
-    t->columns = lrx_columns_at((uintptr_t)(t + 1), count);
+    t->columns = lrx_columns_at(lrx_table_memory(t), count);
     t->offsets = (uint32_t *)((uint8_t *)(t + 1) + (size_t)count * LRX_ROW_BYTES);
 }
 
@@ -149,15 +149,4 @@ void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet)
     memcpy(to->addresses, from->addresses, count * sizeof *to->addresses);
     memcpy(to->address_lengths, from->address_lengths, count);
     memcpy(to->link_headers, from->link_headers, count);
-}
-
-void lrx_table_read(Table *t, uintptr_t table, uint32_t rows, bool per_packet)
-{
-    if ((uint32_t)t->count == rows) {
-        memcpy(t->columns.timestamps, (const void *)table, rows * (size_t)LRX_ROW_BYTES);
-    } else {
-        const struct lrx_columns from = lrx_columns_at(table, rows);
-
-        lrx_table_copy(t, &from, per_packet);
-    }
 }

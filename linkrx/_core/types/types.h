@@ -193,14 +193,17 @@ Packet *lrx_packet_in(State *state, Packet **slot);
 /* table.c */
 extern PyType_Spec lrx_table_spec;
 Table *lrx_table_new(State *state, uint32_t count);
+/* The address of its rows, for which it has room. */
+static inline uintptr_t lrx_table_memory(const Table *t)
+{
+    return (uintptr_t)(t + 1);
+}
 /* Lay it out for `count` rows, for which it must have room. */
 void lrx_table_lay_out(Table *t, uint32_t count);
 /* Remove the first `n` rows. */
 void lrx_table_skip(Table *t, uint32_t n);
 /* Copy all columns; those of the link layer only if `per_packet`. The offsets stay. */
 void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet);
-/* The same from the first rows of a table of `rows` rows at that address. */
-void lrx_table_read(Table *t, uintptr_t table, uint32_t rows, bool per_packet);
 
 /* batch_iterator.c */
 extern PyType_Spec lrx_batch_iterator_spec;
@@ -208,10 +211,14 @@ PyObject *lrx_batch_iterate(PyObject *batch);
 
 /* batch.c */
 extern PyType_Spec lrx_batch_spec;
-/* A batch of the first `count` rows of the table of `rows` rows at the address `table`. The frames lie in `size` bytes at `base`, in
- * memory of `owner`, without other batches; frames outside raise ValueError. `spare` may have a batch to use again. */
-Batch *lrx_batch_new(State *state, Owner *owner, const uint8_t *base, uint32_t size, uintptr_t table, uint32_t rows,
-                     uint32_t count, Framing framing, Batch **spare);
+/* A batch without packets, with room for `rows` of them: see lrx_table_memory(). */
+Batch *lrx_batch_new(State *state, uint32_t rows, Framing framing);
+/* Make it the batch of the first `count` packets of the `rows` rows that were written to the memory of its table. The frames lie in
+ * `size` bytes at `base`, in memory of `owner`, without other batches. Returns -1 with ValueError for frames outside. */
+int lrx_batch_begin(Batch *b, Owner *owner, const uint8_t *base, uint32_t size, uint32_t rows, uint32_t count);
+/* The same batch in a table of its size, so that it can be kept. The one with more room is given up. NULL with MemoryError: nothing
+ * has changed. */
+Batch *lrx_batch_of_its_size(Batch *b, Batch **spare);
 /* Give up a batch. If nothing else refers to it or its columns, it goes into `spare` for the next one. */
 void lrx_batch_give_up(Batch *b, Batch **spare);
 /* Remove the first `n` packets of a batch that was not handed over yet. */
@@ -256,6 +263,7 @@ typedef struct {
     struct lrx_mechanism *mechanism; /* NULL: it is written in Python */
     Owner *slots[2];                 /* the slots of a mechanism that describes packets in place */
     size_t arena_size;
+    uint32_t table_rows;             /* the rows of a batch's table */
     uint32_t room;                   /* bytes of an arena for frames */
     Owner *arenas[2];                /* made when first needed */
     unsigned current;                /* the index of the arena that was filled last */
@@ -289,7 +297,7 @@ typedef struct {
 
     /* Pending packets, and the end: deliver.c. */
     Batch *pending;
-    Batch *spare;     /* an unused batch, for reuse */
+    Batch *spare;     /* the batch whose table the packets of the next fill are written to */
     uint32_t next;
     volatile bool stopping;
     volatile bool flushing; /* stop after the packets that had come are delivered: receive.c */
