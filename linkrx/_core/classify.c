@@ -76,6 +76,9 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
     struct lrx_report *report = lrx_report_at(c->descriptors);
     const uint8_t *memory = (const uint8_t *)region;
     uint64_t *counters = (uint64_t *)c->counters;
+    /* Copies, because the compiler must expect that a column or a counter lies in the classifier. */
+    const uint32_t prefix = c->prefix, packet_info = c->packet_info, usual_link_header = c->link_header, usual_interface = c->interface;
+    const bool filters = c->filter.program || (per_packet && c->filter.files);
     uint64_t bytes = 0;
     uint32_t n = 0;
 
@@ -83,27 +86,27 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
         uint32_t length = in.lengths[k];
         uint32_t wire_length = in.wire_lengths[k];
         uint16_t flags = in.flags[k];
-        uint32_t link_header = c->link_header;
+        uint32_t link_header = usual_link_header;
         uint16_t protocol = 0, link_type = 0;
-        const uint8_t *frame = memory + in.starts[k] + c->prefix;
+        const uint8_t *frame = memory + in.starts[k] + prefix;
 
         if (flags & LRX_MALFORMED) {
             counters[LRX_COUNT_MALFORMED]++;
             counters[LRX_CUT] += flags & LRX_TRUNCATED;
             continue;
         }
-        if (length <= c->prefix) {
+        if (length <= prefix) {
             counters[LRX_EMPTY]++;
             continue;
         }
-        if (c->packet_info) {
+        if (packet_info) {
             uint16_t pi_flags;
             memcpy(&pi_flags, memory + in.starts[k], sizeof pi_flags);
             if (pi_flags & TUN_PKT_STRIP)
                 flags |= LRX_TRUNCATED;
         }
-        length -= c->prefix;
-        wire_length = wire_length > length + c->prefix ? wire_length - c->prefix : length;
+        length -= prefix;
+        wire_length = wire_length > length + prefix ? wire_length - prefix : length;
         if (per_packet) {
             const bool bare = in.link_headers[k] == LRX_NO_LINK_HEADER;
 
@@ -116,7 +119,7 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
                 continue;
             }
         }
-        if (c->filter.program || (per_packet && c->filter.files)) {
+        if (filters) {
             length = filtered(c, &in, k, frame, length, wire_length, link_header, per_packet ? link_type : c->link_type, protocol);
             if (!length) {
                 counters[LRX_FILTERED]++;
@@ -152,10 +155,10 @@ static inline __attribute__((always_inline)) void classify(const struct lrx_clas
             }
         }
         out.timestamps[n] = in.timestamps[k];
-        out.starts[n] = in.starts[k] + c->prefix;
+        out.starts[n] = in.starts[k] + prefix;
         out.lengths[n] = length;
         out.wire_lengths[n] = wire_length;
-        out.interfaces[n] = in.interfaces[k] ? in.interfaces[k] : c->interface;
+        out.interfaces[n] = in.interfaces[k] ? in.interfaces[k] : usual_interface;
         out.protocols[n] = protocol;
         out.flags[n] = flags;
         out.vlan_tcis[n] = in.vlan_tcis[k];

@@ -26,46 +26,67 @@ Batch *lrx_batch_new(State *state, uint32_t count, Framing framing)
     return b;
 }
 
+/* Whether frame k lies in `size` bytes, with its link header and a virtio-net header in front. */
+static inline bool is_inside(const Batch *b, uint32_t k, uint32_t size)
+{
+    const Table *t = b->table;
+    const uint32_t place = t->offsets[k], length = t->columns.lengths[k];
+    const uint32_t header = b->framing.per_packet ? t->columns.link_headers[k] : b->framing.link_header;
+
+    return (place >= b->framing.vnet) & (length >= header) & ((uint64_t)place + length <= size);
+}
+
+/* Raise ValueError for the first frame outside, or for too many bytes. */
+static void refuse(const Batch *b, uint64_t packed, uint32_t size)
+{
+    const Table *t = b->table;
+    uint32_t k = 0;
+
+    while (k < t->count && is_inside(b, k, size))
+        k++;
+    if (k < t->count)
+        PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k, t->offsets[k],
+                     t->columns.lengths[k], size);
+    else
+        PyErr_Format(PyExc_ValueError, "the backend reports %u packets with %llu bytes, in %u bytes of memory", k,
+                     (unsigned long long)packed, size);
+}
+
 int lrx_batch_begin(Batch *b, Owner *owner, const uint8_t *base, uint32_t size, uint32_t rows, uint32_t count)
 {
     const Framing framing = b->framing;
     Table *t = b->table;
+    uint32_t *compact;
     uint64_t packed = 0; /* frames that overlap could take more than their memory has */
     uint32_t end = 0;
-    bool ascending = true;
+    bool ascending = true, inside = true;
 
     if (owner->batch) {
         PyErr_SetString(PyExc_BufferError, "another batch still uses this memory: call take_back() first");
         return -1;
     }
-    lrx_table_lay_out(t, rows);
+    compact = lrx_table_lay_out(t, rows);
     t->count = count;
     for (uint32_t k = 0; k < count; k++) {
-        const uint32_t place = t->offsets[k] = t->columns.starts[k], length = t->columns.lengths[k];
+        const uint32_t place = t->offsets[k], length = t->columns.lengths[k];
 
-        if (place < framing.vnet || length < (framing.per_packet ? t->columns.link_headers[k] : framing.link_header) || length > size || place > size - length) {
-            PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k,
-                         place, length, size);
-            return -1;
-        }
+        inside &= is_inside(b, k, size);
         ascending &= place - framing.vnet >= end;
-        if (place + length > end)
-            end = place + length;
+        end = place + length > end ? place + length : end;
+        compact[k] = (uint32_t)packed + framing.vnet;
         packed += aligned(framing.vnet + length);
     }
-    if (packed > UINT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "the backend reports %u packets with %llu bytes, in %u bytes of memory", count,
-                     (unsigned long long)packed, size);
+    if (!inside || packed > UINT32_MAX) {
+        refuse(b, packed, size);
         return -1;
     }
     /* In a ring, `memory` is a copy of the frames, because blocks have other data. In an arena it is a copy if more than half of the
      * memory lies between frames: that is faster than zeroing the gaps, and keeps less memory. It is also a copy if a frame lies before
      * the end of an earlier one, as a short packet after a long one of recvmmsg does: clear_gaps() goes through the memory once. */
     b->apart = !owner->mapped || !ascending || end / 2 > packed;
-    for (uint32_t k = 0, next = 0; b->apart && k < count; k++) {
-        t->columns.starts[k] = next + framing.vnet;
-        end = t->columns.starts[k] + t->columns.lengths[k];
-        next = aligned(end);
+    if (b->apart && count) {
+        t->columns.starts = compact;
+        end = compact[count - 1] + t->columns.lengths[count - 1];
     }
     b->settled = b->tidy = false;
     b->size = count ? end : 0;
@@ -87,7 +108,10 @@ Batch *lrx_batch_of_its_size(Batch *b, Batch **spare)
     if (!fit)
         return NULL;
     lrx_table_copy(fit->table, &b->table->columns, b->framing.per_packet);
-    memcpy(fit->table->offsets, b->table->offsets, count * sizeof *fit->table->offsets);
+    if (b->apart) {
+        fit->table->offsets = lrx_table_lay_out(fit->table, count);
+        memcpy(fit->table->offsets, b->table->offsets, count * sizeof *fit->table->offsets);
+    }
     fit->settled = false;
     fit->apart = b->apart;
     fit->size = b->size;
@@ -343,7 +367,6 @@ static PyObject *batch_copy(PyObject *self, PyObject *unused)
         return NULL;
     }
     lrx_table_copy(copy->table, &t->columns, b->framing.per_packet);
-    copy->table->offsets = copy->table->columns.starts;
     copy->own = own;
     copy->base = (const uint8_t *)PyBytes_AsString(own);
     copy->size = b->size;

@@ -45,14 +45,14 @@ static void *column_of(const Table *t, enum column column, char **format, Py_ssi
     return at;
 }
 
-void lrx_table_lay_out(Table *t, uint32_t count)
+uint32_t *lrx_table_lay_out(Table *t, uint32_t rows)
 {
-    t->count = count;
-    if (t->laid_out == count && count)
-        return;
-    t->laid_out = count;
-    t->columns = lrx_columns_at(lrx_table_memory(t), count);
-    t->offsets = (uint32_t *)((uint8_t *)(t + 1) + (size_t)count * LRX_ROW_BYTES);
+    if (t->laid_out != rows || !rows)
+        t->columns = lrx_columns_at(lrx_table_memory(t), rows);
+    t->laid_out = rows;
+    t->count = rows;
+    t->offsets = t->columns.starts = (uint32_t *)(t->columns.addresses + rows);
+    return (uint32_t *)(lrx_table_memory(t) + (size_t)rows * LRX_ROW_BYTES);
 }
 
 Table *lrx_table_new(State *state, uint32_t count)

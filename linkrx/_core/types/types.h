@@ -93,10 +93,10 @@ struct Table {
     PyObject_VAR_HEAD
     Py_ssize_t count; /* rows; the shape of every column */
     uint32_t room;    /* rows that the memory has room for */
-    uint32_t laid_out; /* rows for which columns and offsets are laid out there; 0: none */
+    uint32_t laid_out; /* rows for which columns are laid out there; 0: none */
     enum column column; /* the column of the next view */
     struct lrx_columns columns; /* `starts` count in the `memory` of the batch; those of the link layer only with Framing.per_packet */
-    uint32_t *offsets; /* the offset of each frame from the base of the batch; not public */
+    uint32_t *offsets; /* the offset of each frame from the base of the batch, not public; the starts, unless these are in a copy */
 };
 
 /* The headers in front of a packet's data, for one source. If `per_packet` is set they differ from packet to packet, and the
@@ -198,11 +198,11 @@ static inline uintptr_t lrx_table_memory(const Table *t)
 {
     return (uintptr_t)(t + 1);
 }
-/* Lay it out for `count` rows, for which it must have room. */
-void lrx_table_lay_out(Table *t, uint32_t count);
+/* Lay it out for that many rows, for which it must have room. The offsets are the starts. Returns memory for other starts. */
+uint32_t *lrx_table_lay_out(Table *t, uint32_t rows);
 /* Remove the first `n` rows. */
 void lrx_table_skip(Table *t, uint32_t n);
-/* Copy all columns; those of the link layer only if `per_packet`. The offsets stay. */
+/* Copy all columns; those of the link layer only if `per_packet`. */
 void lrx_table_copy(Table *t, const struct lrx_columns *from, bool per_packet);
 
 /* batch_iterator.c */
