@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from linkrx.errors import Busy
 from linkrx.kernel.errnos import REFUSED
-from linkrx.receiving import receiver
 from linkrx.receiving.deadline import HOLD
 from linkrx.receiving.receiver import Waiter
 
@@ -249,10 +248,5 @@ def _settle(waiter: Waiter) -> None:
         waiter.settle(False)
 
 
-class AsyncPackets(receiver.AsyncPackets):
-    """The iterator of `async for` over a dispatcher."""
-
-    __slots__ = ()
-
-    async def aclose(self) -> None:
-        """Does nothing. contextlib.aclosing() calls it."""
+async def nothing_to_close() -> None:
+    """The aclose() of an iterator, which contextlib.aclosing() awaits."""

@@ -18,7 +18,7 @@ from linkrx.memory.counters import BYTES, CUT, EMPTY, FILTERED, PACKETS, RUNTS, 
 from linkrx.packets import Batch, Deliver, Packet
 from linkrx.receiving import aio
 from linkrx.receiving.deadline import deadline_after, earlier, seconds_left
-from linkrx.receiving.receiver import Waiter
+from linkrx.receiving.receiver import AsyncPackets, Waiter
 from linkrx.receiving.reception import Reception
 from linkrx.receiving.stats import End, Stats
 from linkrx.sources.capabilities import Capabilities
@@ -183,7 +183,7 @@ class Dispatcher(Reception):
 
     def __aiter__(self) -> AsyncIterator[Packet]:
         self._check_open()
-        return aio.AsyncPackets(self)
+        return AsyncPackets(self)
 
     def _reader_here(self) -> aio.Reader:
         """The reader for the event loop that runs in this thread."""

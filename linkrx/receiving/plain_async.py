@@ -94,3 +94,6 @@ class AsyncPackets:
             if dispatcher._ended:
                 raise StopAsyncIteration
             await dispatcher._reader_here().wait(None)
+
+    async def aclose(self) -> None:
+        """Nothing is to be closed. contextlib.aclosing() awaits this."""

@@ -34,7 +34,6 @@ from support.run import that_take
 
 import linkrx
 from linkrx import VnetHeader, packets
-from linkrx.memory.columns import ROW_BYTES
 from linkrx.memory.framing import Framing
 from linkrx.packets.headers import header_bytes
 

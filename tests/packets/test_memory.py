@@ -138,6 +138,38 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
 
 @needs_core
 @in_both
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 200])
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_a_kept_batch_costs_what_its_packets_cost(
+    make: Callable[[], Source], count: int, taken: int
+) -> None:
+    """A kept batch costs its frames and at most 400 bytes and 110 for each packet, however many the receiver had room for."""
+    source = make()
+    source.fill(rows_of(*range(9)))
+    source.receiver.drop()
+    kept: list[Any] = [None] * 20
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for index in range(20):
+            source.fill(rows_of(*range(index, index + taken + count)))
+            for _ in range(taken):
+                source.receiver.take_packet()
+            kept[index] = source.receiver.take_batch()
+        source.receiver.release()
+        source.receiver.copy_held()
+        memory, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert memory <= 20 * (400 + (64 + 110) * (taken + count)) + 20_000
+    for index, batch in enumerate(kept):
+        if count:
+            assert batch.frames() == [numbered(index + taken + n) for n in range(count)]
+            assert [batch[n] for n in range(count)] == batch.frames()
+
+
+@needs_core
+@in_both
 def test_packets_that_deliver_keeps_are_copied_at_once(make: Callable[[], Source]) -> None:
     """After deliver returns, a packet that it keeps has its own copy. A packet that it does not keep is not copied."""
     source = make()

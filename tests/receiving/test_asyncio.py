@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -438,6 +439,20 @@ def test_hostile_use_of_an_iterator(seqpacket: Pair) -> None:
         with pytest.raises(StopIteration) as stopped:
             next(iter(packets.__anext__().__await__()))
         assert stopped.value.value.data[0] == 7
+
+
+def test_aclosing(run: Run, seqpacket: Pair) -> None:
+    """contextlib.aclosing() closes an iterator, whose dispatcher can receive again afterwards."""
+
+    async def work() -> None:
+        receiver, sender = seqpacket
+        with linkrx.open(receiver) as rx:
+            for number in range(3):
+                async with aclosing(aiter(rx)) as packets:  # type: ignore[type-var]
+                    sender.send(HEADER + bytes([number]))
+                    assert (await anext(packets)).data[0] == number
+
+    run(work())
 
 
 def test_a_second_task_on_the_same_iterator(run: Run, seqpacket: Pair) -> None:

@@ -209,7 +209,19 @@ static PyObject *packets_throw(PyObject *self, PyObject *args)
     return NULL;
 }
 
+static PyObject *packets_aclose(PyObject *self, PyObject *unused)
+{
+    PyObject *aio = PyImport_ImportModule("linkrx.receiving.aio");
+    PyObject *coroutine = aio ? PyObject_CallMethod(aio, "nothing_to_close", NULL) : NULL;
+
+    (void)self;
+    (void)unused;
+    Py_XDECREF(aio);
+    return coroutine;
+}
+
 static PyMethodDef packets_methods[] = {
+    {"aclose", packets_aclose, METH_NOARGS, "aclose($self, /)\n--\n\nNothing is to be closed. contextlib.aclosing() awaits this."},
     {"close", packets_close, METH_NOARGS, "close($self, /)\n--\n\nEnd the wait of a coroutine that is closed."},
     {"throw", packets_throw, METH_VARARGS,
      "throw($self, type, value=None, trace=None, /)\n--\n\nEnd the wait, and raise an exception in the coroutine."},
@@ -235,6 +247,6 @@ static PyType_Slot packets_slots[] = {
 PyType_Spec lrx_async_packets_spec = {
     .name = "linkrx._core._types.AsyncPackets",
     .basicsize = sizeof(AsyncPackets),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, /* no base: CPython's subclasses do not inherit am_send */
     .slots = packets_slots,
 };

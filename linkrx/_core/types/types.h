@@ -422,7 +422,9 @@ typedef struct {
     PyObject *call;    /* the callback that wakes the task; NULL after it was called */
     PyObject *context; /* and its context */
     PyObject *failure; /* the exception of result(), or NULL */
-    PyObject *run;     /* the string "run" */
+    PyObject *woken;   /* a future of the loop that is done; see settle() */
+    PyObject *get_loop; /* the method, bound to the loop: asyncio.Task takes it from the waiter each time */
+    PyObject *run, *context_name; /* the strings "run" and "context" */
     unsigned long waking; /* the thread in which the loop is waking the task now; 0: none */
     char blocking;     /* _asyncio_future_blocking: a task yields this future, and the loop has not seen it yet */
     char armed;        /* the reader is registered, and will settle this waiter */

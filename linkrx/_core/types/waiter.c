@@ -18,6 +18,26 @@ static void replace(PyObject **slot, PyObject *value)
     Py_XDECREF(before);
 }
 
+/* get_loop(), bound to the loop. */
+static PyObject *get_loop(PyObject *loop, PyObject *unused)
+{
+    (void)unused;
+    return Py_NewRef(loop);
+}
+
+static PyMethodDef get_loop_method = {"get_loop", get_loop, METH_NOARGS, "The event loop of the task that waits."};
+
+static PyObject *woken_future(PyObject *loop)
+{
+    PyObject *future = PyObject_CallMethod(loop, "create_future", NULL);
+    PyObject *answer = future ? PyObject_CallMethod(future, "set_result", "O", Py_None) : NULL;
+
+    if (!answer)
+        Py_CLEAR(future);
+    Py_XDECREF(answer);
+    return future;
+}
+
 static PyObject *waiter_new(PyTypeObject *type, PyObject *args, PyObject *names)
 {
     static char *keywords[] = {"dispatcher", "loop", NULL};
@@ -38,7 +58,10 @@ static PyObject *waiter_new(PyTypeObject *type, PyObject *args, PyObject *names)
     Py_INCREF(loop);
     w->loop = loop;
     w->run = PyUnicode_InternFromString("run");
-    if (!w->run) {
+    w->context_name = PyUnicode_InternFromString("context");
+    w->get_loop = PyCFunction_New(&get_loop_method, loop);
+    w->woken = woken_future(loop);
+    if (!w->run || !w->context_name || !w->get_loop || !w->woken) {
         Py_DECREF((PyObject *)w);
         return NULL;
     }
@@ -55,6 +78,8 @@ static int waiter_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(w->call);
     Py_VISIT(w->context);
     Py_VISIT(w->failure);
+    Py_VISIT(w->get_loop);
+    Py_VISIT(w->woken);
     return 0;
 }
 
@@ -66,6 +91,8 @@ static int waiter_clear(PyObject *self)
     Py_CLEAR(w->call);
     Py_CLEAR(w->context);
     Py_CLEAR(w->failure);
+    Py_CLEAR(w->get_loop);
+    Py_CLEAR(w->woken);
     return 0; /* the receiver stays: every method uses it, and it refers to no waiter */
 }
 
@@ -77,6 +104,7 @@ static void waiter_dealloc(PyObject *self)
     waiter_clear(self);
     Py_XDECREF((PyObject *)((Waiter *)self)->receiver);
     Py_XDECREF(((Waiter *)self)->run);
+    Py_XDECREF(((Waiter *)self)->context_name);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF((PyObject *)type);
 }
@@ -134,23 +162,13 @@ static PyObject *waiter_next(PyObject *self)
 
 /* The methods of a future that asyncio.Task calls. */
 
-static PyObject *waiter_get_loop(PyObject *self, PyObject *unused)
-{
-    PyObject *loop = ((Waiter *)self)->loop;
-
-    (void)unused;
-    if (!loop)
-        loop = Py_None;
-    Py_INCREF(loop);
-    return loop;
-}
-
 static PyObject *waiter_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
     Waiter *w = (Waiter *)self;
+    PyObject *name = named ? PyTuple_GetItem(names, 0) : NULL;
 
-    if (count != 1 || named > 1 || (named && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "context") != 0)) {
+    if (count != 1 || named > 1 || (name && name != w->context_name && PyUnicode_CompareWithASCIIString(name, "context") != 0)) {
         PyErr_SetString(PyExc_TypeError, "add_done_callback() takes a function, and context=");
         return NULL;
     }
@@ -167,7 +185,9 @@ static PyObject *waiter_done(PyObject *self, PyObject *unused)
     return PyBool_FromLong(((Waiter *)self)->done);
 }
 
-/* Wake the task, at once or in the loop's next turn. `result` is a bool, or an exception for the task. */
+/* Wake the task, at once or in the loop's next turn. `result` is a bool, or an exception for the task. The task looks at the future
+ * for an exception only. An asyncio.Future is read at once, but the result() of another type is called, and CPython 3.11 looks that
+ * up by a string that it makes for each call. So without an exception the task gets a future that is done. */
 static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
 {
     PyObject *call = w->call, *context = w->context, *answer = NULL, *self = (PyObject *)w;
@@ -187,7 +207,7 @@ static PyObject *settle(Waiter *w, PyObject *result, bool at_once)
         answer = waiter_self(Py_None); /* no task waits */
     else if (at_once && context) {
         w->waking = PyThread_get_thread_ident();
-        answer = PyObject_CallMethodObjArgs(context, w->run, call, self, NULL);
+        answer = PyObject_CallMethodObjArgs(context, w->run, call, w->woken && !w->failure ? w->woken : self, NULL);
         w->waking = 0;
     } else {
         PyObject *call_soon = PyObject_GetAttrString(w->loop, "call_soon");
@@ -276,7 +296,6 @@ static PyObject *waiter_cancel(PyObject *self, PyObject *args, PyObject *names)
 #define CALLABLE(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef waiter_methods[] = {
-    {"get_loop", waiter_get_loop, METH_NOARGS, "get_loop($self, /)\n--\n\nThe event loop of the task that waits."},
     {"add_done_callback", CALLABLE(waiter_add_done_callback), METH_FASTCALL | METH_KEYWORDS,
      "add_done_callback($self, call, /, *, context=None)\n--\n\nSet the callback that wakes the task."},
     {"done", waiter_done, METH_NOARGS, "done($self, /)\n--\n\nWhether no task waits, or the task was or will be woken."},
@@ -294,6 +313,7 @@ static PyMethodDef waiter_methods[] = {
 
 static PyMemberDef waiter_members[] = {
     {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
+    {"get_loop", T_OBJECT_EX, offsetof(Waiter, get_loop), READONLY, "The method get_loop()."},
     {"armed", T_BOOL, offsetof(Waiter, armed), 0, "Whether the reader is registered, and will settle this waiter."},
     {0},
 };
