@@ -152,7 +152,7 @@ DEFECTS = {
         "out->timestamps[n] += timestamp",
     ),
     "an old tag shows": ("recvmmsg", "out->vlan_tcis[n] = tci", "out->vlan_tcis[n] |= tci"),
-    "a control message behind the end": ("recvmmsg", " && c->cmsg_len <= written", " && written"),
+    "a control message behind the end": ("recvmmsg", " || length > left)", ")"),
     "no further packet for want of a row": ("recvmmsg", "wanted && n < most);", "wanted && n + 1 < most);"),
     "an empty queue is asked again": ("recvmmsg", "(uint32_t)got == wanted &&", "got > 0 &&"),
     "an error behind packets of a fill is lost": (
