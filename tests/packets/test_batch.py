@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import pickle
 import socket
@@ -559,6 +560,45 @@ def test_a_report_that_is_wrong(word: str, value: int) -> None:
     setattr(source.descriptors.report, word, value)
     with pytest.raises(ValueError, match=r"backend reports|nothing to take in"):
         source.receiver.make_batch(arena)
+
+
+@needs_core
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_report_that_comes_between_two_fills(keeps: bool) -> None:
+    """Frames that are reported without a fill change no batch that was handed over, kept or not, and no other memory."""
+    source = Source(C, rows=1)
+    batch: Any = source.batch([Row(numbered(1))], spare=0)
+    if not keeps:
+        batch = None
+    source.descriptors.columns.lengths[0] = 20
+    report = source.descriptors.report
+    report.end, report.receives, report.count = 24, 1, 1
+    if keeps:
+        with pytest.raises(BufferError, match="another batch still uses this memory"):
+            source.receiver.rx._poll()
+        assert list(batch.lengths) == [64]
+        assert batch.frames() == [numbered(1)]
+    else:
+        source.receiver.rx._poll()
+        assert len(source.receiver.take_packet()) == 20
+
+
+@needs_core
+def test_a_fill_that_clears_the_report() -> None:
+    """A fill in Python may clear the whole report before it reports packets."""
+    source = Source(C)
+    report, columns = source.descriptors.report, source.descriptors.columns
+
+    def fill(arena: Any, _room: int) -> int:
+        ctypes.memset(ctypes.addressof(report), 0, ctypes.sizeof(report))
+        arena.view[arena.cursor : arena.cursor + 64] = numbered(7)
+        columns.starts[0], columns.lengths[0] = 0, 64
+        report.receives, report.end, report.count = 1, 64, 1
+        return 1
+
+    source.receiver.rx._fill = fill
+    assert source.receiver.rx._poll()
+    assert source.receiver.take_packet() == numbered(7)
 
 
 @needs_core

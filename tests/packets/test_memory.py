@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -140,9 +141,7 @@ def test_a_kept_packet_costs_its_own_bytes(make: Callable[[], Source], keep: Kee
 @in_both
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 200])
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_a_kept_batch_costs_what_its_packets_cost(
-    make: Callable[[], Source], count: int, taken: int
-) -> None:
+def test_a_kept_batch_costs_what_its_packets_cost(make: Callable[[], Source], count: int, taken: int) -> None:
     """A kept batch costs its frames and at most 400 bytes and 110 for each packet, however many the receiver had room for."""
     source = make()
     source.fill(rows_of(*range(9)))
@@ -796,6 +795,38 @@ def test_no_memory_to_take_in() -> None:
 
 
 @needs_core
+def test_no_memory_for_a_waiter() -> None:
+    """If an allocation fails while a waiter of an event loop is made, that is MemoryError."""
+    receiver = Source(C).receiver.rx
+    loop, failures = asyncio.new_event_loop(), 0
+    try:
+        for step in range(60):
+            try:
+                with failing(step):
+                    _core.types.Waiter(receiver, loop)
+            except MemoryError:
+                failures += 1
+    finally:
+        loop.close()
+    assert 5 < failures < 60
+
+
+@needs_core
+@in_both
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_pending_batch_that_was_copied_is_handed_over(make: Callable[[], Source], first: int) -> None:
+    """A batch whose frames were copied before it was handed over, as before a fork, has all packets that were not taken."""
+    source = make()
+    source.fill(rows_of(*range(10)))
+    taken = [source.receiver.take_packet() for _ in range(first)]
+    source.receiver.copy_held()
+    batch = source.receiver.take_batch()
+    source.fill(rows_of(*range(50, 60)))
+    assert taken + batch.frames() == [numbered(n) for n in range(10)]
+    assert [packet.tobytes() for packet in batch] == batch.frames()
+
+
+@needs_core
 def test_no_address_space_for_an_arena() -> None:
     """If mmap(2) fails for another arena, MemoryError is raised, held objects do not change, and a later receive succeeds."""
     source = Source(C)
@@ -867,7 +898,8 @@ def held_of_a_ring(
 
 @needs_core
 @pytest.mark.usefixtures("devices")
-def test_a_fork_copies_what_is_held_of_a_ring() -> None:
+@pytest.mark.parametrize("way", ["recv", "batches"])
+def test_a_fork_copies_what_is_held_of_a_ring(way: str) -> None:
     """Objects held of a ring show the sent bytes in a child of os.fork and in the parent, which still receives."""
     with held_of_a_ring() as (_, rx, packets, batch, sent):
         first = len(batch)
@@ -884,7 +916,9 @@ def test_a_fork_copies_what_is_held_of_a_ring() -> None:
         assert child_says(look) == ""
         assert packets == wanted
         assert batch.frames() == sent[:first]
-        rest = [rx.recv(10) for _ in range(len(sent) - first - 2)]
+        rest: list[Any] = []
+        while len(rest) < len(sent) - first - 2:
+            rest += [rx.recv(10)] if way == "recv" else next(rx.batches(10)).frames()
         assert rest == sent[first + 2 :]
 
 

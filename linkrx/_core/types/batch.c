@@ -102,7 +102,7 @@ Batch *lrx_batch_of_its_size(Batch *b, Batch **spare)
     const uint32_t count = (uint32_t)b->table->count;
     Batch *fit;
 
-    if (count >= b->table->room / 2)
+    if (!b->owner || count >= b->table->room / 2) /* without owner it was copied, before a fork */
         return b;
     fit = lrx_batch_new(b->state, count, b->framing);
     if (!fit)

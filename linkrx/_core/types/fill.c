@@ -1,7 +1,7 @@
 /* Filling an arena, checking what a mechanism in Python reports, and making a batch of the frames. */
 #include "hold.h"
 
-/* The arena to fill next, with a table for its packets. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
+/* The arena to fill next. If no packet is held, one arena is enough and stays in the cache. While the last batch is held, as by
  * a loop variable, two arenas take turns. */
 static Owner *arena_of(Receiver *r)
 {
@@ -9,9 +9,6 @@ static Owner *arena_of(Receiver *r)
 
     if (r->filling)
         return o;
-    if (!r->spare && !(r->spare = lrx_batch_new(r->state, r->table_rows, r->framing)))
-        return NULL;
-    report_of(r)->table = lrx_table_memory(r->spare->table);
     lrx_reset_packets(r);
     if (!o || !lrx_owner_is_free(o)) {
         const unsigned other = o ? !r->current : r->current;
@@ -198,6 +195,17 @@ static int check_reported(const Receiver *r, uint32_t count)
     return 0;
 }
 
+/* Have a table for the packets of the next fill, or of frames that wait here. */
+static int prepare_table(Receiver *r)
+{
+    if (!r->spare)
+        r->spare = lrx_batch_new(r->state, r->table_rows, r->framing);
+    if (!r->spare)
+        return -1;
+    report_of(r)->table = lrx_table_memory(r->spare->table);
+    return 0;
+}
+
 int lrx_obtain(Receiver *r, bool all)
 {
     const struct lrx_report *report = report_of(r);
@@ -208,6 +216,8 @@ int lrx_obtain(Receiver *r, bool all)
         PyErr_Format(PyExc_ValueError, "the backend reports %u packets, and has %u descriptors", report->count, r->rows);
         return -1;
     }
+    if (prepare_table(r) < 0)
+        return -1;
     count = (int)report->count;
     if (!count && !report->classified && !enough && (!report->error || report->held)) {
         const bool ends = r->filter_until && lrx_now() >= r->filter_until;

@@ -83,7 +83,7 @@ void lrx_classify_collected(Receiver *r)
 
     classifier.descriptors = (uintptr_t)collected;
     classifier.rows = rows_of(r);
-    lrx_classify(&classifier, region, collected->count, report->table);
+    lrx_classify(&classifier, region, collected->count, lrx_table_memory(r->spare->table));
     report->classified = collected->classified;
     report->rows = collected->rows;
     report->end = collected->end;

@@ -114,7 +114,7 @@ static enum outcome receive(Receiver *r, bool all)
         } else if (!report->classified && count) {
             const uintptr_t region = (uintptr_t)r->arenas[r->current]->memory + ARENA_START;
 
-            lrx_classify(&r->classifier, region, (uint32_t)count, report->table);
+            lrx_classify(&r->classifier, region, (uint32_t)count, lrx_table_memory(r->spare->table));
         }
         if (report->classified)
             return lrx_take_in(r) == FAILED ? FAILED : READY;

@@ -57,11 +57,8 @@ static PyObject *waiter_new(PyTypeObject *type, PyObject *args, PyObject *names)
     w->receiver = (Receiver *)receiver;
     Py_INCREF(loop);
     w->loop = loop;
-    w->run = PyUnicode_InternFromString("run");
-    w->context_name = PyUnicode_InternFromString("context");
-    w->get_loop = PyCFunction_New(&get_loop_method, loop);
-    w->woken = woken_future(loop);
-    if (!w->run || !w->context_name || !w->get_loop || !w->woken) {
+    if (!(w->run = PyUnicode_InternFromString("run")) || !(w->context_name = PyUnicode_InternFromString("context")) ||
+        !(w->get_loop = PyCFunction_New(&get_loop_method, loop)) || !(w->woken = woken_future(loop))) {
         Py_DECREF((PyObject *)w);
         return NULL;
     }
