@@ -216,11 +216,11 @@ class OsReadv(Backend):
         return (_ladder(arena.view[arena.cursor + start :], self._sizes) for start in self._starts)
 
     def _report_one(self, length: int) -> None:
-        """Report one packet that is not cut."""
-        columns, report = self._descriptors.columns, self._descriptors.report
+        """Report one packet that is not cut. The first of a fill always starts at 0, so its start is never another."""
+        descriptors = self._descriptors
+        columns, report = descriptors.columns, descriptors.report
         if self._flagged:
             columns.flags[0] = 0
-        columns.starts[0] = 0
         columns.lengths[0] = length
         report.receives = 1
         report.end = align(length)
