@@ -27,13 +27,12 @@ Batch *lrx_batch_new(State *state, uint32_t count, Framing framing)
 }
 
 /* Whether frame k lies in `size` bytes, with its link header and a virtio-net header in front. */
-static inline bool is_inside(const Batch *b, uint32_t k, uint32_t size)
+static inline bool is_inside(const Table *t, Framing framing, uint32_t k, uint32_t size)
 {
-    const Table *t = b->table;
     const uint32_t place = t->offsets[k], length = t->columns.lengths[k];
-    const uint32_t header = b->framing.per_packet ? t->columns.link_headers[k] : b->framing.link_header;
+    const uint32_t header = framing.per_packet ? t->columns.link_headers[k] : framing.link_header;
 
-    return (place >= b->framing.vnet) & (length >= header) & ((uint64_t)place + length <= size);
+    return (place >= framing.vnet) & (length >= header) & ((uint64_t)place + length <= size);
 }
 
 /* Raise ValueError for the first frame outside, or for too many bytes. */
@@ -42,7 +41,7 @@ static void refuse(const Batch *b, uint64_t packed, uint32_t size)
     const Table *t = b->table;
     uint32_t k = 0;
 
-    while (k < t->count && is_inside(b, k, size))
+    while (k < t->count && is_inside(t, b->framing, k, size))
         k++;
     if (k < t->count)
         PyErr_Format(PyExc_ValueError, "the backend reports packet %u at %u, %u bytes long, in %u bytes of memory", k, t->offsets[k],
@@ -70,7 +69,7 @@ int lrx_batch_begin(Batch *b, Owner *owner, const uint8_t *base, uint32_t size, 
     for (uint32_t k = 0; k < count; k++) {
         const uint32_t place = t->offsets[k], length = t->columns.lengths[k];
 
-        inside &= is_inside(b, k, size);
+        inside &= is_inside(t, framing, k, size);
         ascending &= place - framing.vnet >= end;
         end = place + length > end ? place + length : end;
         compact[k] = (uint32_t)packed + framing.vnet;
