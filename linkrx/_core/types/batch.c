@@ -3,11 +3,6 @@
 
 #include <string.h>
 
-static uint32_t aligned(uint32_t offset)
-{
-    return (offset + 7u) & ~7u;
-}
-
 Batch *lrx_batch_new(State *state, uint32_t count, Framing framing)
 {
     Batch *b = PyObject_New(Batch, state->batch_type);
@@ -73,7 +68,7 @@ int lrx_batch_begin(Batch *b, Owner *owner, const uint8_t *base, uint32_t size, 
         ascending &= place - framing.vnet >= end;
         end = place + length > end ? place + length : end;
         compact[k] = (uint32_t)packed + framing.vnet;
-        packed += aligned(framing.vnet + length);
+        packed += lrx_align(framing.vnet + length);
     }
     if (!inside || packed > UINT32_MAX) {
         refuse(b, packed, size);

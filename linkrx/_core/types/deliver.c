@@ -160,7 +160,7 @@ Batch *lrx_take_batch(Receiver *r)
 /* Frames that are classified, and not in a batch yet. */
 static void drop_classified(Receiver *r)
 {
-    struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
+    struct lrx_report *report = report_of(r);
     const uint32_t count = report->classified - 1, rows = report->rows;
 
     r->undelivered += count;
@@ -182,7 +182,7 @@ void lrx_drop(Receiver *r)
     const Batch *b = r->pending;
 
     if (!b) {
-        if (lrx_report_at((uintptr_t)r->descriptors.buf)->classified)
+        if (report_of(r)->classified)
             drop_classified(r);
         return;
     }

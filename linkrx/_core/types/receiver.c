@@ -37,7 +37,7 @@ static bool enter(Receiver *r)
 /* Whether packets, an error or the end wait here, so that the source need not be readable. */
 bool lrx_has_something(const Receiver *r)
 {
-    const struct lrx_report *report = lrx_report_at((uintptr_t)r->descriptors.buf);
+    const struct lrx_report *report = report_of(r);
 
     if (!r->prepared)
         return false;

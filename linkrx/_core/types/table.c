@@ -51,7 +51,7 @@ uint32_t *lrx_table_lay_out(Table *t, uint32_t rows)
         t->columns = lrx_columns_at(lrx_table_memory(t), rows);
     t->laid_out = rows;
     t->count = rows;
-    t->offsets = t->columns.starts = (uint32_t *)(t->columns.addresses + rows);
+    t->offsets = t->columns.starts = lrx_columns_at(lrx_table_memory(t), rows).starts;
     return (uint32_t *)(lrx_table_memory(t) + (size_t)rows * LRX_ROW_BYTES);
 }
 
